@@ -1,0 +1,69 @@
+"""Run-time configuration: read once from ``FASTVDM_*`` at import, changed only by ``use_backend``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
+CPU_ISAS = ("auto", "amx", "avx512", "avx2", "portable")
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "auto").lower()
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "0").lower()
+    if value not in ("0", "1", "true", "false", ""):
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+    return value in ("1", "true")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One immutable snapshot of the settings; ENVS.md describes each variable."""
+
+    backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
+    strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
+    autotune: bool = False  # FASTVDM_AUTOTUNE: time Triton configurations and store them
+    cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
+
+    @staticmethod
+    def from_env() -> Config:
+        return Config(
+            backend=_choice("FASTVDM_BACKEND", BACKENDS),
+            strict=_flag("FASTVDM_STRICT"),
+            autotune=_flag("FASTVDM_AUTOTUNE"),
+            cpu_isa=_choice("FASTVDM_CPU_ISA", CPU_ISAS),
+        )
+
+
+_config = Config.from_env()
+
+
+def get_config() -> Config:
+    return _config
+
+
+@contextmanager
+def use_backend(backend: str, *, strict: bool | None = None) -> Iterator[None]:
+    """Force ``backend`` for every op inside the block, e.g. ``use_backend("reference")``.
+
+    Raises:
+        ValueError: the name is not one of ``BACKENDS``.
+    """
+    global _config
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    before = _config
+    _config = replace(before, backend=backend, strict=before.strict if strict is None else strict)
+    try:
+        yield
+    finally:
+        _config = before

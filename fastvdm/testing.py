@@ -1,0 +1,171 @@
+"""The harness every kernel is held to; used by the tests and, before any timing, by the bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+# Smallest error that counts, relative to the largest reference value: a few ulps of the dtype, so
+# that a baseline which happens to be exact does not ask for the impossible.
+_FLOOR = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+def max_error(out: Tensor, ref: Tensor) -> float:
+    """max |out - ref| / max |ref|, in fp64; inf when ``out`` is not finite where ``ref`` is."""
+    out, ref = out.detach().double(), ref.detach().double()
+    if out.numel() == 0:
+        return 0.0
+    error = (out - ref).abs()
+    error[torch.isnan(error)] = float("inf")
+    return (error.max() / ref.abs().max().clamp_min(1e-30)).item()
+
+
+def assert_close3(
+    out: Tensor,
+    baseline: Tensor,
+    ref64: Tensor,
+    *,
+    factor: float = 2.0,
+    name: str = "out",
+    floor: float | None = None,
+) -> None:
+    """Three-way tolerance: ``out`` may err at most ``factor`` times as much as ``baseline``.
+
+    ``baseline`` is plain torch in the dtype of ``out``, ``ref64`` the same in fp64. Gradients use
+    ``factor=3``. The criterion is that of flash-attention's tests.
+
+    Raises:
+        AssertionError: with the worst index, both values and the share of bad elements.
+    """
+    if out.shape != ref64.shape:
+        raise AssertionError(f"{name}: shape {tuple(out.shape)}, expected {tuple(ref64.shape)}")
+    if out.dtype != baseline.dtype:
+        raise AssertionError(f"{name}: dtype {out.dtype}, expected {baseline.dtype}")
+    if out.numel() == 0:
+        return
+    o, b, r = (t.detach().to("cpu", torch.float64) for t in (out, baseline, ref64))
+    scale = r.abs().max().clamp_min(1e-30)
+    smallest = (_FLOOR[out.dtype] if floor is None else floor) * scale
+    limit = torch.maximum(factor * (b - r).abs().max(), smallest)
+    error = (o - r).abs()
+    bad = ~(error <= limit)  # NaN counts as bad
+    if not bad.any():
+        return
+    ranked = torch.where(torch.isnan(error), torch.inf, error)
+    index = tuple(int(i) for i in torch.unravel_index(ranked.argmax(), error.shape))
+    raise AssertionError(
+        f"{name}: {tuple(out.shape)} {out.dtype}: at {index} got {o[index].item():.9g}, expected "
+        f"{r[index].item():.9g}; error {error[index].item():.3g} > limit {limit.item():.3g}; "
+        f"{100 * bad.double().mean().item():.3g} % of the elements are bad"
+    )
+
+
+def make_exact_operand(
+    shape: Sequence[int], *, high: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Small integers in [-high, high]: sums of their products are exact, so an index error cannot
+    hide inside a tolerance and the comparison is ``torch.equal``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-high, high + 1, tuple(shape), generator=generator).to(dtype)
+
+
+@contextmanager
+def poison_empty() -> Iterator[None]:
+    """Fill whatever ``torch.empty`` and its relatives return with NaN (integers: their maximum).
+
+    A kernel that leaves an element of its output unwritten then shows it.
+    """
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            if t.is_floating_point():
+                t.fill_(float("nan"))
+            elif t.dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+                t.fill_(torch.iinfo(t.dtype).max)
+            return t
+
+        return call
+
+    with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poisoned(torch.empty_strided)),
+        mock.patch.object(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty)),
+    ):
+        yield
+
+
+def opcheck_op(op: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
+    """``torch.library.opcheck`` with all four tests. Use asymmetric shapes: a fake that mixes up
+    two axes passes on a cube."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.ndim > 2 and len(set(arg.shape)) < arg.ndim - 1:
+            raise ValueError(f"opcheck wants extents that differ, got {tuple(arg.shape)}")
+    torch.library.opcheck(op, tuple(args), kwargs or {})
+
+
+def grads(
+    fn: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    douts: Sequence[Tensor] | Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """Outputs of ``fn(*inputs)`` and the gradient of each floating-point input (None stays None)."""
+    leaves = [
+        t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if isinstance(t, Tensor) and t.is_floating_point()
+        else t
+        for t in inputs
+    ]
+    out = fn(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    seeds = douts if isinstance(douts, (tuple, list)) else (douts,)
+    wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            outs, wanted, [s.to(o.dtype) for s, o in zip(seeds, outs)], allow_unused=True
+        )
+    )
+    result = tuple(
+        next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in leaves
+    )
+    return tuple(o.detach() for o in outs), result
+
+
+def assert_parity(
+    fn: Callable[..., Tensor],
+    ref: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    *,
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    forward_factor: float = 2.0,
+    grad_factor: float = 3.0,
+) -> None:
+    """Forward and every gradient of ``fn`` against ``ref`` in the same dtype and in fp64."""
+    names = names or [f"input{i}" for i in range(len(inputs))]
+    wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    with torch.no_grad():
+        shape = ref(*wide).shape
+    generator = torch.Generator().manual_seed(seed)
+    device = next(t.device for t in inputs if isinstance(t, Tensor))
+    dout = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+    (out,), g = grads(fn, inputs, dout)
+    (base,), g_base = grads(ref, inputs, dout)
+    (ref64,), g_ref = grads(ref, wide, dout)
+    assert_close3(out, base, ref64, factor=forward_factor)
+    for name, a, b, r in zip(names, g, g_base, g_ref):
+        if (a is None) != (r is None):
+            raise AssertionError(f"d{name}: {'missing' if a is None else 'unexpected'} gradient")
+        if a is not None and b is not None and r is not None:
+            assert_close3(a, b, r, factor=grad_factor, name=f"d{name}")

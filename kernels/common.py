@@ -1,0 +1,50 @@
+"""What every Triton kernel of the package shares. Imported only where a kernel is launched."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+# Set when this process runs kernels under TRITON_INTERPRET=1 (tests on a machine without a GPU).
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+_TL_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def acc_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Accumulator of a kernel: fp64 for fp64 input, so that gradcheck runs through it; else fp32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def acc_torch_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b. The interpreter has no bf16, so there the operands are widened first."""
+    if INTERPRET:
+        return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+def is_interpreted(kernel: object) -> bool:
+    return isinstance(kernel, InterpretedFunction)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, (n - 1).bit_length())
