@@ -1,0 +1,23 @@
+"""Imports of packages that only an extra brings, with an error that names the extra."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str, extra: str) -> Any:
+    """Import ``module``, a dependency of the optional ``extra``, e.g. ``require("av", "video")``.
+
+    Raises:
+        ImportError: it is not installed; the message is the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A broken dependency of an installed package is another problem: leave its own message.
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise ImportError(
+            f"this needs the package {module.split('.')[0]!r}: pip install fastvdm[{extra}]"
+        ) from error
