@@ -1,0 +1,392 @@
+"""x + out(attention(LayerNorm_C(x))) over the frames of each pixel: contract, op, autograd.
+
+Ho et al. 2022, "Video Diffusion Models", section 3. The fused kernel reads x once and writes y
+once; nothing but the inputs is saved for the backward, which recomputes from x. Where a kernel
+does not take the width or the length (``parts_reason``), the block is composed of the package's
+parts: norm_act, linear, axis_attention, linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from fastvdm.config import get_config
+from fastvdm.dispatch import autocast_dtype, launchers, register, select
+from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.cost import Cost
+from fastvdm.reference.temporal_block import temporal_block_ref
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@custom_op("fastvdm::temporal_block_fwd", mutates_args=())
+def temporal_block_fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    eps: float,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus_mask: Tensor | None,
+    num_images: int,
+    sm_scale: float,
+    backend: str,
+) -> Tensor:
+    """y (B, F, H, W, C) in the dtype of x."""
+    return launchers("temporal_block", backend).temporal_block_fwd(
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+        bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
+    )  # fmt: skip
+
+
+@temporal_block_fwd.register_fake
+def _(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@custom_op("fastvdm::temporal_block_bwd", mutates_args=())
+def temporal_block_bwd(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    eps: float,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus_mask: Tensor | None,
+    num_images: int,
+    sm_scale: float,
+    need_norm: bool,
+    need_qkv: bool,
+    need_out: bool,
+    need_bias: bool,
+    need_rel: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias, dout_weight, dout_bias, dbias,
+    drel_k, drel_v), each shaped and typed as its input; dx always. A flag asks for the gradients
+    of one group: norm (weight, bias), qkv (weight, bias), out (weight, bias), bias, rel (k, v).
+    What is not asked for, or belongs to an input that is None, is an empty (0,) tensor and costs
+    nothing: with frozen weights no weight gradient is computed.
+    """
+    return launchers("temporal_block", backend).temporal_block_bwd(
+        dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+        bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
+        need_norm, need_qkv, need_out, need_bias, need_rel,
+    )  # fmt: skip
+
+
+@temporal_block_bwd.register_fake
+def _(
+    dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+    bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
+    need_norm, need_qkv, need_out, need_bias, need_rel, backend,
+):  # fmt: skip
+    def like(t: Tensor | None, need: bool) -> Tensor:
+        if t is None or not need:
+            return x.new_empty((0,))
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return (
+        like(x, True),
+        like(norm_weight, need_norm),
+        like(norm_bias, need_norm),
+        like(qkv_weight, need_qkv),
+        like(qkv_bias, need_qkv),
+        like(out_weight, need_out),
+        like(out_bias, need_out),
+        like(bias, need_bias),
+        like(rel_k, need_rel),
+        like(rel_v, need_rel),
+    )
+
+
+_TENSORS = (
+    "x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias",
+    "bias", "rel_k", "rel_v", "rotary", "focus_mask",
+)  # fmt: skip
+_NAMES = _TENSORS[:7] + ("heads", "eps") + _TENSORS[7:] + ("num_images", "sm_scale", "backend")
+# The differentiable inputs, in the order in which the backward op returns their gradients.
+_GRADS = _TENSORS[:10]
+
+
+def _save(ctx, inputs, output):
+    args = dict(zip(_NAMES, inputs))
+    ctx.save_for_backward(*(args[name] for name in _TENSORS))
+    ctx.heads, ctx.eps, ctx.num_images = args["heads"], args["eps"], args["num_images"]
+    ctx.sm_scale, ctx.backend = args["sm_scale"], args["backend"]
+
+
+def _backward(ctx, dy):
+    saved = dict(zip(_TENSORS, ctx.saved_tensors))
+    need = dict(zip(_NAMES, ctx.needs_input_grad))
+    found = temporal_block_bwd(
+        dy.contiguous(),
+        *(saved[name] for name in _TENSORS[:7]),
+        ctx.heads,
+        ctx.eps,
+        *(saved[name] for name in _TENSORS[7:]),
+        ctx.num_images,
+        ctx.sm_scale,
+        need["norm_weight"] or need["norm_bias"],
+        need["qkv_weight"] or need["qkv_bias"],
+        need["out_weight"] or need["out_bias"],
+        need["bias"],
+        need["rel_k"] or need["rel_v"],
+        ctx.backend,
+    )
+    grads = dict(zip(_GRADS, found))
+    return tuple(grads[name] if name in grads and need[name] else None for name in _NAMES)
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError(
+        "temporal_block has no double backward; for higher-order gradients run it under "
+        "fastvdm.use_backend('reference')"
+    )
+
+
+temporal_block_fwd.register_autograd(_backward, setup_context=_save)
+temporal_block_bwd.register_autograd(_no_double_backward)
+
+
+def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+    """Why the block is better made of its parts than by ``backend``'s fused kernel, or None.
+
+    The fused Triton program keeps one tile of rows, all C channels wide, and its fp32 accumulator
+    in registers, and the whole sequence in that tile. Above C = 256 the accumulator no longer fits
+    at a number of rows that would pay for streaming the 4*C*heads*D weights from the L2 once per
+    tile (performance.md §3.4), and there the block is bound by its matrix products anyway. Above
+    F = 32 the sequence no longer fits one tile. fp64 exists so that gradcheck runs through the
+    kernel and fits at the same sizes.
+    """
+    frames, channels = x.shape[1], x.shape[-1]
+    dim = qkv_weight.shape[0] // (3 * heads)
+    if backend == "triton":
+        if channels > 256:
+            return f"C = {channels} is above 256"
+        if frames > 32:
+            return f"F = {frames} is above 32"
+        if dim > 128:
+            return f"head dim {dim} is above 128"
+    return None
+
+
+def unsupported(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+    """Why ``backend`` cannot take this call; None when it can."""
+    if backend == "cpu" and torch.float16 in (x.dtype, qkv_weight.dtype):
+        return "no fp16 on the CPU"
+    return parts_reason(backend, x, qkv_weight, heads)
+
+
+register(
+    "temporal_block",
+    stem="temporal_block",
+    names=("temporal_block_fwd", "temporal_block_bwd"),
+    unsupported=unsupported,
+    backends=("triton", "cpu"),
+)
+
+
+def _want(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+
+
+def _validate(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+    bias, rel_k, rel_v, rotary, focus_mask, num_images,
+) -> None:  # fmt: skip
+    if x.ndim != 5:
+        raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
+    batch, frames, channels = x.shape[0], x.shape[1], x.shape[4]
+    if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
+        raise ValueError(
+            f"qkv_weight must be (3 * heads * D, C) with heads = {heads}, "
+            f"got {tuple(qkv_weight.shape)}"
+        )
+    inner = qkv_weight.shape[0] // 3
+    dim = inner // heads
+    _want("norm_weight", norm_weight, (channels,))
+    _want("norm_bias", norm_bias, (channels,))
+    _want("qkv_weight", qkv_weight, (3 * inner, channels))
+    _want("qkv_bias", qkv_bias, (3 * inner,))
+    _want("out_weight", out_weight, (channels, inner))
+    _want("out_bias", out_bias, (channels,))
+    _want("bias", bias, (heads, frames, frames))
+    _want("focus_mask", focus_mask, (batch,))
+    for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
+        if table is None:
+            continue
+        if (
+            table.ndim != 3
+            or table.shape[0] not in (1, heads)
+            or table.shape[1] % 2 == 0
+            or table.shape[2] != dim
+        ):
+            raise ValueError(
+                f"{name} must be (1 or {heads}, 2R+1, {dim}), got {tuple(table.shape)}"
+            )
+    if rotary is not None and (
+        rotary.ndim != 3 or rotary.shape[:2] != (2, frames) or 2 * rotary.shape[2] > dim
+    ):
+        raise ValueError(
+            f"rotary must be (2, {frames}, at most {dim // 2}), got {tuple(rotary.shape)}"
+        )
+    if not 0 <= num_images <= frames:
+        raise ValueError(f"num_images must be in [0, {frames}], got {num_images}")
+    if focus_mask is not None and focus_mask.dtype != torch.bool:
+        raise TypeError(f"focus_mask must be bool, got {focus_mask.dtype}")
+    for name, t in (
+        ("x", x), ("norm_weight", norm_weight), ("norm_bias", norm_bias),
+        ("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias), ("out_weight", out_weight),
+        ("out_bias", out_bias), ("bias", bias), ("rel_k", rel_k), ("rel_v", rel_v),
+        ("rotary", rotary), ("focus_mask", focus_mask),
+    ):  # fmt: skip
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
+        if t.dtype not in _DTYPES and name != "focus_mask":
+            raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
+    if out_weight.dtype != qkv_weight.dtype:
+        raise TypeError(
+            f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
+            f"got {out_weight.dtype}"
+        )
+    if (x.dtype == torch.float64) != (qkv_weight.dtype == torch.float64):
+        raise TypeError(f"fp64 only throughout: x is {x.dtype}, qkv_weight {qkv_weight.dtype}")
+
+
+def _fused_backend(device: torch.device) -> str:
+    """Whose limits decide between the fused kernel and the parts."""
+    forced = get_config().backend
+    if forced != "auto":
+        return forced
+    return "triton" if device.type == "cuda" else "cpu"
+
+
+def _parts(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, **options
+) -> Tensor:  # fmt: skip
+    """The block as its parts, each choosing its own backend."""
+    from fastvdm.ops.conv_group_norm_norm import norm_act
+
+    normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
+    qkv = F.linear(normed.to(qkv_weight.dtype), qkv_weight, qkv_bias)
+    dim = qkv_weight.shape[0] // (3 * heads)
+    out = axis_attention(qkv.unflatten(-1, (3, heads, dim)), axis="time", **options)
+    return (x + F.linear(out.flatten(-2), out_weight, out_bias)).to(x.dtype)
+
+
+def temporal_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    *,
+    heads: int,
+    norm_bias: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    bias: Tensor | None = None,
+    rel_k: Tensor | None = None,
+    rel_v: Tensor | None = None,
+    rotary: Tensor | None = None,
+    focus_mask: Tensor | None = None,
+    num_images: int = 0,
+    sm_scale: float | None = None,
+) -> Tensor:
+    """x + out(attention(LayerNorm_C(x))), attention over the frames of each pixel.
+
+    Args:
+        x: (B, F, H, W, C); may be fp32 with 16-bit projections (as under autocast).
+        norm_weight, norm_bias: (C,), the channel LayerNorm (biased variance, ``eps``).
+        qkv_weight, qkv_bias: (3 * heads * D, C) and (3 * heads * D,); q | k | v, head-major.
+        out_weight, out_bias: (C, heads * D) and (C,).
+        bias: (heads, F, F), added to the logits [query, key].
+        rel_k, rel_v: (1 or heads, 2R+1, D), Shaw vectors of the clipped distance key - query.
+        rotary: (2, F, at most D/2), cos and sin in fp32 of interleaved pairs; no gradient.
+        focus_mask: (B,) bool; True: each frame of this sample attends only to itself.
+        num_images: the last this many frames attend only to themselves, and no frame to them.
+        sm_scale: D**-0.5 by default.
+
+    Returns:
+        (B, F, H, W, C) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
+    """
+    _validate(
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+        bias, rel_k, rel_v, rotary, focus_mask, num_images,
+    )  # fmt: skip
+    low = autocast_dtype(qkv_weight)
+    qkv_weight, qkv_bias, out_weight, out_bias, rel_k, rel_v = (
+        None if t is None else t.to(low)
+        for t in (qkv_weight, qkv_bias, out_weight, out_bias, rel_k, rel_v)
+    )
+    scale = (qkv_weight.shape[0] // (3 * heads)) ** -0.5 if sm_scale is None else float(sm_scale)
+    options = dict(
+        bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary, focus_mask=focus_mask,
+        num_images=num_images, sm_scale=scale,
+    )  # fmt: skip
+    wanted = _fused_backend(x.device)
+    if wanted != "reference" and parts_reason(wanted, x, qkv_weight, heads) is not None:
+        return _parts(
+            x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+            **options,
+        )  # fmt: skip
+    backend = select("temporal_block", x.device, x, qkv_weight, heads)
+    if backend == "reference":
+        return temporal_block_ref(
+            x, norm_weight, qkv_weight, out_weight, heads=heads, norm_bias=norm_bias,
+            qkv_bias=qkv_bias, out_bias=out_bias, eps=eps, **options,
+        )  # fmt: skip
+    return temporal_block_fwd(
+        x.contiguous(), norm_weight.contiguous(), _contiguous(norm_bias), qkv_weight.contiguous(),
+        _contiguous(qkv_bias), out_weight.contiguous(), _contiguous(out_bias), heads, eps,
+        _contiguous(bias), _contiguous(rel_k), _contiguous(rel_v), _contiguous(rotary),
+        focus_mask, num_images, scale, backend,
+    )  # fmt: skip
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def temporal_block_cost(
+    shape: tuple[int, ...], heads: int, dim: int, itemsize: int, *, backward: bool = False
+) -> Cost:
+    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with all
+    weight gradients and without what it recomputes.
+
+    Forward: x read, y written, the four projections read. Backward: x, dy read, dx written, the
+    projections read and their gradients written; twice the products of the forward, 2.5 times in
+    the attention.
+    """
+    b, f, h, w, c = shape
+    rows, inner = b * f * h * w, heads * dim
+    weights = 4 * c * inner
+    project, attend = 8 * rows * c * inner, 4 * rows * f * inner
+    if backward:
+        return Cost(2 * project + 5 * attend // 2, (3 * rows * c + 2 * weights) * itemsize)
+    return Cost(project + attend, (2 * rows * c + weights) * itemsize)
