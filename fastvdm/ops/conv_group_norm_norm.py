@@ -1,0 +1,299 @@
+"""``norm_act``: the norm side of ``conv_group_norm``, with all that stands around a convolution.
+
+    z = norm([x, x2]) * weight + bias           the statistics are over channels, or a group
+    y = SiLU(z * (1 + scale) + shift) * dropout_mask + residual
+
+One read and one write when the statistics are given, else two reads and one write. The backward
+recomputes the normalised activation: what is saved is x and, for groups, the mean and 1/std.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastvdm.dispatch import launchers, register, select
+from fastvdm.ops.cost import Cost
+from fastvdm.reference.conv_group_norm_norm import norm_act_ref
+
+KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
+_EPS = {"group": 1e-5, "rms": 1e-12, "layer": 1e-5}
+_STEM = "conv_group_norm_norm"
+_Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _channels(x: Tensor, x2: Tensor | None) -> int:
+    return x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+
+
+def _stats_shape(x: Tensor, kind: int, groups: int, per_frame: bool) -> tuple[int, ...]:
+    if kind != KINDS["group"]:
+        return (0,)
+    return (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
+
+
+@custom_op("fastvdm::norm_act_fwd", mutates_args=())
+def norm_act_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    dropout_mask: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kind: int,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    act: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd) of contiguous inputs; only the rows of scale and shift may lie further apart
+    than C, as halves of one (B, 2C) projection do. y (B, F, H, W, C1 + C2) in the dtype of x. mean,
+    rstd (N, groups) in fp32 (fp64 for fp64), N = B*F per frame, else B; of shape (0,) where there
+    are none to save: the kind is not "group", or they were given."""
+    return launchers(_STEM, backend).norm_act_fwd(
+        x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
+        kind, groups, per_frame, eps, act,
+    )  # fmt: skip
+
+
+@norm_act_fwd.register_fake
+def _(
+    x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
+    kind, groups, per_frame, eps, act, backend,
+):  # fmt: skip
+    stats = (0,) if mean is not None else _stats_shape(x, kind, groups, per_frame)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_empty((*x.shape[:-1], _channels(x, x2)))
+    return y, x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
+
+
+@custom_op("fastvdm::norm_act_bwd", mutates_args=())
+def norm_act_bwd(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dropout_mask: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kind: int,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    act: bool,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dfilm: bool,
+    backend: str,
+) -> _Grads:
+    """(dx, dx2, dweight, dbias, dscale, dshift), each in the shape and dtype of its tensor, or of
+    shape (0,) where the tensor is None or not wanted: ``need_dx`` asks for dx and dx2,
+    ``need_dweight`` for dweight and dbias, ``need_dfilm`` for dscale and dshift. The gradient of
+    the residual is dy itself. mean, rstd are those of the forward; None for kinds "rms", "layer".
+    """
+    return launchers(_STEM, backend).norm_act_bwd(
+        dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
+        kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm,
+    )  # fmt: skip
+
+
+@norm_act_bwd.register_fake
+def _(
+    dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
+    kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm, backend,
+):  # fmt: skip
+    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm)
+    return tuple(
+        x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
+        for t, need in zip((x, x2, weight, bias, scale, shift), needs)
+    )
+
+
+def _save(ctx, inputs, output):
+    x, x2, weight, bias, scale, shift, _, dropout_mask, mean, rstd, *ctx.options = inputs
+    if mean is None and output[1].numel():
+        mean, rstd = output[1:]
+    ctx.save_for_backward(x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dmean, drstd):
+    if dy is None:
+        return (None,) * 16
+    x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd = ctx.saved_tensors
+    *options, backend = ctx.options
+    need = ctx.needs_input_grad
+    flags = (need[0] or need[1], need[2] or need[3], need[4] or need[5])
+    found = norm_act_bwd(
+        dy.contiguous(), x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
+        *options, *flags, backend,
+    )  # fmt: skip
+    grads = [g if n else None for g, n in zip(found, need)]
+    return (*grads, dy if need[6] else None, *(None,) * 9)
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        'norm_act has no second derivative; use `with use_backend("reference")` for one'
+    )
+
+
+norm_act_fwd.register_autograd(_backward, setup_context=_save)
+norm_act_bwd.register_autograd(_no_double_backward)
+
+
+def unsupported(backend: str, x: Tensor, kind: str) -> str | None:
+    """Why ``backend`` cannot take this call, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"{x.dtype} is not a type of its kernels"
+    return None
+
+
+register("norm_act", _STEM, ("norm_act_fwd", "norm_act_bwd"), unsupported)
+
+
+def _expect(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{name} must be on {device} as x is, got {t.device}")
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    groups: int = 1,
+    per_frame: bool = False,
+    eps: float | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = True,
+    residual: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+    x2: Tensor | None = None,
+    stats: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
+
+    Args:
+        x: (B, F, H, W, C), any strides (kernels copy a non-contiguous one).
+        weight, bias: (C,), of any floating dtype; with ``x2``, (C + C2,).
+        kind: "group": GroupNorm, biased variance over (C/groups, F, H, W) of each video, or over
+            (C/groups, H, W) ``per_frame``. "rms": x / max(||x||₂, eps) √C over channels.
+            "layer": LayerNorm over channels.
+        groups, per_frame: for kind "group"; the other kinds look at one pixel at a time.
+        eps: default 1e-5; 1e-12 for "rms".
+        scale, shift: FiLM, (B, C) each; either may be None.
+        act: SiLU or nothing.
+        residual: (B, F, H, W, C), in the dtype of x.
+        dropout_mask: (B, F, H, W, C), bool or floating; multiplied in as it is, so the caller
+            divides by the keep probability. Gets no gradient.
+        x2: (B, F, H, W, C2): the norm acts on the channels of x and x2 side by side.
+        stats: (mean, rstd), each (B, groups), or (B, F, groups) per frame, in fp32 (fp64 for fp64):
+            the statistics of this x where its producer has them. Differentiated as functions of x.
+
+    Returns:
+        (B, F, H, W, C + C2) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: a shape, device, dtype or option does not fit.
+    """
+    if x.ndim != 5:
+        raise ValueError(f"x must be (B, F, H, W, C), got {x.ndim} dimensions")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating, got {x.dtype}")
+    if kind not in KINDS:
+        raise ValueError(f'kind must be "group", "rms" or "layer", got {kind!r}')
+    video = tuple(x.shape[:-1])
+    if x2 is not None:
+        if x2.ndim != 5 or tuple(x2.shape[:-1]) != video:
+            raise ValueError(f"x2 must be {(*video, 'C2')}, got {tuple(x2.shape)}")
+        if x2.device != x.device:
+            raise ValueError(f"x2 must be on {x.device} as x is, got {x2.device}")
+    b, c = x.shape[0], _channels(x, x2)
+    if min(*video, c) < 1:
+        raise ValueError(f"x must not be empty, got {tuple(x.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        _expect(name, t, (c,), x.device)
+    for name, t in (("scale", scale), ("shift", shift)):
+        _expect(name, t, (b, c), x.device)
+    for name, t in (("residual", residual), ("dropout_mask", dropout_mask)):
+        _expect(name, t, (*video, c), x.device)
+    if torch.is_autocast_enabled(x.device.type):  # one stream may still be wider than the other
+        x2 = None if x2 is None else x2.to(x.dtype)
+        residual = None if residual is None else residual.to(x.dtype)
+    for name, t in (("x2", x2), ("residual", residual)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} as x is, got {t.dtype}")
+    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {t.dtype}")
+    if dropout_mask is not None and dropout_mask.requires_grad:
+        raise ValueError("dropout_mask gets no gradient: detach it")
+    eps = _EPS[kind] if eps is None else float(eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if kind != "group":
+        if stats is not None:
+            raise ValueError(f'stats are for kind "group", not {kind!r}')
+        groups, per_frame = 1, False
+    elif groups < 1 or c % groups:
+        raise ValueError(f"groups must divide the {c} channels, got {groups}")
+    mean, rstd = None, None
+    if stats is not None:
+        shape = (b, x.shape[1], groups) if per_frame else (b, groups)
+        acc = torch.promote_types(x.dtype, torch.float32)
+        for name, t in zip(("mean", "rstd"), stats):
+            _expect(f"stats: {name}", t, shape, x.device)
+            if t.dtype != acc:
+                raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
+        mean, rstd = (t.reshape(-1, groups) for t in stats)
+
+    backend = select("norm_act", x.device, x, kind)
+    if backend == "reference":  # recomputes the statistics: `stats` only saves a pass
+        return norm_act_ref(
+            x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
+            shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, x2=x2,
+        )  # fmt: skip
+    dense = (
+        None if t is None else t.contiguous()
+        for t in (x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd)
+    )  # fmt: skip
+    return norm_act_fwd(*dense, KINDS[kind], groups, per_frame, eps, act, backend)[0]
+
+
+def norm_act_cost(
+    x: Tensor,
+    *,
+    kind: str,
+    c2: int = 0,
+    stats: bool = False,
+    residual: bool = False,
+    dropout: bool = False,
+    backward: bool = False,
+) -> Cost:
+    """Least traffic and arithmetic of one call; parameters and statistics are too small to count.
+
+    Forward: reads x twice (once for a row-wise kind, or with ``stats``) and writes y. Backward:
+    reads x and dy twice (once for a row-wise kind) and writes dx.
+    """
+    c = x.shape[-1] + c2
+    n = x.numel() // x.shape[-1] * c
+    once = stats and not backward or kind != "group"
+    tensors = (3 if once else 5) if backward else (2 if once else 3)
+    tensors += int(residual and not backward) + int(dropout) * (2 if backward and not once else 1)
+    return Cost(flops=(30 if backward else 14) * n, bytes=tensors * n * x.element_size())

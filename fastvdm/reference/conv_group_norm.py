@@ -1,0 +1,24 @@
+"""``conv_group_norm`` in plain torch: a per-frame convolution, then the norm and all after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastvdm.reference.conv_group_norm_conv import space_conv_ref
+from fastvdm.reference.conv_group_norm_norm import norm_act_ref
+
+
+def conv_group_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    **norm: Any,
+) -> Tensor:
+    """norm_act_ref(space_conv_ref(x, weight, bias, x2=x2), norm_weight, norm_bias, **norm)."""
+    return norm_act_ref(space_conv_ref(x, weight, bias, x2=x2), norm_weight, norm_bias, **norm)

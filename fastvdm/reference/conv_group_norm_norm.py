@@ -1,0 +1,72 @@
+"""Norm → affine → FiLM → SiLU → dropout → + residual on (B, F, H, W, C), in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
+    """GroupNorm of x (N, L, C) over (L, C/groups). Wu & He 2018, Eq. 1-2.
+
+    torch's channels-last CPU kernel forms E[x²] - E[x]²: at 1e4 ± 1 in fp32 its result is off by
+    1e3 (torch 2.13). A constant per group taken off the input changes neither the result nor any
+    derivative, so a rough mean is subtracted first.
+    """
+    n, _, c = x.shape
+    acc = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad():
+        mean = x.mean(1, dtype=acc).view(n, groups, c // groups).mean(2, keepdim=True)
+        mean = mean.expand(n, groups, c // groups).reshape(n, 1, c)
+    centred = (x - mean).unsqueeze(2).permute(0, 3, 1, 2)  # (N, C, L, 1): a channels-last view
+    return F.group_norm(centred, groups, weight, bias, eps).permute(0, 2, 3, 1).squeeze(2)
+
+
+def norm_act_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str,
+    groups: int = 1,
+    per_frame: bool = False,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = True,
+    residual: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+    x2: Tensor | None = None,
+) -> Tensor:
+    """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
+
+    x (B, F, H, W, C), x2 (B, F, H, W, C2) or None: its channels follow those of x. weight, bias
+    (C + C2,), scale, shift (B, C + C2), residual, dropout_mask and the result (B, F, H, W, C + C2).
+    Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of x. ``groups`` and
+    ``per_frame`` matter to kind "group" only.
+    """
+    dtype = x.dtype
+    acc = torch.promote_types(dtype, torch.float32)
+    x = x if x2 is None else torch.cat([x, x2], dim=-1)
+    b, f, h, w, c = x.shape
+    weight = weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    if kind == "group":
+        y = _group_norm(x.reshape(b * f if per_frame else b, -1, c), weight, bias, groups, eps)
+        y = y.reshape(b, f, h, w, c)
+    elif kind == "rms":  # Zhang & Sennrich 2019, Eq. 4, on the L2 norm: x / max(||x||, eps) √C
+        y = F.normalize(x.to(acc), dim=-1, eps=eps) * (weight * c**0.5)
+        y = y if bias is None else y + bias
+    elif kind == "layer":  # Ba et al. 2016, Eq. 3, over channels
+        y = F.layer_norm(x.to(acc), (c,), weight, bias, eps)
+    else:
+        raise ValueError(f'kind must be "group", "rms" or "layer", got {kind!r}')
+    if scale is not None:
+        y = y * (1 + scale.to(acc).view(b, 1, 1, 1, c))
+    if shift is not None:
+        y = y + shift.to(acc).view(b, 1, 1, 1, c)
+    y = F.silu(y) if act else y
+    y = y if dropout_mask is None else y * dropout_mask
+    y = y if residual is None else y + residual
+    return y.to(dtype)
