@@ -9,6 +9,8 @@ recomputes the normalised activation: what is saved is x and, for groups, the me
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -18,7 +20,7 @@ from fastvdm.ops.cost import Cost
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
-_EPS = {"group": 1e-5, "rms": 1e-12, "layer": 1e-5}
+DEFAULT_EPS = {"group": 1e-5, "rms": 1e-12, "layer": 1e-5}
 _STEM = "conv_group_norm_norm"
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -185,7 +187,7 @@ def norm_act(
     residual: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     x2: Tensor | None = None,
-    stats: tuple[Tensor, Tensor] | None = None,
+    stats: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
@@ -244,7 +246,7 @@ def norm_act(
             raise TypeError(f"{name} must be floating, got {t.dtype}")
     if dropout_mask is not None and dropout_mask.requires_grad:
         raise ValueError("dropout_mask gets no gradient: detach it")
-    eps = _EPS[kind] if eps is None else float(eps)
+    eps = DEFAULT_EPS[kind] if eps is None else float(eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if kind != "group":

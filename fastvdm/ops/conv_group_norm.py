@@ -1,0 +1,71 @@
+"""``conv_group_norm``: a per-frame convolution, then norm → FiLM → SiLU → + residual.
+
+The heart of the network in two launches: the convolution, and one read and one write for all that
+follows it. What is saved for the backward is the input, the convolution's output and the statistics:
+the normalised activation is recomputed. The parts are re-exported from here.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastvdm.ops.conv_group_norm_conv import (
+    choose_conv,
+    space_conv,
+    space_conv_stats,
+    space_conv_transpose,
+)
+from fastvdm.ops.conv_group_norm_norm import DEFAULT_EPS, norm_act
+
+__all__ = ["conv_group_norm", "norm_act", "space_conv", "space_conv_transpose"]
+
+
+def conv_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    *,
+    kind: str = "group",
+    groups: int = 8,
+    per_frame: bool = False,
+    eps: float | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = True,
+    residual: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
+    x2: Tensor | None = None,
+) -> Tensor:
+    """norm_act(space_conv(x, weight, bias, x2=x2), norm_weight, norm_bias, ...).
+
+    The block of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, App. B), on every frame.
+
+    Args:
+        x, x2: (B, F, H, W, C1), (B, F, H, W, C2): convolved side by side along the channels.
+        weight: (Cout, C1 + C2, k, k), k odd; stride 1. bias: (Cout,).
+        norm_weight, norm_bias: (Cout,). scale, shift: (B, Cout).
+        residual, dropout_mask: (B, F, H, W, Cout).
+        The rest as in ``norm_act``.
+
+    Returns:
+        (B, F, H, W, Cout), contiguous, in the dtype of the convolution's output.
+
+    Raises:
+        ValueError, TypeError: as ``space_conv`` and ``norm_act``.
+    """
+    stats = None
+    epilogue = choose_conv("conv" if x2 is None else "pair", x.shape[-1], x.device.type, x.dtype)
+    if kind == "group" and epilogue == "triton":  # its epilogue has the statistics for nothing
+        y, *stats = space_conv_stats(
+            x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,
+            eps=DEFAULT_EPS[kind] if eps is None else eps,
+        )  # fmt: skip
+    else:
+        y = space_conv(x, weight, bias, x2=x2)
+    return norm_act(
+        y, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps,
+        scale=scale, shift=shift, act=act, residual=residual, dropout_mask=dropout_mask,
+        stats=stats,
+    )  # fmt: skip
