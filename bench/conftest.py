@@ -1,0 +1,191 @@
+"""pytest bench/: who is faster, by how much, how near the limit, at what numerical error.
+
+How to write ``bench/<stem>_bench.py``::
+
+    import pytest
+    import torch
+    from cases import bench_cases, shape
+    from harness import Contest, Provider, compiled, grads_of, need_kernel
+
+    PROVIDERS = ("torch", "compiled", "fastvdm")
+
+    def contest(case: str, device: str) -> Contest:
+        s = shape(case)                                     # bench/cases.py
+        x = torch.randn(s.x_shape, device=device)
+        info: dict = {}
+
+        def fused():
+            need_kernel("my_op", device)                    # without a kernel: skip, with why
+            return lambda: my_op(x)
+
+        return Contest(
+            reference=lambda: my_op_ref(x.double()),        # held to before any timing
+            providers={                                     # the first one is the baseline
+                "torch": Provider(lambda: lambda: my_op_ref(x), tolerance=1e-5),
+                "compiled": Provider(lambda: with_x(compiled(my_op_ref, info)), 1e-5, info=info),
+                "fastvdm": Provider(fused, tolerance=1e-5),  # dtype=torch.bfloat16, tolerance=2e-2
+            },
+            cost=lambda dtype: my_op_cost(s, dtype),        # Cost(flops, bytes), from the op file
+            device=device,
+        )
+
+    @pytest.mark.parametrize("provider", PROVIDERS)
+    @pytest.mark.parametrize("case", bench_cases("l0", "l1", full=("l2", "l3")))
+    def test_forward(race, case, provider):
+        race(contest, case, provider)
+
+``race`` builds the contest of a case once, holds every provider to the reference, times them
+interleaved, and gives each test its own rounds. Backward: a second function whose runs come from
+``grads_of(fn, inputs, dy)``. The provider names of a function must be those of its contest.
+
+Options: ``--full`` (all cases, more rounds), ``--budget`` (seconds of timing per case),
+``--device``. A bench refuses to time while its op's tests are known to be red.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import CLOCK, Contest, Result, limits, run_contest, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+# The figures of each case, never its tensors.
+_RESULTS: dict[tuple, tuple[dict[str, Result], dict[str, dict]]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastvdm bench")
+    group.addoption("--full", action="store_true", help="all cases and more rounds")
+    group.addoption("--budget", type=float, help="seconds of timing per case (8; with --full 40)")
+    group.addoption(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device of the benchmarks (default: a GPU where there is one)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: a case that runs only with --full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="only with --full")
+    for item in items:
+        if "race" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if "full" in item.keywords and not config.getoption("--full"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--device")
+
+
+def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
+    failed = request.config.cache.get("cache/lastfailed", {}) if request.config.cache else {}
+    red = [test for test in failed if test.startswith(f"tests/{stem}_test.py")]
+    if red:
+        pytest.fail(f"not timed: {red[0]} is red (run pytest tests/{stem}_test.py)", pytrace=False)
+
+
+def _selected(item: pytest.Item, key: tuple) -> list[str]:
+    """The providers that this run will ask for in the same contest."""
+    return [i.callspec.params["provider"] for i in item.session.items if _key(i) == key]
+
+
+def _key(item: Any) -> tuple | None:
+    if not hasattr(item, "callspec") or "provider" not in item.callspec.params:
+        return None
+    rest = {k: v for k, v in item.callspec.params.items() if k != "provider"}
+    return (item.path, item.originalname, *sorted((k, str(v)) for k, v in rest.items()))
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Callable[..., None]:
+    """``race(make, case, provider, **kwargs)``: ``make(case, device, **kwargs)`` is the Contest."""
+
+    def run(make: Callable[..., Contest], case: str, provider: str, **kwargs: Any) -> None:
+        stem = request.node.path.name.removesuffix("_bench.py")
+        _refuse_if_red(request, stem)
+        key = _key(request.node)
+        assert key is not None, "parametrize over `provider`"
+        if key not in _RESULTS:
+            full = request.config.getoption("--full")
+            budget = request.config.getoption("--budget")
+            torch.manual_seed(0)
+            contest = make(case, device, **kwargs)
+            results = run_contest(
+                contest,
+                names=_selected(request.node, key),
+                budget=budget if budget is not None else 40.0 if full else 8.0,
+                min_rounds=10 if full else 3,
+                max_rounds=100 if full else 30,
+            )
+            rows = {n: summary(contest, results, n) for n, r in results.items() if r.times}
+            _RESULTS[key] = results, rows
+        results, rows = _RESULTS[key]
+        result = results[provider]
+        if result.skipped is not None:
+            pytest.skip(result.skipped)
+        if result.failed is not None:
+            pytest.fail(f"not timed: {provider}: {result.failed}", pytrace=False)
+        operation = request.node.originalname.removeprefix("test_")
+        benchmark.group = f"{stem}-{operation}-{case}"
+        benchmark.extra_info.update(rows[provider] | {"case": case, "operation": operation})
+        CLOCK.load(result.times)
+        benchmark.pedantic(CLOCK.advance, rounds=len(result.times), iterations=1)
+
+    return run
+
+
+def _command(*argv: str) -> str | None:
+    try:
+        out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def machine_info(device: str) -> dict[str, Any]:
+    """What the figures were taken on."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    info: dict[str, Any] = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": _command("git", "rev-parse", "--short", "HEAD"),
+        "dirty": bool(_command("git", "status", "--porcelain", "--untracked-files=no")),
+    }
+    if device.startswith("cuda"):
+        info["gpu"] = torch.cuda.get_device_name()
+        info["cuda"] = torch.version.cuda
+        info["cudnn"] = torch.backends.cudnn.version()
+        info["clocks"] = _command(
+            "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"
+        )
+    for dtype in (torch.float32, torch.bfloat16):
+        flops, bandwidth = limits(device, dtype)
+        info[f"limit_tflops_{str(dtype).removeprefix('torch.')}"] = round(flops / 1e12, 3)
+        info["limit_gbs"] = round(bandwidth / 1e9, 1)
+    return info
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["fastvdm"] = globals()["machine_info"](config.getoption("--device"))

@@ -1,0 +1,334 @@
+"""Contests between providers: parity first, then interleaved rounds in one process.
+
+A timing taken alone says more about the machine's mood than about the code. Here every provider
+of a case runs once per round, one after the other, and what is quoted is the median over the rounds
+of the ratio to the baseline within the same round. A provider whose result is wrong is not timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvdm.testing import max_error
+
+Outputs = Tensor | Sequence[Tensor]
+RECOMPILE_LIMIT = 256  # the peer needs it: at dynamo's default it silently runs half eager
+
+
+class Unavailable(RuntimeError):
+    """A provider cannot run here; its rows are skipped with this reason."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the case.
+
+    ``build()`` makes weights, casts and compiles, and returns ``run``; ``run()`` computes the
+    result and is all that is timed. ``build`` raises ``Unavailable`` where it cannot run.
+    """
+
+    build: Callable[[], Callable[[], Outputs]]
+    tolerance: float  # max |out - reference| / max |reference|, over every output
+    dtype: torch.dtype = torch.float32  # what its floor is counted in
+    info: dict[str, Any] = field(default_factory=dict)  # anything worth recording, e.g. graphs
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Providers of one case and what they are held to. The first provider is the baseline."""
+
+    reference: Callable[[], Outputs]  # fp64, or the baseline in fp32 where fp64 takes too long
+    providers: Mapping[str, Provider]
+    cost: Callable[[torch.dtype], Any] | None = None  # dtype -> Cost(flops, bytes)
+    device: str = "cpu"
+    hide_host: bool = True  # on a GPU: time the device alone (ops); False: as the user sees it
+
+
+@dataclass
+class Result:
+    """What one provider did: seconds per round, or why it has none."""
+
+    times: list[float] = field(default_factory=list)
+    error: float | None = None
+    skipped: str | None = None
+    failed: str | None = None
+    peak_bytes: int | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def run_contest(
+    contest: Contest,
+    *,
+    names: Sequence[str] | None = None,
+    budget: float = 10.0,
+    min_rounds: int = 3,
+    max_rounds: int = 30,
+) -> dict[str, Result]:
+    """Check and time the providers ``names`` (default: all). ``budget`` in seconds of timing."""
+    wanted = [n for n in contest.providers if names is None or n in names]
+    results = {n: Result(info=contest.providers[n].info) for n in wanted}
+    reference = _tensors(contest.reference())
+    runs: dict[str, Callable[[], Outputs]] = {}
+    for name in wanted:
+        run = _admit(contest.providers[name], reference, results[name])
+        if run is not None:
+            runs[name] = run
+    del reference
+    gc.collect()
+    for name, run in runs.items():
+        results[name].peak_bytes = _peak_bytes(run, contest.device)
+    estimate = _round(contest, runs)
+    rounds = max(min_rounds, min(max_rounds, int(budget / max(sum(estimate.values()), 1e-9))))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, seconds in _round(contest, runs).items():
+                results[name].times.append(seconds)
+    finally:
+        gc.enable()
+    return results
+
+
+def _admit(
+    provider: Provider, reference: list[Tensor], result: Result
+) -> Callable[[], Outputs] | None:
+    """Build one provider and hold its first result to the reference."""
+    try:
+        run = provider.build()
+        out = _tensors(run())
+    except (Unavailable, ImportError) as error:
+        result.skipped = str(error)
+        return None
+    shapes = [tuple(t.shape) for t in out], [tuple(t.shape) for t in reference]
+    if shapes[0] != shapes[1]:
+        result.failed = f"shapes {shapes[0]}, expected {shapes[1]}"
+        return None
+    result.error = max((max_error(o, r.to(o.device)) for o, r in zip(out, reference)), default=0.0)
+    if not result.error <= provider.tolerance:
+        result.failed = f"max error {result.error:.3g} > tolerance {provider.tolerance:.3g}"
+        return None
+    return run
+
+
+def _tensors(out: Outputs) -> list[Tensor]:
+    return [t.detach() for t in ([out] if isinstance(out, Tensor) else out)]
+
+
+def _round(contest: Contest, runs: Mapping[str, Callable[[], Outputs]]) -> dict[str, float]:
+    """Seconds of one call of each provider."""
+    if contest.device.startswith("cuda"):
+        return _cuda_round(contest, runs)
+    seconds = {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        out = run()
+        seconds[name] = time.perf_counter() - start
+        del out
+    return seconds
+
+
+def _cuda_round(contest: Contest, runs: Mapping[str, Callable[[], Outputs]]) -> dict[str, float]:
+    flush = _flush_buffer(contest.device)
+    seconds = {}
+    for name, run in runs.items():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        flush.zero_()  # nothing of the last call is left in L2
+        if contest.hide_host:
+            torch.cuda._sleep(4_000_000)  # about 2 ms in which the host queues the launches
+        start.record()
+        out = run()
+        end.record()
+        torch.cuda.synchronize()
+        seconds[name] = start.elapsed_time(end) / 1e3
+        del out
+    return seconds
+
+
+@functools.cache
+def _flush_buffer(device: str) -> Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+
+def _peak_bytes(run: Callable[[], Outputs], device: str) -> int | None:
+    """Memory of one call above what is held before it; None where the system does not tell."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        before = _status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak counts from here
+        run()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, LookupError):
+        return None
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    raise LookupError(key)
+
+
+# What a provider's build uses.
+
+
+def compiled(fn: Callable[..., Any], info: dict[str, Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile(fn)`` with room for every graph; its first call records the graph count."""
+    if not torch.cuda.is_available() and not _has_compiler():
+        raise Unavailable("torch.compile needs a C++ compiler on a CPU")
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = 8 * RECOMPILE_LIMIT
+    inner = torch.compile(fn, **options)
+    counters = torch._dynamo.utils.counters
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "graphs" in info:
+            return inner(*args, **kwargs)
+        before = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        start = time.perf_counter()
+        out = inner(*args, **kwargs)
+        info["compile_s"] = round(time.perf_counter() - start, 1)
+        info["graphs"] = counters["stats"]["unique_graphs"] - before[0]
+        info["graph_breaks"] = sum(counters["graph_break"].values()) - before[1]
+        return out
+
+    return call
+
+
+@functools.cache
+def _has_compiler() -> bool:
+    import shutil
+
+    return any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+def need_kernel(op: str, device: str) -> None:
+    """Raise ``Unavailable`` where ``op`` has no kernel on ``device``: there it would only race the
+    reference against itself."""
+    from fastvdm import dispatch
+
+    off = dispatch.explain(op)
+    if device.startswith("cuda"):
+        reasons = {b: off[b] for b in ("triton", "cuda")}
+    else:
+        reasons = {"cpu": off["cpu"]}
+    if all(reasons.values()):
+        raise Unavailable("; ".join(f"{b}: {r}" for b, r in reasons.items()))
+
+
+def grads_of(fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor):
+    """A ``run`` that returns the gradients of ``fn(*inputs)``: forward and backward together."""
+    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+    wanted = [t for t in leaves if isinstance(t, Tensor)]
+
+    def run() -> tuple[Tensor, ...]:
+        y = fn(*leaves)
+        return torch.autograd.grad(y, wanted, dy.to(y.dtype))
+
+    return run
+
+
+# The limits of this machine.
+
+
+@functools.cache
+def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product in ``dtype``, bytes/s of a large copy), measured here."""
+    return _matmul_rate(device, dtype), _copy_rate(device)
+
+
+@functools.cache
+def _matmul_rate(device: str, dtype: torch.dtype) -> float:
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _best(lambda: a @ b, device)
+
+
+@functools.cache
+def _copy_rate(device: str) -> float:
+    size = 2**30 if device.startswith("cuda") else 2**29
+    a = torch.zeros(size, dtype=torch.int8, device=device)
+    b = torch.zeros_like(a)
+    return 2 * size / _best(lambda: b.copy_(a), device)
+
+
+def _best(run: Callable[[], Tensor], device: str, rounds: int = 5) -> float:
+    contest = Contest(run, {}, device=device, hide_host=False)
+    return min(_round(contest, {"x": run})["x"] for _ in range(rounds + 1))
+
+
+def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[str, Any]:
+    """What goes beside a provider's times: ratio, rates, % of the floor, error, memory."""
+    provider, result = contest.providers[name], results[name]
+    info: dict[str, Any] = {
+        "provider": name,
+        "dtype": str(provider.dtype).removeprefix("torch."),
+        "median_ms": 1e3 * result.median,
+        "max_error": result.error,
+        "rounds": len(result.times),
+    }
+    baseline = next(iter(contest.providers))
+    base = results.get(baseline)
+    if base is not None and base.times:
+        info["baseline"] = baseline
+        info["ratio"] = statistics.median(b / t for b, t in zip(base.times, result.times))
+    if result.peak_bytes is not None:
+        info["peak_mib"] = result.peak_bytes / 2**20
+    if contest.cost is not None:
+        cost = contest.cost(provider.dtype)
+        flops, bandwidth = limits(contest.device, provider.dtype)
+        floor = max(cost.flops / flops, cost.bytes / bandwidth)
+        info["gflops"] = cost.flops / result.median / 1e9
+        info["gbs"] = cost.bytes / result.median / 1e9
+        info["floor_ms"] = 1e3 * floor
+        info["floor_pct"] = 100 * floor / result.median
+    return info | result.info
+
+
+class ReplayClock:
+    """Hands durations measured elsewhere to pytest-benchmark through its ``timer`` option.
+
+    pytest-benchmark times one test after the other. The rounds here are interleaved, so they are
+    measured by ``run_contest``, and each provider's test replays its own.
+    """
+
+    __name__ = "interleaved"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._pending: list[float] = []
+
+    def load(self, times: Sequence[float]) -> None:
+        self._pending = list(reversed(times))
+
+    def advance(self) -> None:
+        self.now += self._pending.pop()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = ReplayClock()
