@@ -1,0 +1,55 @@
+"""Runs every check of the repository, all of them even if one fails, and ends with a plain table.
+
+``make test`` calls it; ``--only lint`` leaves out the tests. The exit status is 0 if all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = (sys.executable, "-m")
+
+
+def steps(only: str | None, extra: list[str]) -> list[tuple[str, list[str]]]:
+    """(name, command) in the order they run; lint first, as it fails fastest."""
+    lint = [
+        ("ruff check", [*PYTHON, "ruff", "check", "."]),
+        ("ruff format", [*PYTHON, "ruff", "format", "--check", "."]),
+        ("mypy", [*PYTHON, "mypy"]),
+    ]
+    info = [("fastvdm info", [*PYTHON, "fastvdm.info"])]
+    workers = str(min(4, os.cpu_count() or 1))
+    # loadfile: the tests of one file share their compiled functions.
+    pytest = [*PYTHON, "pytest", "tests", "-q", "-n", workers, "--dist", "loadfile"]
+    tests = [("pytest", [*pytest, "--durations=15", *extra])]
+    return lint if only == "lint" else info + lint + tests
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["lint"])
+    args, extra = parser.parse_known_args()
+    # One thread per worker: the workers are the parallelism.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    rows = []
+    for name, command in steps(args.only, extra):
+        print(f"\n== {name}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        rows.append((name, status, time.monotonic() - start))
+    print("\n== summary")
+    for name, status, seconds in rows:
+        print(f"{name:<14} {'ok' if status == 0 else f'FAILED ({status})':<12} {seconds:7.1f} s")
+    failed = [name for name, status, _ in rows if status != 0]
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

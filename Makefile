@@ -1,0 +1,106 @@
+# make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
+# make test    everything: lint, types, tests (what CI runs)
+# make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
+# make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
+# make lint | info | paper-tables | peer | clean
+#
+# The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,
+# with its own torch (>= 2.11): make demo SYSTEM=1 PYTHON=python3
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/gpu
+ARGS ?=
+SHELL := /bin/bash
+
+PEER_OLD := video-diffusion-pytorch==0.6.3
+PEER_NEW := video-diffusion-pytorch==0.7.0
+CSRC := $(shell find csrc -type f 2>/dev/null)
+BUILD := setup.py pyproject.toml $(CSRC)
+
+ifdef SYSTEM
+PY := $(PYTHON)
+STAMPS := .system
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)
+endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test bench gpu lint info paper-tables peer clean
+.DEFAULT_GOAL := test
+
+demo: $(STAMPS)/demo.stamp
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(STAMPS)/dev.stamp .peer/done.stamp
+	FASTVDM_REQUIRE_PEER=1 $(PY) .ci/check.py $(ARGS)
+
+lint: $(STAMPS)/dev.stamp
+	$(PY) .ci/check.py --only lint
+
+bench: $(STAMPS)/dev.stamp .peer/done.stamp
+	mkdir -p bench/results
+	$(PY) -m pytest bench $(ARGS) --benchmark-json=bench/results/latest.json
+	$(PY) bench/waterfall.py bench/results/latest.json
+
+info: $(STAMPS)/demo.stamp
+	$(PY) -m fastvdm.info
+
+paper-tables: $(STAMPS)/dev.stamp
+	$(PY) examples/paper_tables.py $(ARGS)
+
+# No internet and no .venv: the machine's own torch, Triton and pytest.
+gpu:
+	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
+
+peer: .peer/done.stamp
+
+clean:
+	rm -rf .venv .system .peer build out/gpu *.egg-info fastvdm/_C*.so
+
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastvdm needs Python >= 3.10: make PYTHON=/path/to/python3.x"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "no venv module: install python3-venv, or make PYTHON=..."; exit 1; }
+	@touch $@
+
+# torch first and pinned, so that no later step can pull another one.
+$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt
+	@echo "Installing torch into $(VENV) (once)"
+	$(PIP) -r requirements-torch.txt
+	@touch $@
+
+.system/torch.stamp:
+	@mkdir -p .system
+	@$(PY) -c 'import torch; v = torch.__version__.split("+")[0].split("."); \
+		assert (int(v[0]), int(v[1])) >= (2, 11), torch.__version__' || \
+		{ echo "SYSTEM=1 needs torch >= 2.11 in $(PYTHON)"; exit 1; }
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .system/constraints.txt
+	@touch $@
+
+ifdef SYSTEM
+CONSTRAINTS := .system/constraints.txt
+else
+CONSTRAINTS := requirements-torch.txt
+endif
+
+$(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt requirements-nodeps.txt $(BUILD)
+	@echo "Installing what the demo needs"
+	$(PIP) -r requirements-demo.txt -c $(CONSTRAINTS)
+	$(PIP) --no-deps -r requirements-nodeps.txt
+	@echo "Building fastvdm (the C++ extension is optional)"
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt
+	@echo "Installing the tools of tests and benchmarks"
+	$(PIP) -r requirements-dev.txt -c $(CONSTRAINTS)
+	@touch $@
+
+# Both versions of the peer, unpacked: its GroupNorm era (0.6.3) beside the current one (0.7.0).
+.peer/done.stamp: $(STAMPS)/torch.stamp
+	$(PIP) --no-deps --upgrade --target .peer/0.6.3 $(PEER_OLD) einops-exts rotary-embedding-torch
+	$(PIP) --no-deps --upgrade --target .peer/0.7.0 $(PEER_NEW) einops-exts rotary-embedding-torch
+	@touch $@
