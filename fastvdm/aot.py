@@ -1,0 +1,232 @@
+"""Every shipped Triton configuration, compiled ahead of time without a GPU: ``python -m fastvdm.aot``.
+
+A kernel file exports ``aot_cases() -> list[AotCase]``: its kernels with the constexprs that its
+launchers choose. The table shows, for sm_80, sm_90 and sm_100, registers, spills, shared memory,
+occupancy and the matrix instruction; ``--json`` prints the same for the tests. ptxas ships in
+Triton's wheel. Must run without TRITON_INTERPRET: under it the kernels are not JIT functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100)
+# Per multiprocessor: largest shared memory of a block, of all blocks, warps. CUDA C++ Programming
+# Guide, table "Technical Specifications per Compute Capability"; a block reserves 1 KiB more.
+_LIMITS = {80: (163, 164, 64), 90: (227, 228, 64), 100: (227, 228, 64)}
+_REGISTERS = 65536
+_MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel in one shipped configuration.
+
+    Args:
+        name: unique, of the form "<kernel>/<what sets it apart>".
+        kernel: the ``@triton.jit`` function.
+        signature: Triton type of each argument that is not a constexpr, by name: "*bf16", "i32",
+            "fp32", "tensordesc<bf16[1,64]>" ...
+        constexprs: value of each constexpr, by name (None arguments too).
+        divisible: names of the arguments that are multiples of 16; every pointer is one of itself.
+        num_warps, num_stages: launch options.
+        uses_dot: a matrix instruction must be in the PTX.
+        uses_tma: cp.async.bulk.tensor must be in the PTX from sm_90 on.
+        archs: where it ships; all three by default.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: Sequence[str] = ()
+    num_warps: int = 4
+    num_stages: int = 2
+    uses_dot: bool = False
+    uses_tma: bool = False
+    archs: Sequence[int] = field(default=ARCHS)
+
+
+@dataclass(frozen=True)
+class AotResult:
+    """What the compiler made of a case for one architecture. shared and spills in bytes; blocks is
+    the occupancy in thread blocks per multiprocessor, warps the same in warps."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    blocks: int
+    warps: int
+    matrix: str
+    tma: bool
+    uses_dot: bool
+    uses_tma: bool
+    error: str = ""
+
+    def faults(self) -> list[str]:
+        """What is wrong with it; empty when it may ship."""
+        if self.error:
+            return [self.error]
+        found = []
+        limit = _LIMITS[self.arch][0] * 1024
+        if self.spills:
+            found.append(f"{self.spills} bytes of spills")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {limit}")
+        if self.uses_dot and not self.matrix:
+            found.append("a dot without a matrix instruction")
+        if self.uses_tma and self.arch >= 90 and not self.tma:
+            found.append("no bulk tensor copy")
+        if not self.blocks:
+            found.append("no block fits on a multiprocessor")
+        return found
+
+
+def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
+    """Thread blocks per multiprocessor: registers are handed out per warp in units of 256."""
+    _, total, max_warps = _LIMITS[arch]
+    per_warp = -(-max(registers, 1) * 32 // 256) * 256
+    by_registers = _REGISTERS // per_warp // num_warps
+    by_shared = total * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, max_warps // num_warps, 32)
+
+
+def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers, spill bytes) as ``ptxas -v`` reports them."""
+    from triton import knobs
+
+    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    suffix = "a" if arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name=sm_{arch}{suffix}", str(source), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return registers, spills
+
+
+def compile_case(case: AotCase, arch: int) -> AotResult:
+    """Compile one case for one architecture; a compiler error becomes ``AotResult.error``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
+    missing = [n for n in names if n not in case.signature and n not in case.constexprs]
+    if missing:
+        raise ValueError(f"{case.name}: neither signature nor constexprs has {', '.join(missing)}")
+    divisible = set(case.divisible) | {n for n, t in case.signature.items() if t.startswith("*")}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+    facts = dict(name=case.name, arch=arch, uses_dot=case.uses_dot, uses_tma=case.uses_tma)
+    try:
+        compiled = triton.compile(
+            ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attrs),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        )
+        ptx = compiled.asm["ptx"]
+        registers, spills = _ptxas(ptx, arch)
+    except Exception as error:  # whatever the compiler throws is the finding
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return AotResult(**facts, **_NOTHING, error=text)
+    shared = compiled.metadata.shared
+    blocks = occupancy(arch, registers, shared, case.num_warps)
+    return AotResult(
+        **facts,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        blocks=blocks,
+        warps=blocks * case.num_warps,
+        matrix=next((m for m in _MATRIX if m in ptx), ""),
+        tma="cp.async.bulk.tensor" in ptx,
+    )
+
+
+_NOTHING: dict[str, Any] = dict(
+    registers=0, spills=0, shared=0, blocks=0, warps=0, matrix="", tma=False
+)
+
+
+def stems() -> list[str]:
+    """The kernel files that declare cases."""
+    folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
+    return sorted(p.stem for p in folder.glob("*.py") if "def aot_cases" in p.read_text())
+
+
+def cases(stem: str) -> list[AotCase]:
+    return importlib.import_module(f"fastvdm.kernels.{stem}").aot_cases()
+
+
+def _compile_one(job: tuple[str, int, int]) -> AotResult:
+    stem, index, arch = job
+    return compile_case(cases(stem)[index], arch)
+
+
+def run(
+    wanted: Iterable[str], archs: Sequence[int], jobs: int, note: Callable[[str], None] = print
+) -> list[AotResult]:
+    """Compile the cases of the wanted stems for ``archs`` in ``jobs`` processes."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    todo = [
+        (stem, i, arch)
+        for stem in wanted
+        for i, case in enumerate(cases(stem))
+        for arch in archs
+        if arch in case.archs
+    ]
+    if jobs == 1:
+        return [_compile_one(job) for job in todo]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_compile_one, todo))
+
+
+def table(results: Sequence[AotResult]) -> str:
+    head = ("kernel", "sm", "registers", "spills", "shared", "blocks", "warps", "matrix", "tma", "")
+    rows = [head] + [
+        (r.name, str(r.arch), str(r.registers), str(r.spills), str(r.shared), str(r.blocks))
+        + (str(r.warps), r.matrix or "-", "yes" if r.tma else "-", "; ".join(r.faults()))
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; exit status 1 when a case may not ship."""
+    parser = argparse.ArgumentParser(prog="python -m fastvdm.aot", description=__doc__)
+    parser.add_argument("stems", nargs="*", help="kernel files; all that declare cases by default")
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, choices=ARCHS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true", help="a list of objects, one per line")
+    args = parser.parse_args(argv)
+    results = run(args.stems or stems(), args.arch, args.jobs)
+    if args.json:
+        for r in results:
+            print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))
+    else:
+        print(table(results))
+    return 1 if any(r.faults() for r in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
