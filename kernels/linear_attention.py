@@ -103,7 +103,8 @@ def _context(
 
 @triton.jit
 def _apply(
-    qkv, row, out, width, ctx, sm_scale, lo, hi,
+    qkv, row, out, width, ctx, lo, hi,
+    SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = sm_scale * softmax_D(q) ctx for the pixels [lo, hi)."""
@@ -111,7 +112,7 @@ def _apply(
         at = tl.cast(n, tl.int64)
         q = _load(qkv + at * row, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D)
         p = _softmax_d(q, ACC)
-        o = dot(p.to(q.dtype), ctx, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * sm_scale
+        o = dot(p.to(q.dtype), ctx, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
         _store(out + at * width, width, hi - n, o, D, BLOCK_N, BLOCK_D)
 
 
@@ -130,7 +131,8 @@ def _store_stats(
 
 @triton.jit
 def _fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr, ctx_ptr, sm_scale, N, heads,
+    qkv_ptr, out_ptr, lse_ptr, ctx_ptr, N, heads,
+    SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Both passes of one problem."""
@@ -142,7 +144,7 @@ def _fwd_kernel(
     ctx = _store_stats(lse_ptr, ctx_ptr, problem, m, l, acc, D, BLOCK_D)
     out = out_ptr + frame * N * width + head * D
     ctx = ctx.to(qkv_ptr.dtype.element_ty)
-    _apply(qkv, 3 * width, out, width, ctx, sm_scale, 0, N, D, BLOCK_N, BLOCK_D, ACC)
+    _apply(qkv, 3 * width, out, width, ctx, 0, N, SCALE, D, BLOCK_N, BLOCK_D, ACC)
 
 
 @triton.jit
@@ -192,7 +194,8 @@ def _fwd_merge_kernel(
 
 @triton.jit
 def _fwd_apply_kernel(
-    qkv_ptr, out_ptr, ctx_ptr, sm_scale, N, heads, splits, chunk,
+    qkv_ptr, out_ptr, ctx_ptr, N, heads, splits, chunk,
+    SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Pass 2 of one chunk of pixels."""
@@ -206,12 +209,13 @@ def _fwd_apply_kernel(
     out = out_ptr + frame * N * width + head * D
     lo = (split * chunk).to(tl.int32)
     hi = tl.minimum(lo + chunk, N)
-    _apply(qkv, 3 * width, out, width, ctx, sm_scale, lo, hi, D, BLOCK_N, BLOCK_D, ACC)
+    _apply(qkv, 3 * width, out, width, ctx, lo, hi, SCALE, D, BLOCK_N, BLOCK_D, ACC)
 
 
 @triton.jit
 def _grad_q(
-    qkv, dqkv, row, dout, width, ctx, sm_scale, lo, hi,
+    qkv, dqkv, row, dout, width, ctx, lo, hi,
+    SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq for the pixels [lo, hi), and their share of dctx = sm_scale * q'ᵀ dout."""
@@ -223,10 +227,10 @@ def _grad_q(
         do = _load(dout + at * width, width, hi - n, 0.0, D, BLOCK_N, BLOCK_D)
         p = _softmax_d(q, ACC)
         dctx = dot(tl.trans(p.to(q.dtype)), do, dctx)
-        dp = dot(do, ctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * sm_scale
+        dp = dot(do, ctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
         dq = p * (dp - tl.sum(p * dp, 1)[:, None])
         _store(dqkv + at * row, row, hi - n, dq, D, BLOCK_N, BLOCK_D)
-    return dctx * sm_scale
+    return dctx * SCALE
 
 
 @triton.jit
@@ -250,8 +254,8 @@ def _grad_kv(
 
 @triton.jit
 def _bwd_kernel(
-    dout_ptr, qkv_ptr, lse_ptr, ctx_ptr, dqkv_ptr, dctx_ptr, sm_scale, N, heads, splits, chunk,
-    FIRST: tl.constexpr, SECOND: tl.constexpr,
+    dout_ptr, qkv_ptr, lse_ptr, ctx_ptr, dqkv_ptr, dctx_ptr, N, heads, splits, chunk,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """FIRST and SECOND: both passes of a problem (splits = 1). One of them: that pass of a chunk,
@@ -269,7 +273,7 @@ def _bwd_kernel(
     if FIRST:
         low = ctx.to(qkv_ptr.dtype.element_ty)
         dctx = _grad_q(
-            qkv, dqkv, 3 * width, dout, width, low, sm_scale, lo, hi, D, BLOCK_N, BLOCK_D, ACC
+            qkv, dqkv, 3 * width, dout, width, low, lo, hi, SCALE, D, BLOCK_N, BLOCK_D, ACC
         )
         if not SECOND:
             _store(dctx_ptr + part * D * D, D, D, dctx, D, BLOCK_D, BLOCK_D)
@@ -280,9 +284,7 @@ def _bwd_kernel(
         lse = tl.load(lse_ptr + problem * D + offs_d, mask=offs_d < D, other=0.0)
         delta = tl.sum(ctx * dctx, 1)
         low = dctx.to(qkv_ptr.dtype.element_ty)
-        _grad_kv(
-            qkv, dqkv, 3 * width, width, lse, delta, low, lo, hi, D, BLOCK_N, BLOCK_D, ACC
-        )
+        _grad_kv(qkv, dqkv, 3 * width, width, lse, delta, low, lo, hi, D, BLOCK_N, BLOCK_D, ACC)
 
 
 def _sm_count(x: Tensor) -> int:
@@ -305,7 +307,7 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
     tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps)
     if splits == 1:
-        _fwd_kernel[(problems,)](qkv, out, lse, ctx, sm_scale, pixels, heads, **tile)
+        _fwd_kernel[(problems,)](qkv, out, lse, ctx, pixels, heads, SCALE=sm_scale, **tile)
         return out, lse, ctx
     m = torch.empty((problems, splits, dim), dtype=acc, device=qkv.device)
     l = torch.empty_like(m)
@@ -316,7 +318,9 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
         m, l, partial, lse, ctx, splits,
         D=dim, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps,
     )  # fmt: skip
-    _fwd_apply_kernel[grid](qkv, out, ctx, sm_scale, pixels, heads, splits, chunk, **tile)
+    _fwd_apply_kernel[grid](
+        qkv, out, ctx, pixels, heads, splits, chunk, SCALE=sm_scale, **tile
+    )  # fmt: skip
     return out, lse, ctx
 
 
@@ -333,7 +337,8 @@ def linear_attention_bwd(
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
     tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps)
     args = (dout, qkv, k_lse, ctx, dqkv)
-    rest = (sm_scale, pixels, heads, splits, chunk)
+    rest = (pixels, heads, splits, chunk)
+    tile["SCALE"] = sm_scale
     if splits == 1:
         _bwd_kernel[(problems,)](*args, ctx, *rest, FIRST=True, SECOND=True, **tile)
         return dqkv
