@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvdm.config import use_backend
+from fastvdm.unet import UNet3D
 
 __version__ = "0.1.0"
-__all__ = ["use_backend", "__version__"]
+__all__ = ["UNet3D", "use_backend", "__version__"]

@@ -1,0 +1,100 @@
+"""Attention layers with their norm and residual: x (B, F, H, W, C) in, the same out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastvdm.layers.norm import Norm
+from fastvdm.layers.position import ShawTable
+from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear_attention import linear_attention
+from fastvdm.ops.temporal_block import temporal_block
+
+
+class TimeContext(NamedTuple):
+    """What every temporal attention of one forward pass shares; computed once.
+
+    biases: (heads, F, F) by number of heads; rotary (2, F, R/2) or None; focus_mask (B,) bool or
+    None, True where each frame attends to itself only; num_images: the last frames are images, each
+    on its own.
+    """
+
+    biases: dict[int, Tensor]
+    rotary: Tensor | None = None
+    focus_mask: Tensor | None = None
+    num_images: int = 0
+
+
+class LinearAttention(nn.Module):
+    """x + out(linear attention over the pixels of each frame (norm(x)))."""
+
+    def __init__(self, norm: Norm, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.norm = norm
+        self.qkv = nn.Linear(norm.channels, 3 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, norm.channels)
+
+    def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        return x + self.out(linear_attention(qkv).flatten(-2))
+
+
+class AxisAttention(nn.Module):
+    """x + out(softmax attention along ``axis`` (norm(x))).
+
+    Options are those of the two families: biases on the projections and a zero-initialised output
+    (distillation code), a Shaw table of its own (paper §3), and along time whatever the
+    ``TimeContext`` of the forward pass carries.
+    """
+
+    def __init__(
+        self,
+        axis: str,
+        norm: Norm,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        zero_init: bool = False,
+        shaw: ShawTable | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis, self.heads, self.head_dim = axis, heads, head_dim
+        self.norm = norm
+        self.qkv = nn.Linear(norm.channels, 3 * heads * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, norm.channels, bias=bias)
+        self.shaw = shaw
+        if zero_init:
+            for p in self.out.parameters():
+                nn.init.zeros_(p)
+
+    def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
+        options: dict[str, Any] = {}
+        if time is not None and self.axis == "time":
+            options = {
+                "bias": time.biases.get(self.heads),
+                "rotary": time.rotary,
+                "focus_mask": time.focus_mask,
+                "num_images": time.num_images,
+            }
+        if self.shaw is not None:
+            options |= {"rel_k": self.shaw.rel_k, "rel_v": self.shaw.rel_v}
+        if self.axis == "time" and self.norm.kind == "layer":
+            return temporal_block(
+                x,
+                self.norm.weight,
+                self.qkv.weight,
+                self.out.weight,
+                heads=self.heads,
+                norm_bias=self.norm.bias,
+                qkv_bias=self.qkv.bias,
+                out_bias=self.out.bias,
+                eps=1e-5 if self.norm.eps is None else self.norm.eps,
+                **options,
+            )
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        out = axis_attention(qkv, axis=self.axis, **options).flatten(-2)
+        return x + self.out(out)

@@ -1,0 +1,62 @@
+"""Time and conditioning embeddings. Vectors only: every tensor here is (B, something)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """(B,) → (B, dim): [sin, cos] of t * 10000^(-i / (dim/2 - 1)), i = 0 .. dim/2 - 1."""
+    half = dim // 2
+    rate = math.log(10000.0) / (half - 1)
+    freq = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * -rate)
+    angle = t[:, None] * freq
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+def log_snr_to_unit(log_snr: Tensor) -> Tensor:
+    """arctan(exp(-λ/2)) / (π/2) with λ clipped to [-20, 20]: 0 is clean, 1 is noise ("inv_cos")."""
+    return torch.atan(torch.exp(-0.5 * log_snr.clamp(-20.0, 20.0))) / (0.5 * math.pi)
+
+
+def mlp(in_dim: int, dim: int, num_layers: int, act: type[nn.Module]) -> nn.Sequential:
+    """Linear, then (act, Linear) until there are ``num_layers`` linear layers."""
+    layers: list[nn.Module] = [nn.Linear(in_dim, dim)]
+    for _ in range(num_layers - 1):
+        layers += [act(), nn.Linear(dim, dim)]
+    return nn.Sequential(*layers)
+
+
+class TimeEmbedding(nn.Module):
+    """Step index or log-SNR, (B,), to (B, emb_dim).
+
+    ``time_input`` "index" embeds the number as it comes (the peer); "logsnr" maps λ to [0, 1] first
+    and embeds a thousand times that (the distillation code).
+    """
+
+    def __init__(
+        self, dim: int, emb_dim: int, *, time_input: str, num_layers: int, act: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.dim, self.time_input = dim, time_input
+        self.mlp = mlp(dim, emb_dim, num_layers, act)
+
+    def forward(self, time: Tensor) -> Tensor:
+        weight = self.mlp[0].weight
+        # Angles reach 1000 rad: at least fp32, whatever the weights are in.
+        time = time.to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type]
+        if self.time_input == "logsnr":
+            time = 1000.0 * log_snr_to_unit(time)
+        return self.mlp(sinusoid(time, self.dim).to(weight.dtype))
+
+
+def probability_mask(batch: int, prob: float, device: torch.device) -> Tensor | None:
+    """(batch,) bool, True with probability ``prob``; None for prob = 0. No host sync."""
+    if prob <= 0:
+        return None
+    if prob >= 1:
+        return torch.ones(batch, device=device, dtype=torch.bool)
+    return torch.zeros(batch, device=device).uniform_(0, 1) < prob

@@ -1,0 +1,160 @@
+"""The two residual blocks: conv-norm-act (the peer's) and norm-act-conv (the paper's)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvdm.layers.conv import SpaceConv
+from fastvdm.layers.norm import Norm
+from fastvdm.ops.conv_group_norm import conv_group_norm
+
+MakeNorm = Callable[[int], Norm]
+
+
+def dropout_mask(x: Tensor, p: float, training: bool) -> Tensor | None:
+    """0 with probability p, else 1 / (1 - p); None where dropout is off."""
+    return F.dropout(torch.ones_like(x), p) if training and p > 0 else None
+
+
+def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(scale, shift), each (B, C), from the activated embedding."""
+    if layer is None or emb is None:
+        return None, None
+    scale, shift = layer(emb).chunk(2, dim=-1)
+    return scale, shift
+
+
+class ResnetBlock(nn.Module):
+    """conv → norm → FiLM → SiLU → conv → norm → SiLU → + skip(x)   (peer order).
+
+    ``forward(x, emb, x2)``: x (B, F, H, W, C1); x2 (B, F, H, W, C2), the skip connection, stands
+    behind x on the channels; emb (B, emb_dim) is the conditioning embedding after its SiLU.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: MakeNorm,
+        *,
+        emb_dim: int | None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.film = None if emb_dim is None else nn.Linear(emb_dim, 2 * out_channels)
+        self.conv1 = SpaceConv(in_channels, out_channels, 3)
+        self.norm1 = norm(out_channels)
+        self.conv2 = SpaceConv(out_channels, out_channels, 3)
+        self.norm2 = norm(out_channels)
+        same = in_channels == out_channels
+        self.skip = None if same else SpaceConv(in_channels, out_channels, 1)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
+        scale, shift = _film(self.film, emb)
+        h = self._conv_norm(self.conv1, self.norm1, x, x2=x2, scale=scale, shift=shift)
+        mask = dropout_mask(h, self.dropout, self.training)
+        if mask is not None:
+            h = h * mask
+        if self.skip is not None:
+            residual = self.skip(x, x2)
+        else:
+            residual = x if x2 is None else torch.cat((x, x2), dim=-1)
+        return self._conv_norm(self.conv2, self.norm2, h, residual=residual)
+
+    @staticmethod
+    def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Tensor | None) -> Tensor:
+        return conv_group_norm(
+            x,
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            kind=norm.kind,
+            groups=norm.groups,
+            per_frame=norm.per_frame,
+            eps=norm.eps,
+            **options,
+        )
+
+
+class PreNormResnetBlock(nn.Module):
+    """norm → SiLU → [resample] → conv → norm → FiLM → SiLU → dropout → conv → + skip(x).
+
+    The layout of the distillation code, inflated to 1x3x3 (Salimans & Ho 2022; Ho et al. 2022 name
+    its keys). ``resample`` "down" halves height and width by average pooling, "up" doubles them by
+    nearest neighbour, on both branches. ``conditioning`` "scale_shift" is FiLM in the second norm;
+    "add" adds the embedding to the output of the first convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: MakeNorm,
+        *,
+        emb_dim: int | None,
+        dropout: float = 0.0,
+        resample: str | None = None,
+        conditioning: str = "scale_shift",
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if conditioning not in ("scale_shift", "add"):
+            raise ValueError(f"conditioning must be scale_shift or add, got {conditioning!r}")
+        self.resample, self.additive, self.dropout = resample, conditioning == "add", dropout
+        width = out_channels if self.additive else 2 * out_channels
+        self.film = None if emb_dim is None else nn.Linear(emb_dim, width)
+        self.norm1 = norm(in_channels)
+        # Nearest-up + conv is one folded op; the pooled branch has no such form.
+        self.conv1 = SpaceConv(in_channels, out_channels, 3, upsample=resample == "up")
+        self.norm2 = norm(out_channels)
+        self.conv2 = SpaceConv(out_channels, out_channels, 3)
+        same = in_channels == out_channels
+        self.skip = None if same else SpaceConv(in_channels, out_channels, 1)
+        if zero_init:
+            nn.init.zeros_(self.conv2.weight)
+            if self.conv2.bias is not None:
+                nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
+        h = self.norm1(x, x2=x2, act=True)
+        if self.resample == "down":
+            h = avg_pool(h)
+        h = self.conv1(h)
+        scale = shift = None
+        if self.film is not None and emb is not None:
+            if self.additive:
+                h = h + self.film(emb)[:, None, None, None].to(h.dtype)
+            else:
+                scale, shift = _film(self.film, emb)
+        mask = dropout_mask(h, self.dropout, self.training)
+        h = self.norm2(h, scale=scale, shift=shift, act=True, dropout_mask=mask)
+        return self.conv2(h, residual=self._shortcut(x, x2))
+
+    def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        if self.skip is not None:
+            x = self.skip(x, x2)
+        elif x2 is not None:
+            x = torch.cat((x, x2), dim=-1)
+        if self.resample == "down":
+            return avg_pool(x)
+        return nearest_up(x) if self.resample == "up" else x
+
+
+def avg_pool(x: Tensor) -> Tensor:
+    """2 x 2 average pooling of every frame of (B, F, H, W, C)."""
+    b, f, h, w, c = x.shape
+    y = F.avg_pool2d(x.reshape(b * f, h, w, c).permute(0, 3, 1, 2), 2)
+    return y.permute(0, 2, 3, 1).reshape(b, f, h // 2, w // 2, c)
+
+
+def nearest_up(x: Tensor) -> Tensor:
+    """Nearest-neighbour x2 of every frame of (B, F, H, W, C)."""
+    b, f, h, w, c = x.shape
+    y = x[:, :, :, None, :, None].expand(b, f, h, 2, w, 2, c)
+    return y.reshape(b, f, 2 * h, 2 * w, c)

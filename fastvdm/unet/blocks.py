@@ -1,0 +1,106 @@
+"""The pieces that both network families are composed of: units, levels and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvdm.layers.attention import AxisAttention, LinearAttention, TimeContext
+from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose
+from fastvdm.layers.norm import Norm
+from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+
+Block = ResnetBlock | PreNormResnetBlock
+Resample = SpaceConv | SpaceConvTranspose | PreNormResnetBlock
+
+
+class Unit(nn.Module):
+    """Residual blocks, then spatial and temporal attention; the first block takes the skip."""
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        spatial: LinearAttention | AxisAttention | None = None,
+        temporal: AxisAttention | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.spatial = spatial
+        self.temporal = temporal
+        self.recompute = False  # in the backward pass, instead of storing activations
+
+    def forward(
+        self, x: Tensor, emb: Tensor, time: TimeContext, skip: Tensor | None = None
+    ) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, time, skip, use_reentrant=False)
+        return self._forward(x, emb, time, skip)
+
+    def _forward(self, x: Tensor, emb: Tensor, time: TimeContext, skip: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            x, skip = block(x, emb, skip), None
+        if self.spatial is not None:
+            x = self.spatial(x)
+        if self.temporal is not None:
+            x = self.temporal(x, time)
+        return x
+
+
+class Level(nn.Module):
+    """The units of one resolution and the resampling to the next (None at the last)."""
+
+    def __init__(self, units: Iterable[Unit], resample: Resample | None) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.resample = resample
+
+    def down(
+        self, x: Tensor, emb: Tensor, time: TimeContext, push_resampled: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The next level's input and the skips that this level pushes."""
+        skips = []
+        for unit in self.units:
+            x = unit(x, emb, time)
+            skips.append(x)
+        if self.resample is not None:
+            x = self._change_resolution(x, emb)
+            if push_resampled:
+                skips.append(x)
+        return x, skips
+
+    def up(self, x: Tensor, emb: Tensor, time: TimeContext, skips: list[Tensor]) -> Tensor:
+        """``skips`` in the order in which they were pushed, one per unit."""
+        for unit, skip in zip(self.units, reversed(skips), strict=True):
+            x = unit(x, emb, time, skip)
+        return x if self.resample is None else self._change_resolution(x, emb)
+
+    def _change_resolution(self, x: Tensor, emb: Tensor) -> Tensor:
+        assert self.resample is not None
+        if isinstance(self.resample, PreNormResnetBlock):
+            return self.resample(x, emb)
+        return self.resample(x)
+
+
+class PeerHead(nn.Module):
+    """Residual block over [x, stem output], then a 1x1 convolution."""
+
+    def __init__(self, block: ResnetBlock, conv: SpaceConv) -> None:
+        super().__init__()
+        self.block, self.conv = block, conv
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return self.conv(self.block(x, None, skip))
+
+
+class PaperHead(nn.Module):
+    """Norm, SiLU, a 3x3 convolution."""
+
+    def __init__(self, norm: Norm, conv: SpaceConv) -> None:
+        super().__init__()
+        self.norm, self.conv = norm, conv
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return self.conv(self.norm(x, x2=skip, act=True))

@@ -1,0 +1,236 @@
+"""Between the peer's parameter names and shapes and ours. Every tensor is only reshaped.
+
+The peer is ``video_diffusion_pytorch.Unet3D``: 0.7 has RMSNorm (``norm.gamma``), 0.6 has GroupNorm
+(``norm.weight``, ``norm.bias``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvdm.layers.attention import LinearAttention
+from fastvdm.layers.norm import Norm
+from fastvdm.layers.position import rotary_frequencies
+from fastvdm.layers.resnet import ResnetBlock
+
+if TYPE_CHECKING:
+    from fastvdm.unet.unet import UNet3D
+
+_MARK = "time_rel_pos_bias.relative_attention_bias.weight"  # in every peer state_dict, in none of ours
+
+
+class Entry(NamedTuple):
+    peer: str
+    own: str
+    shape: tuple[int, ...]  # of the peer's tensor
+
+
+def is_peer_state(state: Mapping[str, Any], prefix: str = "") -> bool:
+    return prefix + _MARK in state
+
+
+def _same(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
+    """A module whose parameters have the same names and shapes (Linear, Embedding)."""
+    for name, p in model.get_submodule(own).named_parameters():
+        yield Entry(f"{peer}.{name}", f"{own}.{name}", tuple(p.shape))
+
+
+def _conv(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
+    """Conv2d here, Conv3d with a kernel of depth 1 there."""
+    for name, p in model.get_submodule(own).named_parameters():
+        shape = tuple(p.shape)
+        yield Entry(f"{peer}.{name}", f"{own}.{name}", shape[:2] + (1,) * (p.ndim == 4) + shape[2:])
+
+
+def _norm(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
+    norm = model.get_submodule(own)
+    assert isinstance(norm, Norm)
+    c = norm.channels
+    if norm.kind == "group":
+        yield from _same(model, peer, own)
+    else:
+        yield Entry(f"{peer}.gamma", f"{own}.weight", (1,) * (norm.kind == "layer") + (c, 1, 1, 1))
+
+
+def _resnet(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
+    block = model.get_submodule(own)
+    assert isinstance(block, ResnetBlock)
+    if block.film is not None:
+        yield from _same(model, f"{peer}.mlp.1", f"{own}.film")
+    for i in (1, 2):
+        yield from _conv(model, f"{peer}.block{i}.proj", f"{own}.conv{i}")
+        yield from _norm(model, f"{peer}.block{i}.norm", f"{own}.norm{i}")
+    if block.skip is not None:
+        yield from _conv(model, f"{peer}.res_conv", f"{own}.skip")
+
+
+def _attention(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
+    layer = model.get_submodule(own)
+    if isinstance(layer, LinearAttention):  # 1x1 Conv2d there
+        for name, p in (("qkv", layer.qkv.weight), ("out", layer.out.weight)):
+            yield Entry(f"{peer}.fn.fn.to_{name}.weight", f"{own}.{name}.weight", (*p.shape, 1, 1))
+        yield Entry(f"{peer}.fn.fn.to_out.bias", f"{own}.out.bias", tuple(layer.out.bias.shape))
+    else:
+        for name in ("qkv", "out"):
+            yield from _same(model, f"{peer}.fn.fn.fn.to_{name}", f"{own}.{name}")
+    yield from _norm(model, f"{peer}.fn.norm", f"{own}.norm")
+
+
+def _entries(model: UNet3D) -> Iterator[Entry]:
+    if model.null_cond_emb is not None:
+        yield Entry("null_cond_emb", "null_cond_emb", tuple(model.null_cond_emb.shape))
+    heads = next(iter(model.relative_bias))
+    yield from _same(model, "time_rel_pos_bias", f"relative_bias.{heads}")
+    yield from _conv(model, "init_conv", "stem")
+    yield from _attention(model, "init_temporal_attn", "stem_attention")
+    yield from _same(model, "time_mlp.1", "time_embedding.mlp.0")
+    yield from _same(model, "time_mlp.3", "time_embedding.mlp.2")
+    for there, levels in (("downs", model.downs), ("ups", model.ups)):
+        for i, level in enumerate(levels):
+            peer, own = f"{there}.{i}", f"{there}.{i}.units.0"
+            yield from _resnet(model, f"{peer}.0", f"{own}.blocks.0")
+            yield from _resnet(model, f"{peer}.1", f"{own}.blocks.1")
+            if level.units[0].spatial is not None:
+                yield from _attention(model, f"{peer}.2", f"{own}.spatial")
+            yield from _attention(model, f"{peer}.3", f"{own}.temporal")
+            if level.resample is not None:
+                yield from _conv(model, f"{peer}.4", f"{there}.{i}.resample")
+    yield from _resnet(model, "mid_block1", "middle.0.blocks.0")
+    yield from _attention(model, "mid_spatial_attn", "middle.0.spatial")
+    yield from _attention(model, "mid_temporal_attn", "middle.0.temporal")
+    yield from _resnet(model, "mid_block2", "middle.1.blocks.0")
+    yield from _resnet(model, "final_conv.0", "head.block")
+    yield from _conv(model, "final_conv.1", "head.conv")
+
+
+def _rotary_keys(entries: list[Entry]) -> list[str]:
+    """The peer stores its one frequency vector once per temporal attention."""
+    return [
+        e.peer.replace("to_qkv.weight", "rotary_emb.freqs")
+        for e in entries
+        if e.peer.endswith(".fn.fn.fn.to_qkv.weight") and "mid_spatial" not in e.peer
+    ]
+
+
+def _require_peer_layout(model: UNet3D) -> None:
+    if model.layout != "peer" or model.position != "rotary+t5":
+        raise ValueError(
+            "only layout='peer' with position='rotary+t5' has a peer equivalent, got "
+            f"layout={model.layout!r}, position={model.position!r}"
+        )
+
+
+def to_peer_keys(model: UNet3D) -> dict[str, Tensor]:
+    _require_peer_layout(model)
+    assert model.rotary_dim is not None
+    own, entries = model.state_dict(), list(_entries(model))
+    state = {e.peer: own[e.own].reshape(e.shape) for e in entries}
+    freqs = rotary_frequencies(model.rotary_dim, device=model.stem.weight.device)
+    return state | dict.fromkeys(_rotary_keys(entries), freqs.to(model.stem.weight.dtype))
+
+
+def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The keys of ``state`` under ``prefix`` renamed; what does not fit keeps its peer name."""
+    _require_peer_layout(model)
+    assert model.rotary_dim is not None
+    entries = list(_entries(model))
+    out = {k: v for k, v in state.items() if k.startswith(prefix)}
+    for e in entries:
+        t = out.get(prefix + e.peer)
+        if t is None:
+            continue
+        if tuple(t.shape) != e.shape:
+            raise ValueError(
+                f"{e.peer} has shape {tuple(t.shape)}, this network needs {e.shape}"
+            )
+        del out[prefix + e.peer]
+        out[prefix + e.own] = t.reshape(model.get_parameter(e.own).shape)
+    for key in _rotary_keys(entries):
+        freqs = out.pop(prefix + key, None)
+        if freqs is None:
+            continue
+        ours = rotary_frequencies(model.rotary_dim, device=freqs.device)
+        if freqs.shape != ours.shape or not torch.allclose(freqs.float(), ours, rtol=1e-2):
+            raise ValueError(f"{key} is not the rotary spectrum of base 10000 over {2 * len(ours)} "
+                             "features; trained frequencies are not supported")
+    left = [k for k in out if k.endswith("norm.gamma") or ".block1.norm." in k]
+    if left:
+        era = "rms" if left[0].endswith("gamma") else "group"
+        raise ValueError(
+            f"{left[0]} belongs to a peer network with norm={era!r}; build UNet3D with it or use "
+            "UNet3D.from_unet3d"
+        )
+    return out
+
+
+def to_own_keys(model: UNet3D, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Our names for a peer state_dict; any other is returned as it is.
+
+    Raises:
+        ValueError: a tensor's shape, or the kind of norm, is not this network's.
+    """
+    return _convert(model, state, "") if is_peer_state(state) else dict(state)
+
+
+def accept_peer_keys(
+    model: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Load hook for a UNet3D inside another module, e.g. a ``GaussianDiffusion``."""
+    if not is_peer_state(state, prefix):
+        return
+    try:
+        converted = _convert(model, state, prefix)  # type: ignore[arg-type]
+    except ValueError as error:
+        errors.append(str(error))
+        return
+    for key in [k for k in state if k.startswith(prefix)]:
+        del state[key]
+    state.update(converted)
+
+
+def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Any]:
+    """The constructor arguments that a peer state_dict (and, where given, its module) implies.
+
+    Raises:
+        ValueError: the state_dict is not a peer ``Unet3D``'s, or lacks keys.
+    """
+    if not is_peer_state(state):
+        raise ValueError(f"no peer Unet3D found: the key {_MARK} is missing")
+    try:
+        dim = state["time_mlp.1.weight"].shape[1]
+        init = state["init_conv.weight"]
+        heads = state[_MARK].shape[1]
+        levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("downs."))
+        widths = [state[f"downs.{i}.0.block1.proj.weight"].shape[0] for i in range(levels)]
+        qkv = state["init_temporal_attn.fn.fn.fn.to_qkv.weight"]
+        arguments = {
+            "dim": dim,
+            "init_dim": init.shape[0] if init.shape[0] != dim else None,
+            "init_kernel_size": init.shape[-1],
+            "channels": init.shape[1],
+            "out_dim": state["final_conv.1.weight"].shape[0],
+            "dim_mults": tuple(w // dim for w in widths),
+            "attn_heads": heads,
+            "attn_dim_head": qkv.shape[0] // (3 * heads),
+            "use_sparse_linear_attn": "downs.0.2.fn.fn.to_qkv.weight" in state,
+            "norm": "rms" if "downs.0.0.block1.norm.gamma" in state else "group",
+        }
+    except KeyError as error:
+        raise ValueError(f"the peer state_dict is incomplete: it lacks {error}") from None
+    if "null_cond_emb" in state:
+        arguments["cond_dim"] = state["null_cond_emb"].shape[1]
+    groups = [m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)] if module else []
+    if groups:
+        arguments["resnet_groups"] = groups[0]
+    return arguments
