@@ -37,17 +37,17 @@ def choose_conv(
     under torch's autograd, "library" the composition in ``conv_group_norm_library.py``, "triton"
     our implicit GEMM. ``backend`` overrides the configured one.
 
-    | device | kind                | choice  | why                                                  |
-    |--------|---------------------|---------|------------------------------------------------------|
-    | cuda   | conv                | aten    | cuDNN channels-last. NOT MEASURED against ours: the  |
-    |        |                     |         | Triton kernel has not run on a GPU, so only its name |
-    |        |                     |         | (FASTVDM_BACKEND=triton) selects it                  |
-    | cuda   | pair                | library | the same reason                                      |
-    | cuda   | transpose, upsample | aten    | the same reason                                      |
-    | cpu    | conv                | aten    | oneDNN                                               |
-    | cpu    | pair                | library | no concatenated copy kept for backward; 0.95-1.1x    |
-    | cpu    | transpose, upsample | aten    | C <= 64, not bf16: 0.9x the time of four phases      |
-    |        |                     | library | wider: 0.52x at 128; bf16: 0.40-0.54x                |
+    | device | kind                | choice  | why                                                 |
+    |--------|---------------------|---------|-----------------------------------------------------|
+    | cuda   | conv                | aten    | cuDNN channels-last. NOT MEASURED against ours: the |
+    |        |                     |         | Triton kernel has not run on a GPU, so it is taken  |
+    |        |                     |         | only by name (FASTVDM_BACKEND=triton)               |
+    | cuda   | pair                | library | the same reason                                     |
+    | cuda   | transpose, upsample | aten    | the same reason                                     |
+    | cpu    | conv                | aten    | oneDNN                                              |
+    | cpu    | pair                | library | no concatenated copy kept for backward; 0.95-1.1x   |
+    | cpu    | transpose, upsample | aten    | C <= 64, not bf16: 0.9x the time of four phases     |
+    |        |                     | library | wider: 0.52x at 128; bf16: 0.40-0.54x               |
 
     CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; ratios to the
     other choice, forward.
@@ -149,7 +149,7 @@ def space_conv_stats_fwd(
 @space_conv_stats_fwd.register_fake
 def _(x, x2, weight, bias, residual, stride, groups, per_frame, eps, backend):
     y = x.new_empty(_out_shape(x, weight, stride))
-    shape = (*x.shape[: 2 if per_frame else 1], groups)
+    shape = (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return y, x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
@@ -428,7 +428,7 @@ def space_conv_stats(
     """``space_conv`` and the GroupNorm statistics of its output, for ``norm_act(..., stats=)``.
 
     Returns:
-        y; mean and rstd = 1 / sqrt(var + eps), both (B, groups) or, per frame, (B, F, groups), in
+        y; mean and rstd = 1 / sqrt(var + eps), both (B, groups) or, per frame, (B*F, groups), in
         fp32 (fp64 for fp64), of y as it is stored. They carry no gradient: the norm that takes
         them differentiates through them itself.
 

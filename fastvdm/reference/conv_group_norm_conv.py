@@ -46,10 +46,10 @@ def group_stats_ref(
     y: Tensor, groups: int, per_frame: bool = False, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """GroupNorm statistics of y (B, F, H, W, C): mean and 1/std, each (B, groups) or, per frame,
-    (B, F, groups), in fp32 (fp64 for fp64 input)."""
+    (B*F, groups), in fp32 (fp64 for fp64 input)."""
     wide = y.double() if y.dtype == torch.float64 else y.float()
     if per_frame:
-        wide = rearrange(wide, "b f h w (g c) -> b f g (h w c)", g=groups)
+        wide = rearrange(wide, "b f h w (g c) -> (b f) g (h w c)", g=groups)
     else:
         wide = rearrange(wide, "b f h w (g c) -> b g (f h w c)", g=groups)
     variance, mean = torch.var_mean(wide, dim=-1, correction=0)
