@@ -1,0 +1,32 @@
+"""Schedules, losses, samplers and guidance: what knows time and noise (Ho et al. 2022)."""
+
+from __future__ import annotations
+
+from fastvdm.diffusion.condition import Condition, average_downsample, bilinear_downsample
+from fastvdm.diffusion.denoiser import Denoiser, input_gradient
+from fastvdm.diffusion.loss import diffusion_loss, q_sample
+from fastvdm.diffusion.prediction import Prediction, convert
+from fastvdm.diffusion.sample import Step, sample
+from fastvdm.diffusion.samplers import DDIM, Ancestral, Langevin
+from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule, alpha_of, sigma_of
+
+__all__ = [
+    "DDIM",
+    "Ancestral",
+    "Condition",
+    "CosineSchedule",
+    "Denoiser",
+    "DiscreteSchedule",
+    "Langevin",
+    "Prediction",
+    "Step",
+    "alpha_of",
+    "average_downsample",
+    "bilinear_downsample",
+    "convert",
+    "diffusion_loss",
+    "input_gradient",
+    "q_sample",
+    "sample",
+    "sigma_of",
+]

@@ -1,0 +1,213 @@
+"""What is known about the video to be drawn, and how sampling is held to it.
+
+Frames at given places (prediction, interpolation, infill: Eq. 7), a low-resolution version (Eq. 8),
+or both (Ho et al. 2022, §3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Downsample = Callable[[Tensor], Tensor]  # (B, C, L, H, W) -> (B, C, L, h, w), differentiable
+
+
+def average_downsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average pooling over blocks: (B, C, F, H, W) -> (B, C, F, *size), whole factors."""
+    return F.avg_pool3d(x, (1, x.shape[3] // size[0], x.shape[4] // size[1]))
+
+
+def bilinear_downsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """torch's bilinear interpolation per frame, without antialiasing (at factor 2 = averaging)."""
+    b, c, f = x.shape[:3]
+    images = x.transpose(1, 2).flatten(0, 1)
+    small = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return small.unflatten(0, (b, f)).transpose(1, 2)
+
+
+class Given:
+    """A ``Condition`` checked against a shape and moved to the device: what a step needs."""
+
+    def __init__(self, condition: Condition, shape: tuple[int, ...], device, dtype) -> None:
+        f = shape[2]
+        self.weight = float(condition.guidance_weight)
+        self.guided = condition.method == "reconstruction" and self.weight > 0
+        self.replacement = condition.replacement
+        self.clip_before_loss = condition.clip_before_loss
+        self.known = self.slot = self.low_res = self.low_slot = None
+        self._down: Downsample | None = None
+        if condition.frames is not None:
+            index = _indices(condition.frame_index, condition.frames.shape[2], f, "frame_index")
+            _check_video(condition.frames, (*shape[:2], len(index), *shape[3:]), "frames")
+            self.known, self.slot = _send(condition.frames, device, dtype), _slots(index, f, device)
+        if condition.low_res is not None:
+            low = condition.low_res
+            index = _indices(condition.low_res_index, low.shape[2], f, "low_res_index")
+            self._set_low_res(condition, shape, index, device, dtype)
+            self.low_slot = _slots(index, f, device)
+            self._index = torch.tensor(index, device=device)
+
+    def _set_low_res(self, condition, shape, index, device, dtype) -> None:
+        low = condition.low_res
+        size = (low.shape[3], low.shape[4])
+        _check_video(low, (*shape[:2], len(index), *size), "low_res")
+        self.low_res = _send(low, device, dtype)
+        if condition.downsample == "average":
+            factors = [n // s if n % s == 0 else 0 for n, s in zip(shape[3:], size)]
+            if factors[0] != factors[1] or factors[0] < 1:
+                raise ValueError(
+                    f"downsample='average' needs one whole factor, got {shape[3:]} to {size}"
+                )
+            return
+        if condition.downsample == "bilinear":
+            self._down = lambda x: bilinear_downsample(x, size)
+        else:
+            self._down = condition.downsample
+        trial = self._down(
+            torch.zeros((*shape[:2], len(index), *shape[3:]), device=device, dtype=dtype)
+        )
+        if trial.shape != low.shape:
+            raise ValueError(
+                f"downsample gives {tuple(trial.shape)}, low_res is {tuple(low.shape)}"
+            )
+
+    @property
+    def has_low_res(self) -> bool:
+        return self.low_res is not None
+
+    @property
+    def autograd_low_res(self) -> bool:
+        """Whether D is not the average pooling that the kernel knows."""
+        return self._down is not None
+
+    def targets(self) -> dict[str, Tensor | None]:
+        """The arguments of ``guidance_seed`` that the kernel resolves by itself."""
+        out = {"known": self.known, "slot": self.slot}
+        if self.low_res is not None and self._down is None:
+            out |= {"low_res": self.low_res, "low_slot": self.low_slot}
+        return out
+
+    def extra_gradient(self, z: Tensor, model_out: Tensor, coef: Tensor) -> Tensor:
+        """d||y - D(x_hat)||^2/dx_hat for any differentiable D, by autograd through D alone.
+
+        The direction D^T(2(D x_hat - y)); these few launches are the price of a D of one's own.
+        """
+        assert self._down is not None and self.low_res is not None
+        p_z, p_m = (coef[:, i].reshape(-1, 1, 1, 1, 1) for i in (0, 1))
+        x_hat = p_z * z + p_m * model_out.to(z.dtype)
+        if self.clip_before_loss:
+            x_hat = x_hat.clamp(-1, 1)
+        with torch.enable_grad():
+            x_hat.requires_grad_()
+            residual = self._down(x_hat[:, :, self._index]) - self.low_res
+            (gradient,) = torch.autograd.grad(residual.square().sum(), x_hat)
+        return gradient
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Known frames, a low-resolution video, or both; and the method that enforces them.
+
+    Args:
+        frames: (B, C, K, H, W) known frames x^a in [-1, 1].
+        frame_index: their K places in the video, each once, in the order of ``frames``; negative
+            counts from the end. The first K by default (prediction). ``[0, -1]`` is interpolation.
+        low_res: (B, C, L, h, w) a low-resolution video.
+        low_res_index: the L frames it belongs to; all of them by default.
+        downsample: D of Eq. 8: "average" pooling (default; its adjoint is in the kernel), "bilinear",
+            or any differentiable callable on (B, C, L, H, W).
+        method: "reconstruction": x_tilde of Eqs. 7-8, with z^a replaced as well. "replacement":
+            replaced only, which lacks the term that ties the rest of the video to what is known.
+        guidance_weight: w_r. The squared error is a sum over all elements, as in the paper, which
+            takes 50 with 1 known frame and 9 with 5; 1 is the derived value and the default,
+            more is recommended. 0 is replacement at the price of replacement.
+        replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
+            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative.
+        clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then get
+            no gradient, so the default is not to; the paper does not say.
+
+    Raises:
+        ValueError, TypeError: nothing known, places out of range or twice, sizes that do not fit,
+            a negative or non-finite weight, NaN or infinite values.
+    """
+
+    frames: Tensor | None = None
+    frame_index: Sequence[int] | None = None
+    low_res: Tensor | None = None
+    low_res_index: Sequence[int] | None = None
+    downsample: Literal["average", "bilinear"] | Downsample = "average"
+    method: Literal["reconstruction", "replacement"] = "reconstruction"
+    guidance_weight: float = 1.0
+    replacement: Literal["marginal", "posterior"] = "marginal"
+    clip_before_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.frames is None and self.low_res is None:
+            raise ValueError("a Condition needs frames, low_res or both")
+        if self.method not in ("reconstruction", "replacement"):
+            raise ValueError(f"method must be reconstruction|replacement, got {self.method!r}")
+        if self.replacement not in ("marginal", "posterior"):
+            raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
+        if not 0 <= self.guidance_weight < float("inf"):
+            raise ValueError(f"guidance_weight must be finite and >= 0, got {self.guidance_weight}")
+        if self.low_res is not None and self.method == "replacement":
+            raise ValueError("a low-resolution video cannot be replaced: method='reconstruction'")
+        if not callable(self.downsample) and self.downsample not in ("average", "bilinear"):
+            raise ValueError(
+                f"downsample must be average|bilinear|callable, got {self.downsample!r}"
+            )
+        for index, video, name in (
+            (self.frame_index, self.frames, "frame_index"),
+            (self.low_res_index, self.low_res, "low_res_index"),
+        ):
+            if index is not None and video is None:
+                raise ValueError(f"{name} without its video")
+        for video, name in ((self.frames, "frames"), (self.low_res, "low_res")):
+            if video is None:
+                continue
+            if video.ndim != 5 or video.shape[2] < 1:
+                raise ValueError(f"{name} must be (B, C, K, H, W), got {tuple(video.shape)}")
+            if not video.is_floating_point():
+                raise TypeError(f"{name} must be floating point in [-1, 1], got {video.dtype}")
+            if not bool(torch.isfinite(video).all()):
+                raise ValueError(f"{name} holds NaN or infinite values")
+
+    def prepare(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Given:
+        """Checks this condition against the shape (B, C, F, H, W) to be drawn."""
+        return Given(self, shape, device, dtype)
+
+
+def _indices(index: Sequence[int] | None, count: int, frames: int, name: str) -> list[int]:
+    given = list(range(count)) if index is None else [int(i) for i in index]
+    if len(given) != count:
+        raise ValueError(f"{name} must name {count} frames, got {len(given)}")
+    for i in given:
+        if not -frames <= i < frames:
+            raise ValueError(f"{name} must be within the {frames} frames of the video, got {i}")
+    places = [i % frames for i in given]
+    if len(set(places)) < count:
+        raise ValueError(f"{name} names a frame twice: {given}")
+    return places
+
+
+def _check_video(video: Tensor, expected: tuple[int, ...], name: str) -> None:
+    if tuple(video.shape) != expected:
+        raise ValueError(f"{name} must be {expected}, got {tuple(video.shape)}")
+
+
+def _send(video: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    video = video.detach()
+    video = video.clone() if video.is_inference() else video
+    return video.to(device, dtype).contiguous()
+
+
+def _slots(index: list[int], frames: int, device: torch.device) -> Tensor:
+    """(F,) int32: the place of each frame among the given ones, -1 for the others."""
+    slots = torch.full((frames,), -1, dtype=torch.int32)
+    slots[torch.tensor(index)] = torch.arange(len(index), dtype=torch.int32)
+    return slots.to(device)

@@ -1,0 +1,134 @@
+"""How samplers and losses call a network: ours, the peer's, or any callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Model = Callable[..., Tensor]  # model(z (B, C, F, H, W), time (B,), cond=...) -> (B, C, F, H, W)
+
+
+def unwrap(model: Model) -> Model:
+    """The network inside wrappers that hide its methods (DDP, ``AveragedModel`` for EMA weights)."""
+    while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+def module_of(model: Model) -> nn.Module | None:
+    """The module behind a callable: itself, or the owner of a bound method; else None."""
+    owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def input_gradient(model: Model) -> Iterator[None]:
+    """Gradients flow to the input of ``model`` and to nothing else.
+
+    Inside, its parameters do not require a gradient: backward is dgrad only, no weight gradient is
+    computed, and activations that only a weight gradient needs are not saved. The flags are put
+    back on exit, also after an error, and ``.grad`` is not touched.
+
+    A module compiled before entering keeps the graph it has traced: the result is the same, the
+    saving may not be. Compile inside the context, or freeze the network yourself.
+    """
+    module = module_of(model)
+    frozen = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Dropout and its like off; each submodule's own training flag is put back on exit."""
+    module = module_of(model)
+    training = [m for m in module.modules() if m.training] if module is not None else []
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+class Denoiser:
+    """A network with its conditioning and classifier-free guidance.
+
+    Args:
+        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``, z (B, C, F, H, W),
+            time (B,), returning the shape of z. A module with ``forward_with_cond_scale`` (UNet3D
+            and the peer's Unet3D) is asked for guidance through it.
+        cond: (B, ...) conditioning, or None.
+        guidance_scale: 1 + w of Eq. 6: eps = eps(z) + scale (eps(z, c) - eps(z)); 1 is no guidance.
+            Published "weights" are ambiguous between w and 1 + w, hence the name.
+        null_cond: (1 or B, ...) what stands for "no condition" in a plain callable; zeros by default,
+            as in the paper. One batched pass serves both halves.
+
+    Raises:
+        TypeError, ValueError: no callable, a scale below 0, guidance without a condition.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        cond: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        null_cond: Tensor | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}")
+        if not guidance_scale >= 0:
+            raise ValueError(f"guidance_scale must be at least 0 (1 = none), got {guidance_scale}")
+        if guidance_scale != 1 and cond is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs cond")
+        self.model = unwrap(model)
+        self.cond, self.scale = cond, float(guidance_scale)
+        self._scaled = getattr(self.model, "forward_with_cond_scale", None)
+        self._null: Tensor | None = None
+        if cond is not None and guidance_scale != 1 and self._scaled is None:
+            null = torch.zeros_like(cond[:1]) if null_cond is None else null_cond
+            self._null = null.to(cond).expand_as(cond)
+        parameters = next(iter(module.parameters()), None) if (module := module_of(model)) else None
+        self._dtype = parameters.dtype if parameters is not None else None
+
+    def __call__(self, z: Tensor, time: Tensor) -> Tensor:
+        """The network's output at z (B, C, F, H, W), time (B,): same shape, the network's dtype.
+
+        Raises:
+            ValueError: the network returns another shape.
+        """
+        device = z.device.type
+        if self._dtype is not None and self._dtype != z.dtype:
+            # 16-bit weights outside autocast take 16-bit input; the sampler's state stays wide
+            narrow = not torch.is_autocast_enabled(device) and self._dtype.is_floating_point
+            x = z.to(self._dtype) if narrow else z
+        else:
+            x = z
+        out = self._call(x, time)
+        if out.shape != z.shape:
+            raise ValueError(f"the model returned {tuple(out.shape)} for an input {tuple(z.shape)}")
+        return out
+
+    def _call(self, z: Tensor, time: Tensor) -> Tensor:
+        if self.cond is None:
+            return self.model(z, time)
+        if self.scale == 1:
+            return self.model(z, time, cond=self.cond)
+        if self._scaled is not None:
+            return self._scaled(z, time, cond=self.cond, cond_scale=self.scale)
+        assert self._null is not None
+        both = self.model(
+            torch.cat((z, z)), torch.cat((time, time)), cond=torch.cat((self._null, self.cond))
+        )
+        null, conditioned = both.chunk(2)
+        return torch.lerp(null, conditioned, self.scale)

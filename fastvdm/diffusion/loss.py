@@ -1,0 +1,115 @@
+"""The training loss: mean squared error in epsilon space, t uniform (Ho et al. 2022, §2)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastvdm.diffusion.denoiser import Model, unwrap
+from fastvdm.diffusion.prediction import Prediction, check_prediction, expand, slope
+from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of, sigma_of
+
+
+def q_sample(x: Tensor, log_snr: Tensor, noise: Tensor) -> Tensor:
+    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,)."""
+    return expand(alpha_of(log_snr), x) * x + expand(sigma_of(log_snr), x) * noise
+
+
+def drop_cond(cond: Tensor, prob: float, generator: torch.Generator | None = None) -> Tensor:
+    """Each sample's condition replaced by zeros with probability ``prob`` (paper: c = 0)."""
+    keep = torch.rand(cond.shape[0], device=cond.device, generator=generator) >= prob
+    return cond * expand(keep, cond)
+
+
+def diffusion_loss(
+    model: Model,
+    x: Tensor,
+    *,
+    schedule: Schedule | None = None,
+    prediction: Prediction = "eps",
+    cond: Tensor | None = None,
+    loss_space: Prediction | Literal["prediction"] = "eps",
+    loss_type: Literal["mse", "l1"] = "mse",
+    time_input: str | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    cond_drop_prob: float = 0.0,
+    frame_weight: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+    generator: torch.Generator | None = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """E ||eps_hat(z_t) - eps||^2 over t ~ U[0, 1]: a scalar, or (B,) with ``reduction="none"``.
+
+    Args:
+        model: called as ``model(z, time, cond=cond, **model_kwargs)``.
+        x: (B, C, F, H, W) clean videos in [-1, 1].
+        schedule: ``CosineSchedule()`` by default.
+        prediction: what the network returns.
+        loss_space: where the error is taken. "eps" (default) is what the paper says in general,
+            also for its v models; "prediction" is the network's own target, "x" and "v" the others.
+            In epsilon space an x prediction is weighted by the SNR, up to e^20.
+        loss_type: "mse" (paper); "l1" is the peer's default.
+        t: (B,) times instead of random ones. noise: (B, C, F, H, W) instead of random noise.
+        cond_drop_prob: probability of training a sample without its condition. The paper gives none
+            and 0 is the default; without it classifier-free guidance has nothing to guide against.
+            A network with ``null_cond_prob`` in its forward (UNet3D, the peer's) gets it as such,
+            for any other callable the condition becomes zeros.
+        frame_weight: (F,) or (B, F) weights of the frames, e.g. of appended images (default: all 1;
+            the mean is over the weights).
+
+    Raises:
+        ValueError: shapes that do not agree, an option out of its range.
+    """
+    schedule = CosineSchedule() if schedule is None else schedule
+    check_prediction(prediction)
+    space = prediction if loss_space == "prediction" else loss_space
+    check_prediction(space)
+    if loss_type not in ("mse", "l1") or reduction not in ("mean", "none"):
+        raise ValueError(f"loss_type mse|l1 and reduction mean|none, got {loss_type}, {reduction}")
+    if x.ndim != 5 or not x.is_floating_point():
+        raise ValueError(f"x must be a float (B, C, F, H, W), got {x.dtype} {tuple(x.shape)}")
+    if not 0 <= cond_drop_prob <= 1:
+        raise ValueError(f"cond_drop_prob must be in [0, 1], got {cond_drop_prob}")
+    batch = x.shape[0]
+    if t is None:
+        t = schedule.draw(batch, device=x.device, generator=generator)
+    if t.shape != (batch,):
+        raise ValueError(f"t must be ({batch},), got {tuple(t.shape)}")
+    if noise is None:
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    if noise.shape != x.shape:
+        raise ValueError(f"noise must be {tuple(x.shape)}, got {tuple(noise.shape)}")
+    # levels in fp32 at least: a 16-bit time cannot tell steps apart
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    log_snr = schedule.log_snr(t)
+    time = schedule.network_time(t, time_input or schedule.time_input)
+    z = q_sample(x, log_snr, noise)
+    if cond is not None:
+        if cond_drop_prob > 0 and hasattr(unwrap(model), "forward_with_cond_scale"):
+            model_kwargs = {"null_cond_prob": cond_drop_prob, **model_kwargs}
+        elif cond_drop_prob > 0:
+            cond = drop_cond(cond, cond_drop_prob, generator)
+        model_kwargs = {**model_kwargs, "cond": cond}
+    out = model(z, time, **model_kwargs)
+    if out.shape != x.shape:
+        raise ValueError(f"the model returned {tuple(out.shape)} for an input {tuple(x.shape)}")
+    acc = torch.promote_types(out.dtype, torch.float32)
+    x, out, noise = x.to(acc), out.to(acc), noise.to(acc)
+    if prediction == "v":
+        target = expand(alpha_of(log_snr), x) * noise - expand(sigma_of(log_snr), x) * x
+    else:
+        target = noise if prediction == "eps" else x
+    # The map between parametrisations is affine with one z: errors differ by its slope alone,
+    # which keeps the digits that converting both sides would cancel.
+    error = expand(slope(log_snr, prediction, space), x) * (out - target)
+    error = error.square() if loss_type == "mse" else error.abs()
+    per_frame = error.mean(dim=(1, 3, 4))  # (B, F)
+    if frame_weight is None:
+        per_sample = per_frame.mean(dim=1)
+    else:
+        weight = frame_weight.to(per_frame).expand_as(per_frame)
+        per_sample = (per_frame * weight).sum(dim=1) / weight.sum(dim=1)
+    return per_sample.mean() if reduction == "mean" else per_sample

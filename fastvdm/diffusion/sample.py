@@ -1,0 +1,363 @@
+"""Sampling: the loop over noise levels, guided or not (Ho et al. 2022, §2 and §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvdm.diffusion.condition import Condition, Given
+from fastvdm.diffusion.denoiser import Denoiser, Model, evaluating, input_gradient, module_of
+from fastvdm.diffusion.prediction import Prediction, check_prediction, x_coefficients
+from fastvdm.diffusion.samplers import (
+    Ancestral,
+    Langevin,
+    Sampler,
+    Update,
+    marginal,
+    posterior,
+)
+from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of
+from fastvdm.ops.guidance import guidance_seed, guidance_update
+
+
+class Step(NamedTuple):
+    """What a callback sees after each step (corrector included)."""
+
+    index: int  # 0 .. num_steps - 1
+    num_steps: int
+    log_snr: float  # of z
+    z: Tensor  # (B, C, F, H, W) the state reached
+    x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate it was made from
+
+
+class _Row(NamedTuple):
+    """Everything per-sample that one network call and its update need, on the device."""
+
+    time: Tensor  # (B,)
+    seed: Tensor  # (B, 3) for guidance_seed
+    after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
+    direct: Tensor  # (B, 9) the same, estimate = the network's output
+    noisy: bool  # whether the update draws noise at all
+    guided: bool
+
+
+class _Noise:
+    """Standard normals from a torch generator, or the (seed, counter) pairs of in-kernel Philox."""
+
+    def __init__(
+        self,
+        batch: int,
+        device: torch.device,
+        generator: torch.Generator | None,
+        seed: int | Sequence[int] | None,
+    ) -> None:
+        if generator is not None and seed is not None:
+            raise ValueError("give generator or seed, not both")
+        self.generator, self.count = generator, 0
+        self.rng: Tensor | None = None
+        if generator is not None:
+            return
+        if seed is None:  # follows torch.manual_seed
+            seed = int(torch.randint(2**62, (1,)).item())
+        if isinstance(seed, int):
+            # distinct keys; a video's noise does not depend on how many others are in the batch
+            seeds = [(seed + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(batch)]
+        else:
+            seeds = [int(s) % 2**63 for s in seed]
+            if len(seeds) != batch:
+                raise ValueError(f"seed must be one int or {batch} of them, got {len(seeds)}")
+        self.rng = torch.tensor(seeds, dtype=torch.int64).to(device)
+
+    def draw(self, like: Tensor) -> dict[str, Any]:
+        """Arguments of ``guidance_update`` for the next draw."""
+        self.count += 1
+        if self.rng is not None:
+            return {"rng": self.rng, "step": self.count - 1}
+        noise = torch.randn(
+            like.shape, dtype=like.dtype, device=like.device, generator=self.generator
+        )
+        return {"noise": noise}
+
+
+class _Plan:
+    """The whole run's tables, computed in fp64 on the CPU and sent to the device once."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Prediction,
+        sampler: Sampler,
+        corrector: Langevin | None,
+        num_steps: int | None,
+        time_input: str | None,
+        given: Given | None,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        levels = schedule.levels(num_steps)
+        self.log_snr = levels.log_snr.tolist()
+        self.num_steps = n = len(self.log_snr) - 1
+        guided = given is not None and given.guided
+        lt, ls = levels.log_snr[:-1], levels.log_snr[1:].clone()
+        ls[-1] = torch.inf  # the final step returns x_hat itself
+        steps = sampler.update(lt, ls)
+        replace = posterior(lt, ls) if given and given.replacement == "posterior" else marginal(ls)
+        # The last update is exact by construction, whatever rounding the rule would leave.
+        for rule in (steps, replace):
+            for column, value in zip(rule, (0.0, 1.0, 0.0)):
+                column[-1] = value
+        time = levels.network_time(time_input or schedule.time_input)
+        self._send = (batch, device, dtype)
+        weight = given.weight if given is not None else 0.0
+        self.steps = self._rows(lt, time, prediction, steps, replace, weight, guided)
+        self.corrections: list[_Row] = []
+        if corrector is not None:
+            still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
+            fix = corrector.update(lt)
+            on = guided and corrector.guided
+            self.corrections = self._rows(lt, time, prediction, fix, still, weight, on)
+        first = marginal(lt[:1])
+        zero = torch.zeros(1)
+        start = [zero, zero, zero, zero, zero, zero + 1, zero, first.u_x, first.u_n]
+        self.start = self._table(start)[0]
+
+    def _table(self, columns: list[Tensor]) -> Tensor:
+        batch, device, dtype = self._send
+        table = torch.stack([c.double() for c in columns], dim=1)[:, None]  # (N, 1, n)
+        return table.expand(-1, batch, -1).to(dtype).contiguous().to(device)
+
+    def _rows(
+        self,
+        log_snr: Tensor,
+        time: Tensor,
+        prediction: Prediction,
+        step: Update,
+        replace: Update,
+        weight: float,
+        guided: bool,
+    ) -> list[_Row]:
+        batch, device, _ = self._send
+        p_z, p_m = x_coefficients(log_snr, prediction)
+        zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        tail = [p_z / p_m, *step, *replace]
+        seed = self._table([p_z, p_m, 0.5 * weight * alpha_of(log_snr) * p_m])
+        after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
+        time = time if not time.is_floating_point() else time.float()
+        times = time[:, None].expand(-1, batch).contiguous().to(device)
+        noisy = ((step.u_n != 0) | (replace.u_n != 0)).tolist()
+        return [
+            _Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
+            for i in range(len(log_snr))
+        ]
+
+
+class _Run:
+    """One sampling run: the state z and how a row of the plan advances it."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        given: Given | None,
+        noise: _Noise,
+        clip: str | None,
+        percentile: float,
+        want_x: bool,
+    ) -> None:
+        self.denoiser, self.given, self.noise = denoiser, given, noise
+        self.clip, self.percentile, self.want_x = clip, percentile, want_x
+
+    def start(self, plan: _Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype):
+        """z_1 ~ N(0, I), given frames at their own marginal."""
+        z = torch.zeros(tuple(shape), device=device, dtype=dtype)
+        return guidance_update(
+            z, z, plan.start, **self._frames(), **self.noise.draw(z), want_x=False
+        )[1]
+
+    def _frames(self) -> dict[str, Any]:
+        if self.given is None or self.given.known is None:
+            return {}
+        return {"known": self.given.known, "slot": self.given.slot}
+
+    def advance(self, z: Tensor, row: _Row) -> tuple[Tensor, Tensor]:
+        """(x_tilde, z_next): one network call, and its backward pass where the row is guided."""
+        options: dict[str, Any] = {}
+        if row.guided:
+            assert self.given is not None
+            estimate, options = self._guide(z, row)
+            coef = row.after
+        else:
+            with torch.no_grad():
+                estimate = self.denoiser(z, row.time)
+            coef = row.direct
+        if self.clip == "dynamic":
+            options["threshold"] = self._threshold(z, estimate, coef, options)
+        if row.noisy:
+            options |= self.noise.draw(z)
+        return guidance_update(
+            z,
+            estimate,
+            coef,
+            **options,
+            **self._frames(),
+            clip=self.clip is not None,
+            want_x=self.want_x,
+        )
+
+    def _guide(self, z: Tensor, row: _Row) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_hat, and the gradient that Eqs. 7 and 8 subtract from it."""
+        given = self.given
+        assert given is not None
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            out = self.denoiser(leaf, row.time)
+        if not out.requires_grad:
+            raise RuntimeError(
+                "the model's output does not depend on its input through autograd (does it detach, "
+                "or run under inference_mode?): reconstruction guidance needs its gradient"
+            )
+        detached = out.detach()
+        extra = given.extra_gradient(z, detached, row.seed) if given.autograd_low_res else None
+        x_hat, seed = guidance_seed(
+            z, detached, row.seed, **given.targets(), extra=extra, clip=given.clip_before_loss
+        )
+        (grad,) = torch.autograd.grad(out, leaf, seed)
+        options = {"grad": grad}
+        if given.has_low_res:  # D(x_hat) depends on z directly as well, x_hat^a on z^b does not
+            options["seed"] = seed
+        return x_hat, options
+
+    def _threshold(
+        self, z: Tensor, estimate: Tensor, coef: Tensor, options: dict[str, Tensor]
+    ) -> Tensor:
+        """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde| per sample.
+
+        A quantile is not elementwise, so this mode costs launches of its own.
+        """
+        still = {k: options[k] for k in ("grad", "seed") if k in options}
+        x, _ = guidance_update(z, estimate, coef, **still, **self._frames())
+        return x.abs().flatten(1).quantile(self.percentile, dim=1).clamp_min(1.0)
+
+
+def _progress(count: int, on: bool) -> Iterator[int]:
+    if not on:
+        return iter(range(count))
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm (pip install fastvdm[cli])") from error
+    return iter(tqdm(range(count), desc="sampling"))
+
+
+def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:
+    module = module_of(model)
+    first = next(iter(module.parameters()), None) if module is not None else None
+    if first is not None:
+        return first.device
+    for t in (
+        cond,
+        condition.frames if condition else None,
+        condition.low_res if condition else None,
+    ):
+        if t is not None:
+            return t.device
+    return torch.device("cpu")
+
+
+def sample(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    schedule: Schedule | None = None,
+    prediction: Prediction = "eps",
+    sampler: Sampler | None = None,
+    corrector: Langevin | None = None,
+    num_steps: int | None = None,
+    clip: Literal["static", "dynamic"] | None = "static",
+    clip_percentile: float = 0.9,
+    cond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_cond: Tensor | None = None,
+    condition: Condition | None = None,
+    time_input: str | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Sequence[int] | None = None,
+    callback: Callable[[Step], None] | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
+
+    Args:
+        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``. Give
+            an EMA copy to sample with averaged weights. Runs in eval mode, with its flags put back.
+        shape: (B, C, F, H, W).
+        schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for the peer's checkpoints.
+        prediction: what the network returns, "eps", "v" or "x".
+        sampler: ``Ancestral(0)`` by default; ``DDIM``, or any object with ``update``.
+        corrector: ``Langevin(0.1)`` for the paper's predictor-corrector: one more network call a step.
+        num_steps: any number; 256 by default, all T of a ``DiscreteSchedule``.
+        clip: of x_tilde, "static" to [-1, 1] (default; the paper is silent, the code of its nearest
+            relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
+        clip_percentile: of "dynamic", the peer's 0.9.
+        cond, guidance_scale, null_cond: conditioning vector and classifier-free guidance; the scale
+            is 1 + w of Eq. 6.
+        condition: known frames or a low-resolution video; see ``Condition``.
+        time_input: "logsnr", "t" or "index"; the schedule's own by default.
+        generator: noise from it, by ``torch.randn`` (on the device of the videos).
+        seed: one int or B of them: counter-based noise, drawn inside the update kernel, the same for
+            a video in any batch and on any backend to rounding. Without either, a seed
+            is taken from torch's global generator.
+        callback: called after every step with a ``Step``.
+        dtype: of the state, fp32 or fp64; the network may be narrower.
+
+    Raises:
+        ValueError, TypeError: a shape, option or condition that does not fit; before any call.
+    """
+    check_prediction(prediction)
+    if len(shape) != 5 or any(int(n) < 1 for n in shape):
+        raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
+    if clip not in ("static", "dynamic", None):
+        raise ValueError(f"clip must be 'static', 'dynamic' or None, got {clip!r}")
+    if not 0 < clip_percentile <= 1:
+        raise ValueError(f"clip_percentile must be in (0, 1], got {clip_percentile}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    if cond is not None and cond.shape[0] != shape[0]:
+        raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
+    schedule = CosineSchedule() if schedule is None else schedule
+    sampler = Ancestral() if sampler is None else sampler
+    where = torch.device(device) if device is not None else _device_of(model, condition, cond)
+    # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
+    with torch.inference_mode(False), torch.no_grad():
+        if cond is not None:
+            cond = (cond.clone() if cond.is_inference() else cond).to(where)
+        denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
+        given = condition.prepare(tuple(shape), where, dtype) if condition is not None else None
+        plan = _Plan(
+            schedule,
+            prediction,
+            sampler,
+            corrector,
+            num_steps,
+            time_input,
+            given,
+            shape[0],
+            where,
+            dtype,
+        )
+        noise = _Noise(shape[0], where, generator, seed)
+        run = _Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
+        with evaluating(denoiser.model), input_gradient(denoiser.model):
+            z = run.start(plan, shape, where, dtype)
+            for i in _progress(plan.num_steps, progress):
+                x_tilde, z = run.advance(z, plan.steps[i])
+                if plan.corrections and i + 1 < plan.num_steps:
+                    x_tilde, z = run.advance(z, plan.corrections[i + 1])
+                if callback is not None:
+                    callback(Step(i, plan.num_steps, plan.log_snr[i + 1], z, x_tilde))
+        return z

@@ -1,0 +1,316 @@
+"""The two elementwise ends of a guided sampling step: contract, torch.library ops, cost.
+
+``guidance_seed`` runs before the network's backward pass, ``guidance_update`` after it (or alone,
+where a step is not guided): one kernel each, nothing else elementwise in the step. The formulas are
+those of ``fastvdm.reference.guidance``; every per-sample scalar of the schedule arrives in a (B, n)
+table row, so that a step never waits for the host. Neither op has a gradient: sampling does not
+need one, and a backward through them raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fastvdm.dispatch import launchers, register, select
+from fastvdm.ops.cost import Cost
+from fastvdm.reference.guidance import (
+    SEED_COEFFICIENTS,
+    UPDATE_COEFFICIENTS,
+    guidance_seed_ref,
+    guidance_update_ref,
+)
+
+_STATE = (torch.float32, torch.float64)
+_NETWORK = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@custom_op("fastvdm::guidance_seed_fwd", mutates_args=())
+def guidance_seed_fwd(
+    z: Tensor,
+    model_out: Tensor,
+    coef: Tensor,
+    known: Tensor | None,
+    slot: Tensor | None,
+    low_res: Tensor | None,
+    low_slot: Tensor | None,
+    extra: Tensor | None,
+    clip: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """x_hat contiguous in the dtype of z; seed in the dtype and strides of model_out."""
+    return launchers("guidance", backend).guidance_seed_fwd(
+        z, model_out, coef, known, slot, low_res, low_slot, extra, clip
+    )
+
+
+@guidance_seed_fwd.register_fake
+def _(z, model_out, coef, known, slot, low_res, low_slot, extra, clip, backend):
+    return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(model_out)
+
+
+@custom_op("fastvdm::guidance_update_fwd", mutates_args=())
+def guidance_update_fwd(
+    z: Tensor,
+    estimate: Tensor,
+    coef: Tensor,
+    grad: Tensor | None,
+    seed: Tensor | None,
+    known: Tensor | None,
+    slot: Tensor | None,
+    noise: Tensor | None,
+    rng: Tensor | None,
+    threshold: Tensor | None,
+    step: int,
+    clip: bool,
+    want_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(x_tilde, z_next), both contiguous in the dtype of z; x_tilde is empty unless ``want_x``."""
+    return launchers("guidance", backend).guidance_update_fwd(
+        z, estimate, coef, grad, seed, known, slot, noise, rng, threshold, step, clip, want_x
+    )
+
+
+@guidance_update_fwd.register_fake
+def _(
+    z,
+    estimate,
+    coef,
+    grad,
+    seed,
+    known,
+    slot,
+    noise,
+    rng,
+    threshold,
+    step,
+    clip,
+    want_x,
+    backend,
+):
+    z_next = torch.empty_like(z, memory_format=torch.contiguous_format)
+    return (torch.empty_like(z_next) if want_x else z.new_empty(0)), z_next
+
+
+def _no_backward(ctx, *_):
+    raise RuntimeError(
+        "guidance_seed and guidance_update have no backward; to differentiate through a sampling "
+        "step run it under fastvdm.use_backend('reference')"
+    )
+
+
+guidance_seed_fwd.register_autograd(_no_backward)
+guidance_update_fwd.register_autograd(_no_backward)
+
+
+def unsupported(backend: str, z: Tensor, other: Tensor) -> str | None:
+    """Why ``backend`` cannot take this call; None when it can."""
+    if backend == "cpu" and other.dtype == torch.float16:
+        return "no fp16 on the CPU"
+    return None
+
+
+for _op in ("guidance_seed", "guidance_update"):
+    register(_op, stem="guidance", names=(f"{_op}_fwd",), unsupported=unsupported)
+
+
+def _check_state(z: Tensor, other: Tensor, name: str, coef: Tensor, names: tuple[str, ...]) -> None:
+    if z.ndim != 5:
+        raise ValueError(f"z must be (B, C, F, H, W), got {tuple(z.shape)}")
+    if z.dtype not in _STATE:
+        raise TypeError(f"z must be fp32 or fp64, got {z.dtype}")
+    if other.shape != z.shape:
+        raise ValueError(f"{name} must be {tuple(z.shape)}, got {tuple(other.shape)}")
+    if other.dtype not in _NETWORK:
+        raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {other.dtype}")
+    if coef.shape != (z.shape[0], len(names)) or coef.dtype != z.dtype:
+        raise ValueError(
+            f"coef must be ({z.shape[0]}, {len(names)}) {z.dtype}: {', '.join(names)}; got "
+            f"{tuple(coef.shape)} {coef.dtype}"
+        )
+
+
+def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: str) -> int:
+    """The downsampling factor of ``values``; the slots themselves stay on the device unread."""
+    if (values is None) != (slot is None):
+        raise ValueError(f"{name} and its slot come together")
+    if values is None or slot is None:
+        return 1
+    b, c, f, h, w = z.shape
+    factor = h // values.shape[3] if values.ndim == 5 and 0 < values.shape[3] <= h else 0
+    expected = (b, c, values.shape[2] if values.ndim == 5 else "K", h // max(factor, 1))
+    if (
+        factor == 0
+        or values.shape[:2] != (b, c)
+        or values.shape[3] * factor != h
+        or values.shape[4] * factor != w
+        or (name == "known" and factor != 1)
+    ):
+        raise ValueError(f"{name} must be {expected} and square factors, got {tuple(values.shape)}")
+    if slot.shape != (f,) or slot.dtype != torch.int32:
+        raise ValueError(
+            f"{name}'s slot must be ({f},) int32, got {tuple(slot.shape)} {slot.dtype}"
+        )
+    if values.dtype != z.dtype:
+        raise TypeError(f"{name} must be {z.dtype} as z is, got {values.dtype}")
+    return factor
+
+
+def guidance_seed(
+    z: Tensor,
+    model_out: Tensor,
+    coef: Tensor,
+    *,
+    known: Tensor | None = None,
+    slot: Tensor | None = None,
+    low_res: Tensor | None = None,
+    low_slot: Tensor | None = None,
+    extra: Tensor | None = None,
+    clip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """From the network's output to the estimate and to what its backward pass starts from.
+
+    Args:
+        z: (B, C, F, H, W) fp32 or fp64.
+        model_out: the network's output at z, any strides, fp32/fp16/bf16/fp64.
+        coef: (B, 3) p_z, p_m, seed_scale: x_hat = p_z z + p_m model_out, seed_scale = p_m w_r alpha/2.
+        known, slot: (B, C, K, H, W) given frames; (F,) int32, the place of each frame among them, -1
+            for a frame that is not given.
+        low_res, low_slot: (B, C, L, H/k, W/k) a low-resolution video and the place of each frame in
+            it; D is average pooling over k x k, its adjoint is taken in the kernel.
+        extra: (B, C, F, H, W) added to dL/dx_hat: the term of any other downsampling, from autograd.
+        clip: clamp x_hat to [-1, 1] before the loss; saturated elements then get no gradient.
+
+    Returns:
+        x_hat (contiguous, dtype of z) and seed (dtype and strides of model_out), the gradient of
+        (w_r alpha/2) ||residual||^2 with respect to ``model_out``. The residual itself is
+        seed/(2 seed_scale).
+
+    Raises:
+        ValueError, TypeError: shapes, slots or dtypes that do not fit.
+    """
+    _check_state(z, model_out, "model_out", coef, SEED_COEFFICIENTS)
+    _check_frames(z, known, slot, "known")
+    _check_frames(z, low_res, low_slot, "low_res")
+    if extra is not None and extra.shape != z.shape:
+        raise ValueError(f"extra must be {tuple(z.shape)}, got {tuple(extra.shape)}")
+    backend = select("guidance_seed", z.device, z, model_out)
+    options = {"known": known, "slot": slot, "low_res": low_res, "low_slot": low_slot}
+    if backend == "reference":
+        return guidance_seed_ref(z, model_out, coef, **options, extra=extra, clip=clip)
+    dense = {k: t.contiguous() if t is not None else None for k, t in options.items()}
+    return guidance_seed_fwd(
+        z.contiguous(),
+        model_out,
+        coef.contiguous(),
+        dense["known"],
+        dense["slot"],
+        dense["low_res"],
+        dense["low_slot"],
+        extra.to(z.dtype).contiguous() if extra is not None else None,
+        clip,
+        backend,
+    )
+
+
+def guidance_update(
+    z: Tensor,
+    estimate: Tensor,
+    coef: Tensor,
+    *,
+    grad: Tensor | None = None,
+    seed: Tensor | None = None,
+    known: Tensor | None = None,
+    slot: Tensor | None = None,
+    noise: Tensor | None = None,
+    rng: Tensor | None = None,
+    step: int = 0,
+    threshold: Tensor | None = None,
+    clip: bool = False,
+    want_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """From the gradient to the guided, clipped x_tilde and the next z with its noise.
+
+    x = e_z z + e_m estimate - grad - direct seed, clamped to [-s, s] and divided by s if ``clip``;
+    z_next = u_z z + u_x x + u_n noise. On given frames x is the given frame and z_next = k_z z + k_x x
+    + k_n noise (the replacement). Ancestral, DDIM and Langevin steps differ in ``coef`` alone.
+
+    Args:
+        z: (B, C, F, H, W) fp32 or fp64.
+        estimate: x_hat, or the network's output itself (e_z, e_m then turn it into x_hat); any strides.
+        coef: (B, 9) e_z, e_m, direct, u_z, u_x, u_n, k_z, k_x, k_n.
+        grad: the network's input gradient started from ``seed``, any strides; None is unguided.
+        seed: needed where D(x_hat) has a direct z term (low resolution); direct = p_z/p_m.
+        noise: (B, C, F, H, W); or rng: (B,) int64 seeds, and ``step``, the position in their streams
+            (Philox-4x32-10, same words on every backend); neither is no noise.
+        threshold: (B,) the s of dynamic clipping; 1 by default.
+        want_x: write x_tilde out; otherwise an empty tensor is returned in its place.
+
+    Raises:
+        ValueError, TypeError: shapes, slots or dtypes that do not fit; both noise and rng.
+    """
+    _check_state(z, estimate, "estimate", coef, UPDATE_COEFFICIENTS)
+    _check_frames(z, known, slot, "known")
+    for name, t in (("grad", grad), ("seed", seed), ("noise", noise)):
+        if t is not None and t.shape != z.shape:
+            raise ValueError(f"{name} must be {tuple(z.shape)}, got {tuple(t.shape)}")
+    if seed is not None and grad is None:
+        raise ValueError("seed is the direct term of a gradient: it needs grad")
+    if noise is not None and rng is not None:
+        raise ValueError("give noise or rng, not both")
+    if rng is not None and (rng.shape != (z.shape[0],) or rng.dtype != torch.int64):
+        raise ValueError(f"rng must be ({z.shape[0]},) int64, got {tuple(rng.shape)} {rng.dtype}")
+    if threshold is not None and threshold.shape != (z.shape[0],):
+        raise ValueError(f"threshold must be ({z.shape[0]},), got {tuple(threshold.shape)}")
+    backend = select("guidance_update", z.device, z, estimate)
+    if backend == "reference":
+        return guidance_update_ref(
+            z,
+            estimate,
+            coef,
+            grad=grad,
+            seed=seed,
+            known=known,
+            slot=slot,
+            noise=noise,
+            rng=rng,
+            step=step,
+            threshold=threshold,
+            clip=clip,
+        )
+    return guidance_update_fwd(
+        z.contiguous(),
+        estimate,
+        coef.contiguous(),
+        grad,
+        seed,
+        known.contiguous() if known is not None else None,
+        slot,
+        noise.to(z.dtype).contiguous() if noise is not None else None,
+        rng,
+        threshold.to(z.dtype) if threshold is not None else None,
+        step,
+        clip,
+        want_x,
+        backend,
+    )
+
+
+def guidance_seed_cost(
+    shape: tuple[int, ...], itemsize: int = 4, *, known: int = 0, low_res: int = 0
+) -> Cost:
+    """z and model_out read, x_hat and seed written; ``known``, ``low_res``: frames given."""
+    b, c, f, h, w = shape
+    n = b * c * f * h * w
+    given = b * c * h * w * known
+    return Cost(flops=3 * n + 3 * given, bytes=(2 * n + given) * 4 + 2 * n * itemsize + 4 * low_res)
+
+
+def guidance_update_cost(shape: tuple[int, ...], itemsize: int = 4, *, guided: bool = True) -> Cost:
+    """z, x_hat and the gradient read, z_next written; about 100 integer operations of Philox and
+    8 floating-point ones an element."""
+    b, c, f, h, w = shape
+    n = b * c * f * h * w
+    return Cost(flops=(8 + 2 * guided) * n, bytes=2 * n * 4 + (1 + guided) * n * itemsize)

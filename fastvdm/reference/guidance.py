@@ -1,0 +1,156 @@
+"""The two elementwise ends of a guided sampling step (Ho et al. 2022, §3.1, Eqs. 7 and 8).
+
+With m the network's output at z and every estimate linear in it, x_hat = p_z z + p_m m:
+
+    L        = ||x^a - x_hat^a||^2 + ||y - D(x_hat)||^2          (sums over all elements)
+    G        = dL/dz = (dm/dz)^T p_m r + p_z r,    r = dL/dx_hat
+    x_tilde  = x_hat - (w_r alpha/2) G                            on the frames not given
+
+``guidance_seed`` makes x_hat and seed = (w_r alpha/2) p_m r, what the network's backward pass starts
+from; ``guidance_update`` takes its result, adds the direct term (p_z/p_m) seed and steps. Folding
+w_r alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+SEED_COEFFICIENTS = ("p_z", "p_m", "seed_scale")
+UPDATE_COEFFICIENTS = ("e_z", "e_m", "direct", "u_z", "u_x", "u_n", "k_z", "k_x", "k_n")
+
+
+def _columns(coef: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """(B, n) → n tensors (B, 1, 1, 1, 1)."""
+    return [c.reshape(-1, 1, 1, 1, 1).to(dtype) for c in coef.unbind(1)]
+
+
+def _scatter_frames(values: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """values (B, C, K, H, W), slot (F,) → the values at their frames (zeros elsewhere), mask (F,1,1)."""
+    full = values[:, :, slot.clamp_min(0).long()]
+    given = (slot >= 0)[:, None, None]
+    return torch.where(given, full, 0), given
+
+
+def guidance_seed_ref(
+    z: Tensor,
+    model_out: Tensor,
+    coef: Tensor,
+    *,
+    known: Tensor | None = None,
+    slot: Tensor | None = None,
+    low_res: Tensor | None = None,
+    low_slot: Tensor | None = None,
+    extra: Tensor | None = None,
+    clip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(x_hat, seed); arguments as in ``fastvdm.ops.guidance.guidance_seed``."""
+    acc = torch.promote_types(z.dtype, torch.float32)
+    p_z, p_m, seed_scale = _columns(coef, acc)
+    raw = p_z * z + p_m * model_out.to(acc)
+    x_hat = raw.clamp(-1, 1) if clip else raw
+    r = torch.zeros_like(x_hat)  # dL/dx_hat
+    if known is not None and slot is not None:
+        x_a, given = _scatter_frames(known.to(acc), slot)
+        r = r + torch.where(given, 2 * (x_hat - x_a), 0)
+    if low_res is not None and low_slot is not None:
+        factor = z.shape[3] // low_res.shape[3]
+        y, given = _scatter_frames(low_res.to(acc), low_slot)
+        mean = reduce(
+            x_hat, "b c f (h i) (w j) -> b c f h w", "mean", i=factor, j=factor
+        )  # D = average pooling; its adjoint spreads evenly
+        spread = torch.where(given, 2 * (mean - y) / factor**2, 0)
+        r = r + spread.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+    if extra is not None:
+        r = r + extra.to(acc)
+    if clip:
+        r = torch.where(raw.abs() <= 1, r, 0)  # the gradient of clamp
+    return x_hat.to(z.dtype), (seed_scale * r).to(model_out.dtype)
+
+
+def guidance_update_ref(
+    z: Tensor,
+    estimate: Tensor,
+    coef: Tensor,
+    *,
+    grad: Tensor | None = None,
+    seed: Tensor | None = None,
+    known: Tensor | None = None,
+    slot: Tensor | None = None,
+    noise: Tensor | None = None,
+    rng: Tensor | None = None,
+    step: int = 0,
+    threshold: Tensor | None = None,
+    clip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(x_tilde, z_next); arguments as in ``fastvdm.ops.guidance.guidance_update``."""
+    acc = torch.promote_types(z.dtype, torch.float32)
+    e_z, e_m, direct, u_z, u_x, u_n, k_z, k_x, k_n = _columns(coef, acc)
+    wide = z.to(acc)
+    x = e_z * wide + e_m * estimate.to(acc)
+    if grad is not None:
+        x = x - grad.to(acc)
+        if seed is not None:
+            x = x - direct * seed.to(acc)
+    if clip:
+        s = 1.0 if threshold is None else threshold.to(acc).reshape(-1, 1, 1, 1, 1)
+        x = torch.clamp(x, -s, s) / s
+    if noise is not None:
+        n = noise.to(acc)
+    elif rng is not None:
+        n = philox_normal(rng, step, tuple(z.shape[1:]), dtype=acc)
+    else:
+        n = torch.zeros_like(wide)
+    z_next = u_z * wide + u_x * x + u_n * n
+    if known is not None and slot is not None:
+        x_a, given = _scatter_frames(known.to(acc), slot)
+        x = torch.where(given, x_a, x)
+        z_next = torch.where(given, k_z * wide + k_x * x_a + k_n * n, z_next)
+    return x.to(z.dtype), z_next.to(z.dtype)
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The high and low 32 bits of a * b for 32-bit words held in int64.
+
+    b is split in 16-bit halves: neither partial product then passes 2^48.
+    """
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    carried = high + (low >> 16)
+    return carried >> 16, ((carried & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_words(rng: Tensor, step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The first two words of Philox-4x32-10 (Salmon et al. 2011), int64 holding 32 bits.
+
+    Counter (element lo, element hi, step, 0), key the 64 bits of ``rng``; rng (B,) int64, element
+    the row-major index in ``shape``. A sample's noise depends on its own seed and the step alone.
+    """
+    count = 1
+    for n in shape:
+        count *= n
+    element = torch.arange(count, device=rng.device)[None]
+    c0, c1 = (element & 0xFFFFFFFF).expand(len(rng), -1), element >> 32
+    c2, c3 = torch.full_like(c0, step & 0xFFFFFFFF), torch.zeros_like(c0)
+    k0, k1 = (rng & 0xFFFFFFFF)[:, None], ((rng >> 32) & 0xFFFFFFFF)[:, None]
+    for _ in range(10):
+        hi_b, lo_b = _mulhilo(0xCD9E8D57, c2)
+        hi_a, lo_a = _mulhilo(0xD2511F53, c0)
+        c0, c1, c2, c3 = hi_b ^ c1 ^ k0, lo_b, hi_a ^ c3 ^ k1, lo_a
+        k0 = (k0 + 0x9E3779B9) & 0xFFFFFFFF
+        k1 = (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0.reshape(len(rng), *shape), c1.reshape(len(rng), *shape)
+
+
+def philox_normal(
+    rng: Tensor, step: int, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normal (B, *shape): Box-Muller on the two words, in ``dtype`` (fp32 or fp64).
+
+    u = (top 23 bits + 1/2) 2^-23 is exact in fp32 and never 0, so every backend takes the same u;
+    the results differ by the last bits of log and cos. |n| <= 5.8.
+    """
+    a, b = philox_words(rng, step, shape)
+    u1 = ((a >> 9).to(dtype) + 0.5) * 2.0**-23
+    u2 = ((b >> 9).to(dtype) + 0.5) * 2.0**-23
+    return torch.sqrt(-2 * torch.log(u1)) * torch.cos(6.283185307179586 * u2)
