@@ -1,0 +1,559 @@
+"""Implicit-GEMM convolution of every frame, with bias, residual and GroupNorm partials on the way out.
+
+    y[n, oh, ow, :] = sum_taps W[tap] x[n, ih(oh, tap), iw(ow, tap), :] + bias + residual
+
+One kernel does four jobs, told apart by two flags; no im2col, no concatenation, no flipped weight:
+
+- gather (TRANSPOSED=False): ih = S*i + tap - PAD. The forward convolution, and the dgrad of the
+  transposed one.
+- scatter, seen from the output (TRANSPOSED=True): output rows of equal oh mod S form a phase; phase
+  a reads ih = i + (a + PAD - tap) / S for tap = (a + PAD) mod S, + S, ... The dgrad of a convolution
+  (S = 1: one phase), the forward of the transposed one and of the folded nearest upsampling.
+
+x, x2 (N, H, W, C) with N = B*F; weights in any strides, best channels-last, read as (out, k) tiles.
+GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64): on sm_90 both operands then
+come from shared memory, wgmma's SS form. FLOPs 2*N*Ho*Wo*Cin*Cout*taps; least bytes x + y + W.
+
+Statistics: each tile of pixels writes mean and M2 per channel of what it stored; a second kernel
+merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
+
+Saved for backward: the inputs. dgrad is this kernel; wgrad is the library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastvdm.kernels.common import (
+    INTERPRET,
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot,
+    next_power_of_2,
+)
+from fastvdm.ops import conv_group_norm_library as library
+
+MERGE_TILES = 64
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile sizes of one launch. ``tma``: loads by tensor descriptors, box (1, box_h, box_w, k)."""
+
+    block_co: int
+    block_p: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    box_h: int = 1
+    box_w: int = 1
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, 100 ...; 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pick_box(height: int, width: int, pixels: int) -> tuple[int, int]:
+    """The box of ``pixels`` = bh * bw that wastes the fewest pixels of an image; wide if equal."""
+    boxes = [(pixels >> i, 1 << i) for i in range(pixels.bit_length())]
+    return min(boxes, key=lambda b: (cdiv(height, b[0]) * cdiv(width, b[1]), -min(b[1], 16), -b[1]))
+
+
+def why_not_tma(
+    channels: tuple[int, ...], grid: tuple[int, int], stride: int, transposed: bool, itemsize: int
+) -> str | None:
+    """Why the descriptor variant cannot take a convolution, or None.
+
+    ``channels``: all widths that are the innermost extent of a tensor; ``grid``: pixels of a phase.
+    """
+    if itemsize != 2:
+        return "wgmma takes 16-bit operands; fp32 would be TF32"
+    if any(c % 8 for c in channels):
+        return f"widths {channels} are not multiples of 8 (16-byte strides)"
+    if stride != 1 and not transposed:
+        return "a box has no stride"
+    if grid[0] * grid[1] < 64:
+        return f"{grid[0]}x{grid[1]} pixels are less than one 64-pixel box"
+    return None
+
+
+def pick_config(
+    cin: int, cout: int, grid: tuple[int, int], itemsize: int, arch: int, tma: bool
+) -> ConvConfig:
+    """Analytic default, not yet measured on a GPU.
+
+    128x128 tiles with 64 channels a step keep three stages in 98 KB (two CTAs an SM on sm_90); a
+    narrower output takes more pixels instead, and fp32 half the depth.
+    """
+    block_k = max(16, min(next_power_of_2(cin), 128 // itemsize))
+    block_co = max(64 if tma else 16, min(next_power_of_2(cout), 128))
+    block_p = 128
+    if itemsize > 2:
+        block_co, block_p = min(block_co, 64), 64 if itemsize == 4 else 32
+    warps = 8 if block_co * block_p >= 128 * 128 else 4
+    stages = 3 if arch < 90 else 4
+    if not tma:
+        return ConvConfig(block_co, block_p, block_k, warps, stages)
+    block_p = min(block_p, next_power_of_2(grid[0] * grid[1]))
+    return ConvConfig(block_co, block_p, block_k, warps, stages, True, *pick_box(*grid, block_p))
+
+
+# --- device --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _phase_taps(a, K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """First tap, its input offset and the number of taps along one axis of phase ``a``."""
+    if TRANSPOSED:
+        first = (a + PAD) % S
+        return first, (a + PAD - first) // S, (K - first + S - 1) // S
+    else:
+        return a, a - PAD, K  # a = 0
+
+
+@triton.jit
+def _accumulate(
+    acc, x_ptr, w_ptr, offs_x, h0, w0, pixel_ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
+    H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
+    S: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + W X^T over every tap and channel of one source, by pointers."""
+    tap_step: tl.constexpr = S if TRANSPOSED else 1
+    direction: tl.constexpr = -1 if TRANSPOSED else 1
+    k_tiles = tl.cdiv(C, BLOCK_K)
+    for it in range(0, taps_h * taps_w * k_tiles):
+        tap = it // k_tiles
+        offs_k = (it - tap * k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+        th = tap // taps_w
+        tw = tap - th * taps_w
+        dh = direction * th
+        dw = direction * tw
+        ok = pixel_ok & (h0 + dh >= 0) & (h0 + dh < H) & (w0 + dw >= 0) & (w0 + dw < W)
+        mask_k = offs_k < C
+        x_ptrs = x_ptr + (dh * W + dw) * C + offs_x[:, None] + offs_k[None, :]
+        x = tl.load(x_ptrs, mask=ok[:, None] & mask_k[None, :], other=0.0)  # (BLOCK_P, BLOCK_K)
+        w_tap = (tap_h0 + tap_step * th) * stride_wh + (tap_w0 + tap_step * tw) * stride_ww
+        w_ptrs = w_ptr + w_tap + offs_co[:, None] * stride_wo + offs_k[None, :] * stride_wk
+        w_mask = (offs_co < COUT)[:, None] & mask_k[None, :]
+        w = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_CO, BLOCK_K)
+        acc = dot(w, tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
+def _accumulate_tma(
+    acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C,
+    K: tl.constexpr, S: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_K_FIRST: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same by descriptors: what a box reads outside the image is zero, the padding itself."""
+    tap_step: tl.constexpr = S if TRANSPOSED else 1
+    direction: tl.constexpr = -1 if TRANSPOSED else 1
+    k_tiles = tl.cdiv(C, BLOCK_K)
+    for it in tl.range(0, taps_h * taps_w * k_tiles, num_stages=NUM_STAGES):
+        tap = it // k_tiles
+        k = (it - tap * k_tiles) * BLOCK_K
+        th = tap // taps_w
+        tw = tap - th * taps_w
+        x = x_desc.load([n, h0 + direction * th, w0 + direction * tw, k])
+        x = x.reshape(BLOCK_P, BLOCK_K)
+        w_tap = (tap_h0 + tap_step * th) * K + tap_w0 + tap_step * tw
+        if WEIGHT_K_FIRST:
+            w = tl.trans(w_desc.load([k, w_tap, co0]).reshape(BLOCK_K, BLOCK_CO))
+        else:
+            w = w_desc.load([co0, w_tap, k]).reshape(BLOCK_CO, BLOCK_K)
+        acc = dot(w, tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, offs_co, part_row, COUT,
+    HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Bias, residual, store; then mean and M2 of the stored values over the tile's pixels."""
+    mask_co = offs_co < COUT
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_co, mask=mask_co, other=0.0).to(acc.dtype)
+        acc += bias[:, None]
+    out = tl.trans(acc)  # (BLOCK_P, BLOCK_CO)
+    mask = ok[:, None] & mask_co[None, :]
+    offs = out_pixel[:, None] * COUT + offs_co[None, :]
+    if HAS_RES:
+        out += tl.load(res_ptr + offs, mask=mask, other=0.0).to(acc.dtype)
+    stored = out.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs, stored, mask=mask)
+    if STATS:
+        values = tl.where(ok[:, None], stored.to(acc.dtype), 0.0)
+        count = tl.sum(ok.to(acc.dtype), axis=0)
+        mean = tl.sum(values, axis=0) / count
+        centred = tl.where(ok[:, None], values - mean[None, :], 0.0)
+        part = part_ptr + part_row * 2 * COUT + offs_co
+        tl.store(part, mean, mask=mask_co)
+        tl.store(part + COUT, tl.sum(centred * centred, axis=0), mask=mask_co)
+
+
+@triton.jit
+def _conv_kernel(
+    x_ptr, x2_ptr, w_ptr, w2_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
+    H, W, C, C2, HO, WO, COUT, GRID_H, GRID_W, UNIT, TILES,
+    stride_wo, stride_wk, stride_wh, stride_ww,
+    K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics may not
+    leave (one frame, one video, or the whole batch). UNIT counts its pixels in one phase."""
+    phases: tl.constexpr = S if TRANSPOSED else 1
+    in_step: tl.constexpr = 1 if TRANSPOSED else S
+    pid = tl.program_id(0).to(tl.int64)
+    co_tiles = tl.cdiv(COUT, BLOCK_CO)
+    offs_co = (pid % co_tiles).to(tl.int32) * BLOCK_CO + tl.arange(0, BLOCK_CO)
+    row = pid // co_tiles  # (phase, unit, tile)
+    tile = row % TILES
+    unit = (row // TILES) // (phases * phases)
+    phase = ((row // TILES) % (phases * phases)).to(tl.int32)
+    tap_h0, off_h, taps_h = _phase_taps(phase // phases, K, S, PAD, TRANSPOSED)
+    tap_w0, off_w, taps_w = _phase_taps(phase % phases, K, S, PAD, TRANSPOSED)
+
+    # (BLOCK_P,): the pixel in the phase's grid, its place in the input and in the output
+    offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    flat = unit * UNIT + offs_p
+    n = flat // (GRID_H * GRID_W)
+    within = (flat - n * (GRID_H * GRID_W)).to(tl.int32)
+    i = within // GRID_W
+    j = within - i * GRID_W
+    oh = i * phases + phase // phases
+    ow = j * phases + phase % phases
+    ok = (offs_p < UNIT) & (oh < HO) & (ow < WO)
+    h0 = i * in_step + off_h
+    w0 = j * in_step + off_w
+    source_pixel = (n * H + h0) * W + w0
+
+    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    acc = _accumulate(
+        acc, x_ptr, w_ptr, source_pixel * C, h0, w0, ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
+        H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S, TRANSPOSED, BLOCK_K,
+    )  # fmt: skip
+    if HAS_X2:
+        acc = _accumulate(
+            acc, x2_ptr, w2_ptr, source_pixel * C2, h0, w0, ok, offs_co, taps_h, taps_w,
+            tap_h0, tap_w0, H, W, C2, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
+            S, TRANSPOSED, BLOCK_K,
+        )  # fmt: skip
+    _finish(
+        acc, y_ptr, bias_ptr, res_ptr, part_ptr, (n * HO + oh) * WO + ow, ok, offs_co, row, COUT,
+        HAS_BIAS, HAS_RES, STATS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _conv_tma_kernel(
+    x_desc, x2_desc, w_desc, w2_desc, bias_ptr, res_ptr, y_ptr, part_ptr,
+    C, C2, HO, WO, COUT, GRID_H, GRID_W,
+    K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WEIGHT_K_FIRST: tl.constexpr,
+    HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_CO: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile is a BOX_H x BOX_W box of one image."""
+    BLOCK_P: tl.constexpr = BOX_H * BOX_W
+    phases: tl.constexpr = S if TRANSPOSED else 1
+    pid = tl.program_id(0).to(tl.int64)
+    co_tiles = tl.cdiv(COUT, BLOCK_CO)
+    co0 = (pid % co_tiles).to(tl.int32) * BLOCK_CO
+    row = pid // co_tiles  # (image, phase, tile)
+    tiles_w = tl.cdiv(GRID_W, BOX_W)
+    tiles = tl.cdiv(GRID_H, BOX_H) * tiles_w
+    tile = (row % tiles).to(tl.int32)
+    phase = ((row // tiles) % (phases * phases)).to(tl.int32)
+    n = ((row // tiles) // (phases * phases)).to(tl.int32)
+    tap_h0, off_h, taps_h = _phase_taps(phase // phases, K, S, PAD, TRANSPOSED)
+    tap_w0, off_w, taps_w = _phase_taps(phase % phases, K, S, PAD, TRANSPOSED)
+    i0 = tile // tiles_w * BOX_H
+    j0 = tile % tiles_w * BOX_W
+
+    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    acc = _accumulate_tma(
+        acc, x_desc, w_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0, C,
+        K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+    )  # fmt: skip
+    if HAS_X2:
+        acc = _accumulate_tma(
+            acc, x2_desc, w2_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0,
+            C2, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+        )  # fmt: skip
+    offs_p = tl.arange(0, BLOCK_P)
+    oh = (i0 + offs_p // BOX_W) * phases + phase // phases
+    ow = (j0 + offs_p % BOX_W) * phases + phase % phases
+    ok = (oh < HO) & (ow < WO)
+    out_pixel = (n.to(tl.int64) * HO + oh) * WO + ow
+    _finish(
+        acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, co0 + tl.arange(0, BLOCK_CO), row,
+        COUT, HAS_BIAS, HAS_RES, STATS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_stats_kernel(
+    part_ptr, mean_ptr, rstd_ptr, TILES, COUT, GROUPS, GRID_H, GRID_W, eps,
+    BOX_H: tl.constexpr, BOX_W: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(unit, TILES, 2, COUT) partials → mean, rstd (unit, GROUPS); a program is one group.
+
+    Chan et al. 1979: M2 = sum M2_t + sum n_t (mean_t - mean)^2. Means are summed as differences to
+    the first, so that mean >> std loses no digits.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    unit = pid // GROUPS
+    offs_c = tl.arange(0, BLOCK_C)
+    part = part_ptr + unit * TILES * 2 * COUT + (pid % GROUPS) * GROUP_WIDTH
+    tiles_w = tl.cdiv(GRID_W, BOX_W)
+    per_image = tl.cdiv(GRID_H, BOX_H) * tiles_w
+    first = tl.load(part)
+    total = tl.zeros((), dtype=ACC)
+    shifted = tl.zeros((), dtype=ACC)
+    for t0 in range(0, TILES, BLOCK_T):
+        offs_t = t0 + tl.arange(0, BLOCK_T)
+        mask = (offs_t < TILES)[:, None] & (offs_c < GROUP_WIDTH)[None, :]
+        offs = offs_t.to(tl.int64)[:, None] * (2 * COUT) + offs_c[None, :]
+        i0 = (offs_t % per_image) // tiles_w * BOX_H
+        j0 = (offs_t % per_image) % tiles_w * BOX_W
+        n = (tl.minimum(GRID_H - i0, BOX_H) * tl.minimum(GRID_W - j0, BOX_W)).to(ACC)
+        n = tl.where(mask, n[:, None], 0.0)  # (BLOCK_T, BLOCK_C)
+        delta = tl.load(part + offs, mask=mask, other=0.0) - first
+        total += tl.sum(tl.sum(n, axis=1), axis=0)
+        shifted += tl.sum(tl.sum(n * delta, axis=1), axis=0)
+    shift = shifted / total
+    m2 = tl.zeros((), dtype=ACC)
+    for t0 in range(0, TILES, BLOCK_T):
+        offs_t = t0 + tl.arange(0, BLOCK_T)
+        mask = (offs_t < TILES)[:, None] & (offs_c < GROUP_WIDTH)[None, :]
+        offs = offs_t.to(tl.int64)[:, None] * (2 * COUT) + offs_c[None, :]
+        i0 = (offs_t % per_image) // tiles_w * BOX_H
+        j0 = (offs_t % per_image) % tiles_w * BOX_W
+        n = (tl.minimum(GRID_H - i0, BOX_H) * tl.minimum(GRID_W - j0, BOX_W)).to(ACC)
+        n = tl.where(mask, n[:, None], 0.0)
+        delta = tl.load(part + offs, mask=mask, other=0.0) - first - shift
+        within = tl.load(part + COUT + offs, mask=mask, other=0.0)
+        m2 += tl.sum(tl.sum(within + n * delta * delta, axis=1), axis=0)
+    tl.store(mean_ptr + pid, first + shift)
+    tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(m2 / total + eps))
+
+
+# --- launch --------------------------------------------------------------------------------------
+
+
+def _weight_descriptor(
+    weight: Tensor, out_axis: int, block_co: int, block_k: int
+) -> TensorDescriptor:
+    """The weight as (rows, taps, columns): a view of channels-last memory, columns contiguous."""
+    rows, columns, kernel, _ = weight.shape
+    step = weight.stride(3) if kernel > 1 else weight.stride(0)
+    box = [block_co, 1, block_k] if out_axis == 0 else [block_k, 1, block_co]
+    shape = [rows, kernel * kernel, columns]
+    return TensorDescriptor(weight, shape, [weight.stride(0), step, 1], box)
+
+
+def _conv(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    stride: int,
+    pad: int,
+    transposed: bool,
+    out_axis: int,
+    size: tuple[int, int],
+    unit_images: int = 0,
+) -> tuple[Tensor, Tensor | None, ConvConfig]:
+    """One launch. x (B, F, H, W, C); weight 4-D with its output channels on ``out_axis``; size the
+    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout)."""
+    batch, frames, height, width, c1 = x.shape
+    c2 = 0 if x2 is None else x2.shape[-1]
+    cout, kernel = weight.shape[out_axis], weight.shape[-1]
+    x = x.contiguous()
+    x2 = None if x2 is None else x2.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    phases = stride if transposed else 1
+    grid = (cdiv(size[0], phases), cdiv(size[1], phases))
+    arch = capability(x.device)
+    widths = (c1, cout) if x2 is None else (c1, c2, cout)
+    tma = arch >= 90 and not why_not_tma(widths, grid, stride, transposed, x.element_size())
+    config = pick_config(max(c1, c2), cout, grid, x.element_size(), arch, tma)
+    if config.tma:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    first, second = (weight, None)
+    if x2 is not None:
+        first, second = weight.narrow(1 - out_axis, 0, c1), weight.narrow(1 - out_axis, c1, c2)
+    images = batch * frames
+    y = torch.empty((batch, frames, *size, cout), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, None, config
+    units = images // unit_images if unit_images else 1
+    if config.tma:
+        tiles = (images // units) * cdiv(grid[0], config.box_h) * cdiv(grid[1], config.box_w)
+    else:
+        tiles = cdiv(images // units * grid[0] * grid[1], config.block_p)
+    partial = None
+    if unit_images:
+        acc = acc_torch_dtype(x.dtype)
+        partial = torch.empty((units * tiles, 2, cout), dtype=acc, device=x.device)
+    programs = units * tiles * phases * phases * cdiv(cout, config.block_co)
+    flags = dict(
+        K=kernel, S=stride, PAD=pad, TRANSPOSED=transposed, HAS_X2=x2 is not None,
+        HAS_BIAS=bias is not None, HAS_RES=residual is not None, STATS=partial is not None,
+        BLOCK_CO=config.block_co, BLOCK_K=config.block_k, ACC=acc_dtype(x.dtype),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    if config.tma:
+        box = [1, config.box_h, config.box_w, config.block_k]
+        sources = [
+            None if t is None else TensorDescriptor.from_tensor(t.flatten(0, 1), box)
+            for t in (x, x2)
+        ]
+        weights = [
+            None if w is None else _weight_descriptor(w, out_axis, config.block_co, config.block_k)
+            for w in (first, second)
+        ]
+        _conv_tma_kernel[(programs,)](
+            *sources, *weights, bias, residual, y, partial, c1, c2, *size, cout, *grid,
+            WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
+            NUM_STAGES=config.num_stages, **flags,
+        )  # fmt: skip
+    else:
+        strides = weight.stride()
+        _conv_kernel[(programs,)](
+            x, x2, first, second, bias, residual, y, partial, height, width, c1, c2, *size, cout,
+            *grid, images // units * grid[0] * grid[1], tiles, strides[out_axis],
+            strides[1 - out_axis], strides[2], strides[3], BLOCK_P=config.block_p,
+            num_stages=config.num_stages, **flags,
+        )  # fmt: skip
+    return y, partial, config
+
+
+def _out_size(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
+    kernel = weight.shape[-1]
+    slack = 2 * library.padding_of(kernel) - kernel
+    return (x.shape[2] + slack) // stride + 1, (x.shape[3] + slack) // stride + 1
+
+
+def space_conv_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+) -> Tensor:
+    return _conv(
+        x, x2, weight, bias, residual, stride=stride, pad=library.padding_of(weight.shape[-1]),
+        transposed=False, out_axis=0, size=_out_size(x, weight, stride),
+    )[0]  # fmt: skip
+
+
+def space_conv_stats_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, frames = x.shape[:2]
+    y, partial, config = _conv(
+        x, x2, weight, bias, residual, stride=stride, pad=library.padding_of(weight.shape[-1]),
+        transposed=False, out_axis=0, size=_out_size(x, weight, stride),
+        unit_images=1 if per_frame else frames,
+    )  # fmt: skip
+    units = batch * frames if per_frame else batch
+    acc = acc_torch_dtype(x.dtype)
+    mean = torch.empty((units, groups), dtype=acc, device=x.device)
+    rstd = torch.empty_like(mean)
+    if partial is None:
+        return y, mean, rstd
+    cout = weight.shape[0]
+    # The pointer variant's tiles are runs of pixels: a box one row high.
+    grid, box = tuple(y.shape[2:4]), (config.box_h, config.box_w)
+    if not config.tma:
+        grid, box = (1, y[0, 0, ..., 0].numel() * (1 if per_frame else frames)), (1, config.block_p)
+    _merge_stats_kernel[(units * groups,)](
+        partial, mean, rstd, partial.shape[0] // units, cout, groups, *grid, eps,
+        BOX_H=box[0], BOX_W=box[1], GROUP_WIDTH=cout // groups,
+        BLOCK_C=next_power_of_2(cout // groups), BLOCK_T=MERGE_TILES, ACC=acc_dtype(x.dtype),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def space_conv_bwd(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    need_dx: bool,
+    need_dx2: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dx2 by the same kernel, each against its slice of the weight; dw by the library."""
+    dy = dy.contiguous()
+    _, _, dw, db = library.space_conv_bwd(dy, x, x2, weight, stride, False, False, need_dw, need_db)
+    grads = []
+    start = 0
+    for source, needed in ((x, need_dx), (x2, need_dx2)):
+        if source is None or not needed:
+            grads.append(dy.new_empty(0))
+        else:
+            grads.append(
+                _conv(
+                    dy, None, weight.narrow(1, start, source.shape[-1]), None, None, stride=stride,
+                    pad=library.padding_of(weight.shape[-1]), transposed=True, out_axis=1,
+                    size=tuple(source.shape[2:4]),
+                )[0]
+            )  # fmt: skip
+        start += 0 if source is None else source.shape[-1]
+    return grads[0], grads[1], dw, db
+
+
+def space_conv_transpose_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    size = (2 * x.shape[2], 2 * x.shape[3])
+    return _conv(
+        x, None, weight, bias, residual, stride=2, pad=1, transposed=True, out_axis=1, size=size
+    )[0]
+
+
+def space_conv_transpose_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy = dy.contiguous()
+    _, dw, db = library.space_conv_transpose_bwd(dy, x, weight, False, need_dw, need_db)
+    if not need_dx:
+        return dy.new_empty(0), dw, db
+    dx, _, _ = _conv(
+        dy, None, weight, None, None, stride=2, pad=1, transposed=False, out_axis=0,
+        size=tuple(x.shape[2:4]),
+    )  # fmt: skip
+    return dx, dw, db
