@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fastvdm.config import get_config
+
 
 def _load() -> str | None:
     """Load ``fastvdm/_C*.so``; returns why it is off, or None when it is loaded."""
@@ -18,6 +20,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} failed to load: {error}"
+    # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
+    torch.ops.fastvdm_C.set_cpu_isa(get_config().cpu_isa)
     return None
 
 
@@ -26,6 +30,20 @@ _reason = _load()
 
 def reason_off() -> str | None:
     return _reason
+
+
+def set_cpu_isa(name: str) -> str:
+    """Run the C++ backend on the given instruction set: "auto", "avx512", "avx2" or "portable".
+
+    Returns:
+        The instruction set now in force.
+
+    Raises:
+        RuntimeError: the extension is off, or this machine or build has no such path.
+    """
+    if _reason is not None:
+        raise RuntimeError(f"the C++ extension is off: {_reason}")
+    return torch.ops.fastvdm_C.set_cpu_isa(name)
 
 
 def has_launcher(name: str) -> bool:

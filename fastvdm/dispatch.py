@@ -24,11 +24,21 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # In order of preference. The Triton interpreter is a test device: only ever chosen by name.
 _AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-_DEVICES = {"triton": ("cuda", "cpu") if INTERPRET else ("cuda",), "cpu": ("cpu",), "cuda": ("cuda",)}
+_DEVICES = {
+    "triton": ("cuda", "cpu") if INTERPRET else ("cuda",),
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+}
 
 
 class FallbackError(RuntimeError):
     """A kernel exists for this device but cannot take the call, and FASTVDM_STRICT=1."""
+
+
+class ByDesign(str):
+    """A reason from ``unsupported`` that is a choice: the reference is the implementation of such
+    calls on that device (fp64 on a CPU). Neither a warning nor, in strict mode, an error, unless
+    the backend was asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ def select(op: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
         reason = entry.unsupported(backend, *args, **kwargs)
         if reason is None:
             return backend
+        if isinstance(reason, ByDesign) and get_config().backend != backend:
+            continue
         refusal = refusal or f"{backend}: {reason}"
     if refusal is not None:
         _fallback(op, refusal)

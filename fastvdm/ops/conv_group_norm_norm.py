@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastvdm.dispatch import launchers, register, select
+from fastvdm.dispatch import ByDesign, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
@@ -157,6 +157,8 @@ def unsupported(backend: str, x: Tensor, kind: str) -> str | None:
     """Why ``backend`` cannot take this call, or None."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{x.dtype} is not a type of its kernels"
+    if backend == "cpu" and x.dtype == torch.float64:
+        return ByDesign("fp64 runs on the torch reference")
     return None
 
 

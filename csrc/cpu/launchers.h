@@ -1,0 +1,20 @@
+// Every op of the CPU backend, as register.cpp binds them. Contracts: fastvdm/ops/<stem>.py.
+#pragma once
+
+#include "torch.h"
+
+namespace fastvdm {
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, Tensor weight,
+                                                OptTensor bias, OptTensor scale, OptTensor shift,
+                                                OptTensor residual, OptTensor dropout_mask,
+                                                OptTensor mean, OptTensor rstd, int64_t kind,
+                                                int64_t groups, bool per_frame, double eps,
+                                                bool act);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
+    Tensor dy, Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor scale,
+    OptTensor shift, OptTensor dropout_mask, OptTensor mean, OptTensor rstd, int64_t kind,
+    int64_t groups, bool per_frame, double eps, bool act, bool need_dx, bool need_dweight,
+    bool need_dfilm);
+
+}  // namespace fastvdm

@@ -1,0 +1,93 @@
+// Checks and small conversions that every launcher shares.
+#include "torch.h"
+
+#include <cstring>
+
+namespace fastvdm {
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "fastvdm_C: the CPU kernels take fp32, bf16 and fp16");
+  }
+}
+
+const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(t.is_cpu(), "fastvdm_C: ", name, " must be on the CPU");
+  STD_TORCH_CHECK(t.is_contiguous(), "fastvdm_C: ", name, " must be contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, "fastvdm_C: ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.numel() == numel, "fastvdm_C: ", name, " must have ", numel, " elements, got ",
+                  t.numel());
+  return t.const_data_ptr();
+}
+
+Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(
+      x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) {
+  std::vector<int64_t> out(x.dim());
+  for (int64_t i = 0; i < x.dim(); ++i) out[i] = x.size(i);
+  return out;
+}
+
+std::vector<float> floats(const Tensor& t, const char* name, int64_t numel) {
+  std::vector<float> out(numel);
+  const void* data = input(t, name, t.scalar_type(), numel);
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      std::memcpy(out.data(), data, sizeof(float) * numel);
+      break;
+    case ScalarType::Double:
+      for (int64_t i = 0; i < numel; ++i)
+        out[i] = static_cast<float>(static_cast<const double*>(data)[i]);
+      break;
+    case ScalarType::BFloat16:
+      for (int64_t i = 0; i < numel; ++i)
+        out[i] = static_cast<float>(static_cast<const c10::BFloat16*>(data)[i]);
+      break;
+    case ScalarType::Half:
+      for (int64_t i = 0; i < numel; ++i)
+        out[i] = static_cast<float>(static_cast<const c10::Half*>(data)[i]);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "fastvdm_C: ", name, " must be floating");
+  }
+  return out;
+}
+
+Tensor from_doubles(const std::vector<double>& values, const Tensor& like) {
+  Tensor out = empty(like, sizes_of(like), like.scalar_type());
+  STD_TORCH_CHECK(out.numel() == static_cast<int64_t>(values.size()), "fastvdm_C: size mismatch");
+  void* data = out.mutable_data_ptr();
+  const size_t n = values.size();
+  switch (like.scalar_type()) {
+    case ScalarType::Float:
+      for (size_t i = 0; i < n; ++i)
+        static_cast<float*>(data)[i] = static_cast<float>(values[i]);
+      break;
+    case ScalarType::Double:
+      std::memcpy(data, values.data(), sizeof(double) * n);
+      break;
+    case ScalarType::BFloat16:
+      for (size_t i = 0; i < n; ++i)
+        static_cast<c10::BFloat16*>(data)[i] = static_cast<float>(values[i]);
+      break;
+    case ScalarType::Half:
+      for (size_t i = 0; i < n; ++i)
+        static_cast<c10::Half*>(data)[i] = static_cast<float>(values[i]);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "fastvdm_C: a gradient must be floating");
+  }
+  return out;
+}
+
+}  // namespace fastvdm

@@ -1,0 +1,35 @@
+// The launchers' view of torch, through its stable ABI only. Never included by a *_kernel.cpp.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace fastvdm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Storage type of x; throws for one that has no kernels.
+DType dtype_of(const Tensor& x);
+// Throws unless t is a contiguous CPU tensor of `dtype` and `numel` elements.
+const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t numel);
+// New uninitialised tensor beside x.
+Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype);
+std::vector<int64_t> sizes_of(const Tensor& x);
+// Values of a small tensor of any floating type, in fp32; throws unless it has `numel` elements.
+std::vector<float> floats(const Tensor& t, const char* name, int64_t numel);
+// Writes fp32 (or fp64) values into a new tensor shaped and typed as `like`.
+Tensor from_doubles(const std::vector<double>& values, const Tensor& like);
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fastvdm

@@ -1,0 +1,25 @@
+// Private launchers of the C++ backend, named as in kernels/ with the suffix of the device. The
+// public ops, their fakes and their autograd are in fastvdm/ops.
+#include "cpu/launchers.h"
+
+STABLE_TORCH_LIBRARY(fastvdm_C, m) {
+  m.def("set_cpu_isa(str name) -> str");
+  m.def(
+      "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? scale, "
+      "Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, "
+      "int kind, int groups, bool per_frame, float eps, bool act) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_act_bwd_cpu(Tensor dy, Tensor x, Tensor? x2, Tensor weight, Tensor? bias, "
+      "Tensor? scale, Tensor? shift, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, int kind, "
+      "int groups, bool per_frame, float eps, bool act, bool need_dx, bool need_dweight, "
+      "bool need_dfilm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
+  m.impl("set_cpu_isa", TORCH_BOX(&fastvdm::set_cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
+  m.impl("norm_act_fwd_cpu", TORCH_BOX(&fastvdm::norm_act_fwd));
+  m.impl("norm_act_bwd_cpu", TORCH_BOX(&fastvdm::norm_act_bwd));
+}
