@@ -1,4 +1,4 @@
-"""Run-time configuration: read once from ``FASTVDM_*`` at import, changed only by ``use_backend``."""
+"""Run-time configuration: read from ``FASTVDM_*`` at import, changed only by ``use_backend``."""
 
 from __future__ import annotations
 

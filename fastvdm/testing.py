@@ -120,7 +120,7 @@ def grads(
     inputs: Sequence[Tensor | None],
     douts: Sequence[Tensor] | Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Outputs of ``fn(*inputs)`` and the gradient of each floating-point input (None stays None)."""
+    """Outputs of ``fn(*inputs)`` and the gradient of each floating-point input (else None)."""
     leaves = [
         t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         if isinstance(t, Tensor) and t.is_floating_point()

@@ -8,7 +8,7 @@ import sys
 if "triton" in sys.modules:
     raise RuntimeError("triton was imported before the tests could choose its interpreter")
 
-import torch  # noqa: E402
+import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -16,8 +16,11 @@ CONFIGS = {
     "small": (dict(dim=16, dim_mults=(1, 2)), (2, 3, 5, 8, 12)),
     "deep": (dict(dim=8, dim_mults=(1, 2, 4, 8), attn_heads=2), (1, 3, 3, 16, 24)),
     "cond": (dict(dim=16, dim_mults=(1, 2), cond_dim=11, attn_heads=4), (2, 3, 4, 6, 10)),
-    "wide_heads": (dict(dim=16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=64), (1, 3, 7, 8, 4)),
-    "narrow_heads": (dict(dim=8, dim_mults=(1, 3), attn_heads=3, attn_dim_head=16), (1, 3, 2, 4, 6)),
+    "wide": (dict(dim=16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=64), (1, 3, 7, 8, 4)),
+    "narrow": (
+        dict(dim=8, dim_mults=(1, 3), attn_heads=3, attn_dim_head=16),
+        (1, 3, 2, 4, 6),
+    ),
     "no_linear": (
         dict(dim=16, dim_mults=(1, 2), use_sparse_linear_attn=False, init_kernel_size=5),
         (1, 3, 6, 8, 8),
@@ -29,12 +32,9 @@ ERAS = {"0.7.0": "rms", "0.6.3": "group"}
 
 def pair(version: str, arguments: dict, **ours):
     peer = peer_or_skip(version).Unet3D(**arguments)
-    for p in peer.parameters():  # gammas and biases away from their initial ones and zeros
-        p.data += 0.05 * torch.randn_like(p)
-    if version == "0.7.0":
-        for name, p in peer.named_parameters():
-            if name.endswith("freqs"):
-                p.data = 1.0 / 10000 ** (torch.arange(0, 2 * len(p), 2).float() / (2 * len(p)))
+    for name, p in peer.named_parameters():  # gammas and biases away from ones and zeros
+        if not name.endswith("freqs"):
+            p.data += 0.05 * torch.randn_like(p)
     return peer, UNet3D.from_unet3d(peer, exact=True, **ours)
 
 
@@ -45,13 +45,6 @@ def batch(arguments: dict, shape: tuple[int, ...]):
     return x, time, cond
 
 
-def restore_rotary(peer: torch.nn.Module) -> None:
-    for name, p in peer.named_parameters():
-        if name.endswith("freqs"):
-            n = len(p)
-            p.data = 1.0 / 10000 ** (torch.arange(0, 2 * n, 2).float() / (2 * n))
-
-
 @pytest.mark.parametrize("version", ERAS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parity(version, name):
@@ -59,7 +52,6 @@ def test_parity(version, name):
     if version == "0.6.3":
         arguments = arguments | {"resnet_groups": 4}
     peer, ours = pair(version, arguments)
-    restore_rotary(peer)
     assert ours.stem.weight.shape[0] == arguments["dim"]
     x, time, cond = batch(arguments, shape)
     out_peer = peer(x, time, cond=cond)
@@ -82,7 +74,6 @@ def test_parity(version, name):
 def test_guidance_in_one_pass(version):
     arguments, shape = CONFIGS["cond"]
     peer, ours = pair(version, arguments)
-    restore_rotary(peer)
     x, time, cond = batch(arguments, shape)
     calls = []
     ours.stem.register_forward_hook(lambda *_: calls.append(1))
@@ -97,7 +88,6 @@ def test_guidance_in_one_pass(version):
 def test_focus_mask_exact(mask):
     arguments, shape = CONFIGS["small"]
     peer, ours = pair("0.7.0", arguments)
-    restore_rotary(peer)
     x, time, _ = batch(arguments, shape)
     focus = torch.tensor(mask)
     with torch.no_grad():
@@ -108,7 +98,6 @@ def test_focus_mask_exact(mask):
 def test_sample_from_the_peers_diffusion():
     arguments, (_, _, f, h, _) = CONFIGS["small"]
     peer, ours = pair("0.7.0", arguments)
-    restore_rotary(peer)
     diffusion = peer_or_skip("0.7.0").GaussianDiffusion
     videos = []
     for net in (peer, ours):
@@ -121,7 +110,6 @@ def test_loss_in_the_peers_diffusion():
     """The peer's GaussianDiffusion trains ours as it trains its own, focus probability included."""
     arguments, (b, c, f, h, _) = CONFIGS["small"]
     peer, ours = pair("0.7.0", arguments)
-    restore_rotary(peer)
     video, losses = torch.rand(b, c, f, h, h), []
     for net in (peer, ours):
         torch.manual_seed(5)
@@ -207,7 +195,7 @@ def test_load_inside_a_wrapper():
         (lambda s: s.pop("init_conv.bias"), "1 missing keys: stem.bias"),
         (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected keys: extra"),
         (lambda s: s.update({"init_conv.weight": torch.zeros(8, 3, 1, 7, 7)}), "needs"),
-        (lambda s: s.update({"init_conv.bias": "text"}), "str"),
+        (lambda s: s.update({"init_conv.bias": "text"}), "unexpected keys: init_conv.bias"),
     ],
 )
 def test_bad_checkpoint_leaves_the_model_alone(damage, message):

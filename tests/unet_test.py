@@ -16,21 +16,27 @@ SMALL = dict(dim=16, dim_mults=(1, 2), attn_heads=2)
 PAPER = dict(dim=16, dim_mults=(1, 2), image_size=16, attn_resolutions=(8,), attn_dim_head=8,
              resnet_groups=4, emb_dim=24)  # fmt: skip
 # Parameters of the six models, as the README prints them.
-PRESET_PARAMETERS = {}
+PRESET_PARAMETERS = {
+    "ucf101": 1_167_748_355,
+    "bair": 148_479_619,
+    "kinetics600": 1_165_649_155,
+    "t2v-small": 310_661_763,
+    "t2v-large": 1_171_946_755,
+    "t2v-128": 1_175_519_875,
+}
 
 
 def reduced(name: str, **options) -> UNet3D:
     model = UNet3D.from_preset(name, **(PAPER | options))
     for p in model.parameters():  # the zero-initialised ones would hide everything
-        torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else p.data.add_(
-            0.1 * torch.randn_like(p)
-        )
+        torch.nn.init.normal_(p, std=0.15) if p.ndim > 1 else p.data.add_(0.1 * torch.randn_like(p))
     return model
 
 
 def changed_frames(model, x, time, frame, **kw) -> list[int]:
     y = x.clone()
     y[:, :, frame] += 1.0
+    model.eval()
     with torch.no_grad():
         difference = (model(x, time, **kw) - model(y, time, **kw)).abs().amax(dim=(0, 1, 3, 4))
     return difference.nonzero().flatten().tolist()
@@ -85,9 +91,7 @@ def test_null_embedding_is_trained_by_default():
     assert model.null_cond_emb.grad.abs().max() > 0
     model.eval()
     assert torch.equal(model(x, time, cond=cond), model(x, time, cond=cond, null_cond_prob=0.0))
-    assert not torch.equal(
-        model(x, time, cond=cond), model(x, time, cond=cond, null_cond_prob=1.0)
-    )
+    assert not torch.equal(model(x, time, cond=cond), model(x, time, cond=cond, null_cond_prob=1.0))
 
 
 def test_no_host_sync():
@@ -112,8 +116,10 @@ def test_checkpointing_changes_nothing(family, checkpointing):
     torch.manual_seed(1)
     plain = UNet3D(**SMALL, dropout=0.2) if family == "peer" else reduced("bair", dropout=0.2)
     other = copy.deepcopy(plain)
-    twin = UNet3D(**SMALL, checkpointing=checkpointing, dropout=0.2) if family == "peer" else (
-        reduced("bair", checkpointing=checkpointing, dropout=0.2)
+    twin = (
+        UNet3D(**SMALL, checkpointing=checkpointing, dropout=0.2)
+        if family == "peer"
+        else (reduced("bair", checkpointing=checkpointing, dropout=0.2))
     )
     twin.load_state_dict(other.state_dict())
     x, time, grads = torch.randn(1, 3, 3, size, size), torch.tensor([0.7]), []

@@ -50,5 +50,5 @@ class SpaceConvTranspose(nn.ConvTranspose2d):
         super().__init__(channels, channels, 4, stride=2, padding=1)
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return space_conv_transpose(x, self.weight, self.bias)

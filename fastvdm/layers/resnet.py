@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class ResnetBlock(nn.Module):
         return self._conv_norm(self.conv2, self.norm2, h, residual=residual)
 
     @staticmethod
-    def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Tensor | None) -> Tensor:
+    def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor:
         return conv_group_norm(
             x,
             conv.weight,

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 _WRAPPERS = ("denoise_fn.", "module.", "_orig_mod.")
 
 
-def read_source(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_source(
+    source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
+) -> Mapping[str, Any]:
     """The state of a module, a mapping as it is, or a .pt / .safetensors file.
 
     Raises:

@@ -16,11 +16,13 @@ from fastvdm.layers.attention import LinearAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import rotary_frequencies
 from fastvdm.layers.resnet import ResnetBlock
+from fastvdm.unet.blocks import Level
 
 if TYPE_CHECKING:
     from fastvdm.unet.unet import UNet3D
 
-_MARK = "time_rel_pos_bias.relative_attention_bias.weight"  # in every peer state_dict, in none of ours
+# In every peer state_dict, in none of ours.
+_MARK = "time_rel_pos_bias.relative_attention_bias.weight"
 
 
 class Entry(NamedTuple):
@@ -91,10 +93,11 @@ def _entries(model: UNet3D) -> Iterator[Entry]:
     yield from _same(model, "time_mlp.3", "time_embedding.mlp.2")
     for there, levels in (("downs", model.downs), ("ups", model.ups)):
         for i, level in enumerate(levels):
+            assert isinstance(level, Level)
             peer, own = f"{there}.{i}", f"{there}.{i}.units.0"
             yield from _resnet(model, f"{peer}.0", f"{own}.blocks.0")
             yield from _resnet(model, f"{peer}.1", f"{own}.blocks.1")
-            if level.units[0].spatial is not None:
+            if model.get_submodule(own).spatial is not None:
                 yield from _attention(model, f"{peer}.2", f"{own}.spatial")
             yield from _attention(model, f"{peer}.3", f"{own}.temporal")
             if level.resample is not None:
@@ -141,12 +144,10 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
     out = {k: v for k, v in state.items() if k.startswith(prefix)}
     for e in entries:
         t = out.get(prefix + e.peer)
-        if t is None:
+        if not isinstance(t, Tensor):
             continue
         if tuple(t.shape) != e.shape:
-            raise ValueError(
-                f"{e.peer} has shape {tuple(t.shape)}, this network needs {e.shape}"
-            )
+            raise ValueError(f"{e.peer} has shape {tuple(t.shape)}, this network needs {e.shape}")
         del out[prefix + e.peer]
         out[prefix + e.own] = t.reshape(model.get_parameter(e.own).shape)
     for key in _rotary_keys(entries):
@@ -155,8 +156,10 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
             continue
         ours = rotary_frequencies(model.rotary_dim, device=freqs.device)
         if freqs.shape != ours.shape or not torch.allclose(freqs.float(), ours, rtol=1e-2):
-            raise ValueError(f"{key} is not the rotary spectrum of base 10000 over {2 * len(ours)} "
-                             "features; trained frequencies are not supported")
+            raise ValueError(
+                f"{key} is not the rotary spectrum of base 10000 over {2 * len(ours)} "
+                "features; trained frequencies are not supported"
+            )
     left = [k for k in out if k.endswith("norm.gamma") or ".block1.norm." in k]
     if left:
         era = "rms" if left[0].endswith("gamma") else "group"
@@ -230,7 +233,7 @@ def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None
         raise ValueError(f"the peer state_dict is incomplete: it lacks {error}") from None
     if "null_cond_emb" in state:
         arguments["cond_dim"] = state["null_cond_emb"].shape[1]
-    groups = [m.num_groups for m in module.modules() if isinstance(m, nn.GroupNorm)] if module else []
-    if groups:
-        arguments["resnet_groups"] = groups[0]
+    for m in module.modules() if module is not None else ():
+        if isinstance(m, nn.GroupNorm):
+            arguments["resnet_groups"] = m.num_groups
     return arguments

@@ -12,13 +12,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvdm.layers.attention import TimeContext
+from fastvdm.layers.attention import AxisAttention, TimeContext
 from fastvdm.layers.conv import SpaceConv
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
 from fastvdm.unet import peer
-from fastvdm.unet.blocks import Unit
+from fastvdm.unet.blocks import Level, Unit
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
 from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
 
@@ -26,8 +26,8 @@ from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
 class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="mit"):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
-    The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.6 and 0.7, with the
-    same meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the
+    The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.6 and 0.7, with
+    the same meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the
     peer's defects, and the layout of the paper's own models (``from_preset``).
 
     Args:
@@ -37,7 +37,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         use_bert_text_cond: cond_dim = 768. init_dim: width of the stem. init_kernel_size: odd.
         use_sparse_linear_attn: linear spatial attention at every level (peer layout).
         block_type: "resnet". resnet_groups: groups of the GroupNorm.
-        norm: "group" (peer 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is the norm's default.
+        norm: "group" (peer 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
         norm_per_frame: GroupNorm statistics over each frame instead of the whole video. Only then,
             or with "rms", are image frames of joint training exactly isolated (paper §3).
         cond_drop_prob: probability of dropping the condition in training when the caller does not
@@ -159,8 +159,9 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
                 self.cond_embedding = mlp(self.cond_dim, time_dim, mlp_layers, act)
             else:  # the peer concatenates the raw vector
                 block_emb_dim += self.cond_dim
-        learned = self.cond_dim is not None and null_cond == "learned"
-        self.null_cond_emb = nn.Parameter(torch.randn(1, self.cond_dim)) if learned else None
+        self.null_cond_emb: nn.Parameter | None = None
+        if self.cond_dim is not None and null_cond == "learned":
+            self.null_cond_emb = nn.Parameter(torch.randn(1, self.cond_dim))
 
         spec = Spec(
             dim=dim, init_dim=init_dim or dim, out_dim=self.out_dim, dim_mults=dim_mults,
@@ -186,7 +187,8 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
         if "t5" in position:
-            heads = {m.heads for m in self.modules() if getattr(m, "axis", None) == "time"}
+            attention = (m for m in self.modules() if isinstance(m, AxisAttention))
+            heads = {m.heads for m in attention if m.axis == "time"}
             for h in sorted(heads):
                 self.relative_bias[str(h)] = T5RelativeBias(h)
 
@@ -285,8 +287,8 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
                 ``cond_drop_prob`` in training mode and 0 otherwise.
             focus_present_mask: (B,) bool, True where every frame attends to itself only; drawn with
                 ``prob_focus_present`` when not given.
-            num_images: the last ``num_images`` frames are independent images (paper §3): they attend
-                to themselves, and no video frame attends to them.
+            num_images: the last ``num_images`` frames are independent images (paper §3): they
+                attend to themselves, and no video frame attends to them.
 
         Returns:
             (B, out_dim, F, H, W).
@@ -369,6 +371,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         for unit in self.middle:
             x = self._run(unit, x, emb, context)
         for level in self.ups:
+            assert isinstance(level, Level)
             count = len(level.units)
             x = self._run(level.up, x, emb, context, skips[-count:])
             del skips[-count:]
@@ -406,9 +409,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor, got {kind}")
         if x.ndim != 5 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"x must be (B, {self.channels}, F, H, W), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be (B, {self.channels}, F, H, W), got {tuple(x.shape)}")
         batch, _, frames, height, width = x.shape
         if frames == 0 or batch == 0:
             raise ValueError(f"x must have at least one sample and one frame, got {tuple(x.shape)}")
@@ -423,14 +424,18 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         if time.shape != (batch,):
             raise ValueError(f"time must be ({batch},), got {tuple(time.shape)}")
         if self.has_cond and cond is None:
-            raise ValueError(f"cond of shape ({batch}, {self.cond_dim}) must be given: the network "
-                             "is conditional")
+            raise ValueError(
+                f"cond of shape ({batch}, {self.cond_dim}) must be given: the network "
+                "is conditional"
+            )
         if not self.has_cond and cond is not None:
             raise ValueError("cond was given to an unconditional network; build it with cond_dim")
         if cond is not None:
             if not isinstance(cond, Tensor) or not cond.is_floating_point():
-                raise TypeError("cond must be a floating-point tensor, got "
-                                f"{getattr(cond, 'dtype', type(cond).__name__)}")
+                raise TypeError(
+                    "cond must be a floating-point tensor, got "
+                    f"{getattr(cond, 'dtype', type(cond).__name__)}"
+                )
             if cond.shape != (batch, self.cond_dim):
                 raise ValueError(
                     f"cond must be ({batch}, {self.cond_dim}), got {tuple(cond.shape)}"
@@ -439,9 +444,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             if focus.dtype != torch.bool:
                 raise TypeError(f"focus_present_mask must be bool, got {focus.dtype}")
             if focus.shape != (batch,):
-                raise ValueError(
-                    f"focus_present_mask must be ({batch},), got {tuple(focus.shape)}"
-                )
+                raise ValueError(f"focus_present_mask must be ({batch},), got {tuple(focus.shape)}")
         if not 0 <= num_images < frames:
             raise ValueError(
                 f"num_images must lie in [0, {frames - 1}] for {frames} frames, got {num_images}"
