@@ -384,11 +384,21 @@ class VideoFolder(Dataset):
             clip = clip.flip(-1)
         return clip if self.captions is None else (clip, self.captions[index])
 
+    def frame(self, index: int) -> Tensor:
+        """One random frame (C, H, W) of a video, for joint image-video training."""
+        length = self._length(index)
+        start = int(torch.randint(length, ()))
+        image = read_video(self.paths[index], 1, 1, self.size, start=start)[:, 0]
+        return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+
+    def _length(self, index: int) -> int:
+        if index not in self._lengths:
+            self._lengths[index] = count_frames(self.paths[index])
+        return self._lengths[index]
+
     def _clip(self, index: int) -> Tensor:
         path = self.paths[index]
-        if index not in self._lengths:
-            self._lengths[index] = count_frames(path)
-        length = self._lengths[index]
+        length = self._length(index)
         span = (self.num_frames - 1) * self.frameskip + 1
         wanted = self.num_frames
         if length < span:

@@ -1,0 +1,193 @@
+"""Captions to the conditioning vector of a network: a frozen BERT, then attention pooling.
+
+Ho et al. 2022, Video Diffusion Models, §4.3: "BERT-large embeddings ... processed using attention
+pooling"; the unconditional branch sees a vector of zeros. What the paper leaves open (size of the
+pooling, drop rate) is an argument here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvdm._optional import require
+
+POOLINGS = ("attention", "mean", "cls")
+
+
+class TextEncoder:
+    """A frozen encoder of the BERT family with its tokenizer.
+
+    Deliberately no ``nn.Module``: it is neither trained nor saved with the network it feeds.
+
+    Args:
+        name: a local folder, or a name in the Hugging Face cache or hub (HF_HUB_OFFLINE=1 keeps
+            away from the network).
+        max_length: longer captions are cut to so many tokens.
+        device, dtype: where and in what precision the encoder runs.
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: the encoder cannot be found or loaded, or gives no token states.
+    """
+
+    def __init__(
+        self,
+        name: str | os.PathLike[str] = "bert-large-uncased",
+        *,
+        max_length: int = 128,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        transformers = require("transformers", "text")
+        self.name, self.max_length = str(name), max_length
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
+            self.model: Any = transformers.AutoModel.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the text encoder {self.name!r}: {error}") from error
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"{self.name!r} is an encoder-decoder; a BERT-family encoder is needed"
+            )
+        self.model.requires_grad_(False).eval()
+        self.to(device, dtype)
+
+    @property
+    def dim(self) -> int:
+        """Width of a token state."""
+        return int(self.model.config.hidden_size)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
+        self.device = torch.device(device)
+        self.model.to(self.device, dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Last hidden states (B, L, dim) and the mask (B, L), True at tokens and False at padding.
+
+        Raises:
+            ValueError: there is no caption.
+            TypeError: a caption is no string.
+        """
+        check_captions(captions)
+        tokens = self.tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.device)
+        states = self.model(**tokens).last_hidden_state
+        return states, tokens["attention_mask"].bool()
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
+        raise TypeError("captions must be a list of strings, one for each video")
+    if not captions:
+        raise ValueError("expected at least one caption, got none")
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends over the tokens; the result is projected to ``out_dim``.
+
+    tokens (B, L, dim), mask (B, L) bool → (B, out_dim). Attention has ``heads`` heads of
+    ``dim / heads`` features, by default 64 each as in BERT.
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None, heads: int | None = None) -> None:
+        super().__init__()
+        heads = max(1, dim // 64) if heads is None else heads
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}")
+        self.heads, self.out_dim = heads, out_dim or dim
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Parameter(torch.randn(heads, dim // heads) * (dim // heads) ** -0.5)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, self.out_dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.norm(tokens.to(self.query.dtype))
+        k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, L, heads, D)
+        logits = torch.einsum("blhd,hd->bhl", k, self.query) * k.shape[-1] ** -0.5
+        weights = logits.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+        return self.out(torch.einsum("bhl,blhd->bhd", weights, v).flatten(1))
+
+
+def masked_mean(tokens: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Mean of the token states without position 0, as video-diffusion-pytorch's ``bert_embed``."""
+    weight = mask[:, 1:, None].to(tokens.dtype)
+    return (tokens[:, 1:] * weight).sum(1) / (weight.sum(1) + eps)
+
+
+class TextConditioner(nn.Module):
+    """Captions → ``cond`` (B, out_dim) of a network with ``cond_dim=out_dim``.
+
+    Its parameters are those of the pooling: train them with the network and save them with it. The
+    encoder is frozen, is not in the state dict and follows ``.to(device)``.
+
+    Args:
+        encoder: any callable ``captions -> (tokens (B, L, D), mask (B, L))`` with ``.dim``.
+        out_dim: width of the vector; the encoder's own by default. Only "attention" can change it.
+        pooling: "attention" (the paper), "mean" (video-diffusion-pytorch's default: the masked
+            mean without the first token) or "cls" (its ``text_use_bert_cls``).
+        heads: heads of the attention pooling.
+        dropout: while training, the share of captions replaced by zeros for classifier-free
+            guidance. The paper gives no rate. 0 where the network drops them (``null_cond_prob``).
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder | Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+        out_dim: int | None = None,
+        *,
+        pooling: str = "attention",
+        heads: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+        dim: int = encoder.dim  # type: ignore[union-attr]
+        if pooling != "attention" and out_dim not in (None, dim):
+            raise ValueError(f"pooling={pooling!r} has width {dim}, got out_dim={out_dim}")
+        self.encoder, self.pooling, self.dropout = encoder, pooling, dropout
+        self.out_dim = out_dim or dim
+        self.pool = AttentionPool(dim, self.out_dim, heads) if pooling == "attention" else None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TextConditioner:
+        super()._apply(fn, recurse)
+        if isinstance(self.encoder, TextEncoder):
+            moved = fn(torch.empty(0, dtype=self.encoder.model.dtype, device=self.encoder.device))
+            self.encoder.to(moved.device)
+        return self
+
+    def null(self, batch: int) -> Tensor:
+        """The unconditional vector: zeros (batch, out_dim)."""
+        device = self.pool.query.device if self.pool else getattr(self.encoder, "device", "cpu")
+        return torch.zeros(batch, self.out_dim, device=device)
+
+    def forward(self, captions: Sequence[str | None]) -> Tensor:
+        """cond (B, out_dim); a caption that is None, or dropped, gives zeros."""
+        if isinstance(captions, str):
+            raise TypeError("captions must be a list of strings, one for each video")
+        if not captions:
+            raise ValueError("expected at least one caption, got none")
+        keep = torch.tensor([c is not None for c in captions])
+        if self.training and self.dropout:
+            keep &= torch.rand(len(captions)) >= self.dropout
+        # A dropped caption is still encoded: whether it was dropped must not change the graph that
+        # distributed training sees.
+        tokens, mask = self.encoder(["" if c is None else c for c in captions])
+        if self.pool is not None:
+            cond = self.pool(tokens, mask)
+        else:
+            cond = masked_mean(tokens, mask) if self.pooling == "mean" else tokens[:, 0]
+        return torch.where(keep.to(cond.device)[:, None], cond, torch.zeros_like(cond))
