@@ -38,6 +38,18 @@ def dot(a, b, acc):
         return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
+@triton.jit
+def dot_x3(a, b, acc):
+    """As ``dot``, but fp32 operands go to the matrix cores as three TF32 products of their split
+    halves (about 22 bits). "ieee" multiplies on the plain cores and holds the whole inner axis in
+    registers: at 64 x 64 it spills kilobytes (ptxas, sm_90).
+    """
+    if INTERPRET:
+        return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32x3", out_dtype=acc.dtype)
+
+
 def is_interpreted(kernel: object) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
