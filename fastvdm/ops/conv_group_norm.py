@@ -1,8 +1,8 @@
 """``conv_group_norm``: a per-frame convolution, then norm → FiLM → SiLU → + residual.
 
 The heart of the network in two launches: the convolution, and one read and one write for all that
-follows it. What is saved for the backward is the input, the convolution's output and the statistics:
-the normalised activation is recomputed. The parts are re-exported from here.
+follows it. Saved for the backward are the input, the convolution's output and the statistics; the
+normalised activation is recomputed. The parts are re-exported from here.
 """
 
 from __future__ import annotations

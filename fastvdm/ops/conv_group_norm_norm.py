@@ -273,11 +273,15 @@ def norm_act(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
             shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, x2=x2,
         )  # fmt: skip
-    dense = (
+    x2, bias, residual, dropout_mask, mean, rstd = (
         None if t is None else t.contiguous()
-        for t in (x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd)
-    )  # fmt: skip
-    return norm_act_fwd(*dense, KINDS[kind], groups, per_frame, eps, act, backend)[0]
+        for t in (x2, bias, residual, dropout_mask, mean, rstd)
+    )
+    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    return norm_act_fwd(
+        x.contiguous(), x2, weight.contiguous(), bias, scale, shift, residual, dropout_mask,
+        mean, rstd, KINDS[kind], groups, per_frame, eps, act, backend,
+    )[0]  # fmt: skip
 
 
 def norm_act_cost(
