@@ -29,7 +29,7 @@ class SpaceConv(nn.Conv2d):
         self.upsample = "nearest" if upsample else None
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, x2: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         return space_conv(
@@ -50,5 +50,5 @@ class SpaceConvTranspose(nn.ConvTranspose2d):
         super().__init__(channels, channels, 4, stride=2, padding=1)
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return space_conv_transpose(x, self.weight, self.bias)

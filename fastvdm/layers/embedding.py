@@ -45,9 +45,11 @@ class TimeEmbedding(nn.Module):
         self.mlp = mlp(dim, emb_dim, num_layers, act)
 
     def forward(self, time: Tensor) -> Tensor:
-        weight = self.mlp[0].weight
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        weight = first.weight
         # Angles reach 1000 rad: at least fp32, whatever the weights are in.
-        time = time.to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[arg-type]
+        time = time.to(torch.promote_types(weight.dtype, torch.float32))
         if self.time_input == "logsnr":
             time = 1000.0 * log_snr_to_unit(time)
         return self.mlp(sinusoid(time, self.dim).to(weight.dtype))
