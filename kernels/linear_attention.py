@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
 
 _SM_COUNT = 132  # H200; only decides how far to split, and stands in where there is no device
 
@@ -35,13 +35,13 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(dim: int, dtype: torch.dtype, *, backward: bool = False) -> Config:
+def pick_config(dim: int, dtype: torch.dtype) -> Config:
     """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator; the
-    values are the largest that compile without spills for sm_80, sm_90 and sm_100."""
+    values compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``)."""
     block_d = max(16, next_power_of_2(dim))
     if dtype in (torch.float16, torch.bfloat16):
-        return Config(64 if block_d == 128 else 128, block_d, 8 if block_d == 128 else 4)
-    return Config(32, block_d, 8 if block_d == 128 else 4)
+        return Config(64, block_d, 8 if block_d == 128 else 4)
+    return Config(32, block_d, 8 if block_d >= 64 else 4)
 
 
 def split_pixels(problems: int, pixels: int, block_n: int, sm_count: int) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def _context(
         alpha = tl.exp(m_i - shift)
         p = tl.exp(k - shift[None, :])
         l_i = l_i * alpha + tl.sum(p, 0)
-        acc = dot(tl.trans(p.to(v.dtype)), v, acc * alpha[:, None])
+        acc = dot_x3(tl.trans(p.to(v.dtype)), v, acc * alpha[:, None])
         m_i = m_new
     return m_i, l_i, acc
 
@@ -112,7 +112,7 @@ def _apply(
         at = tl.cast(n, tl.int64)
         q = _load(qkv + at * row, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D)
         p = _softmax_d(q, ACC)
-        o = dot(p.to(q.dtype), ctx, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
+        o = dot_x3(p.to(q.dtype), ctx, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
         _store(out + at * width, width, hi - n, o, D, BLOCK_N, BLOCK_D)
 
 
@@ -226,8 +226,8 @@ def _grad_q(
         q = _load(qkv + at * row, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D)
         do = _load(dout + at * width, width, hi - n, 0.0, D, BLOCK_N, BLOCK_D)
         p = _softmax_d(q, ACC)
-        dctx = dot(tl.trans(p.to(q.dtype)), do, dctx)
-        dp = dot(do, ctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
+        dctx = dot_x3(tl.trans(p.to(q.dtype)), do, dctx)
+        dp = dot_x3(do, ctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
         dq = p * (dp - tl.sum(p * dp, 1)[:, None])
         _store(dqkv + at * row, row, hi - n, dq, D, BLOCK_N, BLOCK_D)
     return dctx * SCALE
@@ -245,9 +245,9 @@ def _grad_kv(
         k = _load(qkv + at * row + width, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D)
         v = _load(qkv + at * row + 2 * width, row, hi - n, 0.0, D, BLOCK_N, BLOCK_D)
         p = tl.exp(k.to(ACC) - lse[None, :])
-        dv = dot(p.to(v.dtype), dctx, tl.zeros([BLOCK_N, BLOCK_D], ACC))
+        dv = dot_x3(p.to(v.dtype), dctx, tl.zeros([BLOCK_N, BLOCK_D], ACC))
         _store(dqkv + at * row + 2 * width, row, hi - n, dv, D, BLOCK_N, BLOCK_D)
-        dp = dot(v, dctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC))
+        dp = dot_x3(v, dctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC))
         dk = p * (dp - delta[None, :])
         _store(dqkv + at * row + width, row, hi - n, dk, D, BLOCK_N, BLOCK_D)
 
@@ -269,8 +269,8 @@ def _bwd_kernel(
     dout = dout_ptr + frame * N * width + head * D
     lo = (split * chunk).to(tl.int32)
     hi = tl.minimum(lo + chunk, N)
-    ctx = _load(ctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
     if FIRST:
+        ctx = _load(ctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
         low = ctx.to(qkv_ptr.dtype.element_ty)
         dctx = _grad_q(
             qkv, dqkv, 3 * width, dout, width, low, lo, hi, SCALE, D, BLOCK_N, BLOCK_D, ACC
@@ -282,6 +282,8 @@ def _bwd_kernel(
             dctx = _load(dctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
         offs_d = tl.arange(0, BLOCK_D)
         lse = tl.load(lse_ptr + problem * D + offs_d, mask=offs_d < D, other=0.0)
+        # Read again: kept across the first pass, the fp32 context would cost D*D registers.
+        ctx = _load(ctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
         delta = tl.sum(ctx * dctx, 1)
         low = dctx.to(qkv_ptr.dtype.element_ty)
         _grad_kv(qkv, dqkv, 3 * width, width, lse, delta, low, lo, hi, D, BLOCK_N, BLOCK_D, ACC)
@@ -333,7 +335,7 @@ def linear_attention_bwd(
     problems, pixels = b * f * heads, h * w
     if dqkv.numel() == 0:
         return dqkv
-    block_n, block_d, warps = pick_config(dim, qkv.dtype, backward=True)
+    block_n, block_d, warps = pick_config(dim, qkv.dtype)
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
     tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps)
     args = (dout, qkv, k_lse, ctx, dqkv)

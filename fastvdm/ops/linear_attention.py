@@ -94,6 +94,8 @@ def unsupported(backend: str, qkv: Tensor) -> str | None:
     d = qkv.shape[-1]
     if d > _MAX_DIM:
         return f"head dim {d} is above {_MAX_DIM}"
+    if backend == "triton" and qkv.dtype in (torch.float32, torch.float64) and d > 64:
+        return f"{qkv.dtype} with head dim {d} above 64: the backward exceeds shared memory"
     if backend == "cpu" and qkv.dtype == torch.float16:
         return "no fp16 on the CPU"
     return None
