@@ -39,7 +39,10 @@ class Given:
         self.guided = condition.method == "reconstruction" and self.weight > 0
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
-        self.known = self.slot = self.low_res = self.low_slot = None
+        self.known: Tensor | None = None
+        self.slot: Tensor | None = None
+        self.low_res: Tensor | None = None
+        self.low_slot: Tensor | None = None
         self._down: Downsample | None = None
         if condition.frames is not None:
             index = _indices(condition.frame_index, condition.frames.shape[2], f, "frame_index")
@@ -119,8 +122,8 @@ class Condition:
             counts from the end. The first K by default (prediction). ``[0, -1]`` is interpolation.
         low_res: (B, C, L, h, w) a low-resolution video.
         low_res_index: the L frames it belongs to; all of them by default.
-        downsample: D of Eq. 8: "average" pooling (default; its adjoint is in the kernel), "bilinear",
-            or any differentiable callable on (B, C, L, H, W).
+        downsample: D of Eq. 8: "average" pooling (default; its adjoint is in the kernel),
+            "bilinear", or any differentiable callable on (B, C, L, H, W).
         method: "reconstruction": x_tilde of Eqs. 7-8, with z^a replaced as well. "replacement":
             replaced only, which lacks the term that ties the rest of the video to what is known.
         guidance_weight: w_r. The squared error is a sum over all elements, as in the paper, which
@@ -128,8 +131,8 @@ class Condition:
             more is recommended. 0 is replacement at the price of replacement.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
             introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative.
-        clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then get
-            no gradient, so the default is not to; the paper does not say.
+        clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
+            get no gradient, so the default is not to; the paper does not say.
 
     Raises:
         ValueError, TypeError: nothing known, places out of range or twice, sizes that do not fit,

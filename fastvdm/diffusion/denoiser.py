@@ -12,10 +12,9 @@ Model = Callable[..., Tensor]  # model(z (B, C, F, H, W), time (B,), cond=...) -
 
 
 def unwrap(model: Model) -> Model:
-    """The network inside wrappers that hide its methods (DDP, ``AveragedModel`` for EMA weights)."""
-    while isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
+    """The network inside wrappers that hide its methods (DDP, ``AveragedModel`` with EMA)."""
+    inner = getattr(model, "module", None)
+    return unwrap(inner) if isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
 
 
 def module_of(model: Model) -> nn.Module | None:
@@ -70,8 +69,8 @@ class Denoiser:
         cond: (B, ...) conditioning, or None.
         guidance_scale: 1 + w of Eq. 6: eps = eps(z) + scale (eps(z, c) - eps(z)); 1 is no guidance.
             Published "weights" are ambiguous between w and 1 + w, hence the name.
-        null_cond: (1 or B, ...) what stands for "no condition" in a plain callable; zeros by default,
-            as in the paper. One batched pass serves both halves.
+        null_cond: (1 or B, ...) what stands for "no condition" in a plain callable; zeros by
+            default, as in the paper. One batched pass serves both halves.
 
     Raises:
         TypeError, ValueError: no callable, a scale below 0, guidance without a condition.

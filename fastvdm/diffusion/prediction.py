@@ -52,7 +52,10 @@ def eps_coefficients(log_snr: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
 
 
 def v_coefficients(log_snr: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(v_z, v_m) with v_hat = v_z z + v_m prediction, from v = (alpha z - x)/sigma = (eps - sigma z)/alpha."""
+    """(v_z, v_m) with v_hat = v_z z + v_m prediction.
+
+    v = (alpha z - x)/sigma = (eps - sigma z)/alpha.
+    """
     check_prediction(prediction)
     if prediction == "eps":
         inv_alpha = torch.exp(0.5 * torch.nn.functional.softplus(-log_snr))

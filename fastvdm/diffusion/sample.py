@@ -26,7 +26,7 @@ from fastvdm.ops.guidance import guidance_seed, guidance_update
 class Step(NamedTuple):
     """What a callback sees after each step (corrector included)."""
 
-    index: int  # 0 .. num_steps - 1
+    number: int  # 0 .. num_steps - 1
     num_steps: int
     log_snr: float  # of z
     z: Tensor  # (B, C, F, H, W) the state reached
@@ -170,7 +170,9 @@ class _Run:
         self.denoiser, self.given, self.noise = denoiser, given, noise
         self.clip, self.percentile, self.want_x = clip, percentile, want_x
 
-    def start(self, plan: _Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype):
+    def start(
+        self, plan: _Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """z_1 ~ N(0, I), given frames at their own marginal."""
         z = torch.zeros(tuple(shape), device=device, dtype=dtype)
         return guidance_update(
@@ -237,8 +239,8 @@ class _Run:
 
         A quantile is not elementwise, so this mode costs launches of its own.
         """
-        still = {k: options[k] for k in ("grad", "seed") if k in options}
-        x, _ = guidance_update(z, estimate, coef, **still, **self._frames())
+        grad, seed = options.get("grad"), options.get("seed")
+        x, _ = guidance_update(z, estimate, coef, grad=grad, seed=seed, **self._frames())
         return x.abs().flatten(1).quantile(self.percentile, dim=1).clamp_min(1.0)
 
 
@@ -293,13 +295,13 @@ def sample(
     """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
 
     Args:
-        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``. Give
-            an EMA copy to sample with averaged weights. Runs in eval mode, with its flags put back.
+        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``.
+            Give an EMA copy to sample with averaged weights. Runs in eval mode, flags put back.
         shape: (B, C, F, H, W).
-        schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for the peer's checkpoints.
+        schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for peer checkpoints.
         prediction: what the network returns, "eps", "v" or "x".
         sampler: ``Ancestral(0)`` by default; ``DDIM``, or any object with ``update``.
-        corrector: ``Langevin(0.1)`` for the paper's predictor-corrector: one more network call a step.
+        corrector: ``Langevin(0.1)`` is the paper's predictor-corrector: one more call a step.
         num_steps: any number; 256 by default, all T of a ``DiscreteSchedule``.
         clip: of x_tilde, "static" to [-1, 1] (default; the paper is silent, the code of its nearest
             relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
@@ -309,15 +311,17 @@ def sample(
         condition: known frames or a low-resolution video; see ``Condition``.
         time_input: "logsnr", "t" or "index"; the schedule's own by default.
         generator: noise from it, by ``torch.randn`` (on the device of the videos).
-        seed: one int or B of them: counter-based noise, drawn inside the update kernel, the same for
-            a video in any batch and on any backend to rounding. Without either, a seed
-            is taken from torch's global generator.
+        seed: one int or B of them: counter-based noise, drawn inside the update kernel, the same
+            for a video in any batch and on any backend to rounding. Without either, a seed is
+            taken from torch's global generator.
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
 
     Raises:
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
     """
+    schedule = CosineSchedule() if schedule is None else schedule
+    sampler = Ancestral() if sampler is None else sampler
     check_prediction(prediction)
     if len(shape) != 5 or any(int(n) < 1 for n in shape):
         raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
@@ -329,8 +333,6 @@ def sample(
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
-    schedule = CosineSchedule() if schedule is None else schedule
-    sampler = Ancestral() if sampler is None else sampler
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
     # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
     with torch.inference_mode(False), torch.no_grad():

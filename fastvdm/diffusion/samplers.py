@@ -62,9 +62,9 @@ def marginal(log_snr: Tensor) -> Update:
 class Ancestral:
     """The ancestral sampler of Eq. 4.
 
-    gamma = 0 is the lower bound of the variance ("fixed small", and what the peer runs), 1 the upper
-    one ("fixed large"); the log-variance is interpolated. The paper takes 0 for BAIR and Kinetics,
-    0.1 for UCF101 and 0.3 for text; 0 is the default.
+    gamma = 0 is the lower bound of the variance ("fixed small", and what the peer runs), 1 the
+    upper one ("fixed large"); the log-variance is interpolated. The paper takes 0 for BAIR and
+    Kinetics, 0.1 for UCF101 and 0.3 for text; 0 is the default.
     """
 
     gamma: float = 0.0
@@ -81,7 +81,8 @@ class Ancestral:
 class DDIM:
     """Song et al. 2021, Eq. 12: eta = 0 is deterministic, eta = 1 is ``Ancestral(0)``.
 
-    z_s = alpha_s x_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, v the posterior variance.
+    z_s = alpha_s x_hat + sqrt(sigma_s^2 - eta^2 v) eps_hat + eta sqrt(v) noise, with v the
+    posterior variance.
     """
 
     eta: float = 0.0

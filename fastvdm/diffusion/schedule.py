@@ -1,7 +1,7 @@
 """Noise schedules: the paper's continuous cosine in log-SNR, and the peer's discrete one.
 
-Everywhere log_snr = log(alpha^2 / sigma^2), alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr),
-z_t = alpha_t x + sigma_t noise (Ho et al. 2022, Video Diffusion Models, §2).
+Everywhere log_snr = log(alpha^2 / sigma^2), alpha^2 = sigmoid(log_snr), sigma^2 =
+sigmoid(-log_snr), z_t = alpha_t x + sigma_t noise (Ho et al. 2022, Video Diffusion Models, §2).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def sigma_of(log_snr: Tensor) -> Tensor:
 
 
 class Levels(NamedTuple):
-    """The noise levels of one sampling run, coarsest first; CPU tensors, fp64 (index: int64)."""
+    """The noise levels of one sampling run, coarsest first; CPU tensors, fp64 (indices: int64)."""
 
     log_snr: Tensor  # (N + 1,); the last one is where the final step ends
     t: Tensor  # (N + 1,) in [0, 1]
-    index: Tensor | None  # (N,) step index of a discrete schedule, None for a continuous one
+    indices: Tensor | None  # (N,) step index of a discrete schedule, None for a continuous one
 
     def network_time(self, time_input: str) -> Tensor:
         """(N,) the time that the network is given at each level.
@@ -44,18 +44,19 @@ class Levels(NamedTuple):
         if time_input == "t":
             return self.t[:-1]
         if time_input == "index":
-            if self.index is None:
+            if self.indices is None:
                 raise ValueError(
                     "time_input='index' needs a DiscreteSchedule, got a continuous one"
                 )
-            return self.index
+            return self.indices
         raise ValueError(f"time_input must be one of {TIME_INPUTS}, got {time_input!r}")
 
 
 class Schedule(Protocol):
     """What samplers and losses ask of a schedule."""
 
-    time_input: str  # what the network is given unless the caller says otherwise
+    @property
+    def time_input(self) -> str: ...  # what the network is given unless the caller says otherwise
 
     def log_snr(self, t: Tensor) -> Tensor: ...
 
@@ -78,7 +79,9 @@ def _check_steps(num_steps: int, most: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """log_snr(t) = -2 log tan(a t + b), t in [0, 1]; b = arctan(e^(-max/2)), a + b = arctan(e^(-min/2)).
+    """log_snr(t) = -2 log tan(a t + b), t in [0, 1].
+
+    b = arctan(e^(-max/2)), a + b = arctan(e^(-min/2)).
 
     The paper's schedule with the log-SNR truncated to [-20, 20] (its Appendix A). The network sees
     the log-SNR (``time_input="logsnr"``).
@@ -108,8 +111,8 @@ class CosineSchedule:
     def log_snr(self, t: Tensor) -> Tensor:
         """log-SNR of times in [0, 1], same shape and dtype.
 
-        Beyond t = 1/2 the complement of the angle is used: near pi/2 the tangent has lost the digits
-        (in fp32 it would be off by 2e-3 at t = 1).
+        Beyond t = 1/2 the complement of the angle is used: near pi/2 the tangent has lost the
+        digits (in fp32 it would be off by 2e-3 at t = 1).
         """
         a, b, c = self._ends
         early = -2 * torch.log(torch.tan(a * t.clamp_max(0.5) + b))

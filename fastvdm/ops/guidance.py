@@ -175,12 +175,13 @@ def guidance_seed(
     Args:
         z: (B, C, F, H, W) fp32 or fp64.
         model_out: the network's output at z, any strides, fp32/fp16/bf16/fp64.
-        coef: (B, 3) p_z, p_m, seed_scale: x_hat = p_z z + p_m model_out, seed_scale = p_m w_r alpha/2.
-        known, slot: (B, C, K, H, W) given frames; (F,) int32, the place of each frame among them, -1
-            for a frame that is not given.
-        low_res, low_slot: (B, C, L, H/k, W/k) a low-resolution video and the place of each frame in
-            it; D is average pooling over k x k, its adjoint is taken in the kernel.
-        extra: (B, C, F, H, W) added to dL/dx_hat: the term of any other downsampling, from autograd.
+        coef: (B, 3) p_z, p_m, seed_scale in the dtype of z: x_hat = p_z z + p_m model_out,
+            seed_scale = p_m w_r alpha/2.
+        known, slot: (B, C, K, H, W) given frames; (F,) int32, the place of each frame among them,
+            -1 for a frame that is not given.
+        low_res, low_slot: (B, C, L, H/k, W/k) a low-resolution video and the place of each frame
+            in it; D is average pooling over k x k, its adjoint is taken in the kernel.
+        extra: (B, C, F, H, W) added to dL/dx_hat: the term of any other D, from autograd.
         clip: clamp x_hat to [-1, 1] before the loss; saturated elements then get no gradient.
 
     Returns:
@@ -234,17 +235,19 @@ def guidance_update(
     """From the gradient to the guided, clipped x_tilde and the next z with its noise.
 
     x = e_z z + e_m estimate - grad - direct seed, clamped to [-s, s] and divided by s if ``clip``;
-    z_next = u_z z + u_x x + u_n noise. On given frames x is the given frame and z_next = k_z z + k_x x
-    + k_n noise (the replacement). Ancestral, DDIM and Langevin steps differ in ``coef`` alone.
+    z_next = u_z z + u_x x + u_n noise. On given frames x is the given frame and z_next = k_z z +
+    k_x x + k_n noise (the replacement). Ancestral, DDIM and Langevin steps differ in ``coef``
+    alone.
 
     Args:
         z: (B, C, F, H, W) fp32 or fp64.
-        estimate: x_hat, or the network's output itself (e_z, e_m then turn it into x_hat); any strides.
+        estimate: x_hat, or the network's output itself (e_z, e_m then turn it into x_hat); any
+            strides.
         coef: (B, 9) e_z, e_m, direct, u_z, u_x, u_n, k_z, k_x, k_n.
-        grad: the network's input gradient started from ``seed``, any strides; None is unguided.
+        grad: the network's input gradient started from ``seed``, any strides; None: unguided.
         seed: needed where D(x_hat) has a direct z term (low resolution); direct = p_z/p_m.
-        noise: (B, C, F, H, W); or rng: (B,) int64 seeds, and ``step``, the position in their streams
-            (Philox-4x32-10, same words on every backend); neither is no noise.
+        noise: (B, C, F, H, W); or rng: (B,) int64 seeds, and ``step``, the position in their
+            streams (Philox-4x32-10, same words on every backend); neither is no noise.
         threshold: (B,) the s of dynamic clipping; 1 by default.
         want_x: write x_tilde out; otherwise an empty tensor is returned in its place.
 

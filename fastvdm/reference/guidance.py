@@ -6,9 +6,9 @@ With m the network's output at z and every estimate linear in it, x_hat = p_z z 
     G        = dL/dz = (dm/dz)^T p_m r + p_z r,    r = dL/dx_hat
     x_tilde  = x_hat - (w_r alpha/2) G                            on the frames not given
 
-``guidance_seed`` makes x_hat and seed = (w_r alpha/2) p_m r, what the network's backward pass starts
-from; ``guidance_update`` takes its result, adds the direct term (p_z/p_m) seed and steps. Folding
-w_r alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
+``guidance_seed`` makes x_hat and seed = (w_r alpha/2) p_m r, what the network's backward pass
+starts from; ``guidance_update`` takes its result, adds the direct term (p_z/p_m) seed and steps.
+Folding w_r alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _columns(coef: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _scatter_frames(values: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """values (B, C, K, H, W), slot (F,) → the values at their frames (zeros elsewhere), mask (F,1,1)."""
+    """values (B, C, K, H, W), slot (F,) → values at their frames (else 0), mask (F, 1, 1)."""
     full = values[:, :, slot.clamp_min(0).long()]
     given = (slot >= 0)[:, None, None]
     return torch.where(given, full, 0), given
@@ -94,7 +94,7 @@ def guidance_update_ref(
         if seed is not None:
             x = x - direct * seed.to(acc)
     if clip:
-        s = 1.0 if threshold is None else threshold.to(acc).reshape(-1, 1, 1, 1, 1)
+        s = torch.ones_like(u_z) if threshold is None else threshold.to(acc).reshape(u_z.shape)
         x = torch.clamp(x, -s, s) / s
     if noise is not None:
         n = noise.to(acc)
