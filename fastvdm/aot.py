@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration, compiled ahead of time without a GPU: ``python -m fastvdm.aot``.
+"""Every shipped Triton configuration compiled without a GPU: ``python -m fastvdm.aot``.
 
 A kernel file exports ``aot_cases() -> list[AotCase]``: its kernels with the constexprs that its
 launchers choose. The table shows, for sm_80, sm_90 and sm_100, registers, spills, shared memory,
@@ -135,7 +135,7 @@ def compile_case(case: AotCase, arch: int) -> AotResult:
         raise ValueError(f"{case.name}: neither signature nor constexprs has {', '.join(missing)}")
     divisible = set(case.divisible) | {n for n, t in case.signature.items() if t.startswith("*")}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-    facts = dict(name=case.name, arch=arch, uses_dot=case.uses_dot, uses_tma=case.uses_tma)
+    facts: dict[str, Any] = dict(name=case.name, arch=arch, uses_dot=case.uses_dot, uses_tma=case.uses_tma)
     try:
         compiled = triton.compile(
             ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attrs),
