@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class JointDataset(Dataset):
     def _frame(self, index: int, captioned: bool) -> tuple[Tensor, str | None]:
         captions = getattr(self.dataset, "captions", None)
         if hasattr(self.dataset, "frame") and (not captioned or captions is not None):
-            return self.dataset.frame(index), captions[index] if captioned else None
+            return self.dataset.frame(index), captions[index] if captions is not None else None
         item = self.dataset[index]
         clip = item[0] if captioned else item
         return clip[:, int(torch.randint(clip.shape[1], ()))], item[1] if captioned else None
@@ -168,7 +168,7 @@ def joint_loss(
     image_weight: float = 1.0,
     image_time: str = "shared",
     image_cond: str | Tensor = "shared",
-    reduction: str = "mean",
+    reduction: Literal["mean", "none"] = "mean",
     **options: Any,
 ) -> Tensor:
     """``diffusion_loss`` on videos whose last ``num_images`` frames are independent images.

@@ -1,0 +1,64 @@
+"""The log of a training run: a row for each step, csv or jsonl, cut back when a run resumes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one move."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a log; a last line that a killed process left unfinished is dropped."""
+    path = Path(path)
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in whole]
+    else:
+        rows = list(csv.DictReader(whole))
+    return [{k: float(v) for k, v in row.items()} | {"step": int(row["step"])} for row in rows]
+
+
+class TrainLog:
+    """Appends rows to ``path``; rows after step ``start`` belong to a run that was cut short.
+
+    Raises:
+        ValueError: the name ends neither in .csv nor in .jsonl.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        if path.suffix not in (".csv", ".jsonl"):
+            raise ValueError(f"the log must be .csv or .jsonl, got {path.name!r}")
+        self.path = path
+        rows = read_log(path) if path.exists() else []
+        header = "" if path.suffix == ".jsonl" else ",".join(COLUMNS) + "\n"
+        write_text(path, header + self._lines([r for r in rows if r["step"] <= start]))
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        if self.path.suffix == ".jsonl":
+            return "".join(json.dumps({k: row[k] for k in COLUMNS}) + "\n" for row in rows)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([row[k] for k in COLUMNS] for row in rows)
+        return text.getvalue()
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self._lines(rows))
