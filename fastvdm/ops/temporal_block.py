@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from fastvdm.config import get_config
 from fastvdm.dispatch import autocast_dtype, launchers, register, select
-from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.temporal_block import temporal_block_ref
 
@@ -211,61 +211,39 @@ def _want(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def _validate(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
     bias, rel_k, rel_v, rotary, focus_mask, num_images,
 ) -> None:  # fmt: skip
     if x.ndim != 5:
         raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
-    batch, frames, channels = x.shape[0], x.shape[1], x.shape[4]
+    channels = x.shape[4]
     if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
         raise ValueError(
             f"qkv_weight must be (3 * heads * D, C) with heads = {heads}, "
             f"got {tuple(qkv_weight.shape)}"
         )
     inner = qkv_weight.shape[0] // 3
-    dim = inner // heads
     _want("norm_weight", norm_weight, (channels,))
     _want("norm_bias", norm_bias, (channels,))
     _want("qkv_weight", qkv_weight, (3 * inner, channels))
     _want("qkv_bias", qkv_bias, (3 * inner,))
     _want("out_weight", out_weight, (channels, inner))
     _want("out_bias", out_bias, (channels,))
-    _want("bias", bias, (heads, frames, frames))
-    _want("focus_mask", focus_mask, (batch,))
-    for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
-        if table is None:
-            continue
-        if (
-            table.ndim != 3
-            or table.shape[0] not in (1, heads)
-            or table.shape[1] % 2 == 0
-            or table.shape[2] != dim
-        ):
-            raise ValueError(
-                f"{name} must be (1 or {heads}, 2R+1, {dim}), got {tuple(table.shape)}"
-            )
-    if rotary is not None and (
-        rotary.ndim != 3 or rotary.shape[:2] != (2, frames) or 2 * rotary.shape[2] > dim
-    ):
-        raise ValueError(
-            f"rotary must be (2, {frames}, at most {dim // 2}), got {tuple(rotary.shape)}"
-        )
-    if not 0 <= num_images <= frames:
-        raise ValueError(f"num_images must be in [0, {frames}], got {num_images}")
-    if focus_mask is not None and focus_mask.dtype != torch.bool:
-        raise TypeError(f"focus_mask must be bool, got {focus_mask.dtype}")
+    shape = (*x.shape[:4], 3, heads, inner // heads)
+    check_options(x, shape, "time", bias, rel_k, rel_v, rotary, focus_mask, num_images)
     for name, t in (
         ("x", x), ("norm_weight", norm_weight), ("norm_bias", norm_bias),
         ("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias), ("out_weight", out_weight),
-        ("out_bias", out_bias), ("bias", bias), ("rel_k", rel_k), ("rel_v", rel_v),
-        ("rotary", rotary), ("focus_mask", focus_mask),
+        ("out_bias", out_bias),
     ):  # fmt: skip
         if t is None:
             continue
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
-        if t.dtype not in _DTYPES and name != "focus_mask":
+            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
+        if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
     if out_weight.dtype != qkv_weight.dtype:
         raise TypeError(
             f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
@@ -324,7 +302,7 @@ def temporal_block(
         out_weight, out_bias: (C, heads * D) and (C,).
         bias: (heads, F, F), added to the logits [query, key].
         rel_k, rel_v: (1 or heads, 2R+1, D), Shaw vectors of the clipped distance key - query.
-        rotary: (2, F, at most D/2), cos and sin in fp32 of interleaved pairs; no gradient.
+        rotary: (2, F, at most D/2), cos and sin in fp32 of interleaved pairs; not differentiated.
         focus_mask: (B,) bool; True: each frame of this sample attends only to itself.
         num_images: the last this many frames attend only to themselves, and no frame to them.
         sm_scale: D**-0.5 by default.
@@ -336,7 +314,7 @@ def temporal_block(
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
     _validate(
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+        x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
         bias, rel_k, rel_v, rotary, focus_mask, num_images,
     )  # fmt: skip
     low = autocast_dtype(qkv_weight)
@@ -365,7 +343,7 @@ def temporal_block(
         x.contiguous(), norm_weight.contiguous(), _contiguous(norm_bias), qkv_weight.contiguous(),
         _contiguous(qkv_bias), out_weight.contiguous(), _contiguous(out_bias), heads, eps,
         _contiguous(bias), _contiguous(rel_k), _contiguous(rel_v), _contiguous(rotary),
-        focus_mask, num_images, scale, backend,
+        _contiguous(focus_mask), num_images, scale, backend,
     )  # fmt: skip
 
 

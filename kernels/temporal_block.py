@@ -1,0 +1,554 @@
+"""x + out(attention(LayerNorm_C(x))) over the frames of each pixel, x read once and written once.
+
+    xn = (x - mean) rstd w + b,  q, k, v = xn Wᵀ + b,  p = softmax(sm_scale (q'k' + q rel_k) + bias)
+    y = x + (p (v + rel_v)) W_outᵀ + b_out,   q', k' with the rotary embedding
+
+x (B, F, H, W, C). A program holds P pixels with all their frames, padded to BN = 16 or 32: P * BN
+rows of all C channels, and walks over the heads; the weights stream from the L2. 2*M*C*e bytes and
+8*M*C*inner + 4*M*F*inner FLOPs (M rows of x, inner = heads * D).
+
+The backward recomputes everything from x in one kernel: dx, the gradients of the norm, of the bias
+and of the Shaw tables leave one partial per program, summed in a fixed order (no atomics: two runs
+give the same bits). The gradients of the two projections are sums over every row of x of a matrix
+as large as the weights. Per-program partials of those would be 4*C*inner*4 bytes each, more than
+the rows a program owns. So the kernel stores xn, dq|dk|dv and the attention's output, in the dtype
+of the weights, and library GEMMs reduce them: only when the weights are trained, and only for the
+length of this call. With frozen weights nothing but dx is written: 3*M*C*e bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.axis_attention_parts import (
+    head_stride,
+    program_budget,
+    roll_up,
+    rotary_table,
+    rotate,
+    skew,
+    split_scale,
+    unroll_table,
+    unskew,
+)
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    next_power_of_2,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    P: int  # pixels of a tile
+    BN: int  # frames, padded
+    BC: int  # channels, padded
+    BD: int  # features of a head, padded
+    num_warps: int
+    num_stages: int
+
+
+def pick_config(
+    frames: int, channels: int, dim: int, pixels: int, dtype: torch.dtype, *, backward: bool
+) -> Config:
+    """Rows of a tile, P * BN: as many as registers allow, because each tile streams all weights."""
+    bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
+    bc = max(16, next_power_of_2(channels))
+    rows = 128 if bc <= 64 else 64
+    if backward or dtype in (torch.float32, torch.float64):
+        rows = 64 if bc <= 64 else 32
+    p = min(max(1, rows // bn), next_power_of_2(pixels))
+    return Config(p, bn, bc, bd, num_warps=8 if p * bn * bc > 4096 else 4, num_stages=1)
+
+
+@triton.jit
+def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
+    """Row of x (int64) of each row of the tile, its frame and whether it exists (P * BN); the
+    focus flag of each pixel (P)."""
+    offs = tl.arange(0, P * BN)
+    pixel, frame = tile * P + offs // BN, offs % BN
+    row = (pixel // area * F + frame) * area + pixel % area
+    inside = (pixel < pixels) & (frame < F)
+    focused = tl.zeros([P], tl.int1)
+    if focus_ptr is not None:
+        pixel = tile * P + tl.arange(0, P)
+        focused = tl.load(focus_ptr + pixel // area, mask=pixel < pixels, other=0) != 0
+    return row, frame, inside, focused
+
+
+@triton.jit
+def _load_rows(ptr, row, inside, C: tl.constexpr, BC: tl.constexpr):
+    """(rows, BC)"""
+    offs_c = tl.arange(0, BC)
+    mask = inside[:, None] & (offs_c < C)[None, :]
+    return tl.load(ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(
+    ptr, row, inside, stride, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    offs = tl.arange(0, BLOCK)
+    mask = inside[:, None] & (offs < WIDTH)[None, :]
+    at = ptr + row[:, None] * stride + offs[None, :]
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _vector(ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    return tl.load(ptr + offs, mask=offs < SIZE, other=0.0).to(ACC)
+
+
+@triton.jit
+def _statistics(x, eps, C: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):
+    """mean and rstd of each row, in two passes over the registers."""
+    x = x.to(ACC)
+    mean = tl.sum(x, 1) / C
+    centred = tl.where((tl.arange(0, BC) < C)[None, :], x - mean[:, None], 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
+
+
+@triton.jit
+def _normalise(
+    x, mean, rstd, w_ptr, b_ptr, C: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The affine LayerNorm of (rows, BC), zero beyond C."""
+    y = (x.to(ACC) - mean[:, None]) * rstd[:, None] * _vector(w_ptr, C, BC, ACC)[None, :]
+    if b_ptr is not None:
+        y += _vector(b_ptr, C, BC, ACC)[None, :]
+    return y
+
+
+@triton.jit
+def _projection(
+    ptr, first, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Rows [first, first + D) of qkv_weight (.., C), transposed: (BC, BD)."""
+    offs_c, offs_d = tl.arange(0, BC)[:, None], tl.arange(0, BD)[None, :]
+    mask = (offs_c < C) & (offs_d < D)
+    return tl.load(ptr + (first + offs_d) * C + offs_c, mask=mask, other=0.0)
+
+
+@triton.jit
+def _out_projection(
+    ptr, first, inner, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Columns [first, first + D) of out_weight (C, inner): (BC, BD)."""
+    offs_c, offs_d = tl.arange(0, BC)[:, None], tl.arange(0, BD)[None, :]
+    mask = (offs_c < C) & (offs_d < D)
+    return tl.load(ptr + offs_c * inner + first + offs_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def _project(
+    xn, w, bias_ptr, first,
+    ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """xn w + bias in ACC, (ROWS, BD)."""
+    y = dot_x3(xn, w, tl.zeros([ROWS, BD], ACC))
+    if bias_ptr is not None:
+        y += _vector(bias_ptr + first, D, BD, ACC)[None, :]
+    return y
+
+
+@triton.jit
+def _distances(
+    ptr, head, stride, F, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Rows -(F-1) .. F-1 of an unrolled Shaw table, (2*BN, BD)."""
+    rows, offs_d = tl.arange(0, 2 * BN), tl.arange(0, BD)
+    mask = (rows < 2 * F - 1)[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptr + head * stride + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _probabilities(
+    q, q_plain, k, rel_k, bias_ptr, focused, F, attended, scale,
+    MASKED: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """p (P, BN, BN): over the first ``attended`` keys; the identity for focused samples and for
+    the frames from ``attended`` on; zero in rows of nothing but -inf."""
+    q, k = q.reshape(P, BN, BD), k.reshape(P, BN, BD)
+    s = dot_x3(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+    if rel_k is not None:
+        shift = tl.arange(0, P * BN) % BN - (F - 1)
+        by_distance = dot_x3(q_plain, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
+        s += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+    s = s * scale
+    i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + i * F + j, mask=(i < F) & (j < F), other=0.0)
+        s += bias.to(ACC)[None, :, :]
+    s = tl.where((j < attended)[None, :, :], s, float("-inf"))
+    top = tl.max(s, 2)
+    p = tl.exp(s - tl.where(top == float("-inf"), 0.0, top)[:, :, None])
+    total = tl.sum(p, 2)
+    p = p / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    if MASKED:
+        alone = focused[:, None, None] | (i >= attended)[None, :, :]
+        p = tl.where(alone, tl.where(i == j, 1.0, 0.0)[None, :, :], p)
+    return p
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
+    out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
+    pixels, area, F, attended, heads, scale_high, scale_low, eps, stride_rk, stride_rv,
+    MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = P * BN
+    low = qkv_weight_ptr.dtype.element_ty
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    inner = heads * D
+    tile = tl.program_id(0).to(tl.int64)
+    row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
+
+    x = _load_rows(x_ptr, row, inside, C, BC)
+    mean, rstd = _statistics(x, eps, C, BC, ACC)
+    xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
+    if rot_ptr is not None:
+        cos, sin = rotary_table(rot_ptr, frame, F, F, HALF, BD, ACC)
+
+    acc = tl.zeros([ROWS, BC], ACC)
+    for head in range(heads):
+        first = head * D
+        w = _projection(qkv_weight_ptr, first, C, D, BC, BD)
+        q = _project(xn, w, qkv_bias_ptr, first, ROWS, D, BD, ACC)
+        w = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
+        k = _project(xn, w, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
+        w = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
+        v = _project(xn, w, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
+        q_plain = q.to(low)
+        if rot_ptr is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        rel_k = None
+        if rel_k_ptr is not None:
+            rel_k = _distances(rel_k_ptr, head, stride_rk, F, D, BN, BD)
+        head_bias = None
+        if bias_ptr is not None:
+            head_bias = bias_ptr + head * F * F
+        p = _probabilities(
+            q.to(low), q_plain, k.to(low), rel_k, head_bias, focused, F, attended, scale,
+            MASKED, P, BN, BD, ACC,
+        )  # fmt: skip
+        o = dot_x3(p.to(low), v.reshape(P, BN, BD), tl.zeros([P, BN, BD], ACC)).reshape(ROWS, BD)
+        if rel_v_ptr is not None:
+            rel_v = _distances(rel_v_ptr, head, stride_rv, F, D, BN, BD)
+            shift = tl.arange(0, ROWS) % BN - (F - 1)
+            spread = unskew(p.reshape(ROWS, BN), shift, ROWS, BN).to(low)
+            o = dot_x3(spread, rel_v, o)
+        w = _out_projection(out_weight_ptr, first, inner, C, D, BC, BD)
+        acc = dot_x3(o.to(low), tl.trans(w), acc)
+
+    if out_bias_ptr is not None:
+        acc += _vector(out_bias_ptr, C, BC, ACC)[None, :]
+    # Read again, from the L1 or L2: kept, x would cost as many registers as the accumulator.
+    acc += _load_rows(x_ptr, row, inside, C, BC).to(ACC)
+    _store_rows(y_ptr, row, inside, C, acc, C, BC)
+
+
+@triton.jit
+def _add_partial(ptr, at, mask, value, fresh):
+    """Add to what this program stored there for its previous tile; ``fresh``: there was none."""
+    before = tl.load(ptr + at, mask=mask & (fresh == 0), other=0.0)
+    tl.store(ptr + at, before + value, mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
+    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
+    dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, dout_bias_ptr, dbias_ptr, drel_k_ptr, drel_v_ptr,
+    xn_ptr, dqkv_ptr, o_ptr,
+    pixels, area, F, attended, heads, tiles, walkers, scale_high, scale_low, eps,
+    stride_rk, stride_rv,
+    MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx, and what else has a pointer: partials (walkers, ..) of the gradients of norm, out_bias,
+    bias and tables; per row of x: xn, dq|dk|dv and the attention's output."""
+    ROWS: tl.constexpr = P * BN
+    low = qkv_weight_ptr.dtype.element_ty
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    inner = heads * D
+    walker = tl.program_id(0).to(tl.int64)
+    offs_c = tl.arange(0, BC)
+    i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
+    distance, offs_d = tl.arange(0, 2 * BN)[:, None], tl.arange(0, BD)[None, :]
+    shift = tl.arange(0, ROWS) % BN - (F - 1)
+    if dnorm_weight_ptr is not None:
+        dnorm_weight = tl.zeros([BC], ACC)
+        dnorm_bias = tl.zeros([BC], ACC)
+    if dout_bias_ptr is not None:
+        dout_bias = tl.zeros([BC], ACC)
+
+    for tile in tl.range(walker, tiles, walkers):
+        fresh = (tile == walker).to(tl.int32)
+        row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
+        x = _load_rows(x_ptr, row, inside, C, BC)
+        mean, rstd = _statistics(x, eps, C, BC, ACC)
+        xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
+        dy = _load_rows(dy_ptr, row, inside, C, BC)
+        if dout_bias_ptr is not None:
+            dout_bias += tl.sum(dy.to(ACC), 0)
+        dy = dy.to(low)
+        if xn_ptr is not None:
+            _store_rows(xn_ptr, row, inside, C, xn, C, BC)
+        if rot_ptr is not None:
+            cos, sin = rotary_table(rot_ptr, frame, F, F, HALF, BD, ACC)
+
+        dxn = tl.zeros([ROWS, BC], ACC)
+        for head in range(heads):
+            first = head * D
+            wq = _projection(qkv_weight_ptr, first, C, D, BC, BD)
+            wk = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
+            wv = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
+            q = _project(xn, wq, qkv_bias_ptr, first, ROWS, D, BD, ACC)
+            k = _project(xn, wk, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
+            v = _project(xn, wv, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
+            q_plain = q.to(low)
+            if rot_ptr is not None:
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = q.to(low), k.to(low)
+            rel_k = None
+            if rel_k_ptr is not None:
+                rel_k = _distances(rel_k_ptr, head, stride_rk, F, D, BN, BD)
+            head_bias = None
+            if bias_ptr is not None:
+                head_bias = bias_ptr + head * F * F
+            p = _probabilities(
+                q, q_plain, k, rel_k, head_bias, focused, F, attended, scale,
+                MASKED, P, BN, BD, ACC,
+            )  # fmt: skip
+            p_low = p.to(low)
+            v3 = v.reshape(P, BN, BD)
+
+            w = _out_projection(out_weight_ptr, first, inner, C, D, BC, BD)
+            do = dot_x3(dy, w, tl.zeros([ROWS, BD], ACC)).to(low)
+            do3 = do.reshape(P, BN, BD)
+            dp = dot_x3(do3, tl.trans(v3, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+            if rel_v_ptr is not None:
+                rel_v = _distances(rel_v_ptr, head, stride_rv, F, D, BN, BD)
+                by_distance = dot_x3(do, tl.trans(rel_v), tl.zeros([ROWS, 2 * BN], ACC))
+                dp += skew(by_distance, shift, ROWS, BN).reshape(P, BN, BN)
+                spread = unskew(p.reshape(ROWS, BN), shift, ROWS, BN).to(low)
+            if o_ptr is not None:
+                o = dot_x3(p_low, v3, tl.zeros([P, BN, BD], ACC)).reshape(ROWS, BD)
+                if rel_v_ptr is not None:
+                    o = dot_x3(spread, rel_v, o)
+                _store_rows(o_ptr + first, row, inside, inner, o, D, BD)
+            part = walker * heads + head
+            table = part * (2 * F - 1) * D + distance * D + offs_d
+            in_table = (distance < 2 * F - 1) & (offs_d < D)
+            if drel_v_ptr is not None:
+                grad = dot_x3(tl.trans(spread), do, tl.zeros([2 * BN, BD], ACC))
+                _add_partial(drel_v_ptr, table, in_table, grad, fresh)
+
+            ds = p * (dp - tl.sum(p * dp, 2)[:, :, None])
+            if dbias_ptr is not None:
+                at = part * F * F + i * F + j
+                _add_partial(dbias_ptr, at, (i < F) & (j < F), tl.sum(ds, 0), fresh)
+            ds_low = ds.to(low)
+            zero = tl.zeros([P, BN, BD], ACC)
+            dv = dot_x3(tl.trans(p_low, 0, 2, 1), do3, zero).reshape(ROWS, BD)
+            dk = dot_x3(tl.trans(ds_low, 0, 2, 1), q.reshape(P, BN, BD), zero).reshape(ROWS, BD)
+            dq = dot_x3(ds_low, k.reshape(P, BN, BD), zero).reshape(ROWS, BD)
+            if rot_ptr is not None:
+                dq, dk = rotate(dq, cos, -sin), rotate(dk, cos, -sin)
+            if rel_k_ptr is not None:
+                spread = unskew(ds.reshape(ROWS, BN), shift, ROWS, BN).to(low)
+                dq = dot_x3(spread, rel_k, dq)
+                if drel_k_ptr is not None:
+                    grad = dot_x3(tl.trans(spread), q_plain, tl.zeros([2 * BN, BD], ACC)) * scale
+                    _add_partial(drel_k_ptr, table, in_table, grad, fresh)
+            dq, dk, dv = (dq * scale).to(low), (dk * scale).to(low), dv.to(low)
+            if dqkv_ptr is not None:
+                _store_rows(dqkv_ptr + first, row, inside, 3 * inner, dq, D, BD)
+                _store_rows(dqkv_ptr + inner + first, row, inside, 3 * inner, dk, D, BD)
+                _store_rows(dqkv_ptr + 2 * inner + first, row, inside, 3 * inner, dv, D, BD)
+            dxn = dot_x3(dq, tl.trans(wq), dxn)
+            dxn = dot_x3(dk, tl.trans(wk), dxn)
+            dxn = dot_x3(dv, tl.trans(wv), dxn)
+
+        x = _load_rows(x_ptr, row, inside, C, BC).to(ACC)
+        x_hat = tl.where((offs_c < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
+        if dnorm_weight_ptr is not None:
+            dnorm_weight += tl.sum(dxn * x_hat, 0)
+            dnorm_bias += tl.sum(dxn, 0)
+        g = dxn * _vector(norm_weight_ptr, C, BC, ACC)[None, :]
+        g = g - (tl.sum(g, 1) / C)[:, None] - x_hat * (tl.sum(g * x_hat, 1) / C)[:, None]
+        dx = _load_rows(dy_ptr, row, inside, C, BC).to(ACC) + g * rstd[:, None]
+        _store_rows(dx_ptr, row, inside, C, dx, C, BC)
+        tl.debug_barrier()  # the partials of this tile are read back by other threads in the next
+
+    if dnorm_weight_ptr is not None:
+        tl.store(dnorm_weight_ptr + walker * C + offs_c, dnorm_weight, mask=offs_c < C)
+        tl.store(dnorm_bias_ptr + walker * C + offs_c, dnorm_bias, mask=offs_c < C)
+    if dout_bias_ptr is not None:
+        tl.store(dout_bias_ptr + walker * C + offs_c, dout_bias, mask=offs_c < C)
+
+
+def _masked(focus_mask: Tensor | None, num_images: int) -> bool:
+    return focus_mask is not None or num_images > 0
+
+
+def _bytes(focus_mask: Tensor | None) -> Tensor | None:
+    return None if focus_mask is None else focus_mask.view(torch.uint8)
+
+
+def temporal_block_fwd(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    eps: float,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus_mask: Tensor | None,
+    num_images: int,
+    sm_scale: float,
+) -> Tensor:
+    """y as x."""
+    y = torch.empty_like(x)
+    b, f, h, w, c = x.shape
+    if y.numel() == 0:
+        return y
+    dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
+    config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=False)
+    rel_k, rel_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
+    _fwd_kernel[(cdiv(pixels, config.P),)](
+        *(x, y, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
+        *(bias, rel_k, rel_v, rotary, _bytes(focus_mask)),
+        *(pixels, h * w, f, f - num_images, heads, *split_scale(sm_scale), eps),
+        *(head_stride(rel_k), head_stride(rel_v)),
+        MASKED=_masked(focus_mask, num_images),
+        C=c,
+        D=dim,
+        HALF=0 if rotary is None else rotary.shape[-1],
+        P=config.P,
+        BN=config.BN,
+        BC=config.BC,
+        BD=config.BD,
+        ACC=acc_dtype(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def temporal_block_bwd(
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    heads: int,
+    eps: float,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus_mask: Tensor | None,
+    num_images: int,
+    sm_scale: float,
+    need_norm: bool,
+    need_qkv: bool,
+    need_out: bool,
+    need_bias: bool,
+    need_rel: bool,
+) -> tuple[Tensor, ...]:
+    """As ``fastvdm::temporal_block_bwd``."""
+    b, f, h, w, c = x.shape
+    dim, pixels, rows = qkv_weight.shape[0] // (3 * heads), b * h * w, b * f * h * w
+    inner, acc, device = heads * dim, acc_torch_dtype(x.dtype), x.device
+    dx = torch.empty_like(x)
+    need_bias, need_k = need_bias and bias is not None, need_rel and rel_k is not None
+    need_v = need_rel and rel_v is not None
+    config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=True)
+    tiles = cdiv(pixels, config.P)
+    partials = need_norm or need_out or need_bias or need_k or need_v
+    walkers = min(tiles, program_budget(device)) if partials else tiles
+
+    def partial(need: bool, *shape: int) -> Tensor | None:
+        return torch.empty((walkers, *shape), dtype=acc, device=device) if need else None
+
+    def per_row(need: bool, width: int) -> Tensor | None:
+        return torch.empty((rows, width), dtype=qkv_weight.dtype, device=device) if need else None
+
+    dnorm_weight, dnorm_bias = partial(need_norm, c), partial(need_norm, c)
+    dout_bias = partial(need_out and out_bias is not None, c)
+    dbias = partial(need_bias, heads, f, f)
+    drel_k = partial(need_k, heads, 2 * f - 1, dim)
+    drel_v = partial(need_v, heads, 2 * f - 1, dim)
+    xn, dqkv, o = per_row(need_qkv, c), per_row(need_qkv, 3 * inner), per_row(need_out, inner)
+    long_k, long_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
+    if tiles:
+        _bwd_kernel[(walkers,)](
+            *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight),
+            *(bias, long_k, long_v, rotary, _bytes(focus_mask)),
+            *(dx, dnorm_weight, dnorm_bias, dout_bias, dbias, drel_k, drel_v, xn, dqkv, o),
+            *(pixels, h * w, f, f - num_images, heads, tiles, walkers),
+            *(*split_scale(sm_scale), eps, head_stride(long_k), head_stride(long_v)),
+            MASKED=_masked(focus_mask, num_images),
+            C=c,
+            D=dim,
+            HALF=0 if rotary is None else rotary.shape[-1],
+            P=config.P,
+            BN=config.BN,
+            BC=config.BC,
+            BD=config.BD,
+            ACC=acc_dtype(x.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    def reduced(part: Tensor | None, like: Tensor | None) -> Tensor:
+        if part is None or like is None:
+            return x.new_empty((0,))
+        return part.sum(0).to(like.dtype)
+
+    def table(part: Tensor | None, like: Tensor | None) -> Tensor:
+        if part is None or like is None:
+            return x.new_empty((0,))
+        return roll_up(part.sum(0), like).to(like.dtype)
+
+    def product(left: Tensor | None, right: Tensor | None) -> Tensor:
+        if left is None or right is None:
+            return x.new_empty((0,))
+        return left.t() @ right
+
+    low_dy = dy.reshape(rows, c).to(qkv_weight.dtype) if need_out else None
+    return (
+        dx,
+        reduced(dnorm_weight, norm_weight),
+        reduced(dnorm_bias, norm_bias),
+        product(dqkv, xn),
+        x.new_empty((0,))
+        if dqkv is None or qkv_bias is None
+        else dqkv.sum(0, dtype=acc).to(qkv_bias.dtype),
+        product(low_dy, o),
+        reduced(dout_bias, out_bias),
+        reduced(dbias, bias),
+        table(drel_k, rel_k),
+        table(drel_v, rel_v),
+    )
