@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from fastvdm.diffusion.condition import Condition, average_downsample, bilinear_downsample
 from fastvdm.diffusion.denoiser import Denoiser, input_gradient
+from fastvdm.diffusion.extend import (
+    cascade,
+    extend,
+    extend_blocks,
+    interpolate_frames,
+    upscale,
+)
 from fastvdm.diffusion.loss import diffusion_loss, q_sample
 from fastvdm.diffusion.prediction import Prediction, convert
 from fastvdm.diffusion.sample import Step, sample
@@ -23,10 +30,15 @@ __all__ = [
     "alpha_of",
     "average_downsample",
     "bilinear_downsample",
+    "cascade",
     "convert",
     "diffusion_loss",
+    "extend",
+    "extend_blocks",
     "input_gradient",
+    "interpolate_frames",
     "q_sample",
     "sample",
     "sigma_of",
+    "upscale",
 ]

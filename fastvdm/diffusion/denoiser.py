@@ -23,6 +23,12 @@ def module_of(model: Model) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def time_input_of(model: Model, schedule_default: str, asked: str | None) -> str:
+    """What the network is given as time: as asked, else as it says itself, else as its schedule."""
+    own = getattr(unwrap(model), "time_input", None)
+    return asked or (own if isinstance(own, str) else schedule_default)
+
+
 @contextmanager
 def input_gradient(model: Model) -> Iterator[None]:
     """Gradients flow to the input of ``model`` and to nothing else.

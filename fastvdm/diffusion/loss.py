@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.denoiser import Model, unwrap
+from fastvdm.diffusion.denoiser import Model, time_input_of, unwrap
 from fastvdm.diffusion.prediction import Prediction, check_prediction, expand, slope
 from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of, sigma_of
 
@@ -51,6 +51,8 @@ def diffusion_loss(
         loss_space: where the error is taken. "eps" (default) is what the paper says in general,
             also for its v models; "prediction" is the network's own target, "x" and "v" the others.
             In epsilon space an x prediction is weighted by the SNR, up to e^20.
+        time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
+            that of the schedule.
         loss_type: "mse" (paper); "l1" is the peer's default.
         t: (B,) times instead of random ones. noise: (B, C, F, H, W) instead of random noise.
         cond_drop_prob: probability of training a sample without its condition. The paper gives none
@@ -85,7 +87,7 @@ def diffusion_loss(
     # levels in fp32 at least: a 16-bit time cannot tell steps apart
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     log_snr = schedule.log_snr(t)
-    time = schedule.network_time(t, time_input or schedule.time_input)
+    time = schedule.network_time(t, time_input_of(model, schedule.time_input, time_input))
     z = q_sample(x, log_snr, noise)
     if cond is not None:
         if cond_drop_prob > 0 and hasattr(unwrap(model), "forward_with_cond_scale"):

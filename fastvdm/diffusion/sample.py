@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition, Given
-from fastvdm.diffusion.denoiser import Denoiser, Model, evaluating, input_gradient, module_of
+from fastvdm.diffusion.denoiser import (
+    Denoiser,
+    Model,
+    evaluating,
+    input_gradient,
+    module_of,
+    time_input_of,
+)
 from fastvdm.diffusion.prediction import Prediction, check_prediction, x_coefficients
 from fastvdm.diffusion.samplers import (
     Ancestral,
@@ -92,7 +99,7 @@ class _Plan:
         sampler: Sampler,
         corrector: Langevin | None,
         num_steps: int | None,
-        time_input: str | None,
+        time_input: str,
         given: Given | None,
         batch: int,
         device: torch.device,
@@ -110,7 +117,7 @@ class _Plan:
         for rule in (steps, replace):
             for column, value in zip(rule, (0.0, 1.0, 0.0)):
                 column[-1] = value
-        time = levels.network_time(time_input or schedule.time_input)
+        time = levels.network_time(time_input)
         self._send = (batch, device, dtype)
         weight = given.weight if given is not None else 0.0
         self.steps = self._rows(lt, time, prediction, steps, replace, weight, guided)
@@ -309,7 +316,8 @@ def sample(
         cond, guidance_scale, null_cond: conditioning vector and classifier-free guidance; the scale
             is 1 + w of Eq. 6.
         condition: known frames or a low-resolution video; see ``Condition``.
-        time_input: "logsnr", "t" or "index"; the schedule's own by default.
+        time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
+            that of the schedule.
         generator: noise from it, by ``torch.randn`` (on the device of the videos).
         seed: one int or B of them: counter-based noise, drawn inside the update kernel, the same
             for a video in any batch and on any backend to rounding. Without either, a seed is
@@ -346,7 +354,7 @@ def sample(
             sampler,
             corrector,
             num_steps,
-            time_input,
+            time_input_of(model, schedule.time_input, time_input),
             given,
             shape[0],
             where,
