@@ -13,6 +13,14 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "Tensor? scale, Tensor? shift, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, int kind, "
       "int groups, bool per_frame, float eps, bool act, bool need_dx, bool need_dweight, "
       "bool need_dfilm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "axis_attention_fwd_cpu(Tensor qkv, int axis, Tensor? bias, Tensor? rel_k, Tensor? rel_v, "
+      "Tensor? rotary, Tensor? focus_mask, int num_images, float sm_scale) -> (Tensor, Tensor)");
+  m.def(
+      "axis_attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int axis, "
+      "Tensor? bias, Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, "
+      "int num_images, float sm_scale, bool need_dqkv, bool need_dbias, bool need_drel_k, "
+      "bool need_drel_v) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
@@ -22,4 +30,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("norm_act_fwd_cpu", TORCH_BOX(&fastvdm::norm_act_fwd));
   m.impl("norm_act_bwd_cpu", TORCH_BOX(&fastvdm::norm_act_bwd));
+  m.impl("axis_attention_fwd_cpu", TORCH_BOX(&fastvdm::axis_attention_fwd));
+  m.impl("axis_attention_bwd_cpu", TORCH_BOX(&fastvdm::axis_attention_bwd));
 }

@@ -17,4 +17,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     int64_t groups, bool per_frame, double eps, bool act, bool need_dx, bool need_dweight,
     bool need_dfilm);
 
+std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTensor bias,
+                                              OptTensor rel_k, OptTensor rel_v, OptTensor rotary,
+                                              OptTensor focus_mask, int64_t num_images,
+                                              double sm_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
+    Tensor dout, Tensor qkv, Tensor out, Tensor lse, int64_t axis, OptTensor bias, OptTensor rel_k,
+    OptTensor rel_v, OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
+    bool need_dqkv, bool need_dbias, bool need_drel_k, bool need_drel_v);
+
 }  // namespace fastvdm

@@ -39,7 +39,15 @@ struct f16 {
   uint16_t bits;
 };
 
-FASTVDM_INLINE vf splat(float x) { return vf{} + x; }
+FASTVDM_INLINE vf splat(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
 FASTVDM_INLINE vi as_int(vf x) { return (vi)x; }
 FASTVDM_INLINE vf as_float(vi x) { return (vf)x; }
 

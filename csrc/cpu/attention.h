@@ -1,0 +1,36 @@
+// What host and kernels share of softmax attention over one sequence, for axis_attention and for
+// the fused temporal_block.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvdm {
+
+// Options of one call in the kernels' own fp32 layouts. n: positions that attend to each other;
+// np, dp: n and the head dimension rounded up to 16 lanes.
+struct AttnTables {
+  int heads, d, dp, n, np;
+  float scale;
+  const float* bias_t;            // (heads, n, np): [key][query], or null
+  const float *rel_k, *rel_v;     // (1 or heads, length, dp), or null
+  int rel_k_heads, rel_v_heads;   // 1 or heads
+  int rel_k_length, rel_v_length; // 2R + 1
+  const float *cos, *sin;         // (n, dp): factor of x and, signed, of its swapped pair; or null
+};
+
+// fp32 words of scratch that the core needs beside q, k, v.
+inline int64_t attention_work(const AttnTables& t) {
+  const int lanes = 16;
+  const int64_t rel = t.rel_k_length > t.rel_v_length ? t.rel_k_length : t.rel_v_length;
+  return 3 * static_cast<int64_t>(t.dp) * lanes + 2 * static_cast<int64_t>(t.n) * lanes +
+         3 * rel * lanes + 4 * lanes;
+}
+
+// Gradients that are summed over sequences, as the kernels accumulate them; null where not wanted.
+struct AttnGrads {
+  float* bias_t;  // (heads, n, np)
+  float* rel_k;   // (rel_k_heads, length, dp)
+  float* rel_v;
+};
+
+}  // namespace fastvdm

@@ -1,0 +1,195 @@
+// Softmax attention of one head over one sequence in L1/L2. The logits are formed transposed,
+// Sᵀ = K Qᵀ with VL queries in the lanes, so the softmax runs down the rows without a horizontal
+// step; the whole column of keys is kept, whatever its length.
+#pragma once
+
+#include "attention.h"
+#include "gemm.h"
+
+namespace fastvdm {
+namespace FASTVDM_ISA {
+namespace {
+
+// x_pair turned by the table; `sign` -1 turns back. One row of dp features.
+FASTVDM_INLINE void rotate_row(const float* from, float* to, const float* cos, const float* sin,
+                               int dp, float sign) {
+  vi swap;
+  for (int l = 0; l < VL; ++l) swap[l] = l ^ 1;
+  for (int i = 0; i < dp; i += VL) {
+    const vf x = load(from + i);
+    const vf y = __builtin_shuffle(x, swap);
+    store(to + i, x * load(cos + i) + y * (load(sin + i) * sign));
+  }
+}
+
+// (VL rows from `row0`, dp) of x (rows, dp) → (dp, VL). Rows up to a multiple of VL must exist.
+FASTVDM_INLINE void to_lanes(const float* x, int dp, float* out) {
+  for (int i = 0; i < dp; i += VL) transpose_block(x + i, dp, out + i * VL, VL);
+}
+
+// Row of a relative table that query `query` sees at key `key`.
+FASTVDM_INLINE int rel_row(int key, int query, int length) {
+  const int reach = length / 2, distance = key - query;
+  return (distance < -reach ? -reach : distance > reach ? reach : distance) + reach;
+}
+
+// s[j][lane] += g[rel_row(j, i0 + lane)][lane]
+FASTVDM_INLINE void add_relative(float* s, const float* g, int n, int i0, int length) {
+  for (int j = 0; j < n; ++j) {
+    float part[VL];
+    for (int l = 0; l < VL; ++l) part[l] = g[rel_row(j, i0 + l, length) * VL + l];
+    store(s + j * VL, load(s + j * VL) + load(part));
+  }
+}
+
+// w[r][lane] = Σ of p[j][lane] over the keys j whose row is r, for `lanes` queries.
+FASTVDM_INLINE void bucket(const float* p, float* w, int n, int i0, int lanes, int length) {
+  memset(w, 0, sizeof(float) * VL * length);
+  for (int j = 0; j < n; ++j)
+    for (int l = 0; l < lanes; ++l) w[rel_row(j, i0 + l, length) * VL + l] += p[j * VL + l];
+}
+
+// Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
+// (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
+FASTVDM_INLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
+                                  const float* qt_plain, const float* k, float* p, float* g,
+                                  float* lse) {
+  const int n = t.n;
+  gemm<false>(n, VL, t.d, k, t.dp, qt, VL, p, VL, false);
+  if (t.rel_k != nullptr) {
+    const float* table =
+        t.rel_k + (t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * t.dp : 0);
+    gemm<false>(t.rel_k_length, VL, t.d, table, t.dp, qt_plain, VL, g, VL, false);
+    add_relative(p, g, n, i0, t.rel_k_length);
+  }
+  const vf lowest = splat(-3.0e38f);
+  vf m = lowest;
+  if (t.bias_t != nullptr) {
+    const float* bias = t.bias_t + ((int64_t)head * n) * t.np + i0;
+    for (int j = 0; j < n; ++j) {
+      const vf s = load(p + j * VL) * t.scale + load(bias + (int64_t)j * t.np);
+      m = vmax(m, s);
+      store(p + j * VL, s);
+    }
+  } else {
+    for (int j = 0; j < n; ++j) {
+      const vf s = load(p + j * VL) * t.scale;
+      m = vmax(m, s);
+      store(p + j * VL, s);
+    }
+  }
+  vf sum = {};
+  for (int j = 0; j < n; ++j) {
+    const vf s = load(p + j * VL);
+    vf e = vexp(s - m);
+    if (t.bias_t != nullptr) e = s < lowest ? vf{} : e;  // a bias of -inf masks exactly
+    sum += e;
+    store(p + j * VL, e);
+  }
+  const vf inv = sum > 0.f || sum != sum ? 1.f / sum : vf{};
+  for (int j = 0; j < n; ++j) store(p + j * VL, load(p + j * VL) * inv);
+  if (lse != nullptr) {
+    float ms[VL], ss[VL];
+    store(ms, m);
+    store(ss, sum);
+    for (int l = 0; l < VL && i0 + l < n; ++l) lse[i0 + l] = ms[l] + __builtin_logf(ss[l]);
+  }
+}
+
+// out (n, dp) of one head; q, k are rotated, q_plain is not (the same pointer without rotary). All
+// of them and v have rows of dp, zero beyond d, and q, q_plain have VL-rounded rows.
+FASTVDM_INLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
+                           const float* k, const float* v, float* out, float* work, float* lse) {
+  const int n = t.n, dp = t.dp;
+  float *qt = work, *qp = qt + dp * VL, *p = qp + dp * VL, *g = p + (int64_t)n * VL;
+  for (int i0 = 0; i0 < n; i0 += VL) {
+    const int lanes = n - i0 < VL ? n - i0 : VL;
+    to_lanes(q + (int64_t)i0 * dp, dp, qt);
+    const float* plain = qt;
+    if (t.rel_k != nullptr && q_plain != q) {
+      to_lanes(q_plain + (int64_t)i0 * dp, dp, qp);
+      plain = qp;
+    }
+    probabilities(t, head, i0, qt, plain, k, p, g, lse);
+    gemm<true>(lanes, dp, n, p, VL, v, dp, out + (int64_t)i0 * dp, dp, false);
+    if (t.rel_v != nullptr) {
+      const float* table =
+          t.rel_v + (t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length * dp : 0);
+      bucket(p, g, n, i0, lanes, t.rel_v_length);
+      gemm<true>(lanes, dp, t.rel_v_length, g, VL, table, dp, out + (int64_t)i0 * dp, dp, true);
+    }
+  }
+}
+
+// Gradients of one head. dq, dk, dv (n, dp) are written, with respect to the unrotated q and k;
+// the tables' gradients are added to. dout (rounded rows, dp) as q.
+FASTVDM_INLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, int head,
+                               const float* q, const float* q_plain, const float* k,
+                               const float* v, const float* dout, float* dq, float* dk, float* dv,
+                               float* work) {
+  const int n = t.n, dp = t.dp;
+  float *qt = work, *qp = qt + dp * VL, *dt = qp + dp * VL, *p = dt + dp * VL;
+  float *ds = p + (int64_t)n * VL, *g = ds + (int64_t)n * VL;
+  const int64_t rk = t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * dp : 0;
+  const int64_t rv = t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length * dp : 0;
+  float* w = g + (int64_t)(t.rel_k_length > t.rel_v_length ? t.rel_k_length : t.rel_v_length) * VL;
+  for (int i0 = 0; i0 < n; i0 += VL) {
+    const int lanes = n - i0 < VL ? n - i0 : VL;
+    const int64_t row = (int64_t)i0 * dp;
+    to_lanes(q + row, dp, qt);
+    to_lanes(dout + row, dp, dt);
+    const float* plain = qt;
+    if (t.rel_k != nullptr && q_plain != q) {
+      to_lanes(q_plain + row, dp, qp);
+      plain = qp;
+    }
+    probabilities(t, head, i0, qt, plain, k, p, g, nullptr);
+    gemm<false>(n, VL, t.d, v, dp, dt, VL, ds, VL, false);  // dP
+    if (t.rel_v != nullptr) {
+      gemm<false>(t.rel_v_length, VL, t.d, t.rel_v + rv, dp, dt, VL, g, VL, false);
+      add_relative(ds, g, n, i0, t.rel_v_length);
+    }
+    vf delta = {};
+    for (int j = 0; j < n; ++j) delta += load(p + j * VL) * load(ds + j * VL);
+    for (int j = 0; j < n; ++j)
+      store(ds + j * VL, load(p + j * VL) * (load(ds + j * VL) - delta));
+
+    gemm<false>(n, dp, lanes, p, VL, dout + row, dp, dv, dp, i0 > 0);
+    gemm<false>(n, dp, lanes, ds, VL, q + row, dp, dk, dp, i0 > 0);
+    gemm<true>(lanes, dp, n, ds, VL, k, dp, dq + row, dp, false);
+    if (grads.bias_t != nullptr) {
+      float* to = grads.bias_t + (int64_t)head * n * t.np + i0;
+      for (int j = 0; j < n; ++j) {
+        float* at = to + (int64_t)j * t.np;
+        FASTVDM_STORE(at, 0, FASTVDM_LOAD(at, 0, lanes) + load(ds + j * VL), lanes);
+      }
+    }
+    for (int i = i0; i < i0 + lanes; ++i) {
+      float* r = dq + (int64_t)i * dp;
+      if (t.cos != nullptr) rotate_row(r, r, t.cos + i * dp, t.sin + i * dp, dp, -1.f);
+    }
+    if (t.rel_k != nullptr) {
+      bucket(ds, w, n, i0, lanes, t.rel_k_length);
+      gemm<true>(lanes, dp, t.rel_k_length, w, VL, t.rel_k + rk, dp, dq + row, dp, true);
+      if (grads.rel_k != nullptr)
+        gemm<false>(t.rel_k_length, dp, lanes, w, VL, q_plain + row, dp, grads.rel_k + rk, dp,
+                    true);
+    }
+    if (grads.rel_v != nullptr) {
+      bucket(p, w, n, i0, lanes, t.rel_v_length);
+      gemm<false>(t.rel_v_length, dp, lanes, w, VL, dout + row, dp, grads.rel_v + rv, dp, true);
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    float *a = dq + (int64_t)i * dp, *b = dk + (int64_t)i * dp;
+    if (t.cos != nullptr) rotate_row(b, b, t.cos + i * dp, t.sin + i * dp, dp, -1.f);
+    for (int c = 0; c < dp; c += VL) {
+      store(a + c, load(a + c) * t.scale);
+      store(b + c, load(b + c) * t.scale);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTVDM_ISA
+}  // namespace fastvdm

@@ -1,0 +1,105 @@
+// Small matrix products in fp32 for operands that live in L1 or L2: C (M, N) = or += A B, with B
+// (K, N) and C row-major, N a multiple of VL, and A either row-major or k-major (A[k * lda + m]).
+#pragma once
+
+#include "vec.h"
+
+namespace fastvdm {
+namespace FASTVDM_ISA {
+namespace {
+
+template <int MR, int NR, bool KM>
+FASTVDM_INLINE void gemm_tile(int K, const float* A, int64_t lda, const float* B, int64_t ldb,
+                              float* C, int64_t ldc, bool accumulate) {
+  vf c[MR][NR];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) c[m][n] = vf{};
+  for (int k = 0; k < K; ++k) {
+    vf b[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) b[n] = load(B + n * VL);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const vf a = splat(KM ? A[m] : A[m * lda]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) c[m][n] += a * b[n];
+    }
+    A += KM ? lda : 1;
+    B += ldb;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      float* to = C + m * ldc + n * VL;
+      store(to, accumulate ? load(to) + c[m][n] : c[m][n]);
+    }
+}
+
+template <int NR, bool KM, int MR>
+static __attribute__((noinline)) void gemm_panel(int M, int K, const float* A, int64_t lda,
+                                                 const float* B, int64_t ldb, float* C,
+                                                 int64_t ldc, bool accumulate) {
+  const int64_t step = KM ? 1 : lda;
+  int m = 0;
+  for (; m + MR <= M; m += MR)
+    gemm_tile<MR, NR, KM>(K, A + m * step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  for (; MR > 4 && m + 4 <= M; m += 4)
+    gemm_tile<4, NR, KM>(K, A + m * step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  for (; m + 2 <= M; m += 2)
+    gemm_tile<2, NR, KM>(K, A + m * step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+  if (m < M) gemm_tile<1, NR, KM>(K, A + m * step, lda, B, ldb, C + m * ldc, ldc, accumulate);
+}
+
+// Registers: MR * NR accumulators, NR of B and one broadcast, out of 32 (AVX-512) or 16.
+#if defined(__AVX512F__)
+constexpr int kTileM1 = 16, kTileM2 = 8, kTileM3 = 8;
+#elif defined(__AVX2__)
+constexpr int kTileM1 = 8, kTileM2 = 6, kTileM3 = 4;
+#else
+constexpr int kTileM1 = 8, kTileM2 = 6, kTileM3 = 4;
+#endif
+
+template <bool KM>
+FASTVDM_INLINE void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B,
+                         int64_t ldb, float* C, int64_t ldc, bool accumulate) {
+  int n = 0;
+  for (; n + 3 * VL <= N; n += 3 * VL)
+    gemm_panel<3, KM, kTileM3>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
+  if (n + 2 * VL <= N) {
+    gemm_panel<2, KM, kTileM2>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
+    n += 2 * VL;
+  }
+  if (n < N) gemm_panel<1, KM, kTileM1>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
+}
+
+// to[c][r] = from[r][c] for a VL x VL block.
+FASTVDM_INLINE void transpose_block(const float* from, int64_t ldf, float* to, int64_t ldt) {
+  vf r[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) r[i] = load(from + i * ldf);
+#pragma GCC unroll 4
+  for (int s = 1; s < VL; s *= 2) {
+    // Lanes: swap the off-diagonal s x s blocks of each pair of rows.
+    vi low, high;
+    for (int l = 0; l < VL; ++l) {
+      low[l] = (l & s) ? VL + (l ^ s) : l;
+      high[l] = (l & s) ? VL + l : (l ^ s);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & s) continue;
+      const vf a = r[i], b = r[i | s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i | s] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) store(to + i * ldt, r[i]);
+}
+
+}  // namespace
+}  // namespace FASTVDM_ISA
+}  // namespace fastvdm
