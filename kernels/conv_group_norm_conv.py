@@ -1,4 +1,4 @@
-"""Implicit-GEMM convolution of every frame, with bias, residual and GroupNorm partials on the way out.
+"""Implicit-GEMM convolution of every frame, with bias, residual and GroupNorm partials.
 
     y[n, oh, ow, :] = sum_taps W[tap] x[n, ih(oh, tap), iw(ow, tap), :] + bias + residual
 
@@ -6,9 +6,9 @@ One kernel does four jobs, told apart by two flags; no im2col, no concatenation,
 
 - gather (TRANSPOSED=False): ih = S*i + tap - PAD. The forward convolution, and the dgrad of the
   transposed one.
-- scatter, seen from the output (TRANSPOSED=True): output rows of equal oh mod S form a phase; phase
-  a reads ih = i + (a + PAD - tap) / S for tap = (a + PAD) mod S, + S, ... The dgrad of a convolution
-  (S = 1: one phase), the forward of the transposed one and of the folded nearest upsampling.
+- scatter, seen from the output (TRANSPOSED=True): output rows of equal oh mod S form a phase;
+  phase a reads ih = i + (a + PAD - tap) / S for tap = (a + PAD) mod S, + S, ... The dgrad of a
+  convolution (S = 1: one phase), the forward of the transposed one and of the folded upsampling.
 
 x, x2 (N, H, W, C) with N = B*F; weights in any strides, best channels-last, read as (out, k) tiles.
 GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64): on sm_90 both operands then
@@ -30,17 +30,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvdm.kernels.common import (
-    INTERPRET,
-    acc_dtype,
-    acc_torch_dtype,
-    cdiv,
-    dot,
-    next_power_of_2,
-)
+from fastvdm.aot import AotCase
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
 from fastvdm.ops import conv_group_norm_library as library
 
 MERGE_TILES = 64
+
+# Not worth a compilation each time their divisibility changes.
+_SIZES = ["H", "W", "HO", "WO", "GRID_H", "GRID_W", "UNIT", "TILES"]
 
 
 @dataclass(frozen=True)
@@ -89,25 +86,23 @@ def why_not_tma(
     return None
 
 
-def pick_config(
-    cin: int, cout: int, grid: tuple[int, int], itemsize: int, arch: int, tma: bool
-) -> ConvConfig:
+def pick_config(cin: int, cout: int, grid: tuple[int, int], itemsize: int, tma: bool) -> ConvConfig:
     """Analytic default, not yet measured on a GPU.
 
-    128x128 tiles with 64 channels a step keep three stages in 98 KB (two CTAs an SM on sm_90); a
-    narrower output takes more pixels instead, and fp32 half the depth.
+    128x128 tiles with 64 channels a step and three stages take 98 KB: two blocks an SM on sm_90.
+    A dot of 4-byte operands is no wgmma: smaller tiles.
     """
     block_k = max(16, min(next_power_of_2(cin), 128 // itemsize))
     block_co = max(64 if tma else 16, min(next_power_of_2(cout), 128))
     block_p = 128
     if itemsize > 2:
-        block_co, block_p = min(block_co, 64), 64 if itemsize == 4 else 32
-    warps = 8 if block_co * block_p >= 128 * 128 else 4
-    stages = 3 if arch < 90 else 4
+        block_co, block_p = min(block_co, 64), 256 // itemsize
+    # Pointer loads hold addresses and masks in registers: 64x128 with four warps spills on sm_80.
+    warps = 8 if block_co * block_p >= (128 * 128 if tma else 64 * 128) else 4
     if not tma:
-        return ConvConfig(block_co, block_p, block_k, warps, stages)
+        return ConvConfig(block_co, block_p, block_k, warps, 3)
     block_p = min(block_p, next_power_of_2(grid[0] * grid[1]))
-    return ConvConfig(block_co, block_p, block_k, warps, stages, True, *pick_box(*grid, block_p))
+    return ConvConfig(block_co, block_p, block_k, warps, 3, True, *pick_box(*grid, block_p))
 
 
 # --- device --------------------------------------------------------------------------------------
@@ -154,7 +149,7 @@ def _accumulate(
 
 @triton.jit
 def _accumulate_tma(
-    acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C,
+    acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C, WEIGHT_STEP,
     K: tl.constexpr, S: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_K_FIRST: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -172,9 +167,9 @@ def _accumulate_tma(
         x = x.reshape(BLOCK_P, BLOCK_K)
         w_tap = (tap_h0 + tap_step * th) * K + tap_w0 + tap_step * tw
         if WEIGHT_K_FIRST:
-            w = tl.trans(w_desc.load([k, w_tap, co0]).reshape(BLOCK_K, BLOCK_CO))
+            w = tl.trans(w_desc.load([k, w_tap * WEIGHT_STEP + co0]))
         else:
-            w = w_desc.load([co0, w_tap, k]).reshape(BLOCK_CO, BLOCK_K)
+            w = w_desc.load([co0, w_tap * WEIGHT_STEP + k])  # (BLOCK_CO, BLOCK_K)
         acc = dot(w, tl.trans(x), acc)
     return acc
 
@@ -201,12 +196,15 @@ def _finish(
         count = tl.sum(ok.to(acc.dtype), axis=0)
         mean = tl.sum(values, axis=0) / count
         centred = tl.where(ok[:, None], values - mean[None, :], 0.0)
+        # A sum of large values is rounded; what the mean lost is in the sum of the differences.
+        lost = tl.sum(centred, axis=0) / count
+        m2 = tl.sum(centred * centred, axis=0) - count * lost * lost
         part = part_ptr + part_row * 2 * COUT + offs_co
-        tl.store(part, mean, mask=mask_co)
-        tl.store(part + COUT, tl.sum(centred * centred, axis=0), mask=mask_co)
+        tl.store(part, mean + lost, mask=mask_co)
+        tl.store(part + COUT, m2, mask=mask_co)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _conv_kernel(
     x_ptr, x2_ptr, w_ptr, w2_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
     H, W, C, C2, HO, WO, COUT, GRID_H, GRID_W, UNIT, TILES,
@@ -260,10 +258,10 @@ def _conv_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES[2:6])
 def _conv_tma_kernel(
     x_desc, x2_desc, w_desc, w2_desc, bias_ptr, res_ptr, y_ptr, part_ptr,
-    C, C2, HO, WO, COUT, GRID_H, GRID_W,
+    C, C2, WEIGHT_STEP, HO, WO, COUT, GRID_H, GRID_W,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
     WEIGHT_K_FIRST: tl.constexpr,
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
@@ -290,12 +288,13 @@ def _conv_tma_kernel(
     acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate_tma(
         acc, x_desc, w_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0, C,
-        K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+        WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate_tma(
             acc, x2_desc, w2_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0,
-            C2, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+            C2, WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K,
+            NUM_STAGES,
         )  # fmt: skip
     offs_p = tl.arange(0, BLOCK_P)
     oh = (i0 + offs_p // BOX_W) * phases + phase // phases
@@ -308,7 +307,7 @@ def _conv_tma_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "GRID_H", "GRID_W"])
 def _merge_stats_kernel(
     part_ptr, mean_ptr, rstd_ptr, TILES, COUT, GROUPS, GRID_H, GRID_W, eps,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -362,12 +361,30 @@ def _merge_stats_kernel(
 def _weight_descriptor(
     weight: Tensor, out_axis: int, block_co: int, block_k: int
 ) -> TensorDescriptor:
-    """The weight as (rows, taps, columns): a view of channels-last memory, columns contiguous."""
+    """(rows, taps * row width) over channels-last memory, starting at the slice ``weight``.
+
+    A tile that reads past the slice's columns finds the next tap's weights, which meet zero
+    channels of the input or output channels that are not stored. Two axes, not three: the reshape
+    of a 3-D box sends the operand through registers (Triton 3.6, ldmatrix + RS wgmma).
+    """
     rows, columns, kernel, _ = weight.shape
-    step = weight.stride(3) if kernel > 1 else weight.stride(0)
-    box = [block_co, 1, block_k] if out_axis == 0 else [block_k, 1, block_co]
-    shape = [rows, kernel * kernel, columns]
-    return TensorDescriptor(weight, shape, [weight.stride(0), step, 1], box)
+    step = weight_step(weight)
+    box = [block_co, block_k] if out_axis == 0 else [block_k, block_co]
+    width = (kernel * kernel - 1) * step + columns
+    return TensorDescriptor(weight, [rows, width], [weight.stride(0), 1], box)
+
+
+def _is_rows_of_taps(weight: Tensor) -> bool:
+    """Whether a descriptor can read it: channels-last, or a slice of its columns."""
+    kernel, step = weight.shape[-1], weight_step(weight)
+    taps_adjoin = kernel == 1 or weight.stride(2) == kernel * step
+    aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) % 8 == 0 and step % 8 == 0
+    return weight.stride(1) == 1 and taps_adjoin and aligned
+
+
+def weight_step(weight: Tensor) -> int:
+    """Elements from one tap to the next; the width of a row where there is only one tap."""
+    return weight.stride(3) if weight.shape[-1] > 1 else weight.stride(0)
 
 
 def _conv(
@@ -394,11 +411,13 @@ def _conv(
     residual = None if residual is None else residual.contiguous()
     phases = stride if transposed else 1
     grid = (cdiv(size[0], phases), cdiv(size[1], phases))
-    arch = capability(x.device)
     widths = (c1, cout) if x2 is None else (c1, c2, cout)
-    tma = arch >= 90 and not why_not_tma(widths, grid, stride, transposed, x.element_size())
-    config = pick_config(max(c1, c2), cout, grid, x.element_size(), arch, tma)
-    if config.tma:
+    tma = capability(x.device) >= 90 and not (
+        why_not_tma(widths, grid, stride, transposed, x.element_size())
+        or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
+    )
+    config = pick_config(max(c1, c2), cout, grid, x.element_size(), tma)
+    if config.tma and not _is_rows_of_taps(weight):
         weight = weight.contiguous(memory_format=torch.channels_last)
     first, second = (weight, None)
     if x2 is not None:
@@ -434,9 +453,9 @@ def _conv(
             for w in (first, second)
         ]
         _conv_tma_kernel[(programs,)](
-            *sources, *weights, bias, residual, y, partial, c1, c2, *size, cout, *grid,
-            WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
-            NUM_STAGES=config.num_stages, **flags,
+            *sources, *weights, bias, residual, y, partial, c1, c2, weight_step(weight),
+            *size, cout, *grid, WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h,
+            BOX_W=config.box_w, NUM_STAGES=config.num_stages, **flags,
         )  # fmt: skip
     else:
         strides = weight.stride()
@@ -490,8 +509,8 @@ def space_conv_stats_fwd(
     acc = acc_torch_dtype(x.dtype)
     mean = torch.empty((units, groups), dtype=acc, device=x.device)
     rstd = torch.empty_like(mean)
-    if partial is None:
-        return y, mean, rstd
+    if partial is None:  # no pixel, no statistics
+        return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     cout = weight.shape[0]
     # The pointer variant's tiles are runs of pixels: a box one row high.
     grid, box = tuple(y.shape[2:4]), (config.box_h, config.box_w)
@@ -557,3 +576,114 @@ def space_conv_transpose_bwd(
         size=tuple(x.shape[2:4]),
     )  # fmt: skip
     return dx, dw, db
+
+
+# --- ahead of time -------------------------------------------------------------------------------
+
+
+def aot_cases() -> list[AotCase]:
+    """The launches of a 64- and a 128-channel level, with every epilogue, in bf16; fp32 once.
+
+    The same constexprs as ``_conv`` passes; the widths are multiples of 16, the image sizes any.
+    """
+    jobs = {  # name: (kernel, stride, transposed, out_axis, second source, statistics)
+        "3x3": (3, 1, False, 0, True, True),
+        "3x3_dgrad": (3, 1, True, 1, False, False),
+        "4x4_up": (4, 2, True, 1, False, False),
+        "4x4_down": (4, 2, False, 0, False, True),
+        "1x1": (1, 1, False, 0, True, False),
+    }
+    cases = []
+    for name, job in jobs.items():
+        kernel, stride, transposed, out_axis, _, _ = job
+        for width in (64, 128):
+            if why_not_tma((width,), (64, 64), stride, transposed, 2) is None:
+                config = pick_config(width, width, (64, 64), 2, True)
+                cases.append(_aot_case(f"tma/{name}_{width}", config, "bf16", *job))
+            if width == 128 or name == "3x3":
+                config = pick_config(width, width, (64, 64), 2, False)
+                cases.append(_aot_case(f"pointer/{name}_{width}", config, "bf16", *job))
+    config = pick_config(64, 64, (64, 64), 4, False)
+    cases.append(_aot_case("pointer/3x3_64_fp32", config, "fp32", *jobs["3x3"]))
+    cases.append(
+        AotCase(
+            "merge_stats",
+            _merge_stats_kernel,
+            signature={
+                "part_ptr": "*fp32",
+                "mean_ptr": "*fp32",
+                "rstd_ptr": "*fp32",
+                "TILES": "i32",
+                "COUT": "i32",
+                "GROUPS": "i32",
+                "GRID_H": "i32",
+                "GRID_W": "i32",
+                "eps": "fp32",
+            },
+            constexprs=dict(
+                BOX_H=2, BOX_W=64, GROUP_WIDTH=16, BLOCK_C=16, BLOCK_T=MERGE_TILES, ACC=tl.float32
+            ),
+        )  # fmt: skip
+    )
+    return cases
+
+
+def _aot_case(
+    name: str,
+    config: ConvConfig,
+    dtype: str,
+    kernel: int,
+    stride: int,
+    transposed: bool,
+    out_axis: int,
+    two: bool,
+    stats: bool,
+) -> AotCase:
+    pointer = f"*{dtype}"
+    signature = {"bias_ptr": pointer, "res_ptr": pointer, "y_ptr": pointer}
+    constexprs = dict(
+        K=kernel, S=stride, PAD=library.padding_of(kernel), TRANSPOSED=transposed, HAS_X2=two,
+        HAS_BIAS=True, HAS_RES=True, STATS=stats, BLOCK_CO=config.block_co,
+        BLOCK_K=config.block_k, ACC=tl.float32,
+    )  # fmt: skip
+    if stats:
+        signature["part_ptr"] = "*fp32"
+    else:
+        constexprs["part_ptr"] = None
+    widths = ["C", "C2", "COUT"]
+    sizes = ["HO", "WO", "GRID_H", "GRID_W"]
+    if config.tma:
+        box = f"tensordesc<{dtype}[1,{config.box_h},{config.box_w},{config.block_k}]>"
+        tile = (config.block_co, config.block_k)
+        rows, columns = tile if out_axis == 0 else tile[::-1]
+        sources = {"x_desc": box, "w_desc": f"tensordesc<{dtype}[{rows},{columns}]>"}
+        widths.append("WEIGHT_STEP")
+        constexprs |= dict(
+            WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
+            NUM_STAGES=config.num_stages,
+        )  # fmt: skip
+    else:
+        sources = {"x_ptr": pointer, "w_ptr": pointer}
+        contiguous, strided = ["stride_wk", "stride_wo"][:: 1 if out_axis == 0 else -1]
+        constexprs |= {contiguous: 1, "BLOCK_P": config.block_p}
+        widths += [strided, "stride_wh", "stride_ww"]
+        sizes += ["H", "W", "UNIT", "TILES"]
+    for source, kind in sources.items():
+        second = source.replace("_", "2_")
+        signature[source] = kind
+        if two:
+            signature[second] = kind
+        else:
+            constexprs[second] = None
+    return AotCase(
+        name,
+        _conv_tma_kernel if config.tma else _conv_kernel,
+        signature=signature | {n: "i32" for n in widths + sizes},
+        constexprs=constexprs,
+        divisible=widths,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        uses_dot=dtype == "bf16",
+        uses_tma=config.tma,
+        archs=(90, 100) if config.tma else (80, 90, 100),
+    )

@@ -62,23 +62,27 @@ def choose_conv(
     return "aten"
 
 
-def unsupported(backend: str, x: Tensor, weight: Tensor, stride: int = 1) -> str | None:
-    """Why ``backend`` cannot take this call, or None."""
+def unsupported(
+    backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype | None = None
+) -> str | None:
+    """Why ``backend`` cannot take this call, computed in ``dtype`` (default: x's), or None."""
+    dtype = dtype or x.dtype
     if backend != "triton":
         return "no kernel for this op"
-    if x.dtype not in _FLOATS:
-        return f"dtype {x.dtype}"
-    if x.dtype == torch.bfloat16 and dispatch.INTERPRET:
+    if dtype not in _FLOATS:
+        return f"dtype {dtype}"
+    if dtype == torch.bfloat16 and dispatch.INTERPRET:
         return "the Triton interpreter truncates bf16"
-    if max(*x.shape[2:], *weight.shape) >= 2**24:
-        return f"an extent of {max(*x.shape[2:], *weight.shape)}; the kernel counts in int32"
+    if max(x.shape[2] * x.shape[3], weight.shape[-1] * x.shape[3] * x.shape[4]) >= 2**31:
+        return f"images of {tuple(x.shape[2:])}; offsets inside one are int32"
     return None
 
 
-def _implementation(op: str, kind: str, x: Tensor, weight: Tensor, stride: int = 1) -> str:
-    choice = choose_conv(kind, x.shape[-1], x.device.type, x.dtype)
+def _implementation(op: str, kind: str, x: Tensor, weight: Tensor) -> str:
+    dtype = dispatch.autocast_dtype(x)
+    choice = choose_conv(kind, x.shape[-1], x.device.type, dtype)
     if choice == "triton":
-        return dispatch.select(op, x.device, x, weight, stride)
+        return dispatch.select(op, x.device, x, weight, dtype)
     return choice
 
 
@@ -403,7 +407,7 @@ def space_conv(
             return _transpose(x, fold_upsample_weight(weight), bias, residual, "upsample")
         x = library.upsample_nearest(x)
     kind = "conv" if x2 is None else "pair"
-    backend = _implementation("space_conv", kind, x, weight, stride)
+    backend = _implementation("space_conv", kind, x, weight)
     if backend == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual)
     if backend == "aten":
@@ -439,7 +443,7 @@ def space_conv_stats(
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
     kind = "conv" if x2 is None else "pair"
-    backend = _implementation("space_conv", kind, x, weight, stride)
+    backend = _implementation("space_conv", kind, x, weight)
     if backend == "triton":
         inputs = _cast(x, x2, weight, bias, residual)
         return space_conv_stats_fwd(*inputs, stride, groups, per_frame, eps, backend)

@@ -85,6 +85,8 @@ def space_conv_fwd(
 def _source_grads(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    if not (need_dx or need_dw):
+        return None, None
     if weight.shape[-1] == 1 and stride == 1:
         rows, flat = dy.flatten(0, -2), weight.flatten(1)
         dx = (dy @ flat) if need_dx else None
@@ -153,12 +155,14 @@ def space_conv_transpose_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy = dy.contiguous()
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        *(images(dy), images(x), weight, None, [2, 2], [1, 1], [1, 1]),
-        *(True, [0, 0], 1, [need_dx, need_dw, False]),
-    )
+    dx = dw = None
+    if need_dx or need_dw:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *(images(dy), images(x), weight, None, [2, 2], [1, 1], [1, 1]),
+            *(True, [0, 0], 1, [need_dx, need_dw, False]),
+        )
     return (
-        video(dx, x.shape[0]) if need_dx else dy.new_empty(0),
-        like(dw, weight) if need_dw else dy.new_empty(0),
+        dy.new_empty(0) if dx is None or not need_dx else video(dx, x.shape[0]),
+        dy.new_empty(0) if dw is None or not need_dw else like(dw, weight),
         dy.flatten(0, -2).sum(0) if need_db else dy.new_empty(0),
     )
