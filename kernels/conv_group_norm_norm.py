@@ -28,10 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.aot import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
 
 GROUP, RMS, LAYER = 0, 1, 2
-MAX_ROW = 8192  # channels of one pixel that a row-wise program holds in registers
+# Copies of the next tiles on their way while one is computed; registers fall by 40 % with it, too
+# (sm_90, Triton 3.6: 167 to 96 in _group_bwd_dx_kernel).
+STAGES = tl.constexpr(3)
+MAX_ROW = 4096  # channels of one pixel that a row-wise program holds in registers
 
 
 class Config(NamedTuple):
@@ -40,8 +44,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(c1: int, c2: int, elements: int) -> Config:
-    """Tile of the GroupNorm kernels: ``elements`` values, 16 a thread or more.
+def pick_config(c1: int, c2: int) -> Config:
+    """Tile of the GroupNorm kernels: 16 values a thread.
 
     The width pads the two sources least, among widths that read at least 64 bytes in a row (bf16);
     of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
@@ -49,23 +53,38 @@ def pick_config(c1: int, c2: int, elements: int) -> Config:
     top = min(128, next_power_of_2(max(c1, c2)))
     widths = [w for w in (128, 64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
-    return Config(block_c, max(1, elements // block_c), 4)
+    # Triton has each thread fetch for itself a parameter vector that is shorter than the block
+    num_warps = max(1, min(4, block_c // 32))
+    return Config(block_c, 512 * num_warps // block_c, num_warps)
 
 
 def pick_row_config(c1: int, c2: int) -> Config:
     """Tile of the row-wise kernels: whole pixels, about 16 values a thread. NOT MEASURED."""
     width = next_power_of_2(next_power_of_2(c1) + (next_power_of_2(c2) if c2 else 0))
-    return Config(width, max(1, 2048 // width), 4 if width <= 2048 else 16)
+    return Config(width, max(1, 2048 // width), 4 if width <= 2048 else 8)
 
 
-def split_rows(device: torch.device, programs: int, length: int, block_l: int) -> tuple[int, int]:
-    """(pixels a chunk, chunks): with ``programs`` per chunk, about 8 programs stand on each SM."""
-    sms = 1  # the interpreter
-    if device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = cdiv(length, block_l)
-    per_chunk = cdiv(tiles, max(1, min(tiles, 8 * sms // programs)))
-    return per_chunk * block_l, cdiv(tiles, per_chunk)
+def _programs(device: torch.device, num_warps: int) -> int:
+    """32 warps a multiprocessor; the interpreter counts as a tenth of one."""
+    if device.type != "cuda":
+        return 4
+    return 32 // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_for_sums(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
+    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, where ``outer``
+    programs stand for each chunk."""
+    tiles = cdiv(length, cfg.block_l)
+    wanted = max(1, min(tiles, _programs(device, cfg.num_warps) // outer))
+    rows = cdiv(tiles, wanted) * cfg.block_l
+    return rows, cdiv(length, rows)
+
+
+def split_for_map(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
+    """The same for an elementwise pass: up to 8 tiles, which share the loads of the parameters."""
+    tiles = outer * cdiv(length, cfg.block_l)
+    rows = max(1, min(8, tiles // _programs(device, cfg.num_warps))) * cfg.block_l
+    return rows, cdiv(length, rows)
 
 
 # --- shared by the kernels below ------------------------------------------------------------------
@@ -159,7 +178,7 @@ def _stats_kernel(
     # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
     mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in range(0, size, BLOCK_L):
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
         mask = (start + offs_l < size)[:, None] & mask_c[None, :]
         x = tl.load(src + offs, mask=mask, other=0.0).to(ACC)
         delta = tl.where(mask, x - mean, 0.0)
@@ -221,35 +240,40 @@ def _merge_kernel(
 @triton.jit
 def _group_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
-    L, C1, C2, group_width, groups, frames, stride_scale, stride_shift,
+    L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y from x and its statistics: one (BLOCK_L, BLOCK_C) tile a program."""
+    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
-    tiles = tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
-    row0 = pid // blocks % tiles * BLOCK_L
-    n = (pid // blocks // tiles).to(tl.int64)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
     src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
-    mask = (row0 + offs_l < L)[:, None] & mask_c[None, :]
-    src += (n * L + row0) * width + c0
-    x = tl.load(src + offs_l[:, None] * width + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
-    mean = tl.load(mean_ptr + group, mask=mask_c, other=0.0)
+    mean = tl.load(mean_ptr + group, mask=mask_c, other=0.0)[None, :]
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = _affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    t = (x - mean[None, :]) * (rstd * gain)[None, :] + offset[None, :]
-    at = (n * L + row0) * (C1 + C2)
-    offs = at + offs_l[:, None] * (C1 + C2) + cols[None, :]
-    _store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT, ACC)
+    slope = (rstd * gain)[None, :]
+    src += (n * L + first) * width + c0
+    at = (n * L + first) * (C1 + C2)
+    offs_x = offs_l[:, None] * width + offs_c[None, :]
+    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x = tl.load(src + offs_x, mask=mask, other=0.0).to(ACC)
+        t = (x - mean) * slope + offset[None, :]
+        _store_act(t, y_ptr, res_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+        src += BLOCK_L * width
+        at += BLOCK_L * (C1 + C2)
 
 
 @triton.jit
@@ -284,7 +308,7 @@ def _group_bwd_sums_kernel(
 
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in range(0, size, BLOCK_L):
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
         mask = (start + offs_l < size)[:, None] & mask_c[None, :]
         x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
         t = x_hat * gain[None, :] + offset[None, :]
@@ -301,25 +325,21 @@ def _group_bwd_sums_kernel(
 @triton.jit
 def _group_bwd_dx_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr,
-    shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift,
-    ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows,
+    chunks, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (dt gain - m1 - x_hat m2), with m (N, 2, groups)."""
+    """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels, with m (N, 2, groups)."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
-    tiles = tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
-    row0 = pid // blocks % tiles * BLOCK_L
-    n = (pid // blocks // tiles).to(tl.int64)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
     src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
     dst, _, _, _ = _source(dx_ptr, dx2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
-    mask = (row0 + offs_l < L)[:, None] & mask_c[None, :]
-    at = (n * L + row0) * width + c0
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    x = tl.load(src + at + offs_x, mask=mask, other=0.0).to(ACC)
-
     cols = before + c0 + offs_c
     group = cols // group_width
     mean = tl.load(mean_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
@@ -330,12 +350,21 @@ def _group_bwd_dx_kernel(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    x_hat = (x - mean) * rstd
-    t = x_hat * gain[None, :] + offset[None, :]
-    offs_y = (n * L + row0) * (C1 + C2) + offs_l[:, None] * (C1 + C2) + cols[None, :]
-    dt = _load_dt(t, dy_ptr, drop_ptr, offs_y, mask, ACT, ACC)
-    dx = rstd * (dt * gain[None, :] - m1 - x_hat * m2)
-    tl.store(dst + at + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    src += (n * L + first) * width + c0
+    dst += (n * L + first) * width + c0
+    at = (n * L + first) * (C1 + C2)
+    offs_x = offs_l[:, None] * width + offs_c[None, :]
+    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
+        t = x_hat * gain[None, :] + offset[None, :]
+        dt = _load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+        dx = rstd * (dt * gain[None, :] - m1 - x_hat * m2)
+        tl.store(dst + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        src += BLOCK_L * width
+        dst += BLOCK_L * width
+        at += BLOCK_L * (C1 + C2)
 
 
 @triton.jit
@@ -548,7 +577,7 @@ def _row_bwd_kernel(
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C1), ACC)
     sum_dt2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
     sum_dtx2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
-    for start in range(0, size, BLOCK_L):
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
         at = batch * L + first + start
         mask = (start + offs_l < size) & (cols < C1)[None, :]
         mask2 = (start + offs_l < size) & (cols2 < C2)[None, :]
@@ -623,9 +652,9 @@ def _group_stats(
 ) -> tuple[Tensor, Tensor]:
     n, length, c1, c2, _ = _extents(x, x2, per_frame)
     acc = acc_dtype(x.dtype)
-    cfg = pick_config(c1, c2, 2048)
+    cfg = pick_config(c1, c2)
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_rows(x.device, n * blocks, length, cfg.block_l)
+    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
     part = x.new_empty((n, chunks, 2, c1 + c2), dtype=acc_torch_dtype(x.dtype))
     mean = part.new_empty((n, groups))
     rstd = torch.empty_like(mean)
@@ -683,11 +712,12 @@ def norm_act_fwd(
     found = (none, torch.empty_like(none))
     if mean is None:
         mean, rstd = found = _group_stats(x, x2, groups, per_frame, eps)
-    cfg = pick_config(c1, c2, 4096)
+    cfg = pick_config(c1, c2)
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    _group_fwd_kernel[(n * cdiv(length, cfg.block_l) * blocks,)](
+    rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
+    _group_fwd_kernel[(n * chunks * blocks,)](
         x, x2, y, mean, rstd, weight, bias, scale, shift, residual, drop, length, c1, c2,
-        (c1 + c2) // groups, groups, frames, *strides,
+        (c1 + c2) // groups, groups, frames, *strides, rows, chunks,
         ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps,
     )  # fmt: skip
     return y, *found
@@ -727,9 +757,9 @@ def norm_act_bwd(
     partials = {"dtype": acc_torch_dtype(x.dtype), "device": x.device}
 
     if kind == GROUP:
-        cfg = pick_config(c1, c2, 2048)
+        cfg = pick_config(c1, c2)
         blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-        rows, chunks = split_rows(x.device, n * blocks, length, cfg.block_l)
+        rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
         part = torch.empty((n, chunks, 2, c), **partials)
         shared = (mean, rstd, weight, bias, scale, shift, drop)
         counts = (length, c1, c2, c // groups, groups, frames, *strides)
@@ -742,12 +772,13 @@ def norm_act_bwd(
         m = torch.empty((n, 2, groups), **partials) if need_dx else None
         sums = _reduce(part, m, weight, scale, c // groups, frames, length * (c // groups), acc)
         if need_dx:
-            _group_bwd_dx_kernel[(n * cdiv(length, cfg.block_l) * blocks,)](
-                dy, x, x2, dx, dx2, m, *shared, *counts, **tile
+            rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
+            _group_bwd_dx_kernel[(n * chunks * blocks,)](
+                dy, x, x2, dx, dx2, m, *shared, *counts, rows, chunks, **tile
             )
     else:
         cfg = pick_row_config(c1, c2)
-        rows, chunks = split_rows(x.device, n, length, cfg.block_l)
+        rows, chunks = split_for_sums(x.device, n, length, cfg)
         part = torch.empty((n, chunks, 2, c), **partials) if params else None
         _row_bwd_kernel[(n * chunks,)](
             dy, x, x2, dx, dx2, part, weight, bias, scale, shift, drop, length, c1, c2, *strides,
@@ -789,3 +820,83 @@ def _reduce(
         BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
     )  # fmt: skip
     return sums
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernels as the launchers start them: bf16 in both widths of tile, two unequal sources,
+    fp32, and the widest row. The small kernels that reduce partials have one form."""
+    found = _aot_small()
+    for dtype, c1, c2 in (("bf16", 64, 0), ("bf16", 256, 0), ("bf16", 96, 48), ("fp32", 128, 0)):
+        found += _aot_group(dtype, c1, c2)
+    for dtype, c1, c2 in (
+        ("bf16", 64, 0),
+        ("bf16", 96, 48),
+        ("fp32", 128, 0),
+        ("bf16", MAX_ROW, 0),
+    ):
+        found += _aot_row(dtype, c1, c2)
+    return found
+
+
+_AOT_PARTIALS = ("part_ptr", "mean_ptr", "rstd_ptr", "m_ptr", "sums_ptr", "dw_ptr", "db_ptr")
+
+
+def _aot(
+    what: str, kernel: Any, dtype: str, channels: tuple[int, int], num_warps: int, **constexprs: Any
+) -> AotCase:
+    signature: dict[str, str] = {}
+    divisible = []
+    for arg in kernel.arg_names:
+        if arg in constexprs:
+            continue
+        if arg in ("x2_ptr", "dx2_ptr") and not channels[1]:
+            constexprs[arg] = None
+        elif arg.endswith("_ptr"):
+            kind = "fp32" if arg in _AOT_PARTIALS else "u8" if arg == "drop_ptr" else dtype
+            signature[arg] = f"*{kind}"
+        else:
+            signature[arg] = "i32"
+            if arg in ("C", "C1", "C2", "stride_scale", "stride_shift"):
+                divisible.append(arg)
+    name = f"norm_act_{what}/{dtype}-{'+'.join(str(c) for c in channels if c)}"
+    return AotCase(name, kernel, signature, constexprs, divisible, num_warps)
+
+
+def _aot_small() -> list[AotCase]:
+    block_k, block_c = _merge_tile(128, 64)
+    merge = dict(BLOCK_K=block_k, BLOCK_C=block_c, ACC=tl.float32)
+    last = dict(BLOCK_N=32, BLOCK_C=32, ACC=tl.float32)
+    return [
+        _aot("merge", _merge_kernel, "bf16", (64, 0), 4, EPS=1e-5, **merge),
+        _aot("reduce", _reduce_kernel, "bf16", (64, 0), 4, **merge),
+        _aot("dfilm", _dfilm_kernel, "bf16", (64, 0), 4, **last),
+        _aot("dweight", _dweight_kernel, "bf16", (64, 0), 4, **last),
+    ]
+
+
+def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
+    cfg = pick_config(c1, c2)
+    tile = dict(BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=tl.float32)
+    kernels = {
+        "group_fwd": _group_fwd_kernel,
+        "group_bwd_sums": _group_bwd_sums_kernel,
+        "group_bwd_dx": _group_bwd_dx_kernel,
+    }
+    channels, warps = (c1, c2), cfg.num_warps
+    return [_aot("stats", _stats_kernel, dtype, channels, warps, **tile)] + [
+        _aot(what, kernel, dtype, channels, warps, ACT=True, **tile)
+        for what, kernel in kernels.items()
+    ]
+
+
+def _aot_row(dtype: str, c1: int, c2: int) -> list[AotCase]:
+    cfg = pick_row_config(c1, c2)
+    tile = dict(
+        ACT=True, BLOCK_L=cfg.block_l, BLOCK_C1=next_power_of_2(c1),
+        BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=tl.float32, EPS=1e-5,
+    )  # fmt: skip
+    return [
+        _aot(f"{kind}_{what}", kernel, dtype, (c1, c2), cfg.num_warps, LAYER=layer, **tile)
+        for kind, layer in (("rms", False), ("layer", True))
+        for what, kernel in (("fwd", _row_fwd_kernel), ("bwd", _row_bwd_kernel))
+    ]

@@ -267,7 +267,7 @@ def norm_act(
                 raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
         mean, rstd = (t.reshape(-1, groups) for t in stats)
 
-    backend = select("norm_act", x.device, x, kind)
+    backend = select("norm_act", x.device, x, kind, c)
     if backend == "reference":  # recomputes the statistics: `stats` only saves a pass
         return norm_act_ref(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
