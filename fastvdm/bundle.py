@@ -191,7 +191,10 @@ def make_text(settings: Settings, cond_dim: int | None) -> Any:
 
 
 def _load_peer(path: Path, ema: bool, overrides: dict[str, Any]) -> Bundle:
-    state = files.read_source(path)
+    try:
+        state = files.read_source(path)
+    except ValueError as error:  # torch's own message is a page long
+        raise ValueError(str(error).splitlines()[0]) from error
     ema = ema and "ema" in state
     unet = UNet3D.from_unet3d(state, ema=ema, exact=True)
     entry = state["ema" if ema else "model"] if "model" in state else state

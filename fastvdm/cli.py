@@ -1,15 +1,50 @@
-"""The command ``fastvdm``."""
+"""The command ``fastvdm``: info, train, sample, extend, interpolate, upscale, export.
+
+``info`` and ``export`` parse their own arguments and need no optional package; the others are in
+``fastvdm.commands`` and need the extra ``cli``.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
+
+# Modules with ``main(arguments) -> exit code``.
+_PLAIN = {"info": "fastvdm.info", "export": "fastvdm.export"}
+# What a user can cause and mend: printed without a traceback.
+_EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. ``fastvdm info`` needs no optional package."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["info"]:
-        from fastvdm import info
+    """Run one command; returns the exit code: 1 after an error, 2 for a wrong command line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        plain = _PLAIN.get(arguments[0]) if arguments else None
+        if plain is not None and importlib.util.find_spec(plain) is not None:
+            return importlib.import_module(plain).main(arguments[1:])
+        return _typer(arguments)
+    except _EXPECTED as error:
+        if debug:
+            raise
+        print(f"fastvdm: {error}", file=sys.stderr)
+        return 1
 
-        return info.main(arguments[1:])
-    return 2
+
+def _typer(arguments: list[str]) -> int:
+    from fastvdm._optional import require
+
+    require("typer", "cli")
+    from fastvdm.commands import app
+
+    try:
+        code = app(arguments, standalone_mode=True, prog_name="fastvdm")
+    except SystemExit as done:
+        code = done.code
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -202,6 +202,7 @@ class TrainConfig:
             "num_frames": self.num_frames,
             "size": self.size,
             "frameskip": self.frameskip,
+            "channels": self.unet_arguments().get("channels", 3),
             "captions": self.text_encoder is not None,
             "flip": self.flip,
             "short": self.short,

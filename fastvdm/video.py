@@ -345,6 +345,7 @@ class VideoFolder(Dataset):
         size: sides of the clip in pixels: resize to cover, then centre crop.
         frameskip: distance of two frames of the clip, in frames of the file.
         captions: read sidecar captions (``read_captions``).
+        channels: 3, or 1 for the mean of the colours.
         flip: mirror half of the clips left to right (the paper does so for BAIR).
         short: what to do with a file that is too short: "error", or "repeat" its last frame.
     Raises:
@@ -359,6 +360,7 @@ class VideoFolder(Dataset):
         size: int | tuple[int, int],
         *,
         frameskip: int = 1,
+        channels: int = 3,
         captions: bool = False,
         flip: bool = False,
         short: str = "error",
@@ -369,10 +371,12 @@ class VideoFolder(Dataset):
             )
         if short not in ("error", "repeat"):
             raise ValueError(f'short must be "error" or "repeat", got {short!r}')
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
         self.paths = list_videos(folder)
         self.captions = read_captions(self.paths, folder) if captions else None
         self.num_frames, self.size, self.frameskip = num_frames, size, frameskip
-        self.flip, self.short = flip, short
+        self.channels, self.flip, self.short = channels, flip, short
         self._lengths: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -388,8 +392,11 @@ class VideoFolder(Dataset):
         """One random frame (C, H, W) of a video, for joint image-video training."""
         length = self._length(index)
         start = int(torch.randint(length, ()))
-        image = read_video(self.paths[index], 1, 1, self.size, start=start)[:, 0]
+        image = self._colours(read_video(self.paths[index], 1, 1, self.size, start=start))[:, 0]
         return image.flip(-1) if self.flip and torch.rand(()) < 0.5 else image
+
+    def _colours(self, clip: Tensor) -> Tensor:
+        return clip if self.channels == 3 else clip.mean(0, keepdim=True)
 
     def _length(self, index: int) -> int:
         if index not in self._lengths:
@@ -409,6 +416,6 @@ class VideoFolder(Dataset):
                 )
             wanted = (length - 1) // self.frameskip + 1
         start = int(torch.randint(max(1, length - span + 1), ()))
-        clip = read_video(path, wanted, self.frameskip, self.size, start=start)
+        clip = self._colours(read_video(path, wanted, self.frameskip, self.size, start=start))
         missing = self.num_frames - wanted
         return torch.cat([clip, clip[:, -1:].expand(-1, missing, -1, -1)], 1) if missing else clip
