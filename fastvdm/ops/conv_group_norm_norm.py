@@ -35,6 +35,13 @@ def _stats_shape(x: Tensor, kind: int, groups: int, per_frame: bool) -> tuple[in
     return (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
 
 
+def _film_rows(scale: Tensor | None, shift: Tensor | None, backend: str):
+    """Only the Triton kernels take rows that lie apart; two small copies for the C++ ones."""
+    if backend == "triton":
+        return scale, shift
+    return (t if t is None else t.contiguous() for t in (scale, shift))
+
+
 @custom_op("fastvdm::norm_act_fwd", mutates_args=())
 def norm_act_fwd(
     x: Tensor,
@@ -58,6 +65,7 @@ def norm_act_fwd(
     than C, as halves of one (B, 2C) projection do. y (B, F, H, W, C1 + C2) in the dtype of x. mean,
     rstd (N, groups) in fp32 (fp64 for fp64), N = B*F per frame, else B; of shape (0,) where there
     are none to save: the kind is not "group", or they were given."""
+    scale, shift = _film_rows(scale, shift, backend)
     return launchers(_STEM, backend).norm_act_fwd(
         x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
         kind, groups, per_frame, eps, act,
@@ -102,6 +110,7 @@ def norm_act_bwd(
     ``need_dweight`` for dweight and dbias, ``need_dfilm`` for dscale and dshift. The gradient of
     the residual is dy itself. mean, rstd are those of the forward; None for kinds "rms", "layer".
     """
+    scale, shift = _film_rows(scale, shift, backend)
     return launchers(_STEM, backend).norm_act_bwd(
         dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
         kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm,
@@ -153,12 +162,14 @@ norm_act_fwd.register_autograd(_backward, setup_context=_save)
 norm_act_bwd.register_autograd(_no_double_backward)
 
 
-def unsupported(backend: str, x: Tensor, kind: str) -> str | None:
+def unsupported(backend: str, x: Tensor, kind: str, channels: int) -> str | None:
     """Why ``backend`` cannot take this call, or None."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{x.dtype} is not a type of its kernels"
     if backend == "cpu" and x.dtype == torch.float64:
         return ByDesign("fp64 runs on the torch reference")
+    if backend == "triton" and kind != "group" and channels > 4096:
+        return f"{channels} channels: a row-wise kernel holds at most 4096 of one pixel"
     return None
 
 
