@@ -21,6 +21,18 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "Tensor? bias, Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, "
       "int num_images, float sm_scale, bool need_dqkv, bool need_dbias, bool need_drel_k, "
       "bool need_drel_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "temporal_block_fwd_cpu(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
+      "Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, int heads, float eps, Tensor? bias, "
+      "Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, int num_images, "
+      "float sm_scale) -> Tensor");
+  m.def(
+      "temporal_block_bwd_cpu(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, "
+      "Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, int heads, "
+      "float eps, Tensor? bias, Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, "
+      "int num_images, float sm_scale, bool need_norm, bool need_qkv, bool need_out, "
+      "bool need_bias, bool need_rel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
@@ -32,4 +44,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("norm_act_bwd_cpu", TORCH_BOX(&fastvdm::norm_act_bwd));
   m.impl("axis_attention_fwd_cpu", TORCH_BOX(&fastvdm::axis_attention_fwd));
   m.impl("axis_attention_bwd_cpu", TORCH_BOX(&fastvdm::axis_attention_bwd));
+  m.impl("temporal_block_fwd_cpu", TORCH_BOX(&fastvdm::temporal_block_fwd));
+  m.impl("temporal_block_bwd_cpu", TORCH_BOX(&fastvdm::temporal_block_bwd));
 }

@@ -3,33 +3,11 @@
 #include "axis_attention.h"
 
 #include "attention_kernel.h"
+#include "rows.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
-
-// n elements to fp32, zeros up to np.
-template <class T>
-FASTVDM_INLINE void widen_row(const T* from, float* to, int n, int np) {
-  int i = 0;
-  for (; i + VL <= n; i += VL) store(to + i, load(from + i));
-  if (i < n) {
-    store(to + i, load_n(from + i, n - i));
-    i += VL;
-  }
-  for (; i < np; i += VL) store(to + i, vf{});
-}
-template <class T>
-FASTVDM_INLINE void narrow_row(const float* from, T* to, int n) {
-  int i = 0;
-  for (; i + VL <= n; i += VL) store(to + i, load(from + i));
-  if (i < n) store_n(to + i, load(from + i), n - i);
-}
-
-struct Where {
-  int64_t batch, outer;
-  int head0, heads;
-};
 
 // Sequences [first, last) and heads of item i.
 FASTVDM_INLINE void item_range(const AxisArgs& a, int64_t i, int64_t* first, int64_t* last,
@@ -91,17 +69,18 @@ void fwd(const AxisArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (attending == 0) continue;
       for (int i = 0; i < n; ++i) {
         const T* row = base + i * a.in.seq;
-        const float *cos = t.cos + (int64_t)i * dp, *sin = t.sin + (int64_t)i * dp;
+        const float* cos = t.cos != nullptr ? t.cos + (int64_t)i * dp : nullptr;
+        const float* sin = t.cos != nullptr ? t.sin + (int64_t)i * dp : nullptr;
         for (int h = 0; h < heads; ++h) {
           float* to = q + h * seq + (int64_t)i * dp;
           widen_row(row + h * a.in.head, to, d, dp);
           if (both) memcpy(plain + h * seq + (int64_t)i * dp, to, sizeof(float) * dp);
-          if (t.cos != nullptr) rotate_row(to, to, cos, sin, dp, 1.f);
+          if (cos != nullptr) rotate_row(to, to, cos, sin, dp, 1.f);
         }
         for (int h = 0; h < heads; ++h) {
           float* to = k + h * seq + (int64_t)i * dp;
           widen_row(row + a.in.three + h * a.in.head, to, d, dp);
-          if (t.cos != nullptr) rotate_row(to, to, cos, sin, dp, 1.f);
+          if (cos != nullptr) rotate_row(to, to, cos, sin, dp, 1.f);
         }
         for (int h = 0; h < heads; ++h)
           widen_row(row + 2 * a.in.three + h * a.in.head, v + h * seq + (int64_t)i * dp, d, dp);

@@ -26,4 +26,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
     OptTensor rel_v, OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
     bool need_dqkv, bool need_dbias, bool need_drel_k, bool need_drel_v);
 
+Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+                          OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
+                          double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
+                          OptTensor rotary, OptTensor focus_mask, int64_t num_images,
+                          double sm_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
+                   Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
+                   int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
+                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
+                   bool need_norm, bool need_qkv, bool need_out, bool need_bias, bool need_rel);
+
 }  // namespace fastvdm

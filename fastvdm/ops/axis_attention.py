@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastvdm.dispatch import autocast_dtype, launchers, register, select
+from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.axis_attention import axis_attention_ref
 
@@ -171,6 +171,8 @@ def unsupported(
     d = qkv.shape[-1]
     if d > _MAX_DIM:
         return f"head dim {d} is above {_MAX_DIM}"
+    if backend == "cpu" and qkv.dtype == torch.float64:
+        return ByDesign("fp64 runs on the torch reference")
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastvdm.config import get_config
-from fastvdm.dispatch import autocast_dtype, launchers, register, select
+from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.temporal_block import temporal_block_ref
@@ -191,8 +191,8 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
 
 def unsupported(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
     """Why ``backend`` cannot take this call; None when it can."""
-    if backend == "cpu" and torch.float16 in (x.dtype, qkv_weight.dtype):
-        return "no fp16 on the CPU"
+    if backend == "cpu" and x.dtype == torch.float64:
+        return ByDesign("fp64 runs on the torch reference")
     return parts_reason(backend, x, qkv_weight, heads)
 
 

@@ -1,0 +1,237 @@
+// Launchers of temporal_block; the contract is in fastvdm/ops/temporal_block.py.
+#include "temporal_block.h"
+
+#include <algorithm>
+
+#include "attention_options.h"
+#include "launchers.h"
+
+namespace fastvdm {
+namespace {
+
+constexpr int64_t kTileRows = 64;  // of xn: as much as L1 holds of q, k, v, o of one head
+
+struct Plan {
+  BlockArgs a{};
+  AttnOptions options;
+  int64_t heads = 0, d = 0;
+  std::vector<float> norm_weight, norm_bias, qkv_t, qkv_bias, out_t, out_bias, qkv, out;
+};
+
+std::vector<float> padded(const Tensor& t, const char* name, int64_t n, int64_t np) {
+  std::vector<float> out = floats(t, name, n);
+  out.resize(np, 0.f);
+  return out;
+}
+
+void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
+               const Tensor& qkv_weight, const OptTensor& qkv_bias, const Tensor& out_weight,
+               const OptTensor& out_bias, int64_t heads, double eps, const OptTensor& bias,
+               const OptTensor& rel_k, const OptTensor& rel_v, const OptTensor& rotary,
+               const OptTensor& focus_mask, int64_t num_images, double sm_scale, bool backward) {
+  STD_TORCH_CHECK(x.dim() == 5 && qkv_weight.dim() == 2 && out_weight.dim() == 2,
+                  "temporal_block: x must be (B, F, H, W, C), the weights matrices");
+  BlockArgs& a = plan.a;
+  const int64_t C = x.size(4), rows3 = qkv_weight.size(0);
+  STD_TORCH_CHECK(heads > 0 && rows3 > 0 && rows3 % (3 * heads) == 0 && C > 0 && C < (1 << 24),
+                  "temporal_block: qkv_weight must be (3 * heads * D, C)");
+  plan.heads = heads;
+  const int64_t d = plan.d = rows3 / (3 * heads), frames = x.size(1), inner = heads * d;
+  plan.options = attention_options(heads, d, frames, num_images, sm_scale, bias, rel_k, rel_v,
+                                   rotary);
+  a.t = plan.options.t;
+  a.dtype = static_cast<int>(dtype_of(x));
+  a.x = input(x, "x", x.scalar_type(), x.numel());
+  a.channels = static_cast<int>(C);
+  const int64_t cp = round_up(C, 16), dp = a.t.dp;
+  a.cp = static_cast<int>(cp);
+  a.eps = static_cast<float>(eps);
+  a.batch = x.size(0);
+  a.frames = frames;
+  a.hw = x.size(2) * x.size(3);
+  a.pixels = static_cast<int>(
+      std::clamp<int64_t>(kTileRows / std::max<int64_t>(frames, 1), 1, std::max<int64_t>(a.hw, 1)));
+  a.tiles_a_video = ceil_div(a.hw, a.pixels);
+  a.tiles = a.batch * a.tiles_a_video;
+  if (focus_mask.has_value())
+    a.focus = static_cast<const uint8_t*>(
+        input(*focus_mask, "focus_mask", ScalarType::Bool, a.batch));
+
+  plan.norm_weight = padded(norm_weight, "norm_weight", C, cp);
+  a.norm_weight = plan.norm_weight.data();
+  if (norm_bias.has_value()) {
+    plan.norm_bias = padded(*norm_bias, "norm_bias", C, cp);
+    a.norm_bias = plan.norm_bias.data();
+  }
+  if (out_bias.has_value()) {
+    plan.out_bias = padded(*out_bias, "out_bias", C, cp);
+    a.out_bias = plan.out_bias.data();
+  }
+  if (qkv_bias.has_value()) {
+    const std::vector<float> raw = floats(*qkv_bias, "qkv_bias", 3 * inner);
+    plan.qkv_bias.assign(heads * 3 * dp, 0.f);
+    for (int64_t w = 0; w < 3; ++w)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t c = 0; c < d; ++c)
+          plan.qkv_bias[(h * 3 + w) * dp + c] = raw[(w * heads + h) * d + c];
+    a.qkv_bias = plan.qkv_bias.data();
+  }
+
+  // Weights in fp32, one panel per head.
+  const std::vector<float> wq = floats(qkv_weight, "qkv_weight", 3 * inner * C);
+  const std::vector<float> wo = floats(out_weight, "out_weight", inner * C);
+  plan.qkv_t.assign(heads * 3 * C * dp, 0.f);
+  plan.out_t.assign(heads * dp * cp, 0.f);
+  if (backward) {
+    plan.qkv.assign(heads * 3 * dp * cp, 0.f);
+    plan.out.assign(heads * C * dp, 0.f);
+  }
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t w = 0; w < 3; ++w) {
+        const float* from = wq.data() + (w * heads + h) * d * C;
+        float* to = plan.qkv_t.data() + (h * 3 + w) * C * dp;
+        for (int64_t k = 0; k < C; ++k)
+          for (int64_t c = 0; c < d; ++c) to[k * dp + c] = from[c * C + k];
+        if (backward)
+          for (int64_t c = 0; c < d; ++c)
+            std::copy_n(from + c * C, C, plan.qkv.data() + ((h * 3 + w) * dp + c) * cp);
+      }
+      for (int64_t k = 0; k < C; ++k) {
+        const float* from = wo.data() + k * inner + h * d;
+        for (int64_t c = 0; c < d; ++c) plan.out_t[(h * dp + c) * cp + k] = from[c];
+        if (backward) std::copy_n(from, d, plan.out.data() + (h * C + k) * dp);
+      }
+    }
+  });
+  a.qkv_t = plan.qkv_t.data();
+  a.out_t = plan.out_t.data();
+  a.qkv = plan.qkv.data();
+  a.out = plan.out.data();
+}
+
+// One buffer of `parts` rows of `size`, or none.
+struct Partial {
+  Partial(int64_t parts, int64_t size, bool wanted)
+      : size(wanted ? size : 0), parts(parts), data(parts * this->size, 0.f) {}
+  float* part(int64_t i) { return size ? data.data() + i * size : nullptr; }
+  std::vector<double> sum() const {
+    std::vector<double> out(size, 0.0);
+    for (int64_t p = 0; p < parts; ++p)
+      for (int64_t i = 0; i < size; ++i) out[i] += data[p * size + i];
+    return out;
+  }
+  int64_t size, parts;
+  std::vector<float> data;
+};
+
+}  // namespace
+
+Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+                          OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
+                          double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
+                          OptTensor rotary, OptTensor focus_mask, int64_t num_images,
+                          double sm_scale) {
+  Plan plan;
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, false);
+  BlockArgs& a = plan.a;
+  Tensor y = empty(x, sizes_of(x), x.scalar_type());
+  a.y = y.mutable_data_ptr();
+  if (x.numel() == 0) return y;
+  a.parts = a.tiles;
+  const int64_t words = block_scratch(a, false);
+  const auto kernel = FASTVDM_PICK(temporal_block_fwd);
+  torch::stable::parallel_for(0, a.parts, 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, static_cast<float*>(scratch(words * sizeof(float))));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
+                   Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
+                   int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
+                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
+                   bool need_norm, bool need_qkv, bool need_out, bool need_bias, bool need_rel) {
+  Plan plan;
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
+            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, true);
+  BlockArgs& a = plan.a;
+  a.dy = input(dy, "dy", x.scalar_type(), x.numel());
+  Tensor dx = empty(x, sizes_of(x), x.scalar_type());
+  a.y = dx.mutable_data_ptr();
+  const int64_t C = a.channels, cp = a.cp, dp = a.t.dp, d = plan.d, inner = heads * d;
+
+  // Partial sums: at most some 128 MB, and never as many as would cost more to add than to make.
+  const int64_t panel = heads * dp * cp;
+  const int64_t words = (need_qkv ? 3 * panel : 0) + (need_out ? panel : 0) +
+                        heads * static_cast<int64_t>(a.t.n) * a.t.np + cp + 1;
+  const int64_t limit = std::max<int64_t>(1, (32 << 20) / words);
+  a.parts = x.numel() == 0 ? 0 : std::min<int64_t>({a.tiles, 32, limit});
+  Partial dnw(a.parts, cp, need_norm), dnb(a.parts, cp, need_norm && norm_bias.has_value());
+  Partial dqkv(a.parts, 3 * panel, need_qkv);
+  Partial dqb(a.parts, heads * 3 * dp, need_qkv && qkv_bias.has_value());
+  Partial dout(a.parts, panel, need_out), dob(a.parts, cp, need_out && out_bias.has_value());
+  AttnPartials attn(a.t, a.parts, need_bias && bias.has_value(), need_rel && rel_k.has_value(),
+                    need_rel && rel_v.has_value());
+  std::vector<BlockGrads> grads(a.parts);
+  for (int64_t i = 0; i < a.parts; ++i)
+    grads[i] = {dnw.part(i),  dnb.part(i), dqkv.part(i), dqb.part(i),
+                dout.part(i), dob.part(i), attn.part(i)};
+  a.grads = grads.data();
+  const int64_t scratch_words = block_scratch(a, true);
+  const auto kernel = FASTVDM_PICK(temporal_block_bwd);
+  torch::stable::parallel_for(0, a.parts, 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, static_cast<float*>(scratch(scratch_words * sizeof(float))));
+  });
+
+  const auto none = [&] { return empty(x, {0}, x.scalar_type()); };
+  const auto channels = [&](const Partial& p, const OptTensor& like, bool need) {
+    if (!need || !like.has_value()) return none();
+    std::vector<double> sum = p.sum();
+    sum.resize(C);
+    return from_doubles(sum, *like);
+  };
+  Tensor dqkv_weight = none(), dqkv_bias = none(), dout_weight = none();
+  if (need_qkv) {
+    const std::vector<double> sum = dqkv.sum();
+    std::vector<double> w(3 * inner * C);
+    for (int64_t which = 0; which < 3; ++which)
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t c = 0; c < d; ++c)
+          std::copy_n(sum.data() + ((h * 3 + which) * dp + c) * cp, C,
+                      w.data() + ((which * heads + h) * d + c) * C);
+    dqkv_weight = from_doubles(w, qkv_weight);
+    if (qkv_bias.has_value()) {
+      const std::vector<double> s = dqb.sum();
+      std::vector<double> b(3 * inner);
+      for (int64_t which = 0; which < 3; ++which)
+        for (int64_t h = 0; h < heads; ++h)
+          std::copy_n(s.data() + (h * 3 + which) * dp, d, b.data() + (which * heads + h) * d);
+      dqkv_bias = from_doubles(b, *qkv_bias);
+    }
+  }
+  if (need_out) {
+    const std::vector<double> sum = dout.sum();
+    std::vector<double> w(inner * C);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t c = 0; c < d; ++c)
+        for (int64_t k = 0; k < C; ++k)
+          w[k * inner + h * d + c] = sum[(h * dp + c) * cp + k];
+    dout_weight = from_doubles(w, out_weight);
+  }
+  const OptTensor no;
+  return {dx,
+          channels(dnw, norm_weight, need_norm),
+          channels(dnb, norm_bias, need_norm),
+          dqkv_weight,
+          dqkv_bias,
+          dout_weight,
+          channels(dob, out_bias, need_out),
+          attn.bias(a.t, need_bias ? bias : no, x.size(1), x),
+          attn.rel_k(a.t, need_rel ? rel_k : no, x),
+          attn.rel_v(a.t, need_rel ? rel_v : no, x)};
+}
+
+}  // namespace fastvdm

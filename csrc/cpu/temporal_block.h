@@ -1,0 +1,53 @@
+// What the launcher of temporal_block hands to its kernels. An item is a part of the tiles; a tile
+// is `pixels` neighbouring pixels of one video with all their frames, rows ordered [pixel][frame].
+#pragma once
+
+#include "attention.h"
+#include "isa.h"
+
+namespace fastvdm {
+
+// Sums over tiles, one set per part; null where not wanted. Layouts as the weights below.
+struct BlockGrads {
+  float *norm_weight, *norm_bias;  // (cp)
+  float* qkv;                      // (heads, 3, dp, cp)
+  float* qkv_bias;                 // (heads, 3, dp)
+  float* out;                      // (heads, dp, cp)
+  float* out_bias;                 // (cp)
+  AttnGrads attn;
+};
+
+struct BlockArgs {
+  int dtype;
+  AttnTables t;
+  int channels, cp;  // cp: rounded up to 16
+  float eps;
+  int64_t batch, frames, hw;
+  int pixels;                    // of a tile
+  int64_t tiles, tiles_a_video;  // the last tile of a video may be smaller
+  int64_t parts;
+  const uint8_t* focus;  // (batch), or null
+  const void *x, *dy;
+  void* y;  // dx in the backward
+  const float *norm_weight, *norm_bias;  // (cp); bias may be null
+  const float* qkv_t;                    // (heads, 3, channels, dp)
+  const float* qkv_bias;                 // (heads, 3, dp), or null
+  const float* out_t;                    // (heads, dp, cp)
+  const float* out_bias;                 // (cp), or null
+  const float* qkv;                      // backward: (heads, 3, dp, cp)
+  const float* out;                      // backward: (heads, channels, dp)
+  BlockGrads* grads;                     // backward: one set per part
+};
+
+// fp32 words of scratch of one thread.
+inline int64_t block_scratch(const BlockArgs& a, bool backward) {
+  const int64_t rows = static_cast<int64_t>(a.pixels) * a.frames + 16;
+  const int64_t wide = rows * a.cp, head = rows * a.t.dp;
+  return (backward ? 4 * wide + 10 * head + 2 * rows : 2 * wide + 5 * head) +
+         attention_work(a.t);
+}
+
+FASTVDM_DECLARE(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE(void temporal_block_bwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+
+}  // namespace fastvdm

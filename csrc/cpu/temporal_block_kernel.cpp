@@ -1,0 +1,263 @@
+// x + out(attention(LayerNorm_C(x))) for a few pixels at a time: norm, projections, attention and
+// residual stay in L1/L2, only x is read and y written. The backward recomputes all of it from x.
+#include "temporal_block.h"
+
+#include "attention_kernel.h"
+#include "rows.h"
+
+namespace fastvdm {
+namespace FASTVDM_ISA {
+namespace {
+
+struct Tile {
+  int64_t batch, pixel;
+  int pixels, rows;
+};
+
+FASTVDM_INLINE Tile tile_of(const BlockArgs& a, int64_t i) {
+  Tile t;
+  t.batch = i / a.tiles_a_video;
+  t.pixel = i % a.tiles_a_video * a.pixels;
+  const int64_t left = a.hw - t.pixel;
+  t.pixels = left < a.pixels ? (int)left : a.pixels;
+  t.rows = t.pixels * (int)a.frames;
+  return t;
+}
+
+// Offset of row r (pixel r / frames, frame r % frames) of a tile in x.
+FASTVDM_INLINE int64_t row_at(const BlockArgs& a, const Tile& t, int r) {
+  const int64_t f = r % a.frames, p = t.pixel + r / a.frames;
+  return ((t.batch * a.frames + f) * a.hw + p) * a.channels;
+}
+
+// LayerNorm of the tile: xn (rows, cp), zero beyond the channels. Where given, hat receives x_hat
+// and rstd its scale.
+template <class T>
+FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, float* hat,
+                              float* rstd) {
+  const int C = a.channels, cp = a.cp;
+  for (int r = 0; r < t.rows; ++r) {
+    float* row = xn + (int64_t)r * cp;
+    widen_row((const T*)a.x + row_at(a, t, r), row, C, cp);
+    vf s = {};
+    for (int c = 0; c < cp; c += VL) s += load(row + c);
+    const float mean = hsum(s) / (float)C;
+    vf q = {};
+    for (int c = 0; c < C; c += VL) {
+      vf d = load(row + c) - mean;
+      if (c + VL > C) {
+        float part[VL];
+        store(part, d);
+        for (int l = C - c; l < VL; ++l) part[l] = 0.f;
+        d = load(part);
+      }
+      store(row + c, d);
+      q += d * d;
+    }
+    const float inv = 1.f / __builtin_sqrtf(hsum(q) / (float)C + a.eps);
+    for (int c = 0; c < cp; c += VL) {
+      vf v = load(row + c) * inv;
+      if (hat != nullptr) store(hat + (int64_t)r * cp + c, v);
+      v = v * load(a.norm_weight + c);
+      if (a.norm_bias != nullptr) v += load(a.norm_bias + c);
+      store(row + c, v);
+    }
+    if (rstd != nullptr) rstd[r] = inv;
+  }
+}
+
+// One of q, k, v (which = 0, 1, 2) of a head: (rows, dp).
+FASTVDM_INLINE void project(const BlockArgs& a, int rows, const float* xn, int head, int which,
+                            float* to) {
+  const int dp = a.t.dp;
+  const int64_t at = (int64_t)head * 3 + which;
+  gemm<false>(rows, dp, a.channels, xn, a.cp, a.qkv_t + at * a.channels * dp, dp, to, dp, false);
+  if (a.qkv_bias == nullptr) return;
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < dp; c += VL)
+      store(to + (int64_t)r * dp + c,
+            load(to + (int64_t)r * dp + c) + load(a.qkv_bias + at * dp + c));
+}
+
+// Rotates in place the rows of the frames that attend; `plain`, where given, keeps them unrotated.
+FASTVDM_INLINE void rotate_rows(const BlockArgs& a, const Tile& t, float* x, float* plain) {
+  const int dp = a.t.dp;
+  if (plain != nullptr) memcpy(plain, x, sizeof(float) * (int64_t)t.rows * dp);
+  if (a.t.cos == nullptr) return;
+  for (int p = 0; p < t.pixels; ++p)
+    for (int f = 0; f < a.t.n; ++f) {
+      float* row = x + ((int64_t)p * a.frames + f) * dp;
+      rotate_row(row, row, a.t.cos + (int64_t)f * dp, a.t.sin + (int64_t)f * dp, dp, 1.f);
+    }
+}
+
+// o = v + rel_v[0 distance] for the frames from `first` on of every pixel.
+FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int first,
+                             const float* v, float* o) {
+  const AttnTables& s = a.t;
+  const float* rel = nullptr;
+  if (s.rel_v != nullptr)
+    rel = s.rel_v + ((s.rel_v_heads > 1 ? (int64_t)head * s.rel_v_length : 0) +
+                     s.rel_v_length / 2) * s.dp;
+  for (int p = 0; p < t.pixels; ++p)
+    for (int64_t f = first; f < a.frames; ++f)
+      for (int c = 0; c < s.dp; c += VL) {
+        const int64_t at = (p * a.frames + f) * s.dp + c;
+        const vf x = load(v + at);
+        store(o + at, rel == nullptr ? x : x + load(rel + c));
+      }
+}
+
+FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Tile& t, int head, int attending,
+                                const float* q, const float* plain, const float* k, const float* v,
+                                float* o, float* work) {
+  if (attending < a.frames) identity(a, t, head, attending, v, o);
+  if (attending == 0) return;
+  for (int p = 0; p < t.pixels; ++p) {
+    const int64_t at = (int64_t)p * a.frames * a.t.dp;
+    attend(a.t, head, q + at, plain + at, k + at, v + at, o + at, work, nullptr);
+  }
+}
+
+template <class T>
+void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
+  const int C = a.channels, cp = a.cp, dp = a.t.dp;
+  const int64_t rows = (int64_t)a.pixels * a.frames + 16;
+  const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
+  float *xn = scratch, *y = xn + rows * cp, *q = y + rows * cp, *k = q + rows * dp;
+  float *v = k + rows * dp, *o = v + rows * dp, *plain = o + rows * dp, *work = plain + rows * dp;
+  for (int64_t i = a.tiles * begin / a.parts; i < a.tiles * end / a.parts; ++i) {
+    const Tile t = tile_of(a, i);
+    const int attending = a.focus != nullptr && a.focus[t.batch] ? 0 : a.t.n;
+    normalise<T>(a, t, xn, nullptr, nullptr);
+    for (int h = 0; h < a.t.heads; ++h) {
+      if (attending > 0) {
+        project(a, t.rows, xn, h, 0, q);
+        project(a, t.rows, xn, h, 1, k);
+        rotate_rows(a, t, q, both ? plain : nullptr);
+        rotate_rows(a, t, k, nullptr);
+      }
+      project(a, t.rows, xn, h, 2, v);
+      attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
+      gemm<false>(t.rows, cp, a.t.d, o, dp, a.out_t + (int64_t)h * dp * cp, cp, y, cp, h > 0);
+    }
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t at = row_at(a, t, r);
+      const T* x = (const T*)a.x + at;
+      T* to = (T*)a.y + at;
+      const float* from = y + (int64_t)r * cp;
+      for (int c = 0; c < C; c += VL) {
+        const int n = C - c < VL ? C - c : VL;
+        vf s = FASTVDM_LOAD(x, c, n) + load(from + c);
+        if (a.out_bias != nullptr) s += load(a.out_bias + c);
+        FASTVDM_STORE(to, c, s, n);
+      }
+    }
+  }
+}
+
+// sum[c] += Σ over rows of x (rows, width).
+FASTVDM_INLINE void add_columns(const float* x, int rows, int width, float* sum) {
+  for (int c = 0; c < width; c += VL) {
+    vf s = load(sum + c);
+    for (int r = 0; r < rows; ++r) s += load(x + (int64_t)r * width + c);
+    store(sum + c, s);
+  }
+}
+
+template <class T>
+void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
+  const int C = a.channels, cp = a.cp, dp = a.t.dp;
+  const int64_t rows = (int64_t)a.pixels * a.frames + 16, wide = rows * cp, head = rows * dp;
+  const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
+  float *xn = scratch, *hat = xn + wide, *dy = hat + wide, *dxn = dy + wide, *q = dxn + wide;
+  float *k = q + head, *v = k + head, *o = v + head, *plain = o + head, *dout = plain + head;
+  float *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + 2 * head;
+  float* work = rstd + 2 * rows;
+  for (int64_t part = begin; part < end; ++part) {
+    const BlockGrads g = a.grads[part];
+    for (int64_t i = a.tiles * part / a.parts; i < a.tiles * (part + 1) / a.parts; ++i) {
+      const Tile t = tile_of(a, i);
+      const int attending = a.focus != nullptr && a.focus[t.batch] ? 0 : a.t.n;
+      normalise<T>(a, t, xn, hat, rstd);
+      for (int r = 0; r < t.rows; ++r)
+        widen_row((const T*)a.dy + row_at(a, t, r), dy + (int64_t)r * cp, C, cp);
+      if (g.out_bias != nullptr) add_columns(dy, t.rows, cp, g.out_bias);
+      for (int h = 0; h < a.t.heads; ++h) {
+        if (attending > 0) {
+          project(a, t.rows, xn, h, 0, q);
+          project(a, t.rows, xn, h, 1, k);
+          rotate_rows(a, t, q, both ? plain : nullptr);
+          rotate_rows(a, t, k, nullptr);
+        }
+        project(a, t.rows, xn, h, 2, v);
+        gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
+        if (g.out != nullptr) {
+          attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
+          gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
+        }
+        if (attending < a.frames) {
+          memset(dq, 0, sizeof(float) * (int64_t)t.rows * dp);
+          memset(dk, 0, sizeof(float) * (int64_t)t.rows * dp);
+          memcpy(dv, dout, sizeof(float) * (int64_t)t.rows * dp);
+          if (g.attn.rel_v != nullptr) {
+            float* to = g.attn.rel_v + ((a.t.rel_v_heads > 1 ? (int64_t)h * a.t.rel_v_length : 0) +
+                                        a.t.rel_v_length / 2) * dp;
+            for (int p = 0; p < t.pixels; ++p)
+              add_columns(dout + ((int64_t)p * a.frames + attending) * dp,
+                          (int)a.frames - attending, dp, to);
+          }
+        }
+        if (attending > 0)
+          for (int p = 0; p < t.pixels; ++p) {
+            const int64_t at = (int64_t)p * a.frames * dp;
+            attend_bwd(a.t, g.attn, h, q + at, (both ? plain : q) + at, k + at, v + at, dout + at,
+                       dq + at, dk + at, dv + at, work);
+          }
+        float* const parts[3] = {dq, dk, dv};
+        for (int w = attending > 0 ? 0 : 2; w < 3; ++w) {
+          const int64_t at = (int64_t)h * 3 + w;
+          const bool first = h == 0 && w == (attending > 0 ? 0 : 2);
+          gemm<false>(t.rows, cp, a.t.d, parts[w], dp, a.qkv + at * dp * cp, cp, dxn, cp, !first);
+          if (g.qkv != nullptr)
+            gemm<true>(dp, cp, t.rows, parts[w], dp, xn, cp, g.qkv + at * dp * cp, cp, true);
+          if (g.qkv_bias != nullptr) add_columns(parts[w], t.rows, dp, g.qkv_bias + at * dp);
+        }
+      }
+      for (int r = 0; r < t.rows; ++r) {
+        float *d = dxn + (int64_t)r * cp, *x = hat + (int64_t)r * cp;
+        vf s1 = {}, s2 = {};
+        for (int c = 0; c < cp; c += VL) {
+          const vf raw = load(d + c), h = load(x + c);
+          if (g.norm_weight != nullptr)
+            store(g.norm_weight + c, load(g.norm_weight + c) + raw * h);
+          if (g.norm_bias != nullptr) store(g.norm_bias + c, load(g.norm_bias + c) + raw);
+          const vf e = raw * load(a.norm_weight + c);
+          s1 += e;
+          s2 += e * h;
+          store(d + c, e);
+        }
+        const float m1 = hsum(s1) / (float)C, m2 = hsum(s2) / (float)C;
+        T* to = (T*)a.y + row_at(a, t, r);
+        for (int c = 0; c < C; c += VL) {
+          const vf e = (load(d + c) - m1 - load(x + c) * m2) * rstd[r];
+          const vf sum = load(dy + (int64_t)r * cp + c) + e;
+          const int n = C - c < VL ? C - c : VL;
+          FASTVDM_STORE(to, c, sum, n);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void temporal_block_fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
+  FASTVDM_BY_DTYPE(a.dtype, fwd, a, begin, end, scratch)
+}
+void temporal_block_bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
+  FASTVDM_BY_DTYPE(a.dtype, bwd, a, begin, end, scratch)
+}
+
+}  // namespace FASTVDM_ISA
+}  // namespace fastvdm
