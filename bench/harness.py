@@ -12,6 +12,7 @@ import gc
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ class Contest:
 
     reference: Callable[[], Outputs]  # fp64, or the baseline in fp32 where fp64 takes too long
     providers: Mapping[str, Provider]
-    cost: Callable[[torch.dtype], Any] | None = None  # dtype -> Cost(flops, bytes)
+    cost: Callable[[torch.dtype], Any] | None = None  # dtype -> Cost, or a list: one per part
     device: str = "cpu"
     hide_host: bool = True  # on a GPU: time the device alone (ops); False: as the user sees it
 
@@ -108,12 +109,17 @@ def _admit(
     provider: Provider, reference: list[Tensor], result: Result
 ) -> Callable[[], Outputs] | None:
     """Build one provider and hold its first result to the reference."""
-    try:
-        run = provider.build()
-        out = _tensors(run())
-    except (Unavailable, ImportError) as error:
-        result.skipped = str(error)
-        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run = provider.build()
+            out = _tensors(run())
+        except (Unavailable, ImportError) as error:
+            result.skipped = str(error)
+            return None
+    fallbacks = [str(w.message) for w in caught if "uses the torch reference" in str(w.message)]
+    if fallbacks:
+        result.info["fallbacks"] = fallbacks
     shapes = [tuple(t.shape) for t in out], [tuple(t.shape) for t in reference]
     if shapes[0] != shapes[1]:
         result.failed = f"shapes {shapes[0]}, expected {shapes[1]}"
@@ -298,11 +304,12 @@ def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[
     if result.peak_bytes is not None:
         info["peak_mib"] = result.peak_bytes / 2**20
     if contest.cost is not None:
-        cost = contest.cost(provider.dtype)
+        found = contest.cost(provider.dtype)
+        costs = found if isinstance(found, list) else [found]
         flops, bandwidth = limits(contest.device, provider.dtype)
-        floor = max(cost.flops / flops, cost.bytes / bandwidth)
-        info["gflops"] = cost.flops / result.median / 1e9
-        info["gbs"] = cost.bytes / result.median / 1e9
+        floor = sum(max(c.flops / flops, c.bytes / bandwidth) for c in costs)
+        info["gflops"] = sum(c.flops for c in costs) / result.median / 1e9
+        info["gbs"] = sum(c.bytes for c in costs) / result.median / 1e9
         info["floor_ms"] = 1e3 * floor
         info["floor_pct"] = 100 * floor / result.median
     return info | result.info

@@ -1,0 +1,120 @@
+"""The floor of a whole network: what each of its op calls costs at least, from shapes alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fastvdm import use_backend
+from fastvdm.layers import attention, conv, norm, resnet
+from fastvdm.ops.axis_attention import axis_attention_cost
+from fastvdm.ops.conv_group_norm_conv import space_conv_cost, space_conv_transpose_cost
+from fastvdm.ops.conv_group_norm_norm import norm_act_cost
+from fastvdm.ops.cost import Cost
+from fastvdm.ops.linear_attention import linear_attention_cost
+from fastvdm.ops.temporal_block import temporal_block_cost
+
+
+def _wide(x: Tensor, x2: Tensor | None) -> tuple[int, ...]:
+    """Shape of the channel concatenation of both sources."""
+    return *x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Any = None, **k: Any) -> Cost:
+    return space_conv_cost(
+        _wide(x, k.get("x2")),
+        weight.shape,
+        stride=k.get("stride", 1),
+        upsample=k.get("upsample"),
+        residual=k.get("residual") is not None,
+        itemsize=x.element_size(),
+    )
+
+
+def _norm(x: Tensor, *_: Any, stats: bool = False, **k: Any) -> Cost:
+    x2 = k.get("x2")
+    return norm_act_cost(
+        x,
+        kind=k["kind"],
+        c2=0 if x2 is None else x2.shape[-1],
+        stats=stats,
+        residual=k.get("residual") is not None,
+        dropout=k.get("dropout_mask") is not None,
+    )
+
+
+def _conv_norm(x: Tensor, weight: Tensor, bias: Any, *rest: Any, **k: Any) -> Cost:
+    first = _conv(x, weight, bias, x2=k.get("x2"))
+    hidden = x.new_empty(*x.shape[:-1], weight.shape[0])
+    second = _norm(hidden, stats=True, **(k | {"x2": None}))
+    return Cost(first.flops + second.flops, first.bytes + second.bytes)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Cost:
+    rows, (n, k) = x.numel() // x.shape[-1], weight.shape
+    return Cost(2 * rows * n * k, x.element_size() * (rows * (n + k) + n * k))
+
+
+def _temporal(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: Any) -> Cost:
+    dim = qkv_weight.shape[0] // (3 * k["heads"])
+    return temporal_block_cost(x.shape, k["heads"], dim, x.element_size())
+
+
+_OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
+    (conv, "space_conv"): _conv,
+    (conv, "space_conv_transpose"): lambda x, weight, bias=None: space_conv_transpose_cost(
+        x.shape, weight.shape, itemsize=x.element_size()
+    ),
+    (norm, "norm_act"): _norm,
+    (resnet, "conv_group_norm"): _conv_norm,
+    (attention, "temporal_block"): _temporal,
+    (attention, "axis_attention"): lambda qkv, *, axis, **k: axis_attention_cost(
+        qkv.shape, qkv.element_size(), axis, bias=k.get("bias") is not None
+    ),
+    (attention, "linear_attention"): lambda qkv: linear_attention_cost(
+        qkv.shape, qkv.element_size()
+    ),
+    (F, "linear"): _linear,
+}
+
+
+def network_costs(net: nn.Module, x: Tensor, time: Tensor, dtype: torch.dtype) -> list[Cost]:
+    """One Cost per op call of ``net(x, time)`` in ``dtype``; runs on fake tensors."""
+    costs: list[Cost] = []
+    depth = 0
+
+    def recorded(op: Callable[..., Any], cost: Callable[..., Cost]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            if depth == 0:  # what an op is made of is not counted again
+                costs.append(cost(*args, **kwargs))
+            depth += 1
+            try:
+                return op(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        return call
+
+    patches = [
+        mock.patch.object(module, name, recorded(getattr(module, name), cost))
+        for (module, name), cost in _OPS.items()
+    ]
+    net = copy.deepcopy(net).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, use_backend("reference"):
+        inputs = fake.from_tensor(x.to(dtype)), fake.from_tensor(time)
+        for patch in patches:
+            patch.start()
+        try:
+            net(*inputs)
+        finally:
+            for patch in patches:
+                patch.stop()
+    return costs

@@ -1,0 +1,217 @@
+"""The whole network: the peer, plain torch in its best form, fastvdm. Forward and training step.
+
+"torch" is ``UNet3D`` on its reference backend: channels last, every convolution a 2-D one, nothing
+of ours but the layout. Compiled in bf16 it is the best that plain torch does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from floor import network_costs
+from harness import Contest, Provider, Unavailable, compiled, need_kernel
+from peer import PeerMissing, import_peer
+from torch import Tensor, nn
+
+from fastvdm import UNet3D, use_backend
+from fastvdm.ops.cost import Cost
+
+PROVIDERS = (
+    "peer",
+    "peer-compiled",
+    "torch",
+    "torch-compiled",
+    "torch-bf16-compiled",
+    "fastvdm",
+    "fastvdm-bf16",
+    "fastvdm-bf16-compiled",
+    "fastvdm-bf16-graph",
+)
+SLOW_TO_COMPILE = ("peer-compiled", "torch-compiled", "torch-bf16-compiled")
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network and its input; batch on a GPU."""
+
+    dim: int
+    dim_mults: tuple[int, ...]
+    frames: int
+    size: int
+    gpu_batch: int = 8
+
+
+CASES = {
+    "small": Net(32, (1, 2, 4), 8, 32),
+    "readme": Net(64, (1, 2, 4, 8), 16, 64),  # the peer's README; about 4 s on two cores
+}
+
+
+class Setup:
+    """Both networks with the same weights, and one input."""
+
+    def __init__(self, case: str, device: str) -> None:
+        net = CASES[case]
+        torch.manual_seed(0)
+        try:
+            peer = import_peer("0.7.0")
+        except PeerMissing as error:
+            self.peer, self.missing = None, str(error)
+            ours = UNet3D(dim=net.dim, dim_mults=net.dim_mults, norm="rms", cond_drop_prob=0.0)
+        else:
+            self.peer, self.missing = peer.Unet3D(dim=net.dim, dim_mults=net.dim_mults), None
+            self.peer.to(device)
+            ours = UNet3D.from_unet3d(self.peer, exact=True)
+        self.ours = ours.to(device)
+        batch = net.gpu_batch if device.startswith("cuda") else 1
+        shape = (batch, 3, net.frames, net.size, net.size)
+        self.x = torch.randn(shape, device=device)
+        self.target = torch.randn(shape, device=device)
+        self.time = torch.randint(0, 1000, (batch,), device=device)
+
+    def witness(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The peer, or where it is missing our reference, in ``dtype``."""
+        return copy.deepcopy(self.ours if self.peer is None else self.peer).to(dtype)
+
+    def need_peer(self) -> nn.Module:
+        if self.peer is None:
+            raise Unavailable(str(self.missing))
+        return copy.deepcopy(self.peer)
+
+
+Step = Callable[[nn.Module, Callable[..., Tensor], Tensor, Tensor, Tensor], Any]
+
+
+def forward(
+    net: nn.Module, call: Callable[..., Tensor], x: Tensor, time: Tensor, target: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        return call(x, time)
+
+
+def train(
+    net: nn.Module, call: Callable[..., Tensor], x: Tensor, time: Tensor, target: Tensor
+) -> tuple[Tensor, ...]:
+    """Forward, MSE, backward, and the norm of all gradients that a trainer clips by."""
+    net.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    loss = nn.functional.mse_loss(call(x, time).to(target.dtype), target)
+    loss.backward()
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    return loss.detach(), x.grad, torch.nn.utils.get_total_norm(grads)
+
+
+def contest(case: str, device: str, step: Step = forward) -> Contest:
+    setup = Setup(case, device)
+    infos: dict[str, dict[str, Any]] = {name: {} for name in PROVIDERS}
+
+    def runner(
+        make: Callable[[], nn.Module],
+        name: str,
+        dtype: torch.dtype,
+        backend: str = "auto",
+        compile: bool = False,
+        **options: Any,
+    ) -> Callable[[], Any]:
+        net = make().to(dtype).train(step is train)
+        call = compiled(net, infos[name], **options) if compile else net
+        x, target = setup.x.to(dtype), setup.target
+
+        def run() -> Any:
+            with use_backend(backend):
+                return step(net, call, x, setup.time, target)
+
+        return run
+
+    def plain(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
+        return runner(lambda: copy.deepcopy(setup.ours), name, dtype, "reference", compile)
+
+    def ours(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
+        need_kernel("norm_act", device)
+        return runner(lambda: copy.deepcopy(setup.ours), name, dtype, "auto", compile)
+
+    def graphed() -> Callable[[], Any]:
+        if not device.startswith("cuda") or step is train:
+            raise Unavailable("CUDA graphs of the forward pass, on a GPU")
+        run = ours("fastvdm-bf16-graph", torch.bfloat16)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    def reference() -> Any:
+        net = setup.witness(torch.float64).train(step is train)
+        with use_backend("reference"):
+            x, time, target = (t.double() for t in (setup.x, setup.time, setup.target))
+            return step(net, net, x, time, target)
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    # A training step sums errors over a longer chain.
+    exact, rough = (1e-5, 5e-2) if step is forward else (1e-4, 1.5e-1)
+    builds: dict[str, tuple[Callable[[], Callable[[], Any]], torch.dtype]] = {
+        "peer": (lambda: runner(setup.need_peer, "peer", fp32), fp32),
+        "peer-compiled": (
+            lambda: runner(setup.need_peer, "peer-compiled", fp32, compile=True),
+            fp32,
+        ),
+        "torch": (lambda: plain("torch", fp32), fp32),
+        "torch-compiled": (lambda: plain("torch-compiled", fp32, True), fp32),
+        "torch-bf16-compiled": (lambda: plain("torch-bf16-compiled", bf16, True), bf16),
+        "fastvdm": (lambda: ours("fastvdm", fp32), fp32),
+        "fastvdm-bf16": (lambda: ours("fastvdm-bf16", bf16), bf16),
+        "fastvdm-bf16-compiled": (lambda: ours("fastvdm-bf16-compiled", bf16, True), bf16),
+        "fastvdm-bf16-graph": (graphed, bf16),
+    }
+
+    def cost(dtype: torch.dtype) -> list[Cost]:
+        costs = network_costs(setup.ours, setup.x, setup.time, dtype)
+        times = 1 if step is forward else 3  # the backward pass does about twice the work
+        return [Cost(times * c.flops, times * c.bytes) for c in costs]
+
+    return Contest(
+        reference=reference,
+        providers={
+            name: Provider(build, exact if dtype == fp32 else rough, dtype, infos[name])
+            for name, (build, dtype) in builds.items()
+        },
+        cost=cost,
+        device=device,
+        hide_host=False,
+    )
+
+
+def providers(slow: tuple[str, ...]) -> list:
+    """All of them; those in ``slow`` only with --full."""
+    full = pytest.mark.full
+    return [pytest.param(p, marks=full) if p in slow else p for p in PROVIDERS]
+
+
+NETS = ["small", pytest.param("readme", marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("provider", providers(()))
+@pytest.mark.parametrize("case", NETS)
+def test_forward(race, case, provider):
+    race(contest, case, provider)
+
+
+# Compiling a backward pass takes minutes on two cores.
+@pytest.mark.parametrize("provider", providers((*SLOW_TO_COMPILE, "fastvdm-bf16-compiled")))
+@pytest.mark.parametrize("case", NETS)
+def test_train(race, case, provider):
+    race(contest, case, provider, step=train)
