@@ -119,6 +119,11 @@ def _rotary_keys(entries: list[Entry]) -> list[str]:
     ]
 
 
+def parameter_order(model: UNet3D) -> list[tuple[str, str]]:
+    """(peer's name, ours) of every parameter."""
+    return [(e.peer, e.own) for e in _entries(model)]
+
+
 def _require_peer_layout(model: UNet3D) -> None:
     if model.layout != "peer" or model.position != "rotary+t5":
         raise ValueError(

@@ -1,0 +1,64 @@
+"""Importing fastvdm needs neither Triton, nor a compiler, nor a GPU, and touches none of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fastvdm
+
+PUBLIC = {"UNet3D", "use_backend", "__version__"}
+
+FORWARD = """
+import torch
+from fastvdm import UNet3D
+y = UNet3D(8, dim_mults=(1, 2), attn_heads=2)(torch.randn(1, 3, 2, 4, 4), torch.tensor([1]))
+assert y.shape == (1, 3, 2, 4, 4)
+"""
+
+
+def run(code: str, **env: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTVDM", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_public_names():
+    assert set(fastvdm.__all__) >= PUBLIC
+    assert all(hasattr(fastvdm, name) for name in fastvdm.__all__)
+
+
+def test_import_touches_nothing_heavy():
+    heavy = ("triton", "transformers", "accelerate", "av", "matplotlib", "torchvision", "lightning")
+    out = run(f"import sys, fastvdm; print([m for m in {heavy!r} if m in sys.modules])")
+    assert out.strip() == "[]"
+    assert run("import torch, fastvdm; print(torch.cuda.is_initialized())").strip() == "False"
+
+
+@pytest.mark.parametrize("missing", ["triton", "_C", "both"])
+def test_without(missing, tmp_path):
+    """Blocked imports and an absent extension leave a working package."""
+    block = ["import sys"]
+    if missing in ("triton", "both"):
+        block.append("sys.modules['triton'] = None")
+    if missing in ("_C", "both"):
+        block.append("import pathlib; pathlib.Path.glob = lambda self, pattern: iter(())")
+    out = run(
+        "\n".join(block)
+        + FORWARD
+        + "from fastvdm import dispatch\nprint(dispatch.explain('norm_act'))"
+    )
+    if missing != "triton":
+        assert "not built" in out
+
+
+def test_backend_variable_is_checked():
+    with pytest.raises(AssertionError, match="FASTVDM_BACKEND must be one of"):
+        run("import fastvdm", FASTVDM_BACKEND="gpu")
+    run(FORWARD, FASTVDM_BACKEND="reference")
