@@ -136,7 +136,7 @@ def test_sigkill_at_random_points(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     reference = start(whole)
     rng = random.Random(time.time_ns())
-    goals = sorted(rng.sample(range(1, 20), 2))
+    goals = sorted(rng.sample(range(1, 16), 2))
     for goal in goals:
         process = start(killed, "--resume")
         deadline = time.monotonic() + 120
@@ -161,6 +161,7 @@ def test_sigkill_at_random_points(tmp_path):
 
 def test_sigterm_saves_and_stops(tmp_path, unbroken):
     output, options = tmp_path / "run", {"num_images": 1, "accumulate": 2, "log_every": 1}
+    before = signal.getsignal(signal.SIGTERM)
 
     def ask_to_stop(trainer, row):
         if row["step"] == 3:
@@ -168,7 +169,7 @@ def test_sigterm_saves_and_stops(tmp_path, unbroken):
 
     train(config(output, save_every=100, **options), dataset=Jittered(), on_step=ask_to_stop)
     assert [p.name for p in checkpoints(output)] == ["step-00000003"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     train(config(output, **options), dataset=Jittered(), resume=True)
     assert curve(output) == curve(unbroken)
 
@@ -226,26 +227,25 @@ def test_it_learns_and_what_is_saved_can_be_sampled(tmp_path):
     from fastvdm.diffusion import diffusion_loss, sample
 
     clip = torch.linspace(0, 1, 8).expand(3, 2, 8, 8).contiguous()
-    c = config(tmp_path / "run", num_frames=2, steps=40, lr=4e-3, batch_size=4, prediction="v",
-               loss_space="v", save_every=60, ema_decay=0.8, warmup_steps=5,
-               log="log.jsonl")  # fmt: skip
+    c = config(tmp_path / "run", num_frames=2, steps=30, lr=1e-2, batch_size=4, prediction="x",
+               loss_space="x", ema_decay=0.8, warmup_steps=5, log="log.jsonl")  # fmt: skip
     before = training.build(c)
     train(c, dataset=[clip, clip])
     rows = read_log(tmp_path / "run" / "log.jsonl")
-    assert [r["lr"] for r in rows[:6]] == pytest.approx([8e-4, 1.6e-3, 2.4e-3, 3.2e-3, 4e-3, 4e-3])
+    assert [r["lr"] for r in rows[:6]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-2])
     after = Bundle.load(tmp_path / "run")
-    assert after.settings.num_frames == 2 and after.settings.prediction == "v"
+    assert after.settings.num_frames == 2 and after.settings.prediction == "x"
     fixed = {"t": torch.linspace(0.05, 0.95, 8), "noise": torch.randn(8, 3, 2, 8, 8)}
     x = (2 * clip - 1).expand(8, -1, -1, -1, -1)
     with torch.no_grad():
         first, last = (
-            diffusion_loss(b.unet.eval(), x, prediction="v", loss_space="v", **fixed)
+            diffusion_loss(b.unet.eval(), x, prediction="x", loss_space="x", **fixed)
             for b in (before, after)
         )
-    assert last < 0.3 * first
-    out = sample(after.unet, (1, 3, 2, 8, 8), prediction="v", num_steps=4, seed=0,
+    assert last < 0.05 * first
+    out = sample(after.unet, (1, 3, 2, 8, 8), prediction="x", num_steps=4, seed=0,
                  schedule=after.schedule)  # fmt: skip
-    assert (out[0] - x[0]).abs().mean() < 0.3  # a guess of 0 is off by 0.57
+    assert (out[0] - x[0]).abs().mean() < 0.1  # a guess of 0 is off by 0.57
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
