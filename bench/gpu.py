@@ -1,0 +1,117 @@
+"""make gpu OUT=dir: everything a machine with a GPU can tell, in one command and nine minutes.
+
+Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build and
+info, parity on the device, tuning, benchmarks, the page. Every step has a share of the time and what
+is left over goes to the next; a step that fails or runs out does not stop the rest, and the exit
+status is 0 only if all passed. Files left in ``OUT``: log.txt, tests.xml, bench.json, RESULTS.md,
+RESULTS.svg, and the tuned configurations as <gpu>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = sys.executable
+TOTAL = 530.0  # seconds for everything
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: list[str]
+    seconds: float  # at most; what earlier steps saved is added
+    environment: dict[str, str]
+
+
+def steps(out: Path, quick: bool) -> list[Step]:
+    """What runs, in order. ``quick`` is for trying the command out on a machine without a GPU."""
+    workers = str(min(8, os.cpu_count() or 1))
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
+    parity = [*pytest, "tests", "-n", workers, "--dist", "loadfile", "--durations=10"]
+    bench = [*pytest, "bench", f"--benchmark-json={out / 'bench.json'}"]
+    tuning = [*pytest, "bench", "-k", "fastvdm and not unet and not compiled", "--budget=0.2"]
+    if quick:
+        parity += ["-k", "peer"]
+        bench += ["-k", "small and not compiled", "--budget=1"]
+        tuning += ["--collect-only"]
+    else:
+        bench += ["--full", "--budget=3"]
+        tuning += ["--full"]
+    page = [PYTHON, "bench/waterfall.py", str(out / "bench.json")]
+    return [
+        Step("build", [PYTHON, *install], 90, {}),
+        Step("info", [PYTHON, "-m", "fastvdm.info"], 20, {}),
+        Step("parity", [*parity, f"--junitxml={out / 'tests.xml'}"], 170, {}),
+        Step("tuning", tuning, 80, {"FASTVDM_AUTOTUNE": "1"}),
+        Step("benchmarks", bench, 150, {}),
+        Step("page", [*page, "--out", str(out / "RESULTS.md")], 20, {}),
+    ]
+
+
+def run(step: Step, limit: float, log: Path) -> int:
+    """The exit status; 124 where the time ran out. Output goes to the screen and to ``log``."""
+    command = ["timeout", "--kill-after=5", f"{limit:.0f}", *step.command]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
+    with log.open("a", encoding="utf-8") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            sink.write(line)
+        return process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="a try-out without a GPU")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.unlink(missing_ok=True)
+    if not args.quick:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no CUDA device here (make bench runs on a CPU)")
+            return 1
+    start = time.monotonic()
+    rows, planned = [], 0.0
+    for step in steps(out, args.quick):
+        planned += step.seconds
+        spent = time.monotonic() - start
+        limit = max(10.0, min(planned, TOTAL) - spent)
+        print(f"\n== {step.name} (at most {limit:.0f} s)", flush=True)
+        status = run(step, limit, log)
+        rows.append((step.name, status, time.monotonic() - start - spent))
+    for config in sorted((ROOT / "kernels" / "configs").glob("*.json")):
+        shutil.copy(config, out / config.name)
+    lines = ["", "== summary"]
+    for name, status, seconds in rows:
+        verdict = {0: "ok", 124: "out of time"}.get(status, f"FAILED ({status})")
+        lines.append(f"{name:<12} {verdict:<14} {seconds:6.1f} s")
+    print("\n".join(lines))
+    with log.open("a", encoding="utf-8") as sink:
+        sink.write("\n".join(lines) + "\n")
+    return 0 if all(status == 0 for _, status, _ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
