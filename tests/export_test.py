@@ -1,0 +1,119 @@
+"""torch.export and AOTInductor: the package gives the model's numbers, in Python and in C++."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvdm import UNet3D, _ext
+from fastvdm.export import example_inputs, export_program, export_unet, library_path
+from fastvdm.testing import max_error
+
+needs_extension = pytest.mark.skipif(
+    _ext.reason_off() is not None, reason=f"C++ extension: {_ext.reason_off()}"
+)
+
+
+def network() -> UNet3D:
+    torch.manual_seed(0)
+    return UNet3D(8, dim_mults=(1, 2), attn_heads=2, cond_dim=3).eval()
+
+
+def operators(program) -> set[str]:
+    targets = (n.target for n in program.graph.nodes)
+    return {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)}
+
+
+@needs_extension
+def test_program_calls_cpp_operators_only():
+    """Nothing implemented in Python is left, so that a C++ process can run the package."""
+    model = network()
+    inputs = example_inputs(model, 2, 3, 8, 4)
+    program = export_program(model, inputs, backend="cpu", cond_scale=2.0)
+    assert operators(program) == {"aten", "fastvdm_C"}
+    with torch.no_grad():
+        want = model.forward_with_cond_scale(*inputs, cond_scale=2.0)
+        assert max_error(program.module()(*inputs), want) < 1e-5
+
+
+def test_reference_program_is_plain_aten():
+    model = network()
+    inputs = example_inputs(model, 2, 3, 8, 4)
+    program = export_program(model, inputs, backend="reference")
+    assert operators(program) <= {"aten", "prims"}
+    with torch.no_grad():
+        assert max_error(program.module()(*inputs), model(*inputs)) < 1e-5
+
+
+MAIN = """
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/script.h>
+#include <iostream>
+int main(int argc, char** argv) {
+  if (!dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL)) { std::cerr << dlerror(); return 2; }
+  torch::inductor::AOTIModelPackageLoader model(argv[2]);
+  auto read = [&](const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
+    return torch::pickle_load(bytes).toTensor();
+  };
+  c10::InferenceMode guard;
+  auto out = model.run({read(argv[3]), read(argv[4]), read(argv[5])})[0];
+  auto bytes = torch::pickle_save(out);
+  std::ofstream(argv[6], std::ios::binary).write(bytes.data(), bytes.size());
+}
+"""
+
+
+@needs_extension
+@pytest.mark.slow
+def test_package_in_python_and_cpp(tmp_path):
+    model = network()
+    inputs = example_inputs(model, 1, 2, 4, 4)
+    path = export_unet(model, tmp_path / "unet.pt2", inputs, backend="cpu")
+    with torch.no_grad():
+        want = model(*inputs)
+    load = "import sys, torch, fastvdm; f = torch._inductor.aoti_load_package(sys.argv[1]); "
+    code = load + "i = torch.load(sys.argv[2]); torch.save(f(*i), sys.argv[3])"
+    torch.save(inputs, tmp_path / "in.pt")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    subprocess.run([sys.executable, "-c", code, path, tmp_path / "in.pt", tmp_path / "py.pt"],
+                   check=True, env=env)  # fmt: skip
+    assert max_error(torch.load(tmp_path / "py.pt"), want) < 1e-5
+
+    (tmp_path / "main.cpp").write_text(MAIN.replace("<iostream>", "<iostream>\n#include <fstream>"))
+    root = Path(torch.__file__).parent
+    lib = root / "lib"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O0", tmp_path / "main.cpp", "-o", tmp_path / "main",
+         f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{lib}",
+         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+         "-ltorch", "-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{lib}"],
+        check=True,
+    )  # fmt: skip
+    names = []
+    for i, t in enumerate(inputs):
+        names.append(tmp_path / f"{i}.bin")
+        torch.save(t, names[-1])
+    subprocess.run(
+        [tmp_path / "main", library_path(), path, *names, tmp_path / "cpp.bin"],
+        check=True, env=env,
+    )  # fmt: skip
+    assert max_error(torch.load(tmp_path / "cpp.bin"), want) < 1e-5
+
+
+def test_bad_requests(tmp_path):
+    model = network()
+    inputs = example_inputs(model, 1, 2, 4, 4)
+    with pytest.raises(ValueError, match="must end in .pt2, got unet.so"):
+        export_unet(model, tmp_path / "unet.so", inputs)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        export_program(model, inputs, backend="metal")
+    with pytest.raises(ValueError, match="conditional"):
+        export_program(UNet3D(8, dim_mults=(1,)), inputs[:2], cond_scale=2.0)
