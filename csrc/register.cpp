@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "int num_images, float sm_scale, bool need_norm, bool need_qkv, bool need_out, "
       "bool need_bias, bool need_rel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
+  m.def("linear_attention_fwd_cpu(Tensor qkv, float sm_scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, "
+      "float sm_scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
@@ -46,4 +50,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("axis_attention_bwd_cpu", TORCH_BOX(&fastvdm::axis_attention_bwd));
   m.impl("temporal_block_fwd_cpu", TORCH_BOX(&fastvdm::temporal_block_fwd));
   m.impl("temporal_block_bwd_cpu", TORCH_BOX(&fastvdm::temporal_block_bwd));
+  m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
+  m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
 }

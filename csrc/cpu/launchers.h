@@ -38,4 +38,7 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
                    OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
                    bool need_norm, bool need_qkv, bool need_out, bool need_bias, bool need_rel);
 
+std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
+Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);
+
 }  // namespace fastvdm
