@@ -72,6 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.backends.cudnn.benchmark = True  # the baselines get the best algorithm of each shape
     config.addinivalue_line("markers", "full: a case that runs only with --full")
 
 
@@ -90,7 +91,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
-    failed = request.config.cache.get("cache/lastfailed", {}) if request.config.cache else {}
+    cache = getattr(request.config, "cache", None)
+    failed = cache.get("cache/lastfailed", {}) if cache is not None else {}
     red = [test for test in failed if test.startswith(f"tests/{stem}_test.py")]
     if red:
         pytest.fail(f"not timed: {red[0]} is red (run pytest tests/{stem}_test.py)", pytrace=False)

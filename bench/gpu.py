@@ -1,10 +1,10 @@
 """make gpu OUT=dir: everything a machine with a GPU can tell, in one command and nine minutes.
 
-Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build and
-info, parity on the device, tuning, benchmarks, the page. Every step has a share of the time and what
-is left over goes to the next; a step that fails or runs out does not stop the rest, and the exit
-status is 0 only if all passed. Files left in ``OUT``: log.txt, tests.xml, bench.json, RESULTS.md,
-RESULTS.svg, and the tuned configurations as <gpu>.json.
+Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build
+and info, parity on the device, tuning, benchmarks, the page. Every step has a share of the time and
+what is left over goes to the next; a step that fails or runs out does not stop the rest, and the
+exit status is 0 only if all passed. Files left in ``OUT``: log.txt, tests.xml, bench.json,
+RESULTS.md, RESULTS.svg, and the tuned configurations as <gpu>.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Step:
 def steps(out: Path, quick: bool) -> list[Step]:
     """What runs, in order. ``quick`` is for trying the command out on a machine without a GPU."""
     workers = str(min(8, os.cpu_count() or 1))
-    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [PYTHON, "-m", "pytest", "-q"]
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
     parity = [*pytest, "tests", "-n", workers, "--dist", "loadfile", "--durations=10"]
     bench = [*pytest, "bench", f"--benchmark-json={out / 'bench.json'}"]
@@ -59,7 +59,8 @@ def steps(out: Path, quick: bool) -> list[Step]:
 
 def run(step: Step, limit: float, log: Path) -> int:
     """The exit status; 124 where the time ran out. Output goes to the screen and to ``log``."""
-    command = ["timeout", "--kill-after=5", f"{limit:.0f}", *step.command]
+    # An interrupt, so that pytest still writes what it has.
+    command = ["timeout", "--signal=INT", "--kill-after=15", f"{limit:.0f}", *step.command]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
     with log.open("a", encoding="utf-8") as sink:
         process = subprocess.Popen(
