@@ -36,13 +36,10 @@ from fastvdm.kernels.axis_attention_parts import (
     unroll_table,
     unskew,
 )
-from fastvdm.kernels.common import (
-    acc_dtype,
-    acc_torch_dtype,
-    cdiv,
-    dot_x3,
-    next_power_of_2,
-)
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+
+_REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
+COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,13 @@ class Config:
 def pick_config(
     frames: int, channels: int, dim: int, pixels: int, dtype: torch.dtype, *, backward: bool
 ) -> Config:
-    """Rows of a tile, P * BN: as many as registers allow, because each tile streams all weights."""
+    """Pixels a tile. Each tile streams all weights, so as many rows as the registers allow; and at
+    least one pixel a warp, because a batched product gives each warp a pixel of its own."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
-    rows = 128 if bc <= 64 else 64
-    if backward or dtype in (torch.float32, torch.float64):
-        rows = 64 if bc <= 64 else 32
-    p = min(max(1, rows // bn), next_power_of_2(pixels))
-    return Config(p, bn, bc, bd, num_warps=8 if p * bn * bc > 4096 else 4, num_stages=1)
+    wide = dtype in (torch.float32, torch.float64)
+    p = min(2 if wide else 128 // bn, next_power_of_2(pixels))
+    return Config(p, bn, bc, bd, num_warps=8 if p * bn > 64 else 4, num_stages=1)
 
 
 @triton.jit
@@ -84,19 +80,28 @@ def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(ptr, row, inside, C: tl.constexpr, BC: tl.constexpr):
-    """(rows, BC)"""
-    offs_c = tl.arange(0, BC)
-    mask = inside[:, None] & (offs_c < C)[None, :]
-    return tl.load(ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+def _load_block(ptr, row, inside, stride, first, width, BLOCK: tl.constexpr):
+    """Columns [first, first + BLOCK) below ``width`` of the rows that exist, (rows, BLOCK)."""
+    offs = first + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (offs < width)[None, :]
+    return tl.load(ptr + row[:, None] * stride + offs[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_rows(
-    ptr, row, inside, stride, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+def _load_matrix(
+    ptr, first_m, first_n, stride, height, width, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
+    """A (BM, BN) block of a (height, width) matrix."""
+    offs_m, offs_n = first_m + tl.arange(0, BM)[:, None], first_n + tl.arange(0, BN)[None, :]
+    mask = (offs_m < height) & (offs_n < width)
+    return tl.load(ptr + offs_m * stride + offs_n, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, row, inside, stride, value, width, BLOCK: tl.constexpr):
+    """The first ``width`` columns of value to the rows that exist."""
     offs = tl.arange(0, BLOCK)
-    mask = inside[:, None] & (offs < WIDTH)[None, :]
+    mask = inside[:, None] & (offs < width)[None, :]
     at = ptr + row[:, None] * stride + offs[None, :]
     tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -133,8 +138,10 @@ def _projection(
 ):  # fmt: skip
     """Rows [first, first + D) of qkv_weight (.., C), transposed: (BC, BD)."""
     offs_c, offs_d = tl.arange(0, BC)[:, None], tl.arange(0, BD)[None, :]
-    mask = (offs_c < C) & (offs_d < D)
-    return tl.load(ptr + (first + offs_d) * C + offs_c, mask=mask, other=0.0)
+    at = ptr + first * C + offs_d * C + offs_c
+    if C == BC and D == BD:
+        return tl.load(at)
+    return tl.load(at, mask=(offs_c < C) & (offs_d < D), other=0.0)
 
 
 @triton.jit
@@ -143,8 +150,10 @@ def _out_projection(
 ):  # fmt: skip
     """Columns [first, first + D) of out_weight (C, inner): (BC, BD)."""
     offs_c, offs_d = tl.arange(0, BC)[:, None], tl.arange(0, BD)[None, :]
-    mask = (offs_c < C) & (offs_d < D)
-    return tl.load(ptr + offs_c * inner + first + offs_d, mask=mask, other=0.0)
+    at = ptr + first + offs_c * inner + offs_d
+    if C == BC and D == BD:
+        return tl.load(at)
+    return tl.load(at, mask=(offs_c < C) & (offs_d < D), other=0.0)
 
 
 @triton.jit
@@ -203,32 +212,57 @@ def _probabilities(
 def _fwd_kernel(
     x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
     out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
-    pixels, area, F, attended, heads, scale_high, scale_low, eps, stride_rk, stride_rv,
+    scratch_ptr,
+    pixels, area, F, attended, heads, tiles, walkers, scale_high, scale_low, eps,
+    stride_rk, stride_rv,
     MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    walker = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(walker, tiles, walkers):
+        _fwd_tile(
+            x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,
+            out_weight_ptr, out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
+            scratch_ptr, tile, walker, pixels, area, F, attended, heads,
+            scale_high, scale_low, eps, stride_rk, stride_rv,
+            MASKED, C, D, HALF, P, BN, BC, BD, ACC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fwd_tile(
+    x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
+    out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, scratch_ptr,
+    tile, walker, pixels, area, F, attended, heads, scale_high, scale_low, eps,
+    stride_rk, stride_rv,
+    MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Without scratch the out-projection accumulates over the heads in registers. With it, for
+    wide rows, the heads' outputs go through the L2 and the projection follows in column blocks."""
     ROWS: tl.constexpr = P * BN
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
     inner = heads * D
-    tile = tl.program_id(0).to(tl.int64)
     row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
+    local = walker * ROWS + tl.arange(0, ROWS)
 
-    x = _load_rows(x_ptr, row, inside, C, BC)
+    x = _load_block(x_ptr, row, inside, C, 0, C, BC)
     mean, rstd = _statistics(x, eps, C, BC, ACC)
+    tl.debug_barrier()  # keeps the two loads apart: one would hold the fp32 rows in registers
+    x = _load_block(x_ptr, row, inside, C, 0, C, BC)
     xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
     if rot_ptr is not None:
         cos, sin = rotary_table(rot_ptr, frame, F, F, HALF, BD, ACC)
 
-    acc = tl.zeros([ROWS, BC], ACC)
+    if scratch_ptr is None:
+        acc = tl.zeros([ROWS, BC], ACC)
     for head in range(heads):
         first = head * D
         w = _projection(qkv_weight_ptr, first, C, D, BC, BD)
         q = _project(xn, w, qkv_bias_ptr, first, ROWS, D, BD, ACC)
         w = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
         k = _project(xn, w, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
-        w = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
-        v = _project(xn, w, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
         q_plain = q.to(low)
         if rot_ptr is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -242,20 +276,40 @@ def _fwd_kernel(
             q.to(low), q_plain, k.to(low), rel_k, head_bias, focused, F, attended, scale,
             MASKED, P, BN, BD, ACC,
         )  # fmt: skip
+        w = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
+        v = _project(xn, w, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
         o = dot_x3(p.to(low), v.reshape(P, BN, BD), tl.zeros([P, BN, BD], ACC)).reshape(ROWS, BD)
         if rel_v_ptr is not None:
             rel_v = _distances(rel_v_ptr, head, stride_rv, F, D, BN, BD)
             shift = tl.arange(0, ROWS) % BN - (F - 1)
             spread = unskew(p.reshape(ROWS, BN), shift, ROWS, BN).to(low)
             o = dot_x3(spread, rel_v, o)
-        w = _out_projection(out_weight_ptr, first, inner, C, D, BC, BD)
-        acc = dot_x3(o.to(low), tl.trans(w), acc)
+        if scratch_ptr is None:
+            w = _out_projection(out_weight_ptr, first, inner, C, D, BC, BD)
+            acc = dot_x3(o.to(low), tl.trans(w), acc)
+        else:
+            _store_rows(scratch_ptr + first, local, inside, inner, o, D, BD)
 
-    if out_bias_ptr is not None:
-        acc += _vector(out_bias_ptr, C, BC, ACC)[None, :]
-    # Read again, from the L1 or L2: kept, x would cost as many registers as the accumulator.
-    acc += _load_rows(x_ptr, row, inside, C, BC).to(ACC)
-    _store_rows(y_ptr, row, inside, C, acc, C, BC)
+    # x is read again, from the L1 or L2: kept, it would cost as many registers as acc.
+    if scratch_ptr is None:
+        if out_bias_ptr is not None:
+            acc += _vector(out_bias_ptr, C, BC, ACC)[None, :]
+        acc += _load_block(x_ptr, row, inside, C, 0, C, BC).to(ACC)
+        _store_rows(y_ptr, row, inside, C, acc, C, BC)
+    else:
+        tl.debug_barrier()  # other threads wrote what this one reads
+        for column in range(0, C, COLUMNS):
+            acc = tl.zeros([ROWS, COLUMNS], ACC)
+            for k in range(0, inner, COLUMNS):
+                o = _load_block(scratch_ptr, local, inside, inner, k, inner, COLUMNS)
+                w = _load_matrix(out_weight_ptr, column, k, inner, C, inner, COLUMNS, COLUMNS)
+                acc = dot_x3(o, tl.trans(w), acc)
+            if out_bias_ptr is not None:
+                offs = column + tl.arange(0, COLUMNS)
+                acc += tl.load(out_bias_ptr + offs, mask=offs < C, other=0.0).to(ACC)[None, :]
+            acc += _load_block(x_ptr, row, inside, C, column, C, COLUMNS).to(ACC)
+            _store_rows(y_ptr + column, row, inside, C, acc, C - column, COLUMNS)
+        tl.debug_barrier()  # before the next tile overwrites it
 
 
 @triton.jit
@@ -273,11 +327,13 @@ def _bwd_kernel(
     xn_ptr, dqkv_ptr, o_ptr,
     pixels, area, F, attended, heads, tiles, walkers, scale_high, scale_low, eps,
     stride_rk, stride_rv,
-    MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    TRAIN: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx, and what else has a pointer: partials (walkers, ..) of the gradients of norm, out_bias,
-    bias and tables; per row of x: xn, dq|dk|dv and the attention's output."""
+    bias and tables; per row of x: xn, dq|dk|dv (TRAIN; else per row of a scratch tile) and the
+    attention's output."""
     ROWS: tl.constexpr = P * BN
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -296,10 +352,15 @@ def _bwd_kernel(
     for tile in tl.range(walker, tiles, walkers):
         fresh = (tile == walker).to(tl.int32)
         row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
-        x = _load_rows(x_ptr, row, inside, C, BC)
+        keep = row
+        if not TRAIN:
+            keep = walker * ROWS + tl.arange(0, ROWS)
+        x = _load_block(x_ptr, row, inside, C, 0, C, BC)
         mean, rstd = _statistics(x, eps, C, BC, ACC)
+        tl.debug_barrier()  # as in the forward
+        x = _load_block(x_ptr, row, inside, C, 0, C, BC)
         xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
-        dy = _load_rows(dy_ptr, row, inside, C, BC)
+        dy = _load_block(dy_ptr, row, inside, C, 0, C, BC)
         if dout_bias_ptr is not None:
             dout_bias += tl.sum(dy.to(ACC), 0)
         dy = dy.to(low)
@@ -308,15 +369,12 @@ def _bwd_kernel(
         if rot_ptr is not None:
             cos, sin = rotary_table(rot_ptr, frame, F, F, HALF, BD, ACC)
 
-        dxn = tl.zeros([ROWS, BC], ACC)
         for head in range(heads):
             first = head * D
-            wq = _projection(qkv_weight_ptr, first, C, D, BC, BD)
-            wk = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
-            wv = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
-            q = _project(xn, wq, qkv_bias_ptr, first, ROWS, D, BD, ACC)
-            k = _project(xn, wk, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
-            v = _project(xn, wv, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
+            w = _projection(qkv_weight_ptr, first, C, D, BC, BD)
+            q = _project(xn, w, qkv_bias_ptr, first, ROWS, D, BD, ACC)
+            w = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
+            k = _project(xn, w, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
             q_plain = q.to(low)
             if rot_ptr is not None:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -332,6 +390,8 @@ def _bwd_kernel(
                 MASKED, P, BN, BD, ACC,
             )  # fmt: skip
             p_low = p.to(low)
+            w = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
+            v = _project(xn, w, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
             v3 = v.reshape(P, BN, BD)
 
             w = _out_projection(out_weight_ptr, first, inner, C, D, BC, BD)
@@ -372,23 +432,25 @@ def _bwd_kernel(
                 if drel_k_ptr is not None:
                     grad = dot_x3(tl.trans(spread), q_plain, tl.zeros([2 * BN, BD], ACC)) * scale
                     _add_partial(drel_k_ptr, table, in_table, grad, fresh)
-            dq, dk, dv = (dq * scale).to(low), (dk * scale).to(low), dv.to(low)
-            if dqkv_ptr is not None:
-                _store_rows(dqkv_ptr + first, row, inside, 3 * inner, dq, D, BD)
-                _store_rows(dqkv_ptr + inner + first, row, inside, 3 * inner, dk, D, BD)
-                _store_rows(dqkv_ptr + 2 * inner + first, row, inside, 3 * inner, dv, D, BD)
-            dxn = dot_x3(dq, tl.trans(wq), dxn)
-            dxn = dot_x3(dk, tl.trans(wk), dxn)
-            dxn = dot_x3(dv, tl.trans(wv), dxn)
+            _store_rows(dqkv_ptr + first, keep, inside, 3 * inner, dq * scale, D, BD)
+            _store_rows(dqkv_ptr + inner + first, keep, inside, 3 * inner, dk * scale, D, BD)
+            _store_rows(dqkv_ptr + 2 * inner + first, keep, inside, 3 * inner, dv, D, BD)
 
-        x = _load_rows(x_ptr, row, inside, C, BC).to(ACC)
+        tl.debug_barrier()  # other threads wrote what this one reads
+        dxn = tl.zeros([ROWS, BC], ACC)
+        for k in range(0, 3 * inner, COLUMNS):
+            dz = _load_block(dqkv_ptr, keep, inside, 3 * inner, k, 3 * inner, COLUMNS)
+            w = _load_matrix(qkv_weight_ptr, k, 0, C, 3 * inner, C, COLUMNS, BC)
+            dxn = dot_x3(dz, w, dxn)
+
+        x = _load_block(x_ptr, row, inside, C, 0, C, BC).to(ACC)
         x_hat = tl.where((offs_c < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
         if dnorm_weight_ptr is not None:
             dnorm_weight += tl.sum(dxn * x_hat, 0)
             dnorm_bias += tl.sum(dxn, 0)
         g = dxn * _vector(norm_weight_ptr, C, BC, ACC)[None, :]
         g = g - (tl.sum(g, 1) / C)[:, None] - x_hat * (tl.sum(g * x_hat, 1) / C)[:, None]
-        dx = _load_rows(dy_ptr, row, inside, C, BC).to(ACC) + g * rstd[:, None]
+        dx = _load_block(dy_ptr, row, inside, C, 0, C, BC).to(ACC) + g * rstd[:, None]
         _store_rows(dx_ptr, row, inside, C, dx, C, BC)
         tl.debug_barrier()  # the partials of this tile are read back by other threads in the next
 
@@ -432,11 +494,17 @@ def temporal_block_fwd(
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
     config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=False)
+    tiles, scratch = cdiv(pixels, config.P), None
+    walkers = tiles
+    if config.BC > _REGISTER_CHANNELS:
+        walkers = min(tiles, program_budget(x.device))
+        size = (walkers * config.P * config.BN, heads * dim)
+        scratch = torch.empty(size, dtype=qkv_weight.dtype, device=x.device)
     rel_k, rel_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
-    _fwd_kernel[(cdiv(pixels, config.P),)](
+    _fwd_kernel[(walkers,)](
         *(x, y, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
-        *(bias, rel_k, rel_v, rotary, _bytes(focus_mask)),
-        *(pixels, h * w, f, f - num_images, heads, *split_scale(sm_scale), eps),
+        *(bias, rel_k, rel_v, rotary, _bytes(focus_mask), scratch),
+        *(pixels, h * w, f, f - num_images, heads, tiles, walkers, *split_scale(sm_scale), eps),
         *(head_stride(rel_k), head_stride(rel_v)),
         MASKED=_masked(focus_mask, num_images),
         C=c,
@@ -486,8 +554,7 @@ def temporal_block_bwd(
     need_v = need_rel and rel_v is not None
     config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=True)
     tiles = cdiv(pixels, config.P)
-    partials = need_norm or need_out or need_bias or need_k or need_v
-    walkers = min(tiles, program_budget(device)) if partials else tiles
+    walkers = min(tiles, program_budget(device))
 
     def partial(need: bool, *shape: int) -> Tensor | None:
         return torch.empty((walkers, *shape), dtype=acc, device=device) if need else None
@@ -500,7 +567,10 @@ def temporal_block_bwd(
     dbias = partial(need_bias, heads, f, f)
     drel_k = partial(need_k, heads, 2 * f - 1, dim)
     drel_v = partial(need_v, heads, 2 * f - 1, dim)
-    xn, dqkv, o = per_row(need_qkv, c), per_row(need_qkv, 3 * inner), per_row(need_out, inner)
+    xn, o = per_row(need_qkv, c), per_row(need_out, inner)
+    # Frozen, dq|dk|dv of a tile pass through the L2; trained, those of every row are kept.
+    size = (rows if need_qkv else walkers * config.P * config.BN, 3 * inner)
+    dqkv = torch.empty(size, dtype=qkv_weight.dtype, device=device)
     long_k, long_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
     if tiles:
         _bwd_kernel[(walkers,)](
@@ -509,6 +579,7 @@ def temporal_block_bwd(
             *(dx, dnorm_weight, dnorm_bias, dout_bias, dbias, drel_k, drel_v, xn, dqkv, o),
             *(pixels, h * w, f, f - num_images, heads, tiles, walkers),
             *(*split_scale(sm_scale), eps, head_stride(long_k), head_stride(long_v)),
+            TRAIN=need_qkv,
             MASKED=_masked(focus_mask, num_images),
             C=c,
             D=dim,
@@ -544,7 +615,7 @@ def temporal_block_bwd(
         reduced(dnorm_bias, norm_bias),
         product(dqkv, xn),
         x.new_empty((0,))
-        if dqkv is None or qkv_bias is None
+        if not need_qkv or qkv_bias is None
         else dqkv.sum(0, dtype=acc).to(qkv_bias.dtype),
         product(low_dy, o),
         reduced(dout_bias, out_bias),
