@@ -399,8 +399,11 @@ def train(
         config = stored
     base = _json(str(config), config.read_text()) if config is not None else {}
     settings = TrainConfig.create({**base, **values, "output": str(output)})
-    last = training.train(settings, resume=resume, progress=not quiet)
-    typer.echo(f"{last}")
+    trainer = training.Trainer(settings, resume=resume, progress=not quiet)
+    last = trainer.run()
+    if trainer.is_main:
+        typer.echo(f"{last}")
+    trainer.accelerator.end_training()
 
 
 def _json(name: str, text: str) -> dict[str, Any]:

@@ -14,7 +14,9 @@ COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one move."""
+    """Replace a file in one move; also removes what a killed process left of an earlier attempt."""
+    for leftover in path.parent.glob(f".{path.name}-*"):
+        leftover.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
