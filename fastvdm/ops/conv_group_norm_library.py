@@ -19,11 +19,11 @@ def images(x: Tensor) -> Tensor:
     return x.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def video(y: Tensor, batch: int) -> Tensor:
-    """(B*F, C, H, W) in channels_last → (B, F, H, W, C): a view (a copy only where C == 1 let the
-    library answer in another layout)."""
+def video(y: Tensor, x: Tensor) -> Tensor:
+    """(B*F, C, H, W) in channels_last → (B, F, H, W, C) with B and F of x: a view (a copy only where
+    C == 1 let the library answer in another layout)."""
     y = y.permute(0, 2, 3, 1).contiguous()
-    return y.view(batch, -1, *y.shape[1:])
+    return y.view(*x.shape[:2], *y.shape[1:])
 
 
 def like(t: Tensor, pattern: Tensor) -> Tensor:
@@ -44,19 +44,19 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
         return F.linear(x, weight.flatten(1), bias)
     inside = None if x.is_cuda else bias
     y = F.conv2d(images(x), weight, inside, stride=stride, padding=padding_of(kernel))
-    y = video(y, x.shape[0])
+    y = video(y, x)
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
     """H and W doubled; stays channels-last."""
-    return video(F.interpolate(images(x), scale_factor=2, mode="nearest"), x.shape[0])
+    return video(F.interpolate(images(x), scale_factor=2, mode="nearest"), x)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """4x4, stride 2, padding 1; differentiable through torch's own autograd."""
     inside = None if x.is_cuda else bias
-    y = video(F.conv_transpose2d(images(x), weight, inside, stride=2, padding=1), x.shape[0])
+    y = video(F.conv_transpose2d(images(x), weight, inside, stride=2, padding=1), x)
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
 
@@ -97,7 +97,7 @@ def _source_grads(
         *(images(dy), images(x), weight, None, [stride] * 2, [pad] * 2, [1, 1]),
         *(False, [0, 0], 1, [need_dx, need_dw, False]),
     )
-    return (video(dx, x.shape[0]) if need_dx else None), dw
+    return (video(dx, x) if need_dx else None), dw
 
 
 def space_conv_bwd(
@@ -162,7 +162,7 @@ def space_conv_transpose_bwd(
             *(True, [0, 0], 1, [need_dx, need_dw, False]),
         )
     return (
-        dy.new_empty(0) if dx is None or not need_dx else video(dx, x.shape[0]),
+        dy.new_empty(0) if dx is None or not need_dx else video(dx, x),
         dy.new_empty(0) if dw is None or not need_dw else like(dw, weight),
         dy.flatten(0, -2).sum(0) if need_db else dy.new_empty(0),
     )
