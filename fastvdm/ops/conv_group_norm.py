@@ -15,7 +15,7 @@ from fastvdm.ops.conv_group_norm_conv import (
     space_conv_stats,
     space_conv_transpose,
 )
-from fastvdm.ops.conv_group_norm_norm import DEFAULT_EPS, norm_act
+from fastvdm.ops.conv_group_norm_norm import default_eps, norm_act
 
 __all__ = ["conv_group_norm", "norm_act", "space_conv", "space_conv_transpose"]
 
@@ -60,7 +60,7 @@ def conv_group_norm(
     if kind == "group" and epilogue == "triton":  # its epilogue has the statistics for nothing
         y, *stats = space_conv_stats(
             x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,
-            eps=DEFAULT_EPS[kind] if eps is None else eps,
+            eps=default_eps(kind) if eps is None else eps,
         )  # fmt: skip
     else:
         y = space_conv(x, weight, bias, x2=x2)
