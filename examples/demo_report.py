@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,13 @@ def figure(video: Tensor, caption: str, raw: bool = False) -> str:
     )
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round values between ``low`` and ``high``."""
-    step = 10.0**-6
-    while (high - low) / step > count:
-        for factor in (2, 2.5, 2):
-            step *= factor
-            if (high - low) / step <= count:
-                break
-    first = -(-low // step) * step
-    return [first + i * step for i in range(count + 2) if first + i * step <= high * 1.0001]
+def ticks(high: float, count: int, smallest: float) -> list[float]:
+    """Round values from 0 to ``high``, at most ``count`` steps of 1, 2 or 5 times a power of ten."""
+    step = smallest
+    factors = itertools.cycle((2.0, 2.5, 2.0))
+    while high / step > count:
+        step *= next(factors)
+    return [i * step for i in range(int(high / step + 1e-6) + 1)]
 
 
 def curve(losses: list[float], smoothed: list[float]) -> str:
@@ -91,14 +89,14 @@ def curve(losses: list[float], smoothed: list[float]) -> str:
         return f"{x:.1f},{top + inner_h * (1 - min(value, high) / high):.1f}"
 
     rows = []
-    for v in ticks(0.0, high):
+    for v in ticks(high, 5, 1e-6):
         y = top + inner_h * (1 - v / high)
         rows.append(
             f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" '
             f'stroke="var(--line)"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">'
             f"{v:.3g}</text>"
         )
-    for v in ticks(0.0, len(losses), 8):
+    for v in ticks(len(losses), 8, 1.0):
         x = left + inner_w * v / len(losses)
         rows.append(f'<text x="{x:.1f}" y="{height - 20}" text-anchor="middle">{v:.0f}</text>')
     rows.append(f'<text x="{left + inner_w / 2}" y="{height - 2}" text-anchor="middle">step</text>')
@@ -143,10 +141,11 @@ def write_report(
     path: Path, out: Any, smoothed: list[float], previews: list[tuple[str, Tensor]]
 ) -> Path:
     """Write the page; returns its path."""
-    training, frames = out.training, out.training["shape"].split(" x ")[0]
+    training = out.training
+    frames, size, _ = training["shape"].split(" x ")
     real = "".join(figure(video, name) for name, video in previews[:4])
     seen = "".join(
-        figure(clip[:, : int(frames)], f"{name}, as trained on", raw=True)
+        figure(clip[:, : int(frames)], f"{name}, {size} x {size}", raw=True)
         for name, clip in out.clips[:4]
     )
     made = "".join(
@@ -176,7 +175,7 @@ value; for the backward pass it is the worst over all parameter gradients.</p>
 
 <h2>The clips</h2>
 <div class="strip">{real}</div>
-<p class="soft" style="margin-top:14px">And what the network saw of them, {training["shape"]}:</p>
+<p class="soft" style="margin-top:14px">And what the network is trained on:</p>
 <div class="strip">{seen}</div>
 
 <h2>Training</h2>

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: parity first, interleaved rounds, figures that mean what they say."""
+"""The harness of the benchmarks: parity first, interleaved rounds, figures that are checked."""
 
 from __future__ import annotations
 
