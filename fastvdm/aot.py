@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ class AotCase:
             "fp32", "tensordesc<bf16[1,64]>" ...
         constexprs: value of each constexpr, by name (None arguments too).
         divisible: names of the arguments that are multiples of 16; every pointer is one of itself.
-        num_warps, num_stages: launch options.
+        num_warps, num_stages, maxnreg: launch options.
         uses_dot: a matrix instruction must be in the PTX.
         uses_tma: cp.async.bulk.tensor must be in the PTX from sm_90 on.
         archs: where it ships; all three by default.
@@ -55,6 +55,7 @@ class AotCase:
     divisible: Sequence[str] = ()
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
     uses_dot: bool = False
     uses_tma: bool = False
     archs: Sequence[int] = field(default=ARCHS)
@@ -135,12 +136,17 @@ def compile_case(case: AotCase, arch: int) -> AotResult:
         raise ValueError(f"{case.name}: neither signature nor constexprs has {', '.join(missing)}")
     divisible = set(case.divisible) | {n for n, t in case.signature.items() if t.startswith("*")}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-    facts: dict[str, Any] = dict(name=case.name, arch=arch, uses_dot=case.uses_dot, uses_tma=case.uses_tma)
+    facts: dict[str, Any] = dict(
+        name=case.name, arch=arch, uses_dot=case.uses_dot, uses_tma=case.uses_tma
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
     try:
         compiled = triton.compile(
             ASTSource(case.kernel, signature, constexprs=dict(case.constexprs), attrs=attrs),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+            options=options,
         )
         ptx = compiled.asm["ptx"]
         registers, spills = _ptxas(ptx, arch)
@@ -181,9 +187,7 @@ def _compile_one(job: tuple[str, int, int]) -> AotResult:
     return compile_case(cases(stem)[index], arch)
 
 
-def run(
-    wanted: Iterable[str], archs: Sequence[int], jobs: int, note: Callable[[str], None] = print
-) -> list[AotResult]:
+def run(wanted: Iterable[str], archs: Sequence[int], jobs: int) -> list[AotResult]:
     """Compile the cases of the wanted stems for ``archs`` in ``jobs`` processes."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -214,12 +218,15 @@ def table(results: Sequence[AotResult]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; exit status 1 when a case may not ship."""
     parser = argparse.ArgumentParser(prog="python -m fastvdm.aot", description=__doc__)
-    parser.add_argument("stems", nargs="*", help="kernel files; all that declare cases by default")
+    parser.add_argument(
+        "stems", nargs="*", help="kernel files by the start of their name; default: all"
+    )
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, choices=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="a list of objects, one per line")
     args = parser.parse_args(argv)
-    results = run(args.stems or stems(), args.arch, args.jobs)
+    wanted = [s for s in stems() if s.startswith(tuple(args.stems) or "")]
+    results = run(wanted, args.arch, args.jobs)
     if args.json:
         for r in results:
             print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))

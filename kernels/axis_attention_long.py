@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.aot import AotCase
 from fastvdm.kernels.axis_attention_parts import (
     Geometry,
     head_stride,
+    pinned,
     program_budget,
     rotary_table,
     rotate,
@@ -46,14 +48,20 @@ class LongConfig:
 
 
 def pick_config(kind: str, bd: int, itemsize: int, shaw: bool) -> LongConfig:
-    """kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN."""
+    """Tiles that compile without spills for sm_80, sm_90 and sm_100; not timed on a GPU yet.
+
+    kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
+    """
+    wide = bd > 64
+    if kind == "drel":
+        return LongConfig(16, 16, 8 if wide else 4, 1)
+    if shaw:
+        return LongConfig(32, 32, 8, 1)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
-        return LongConfig(32, 32, 4, 1)
-    if shaw or kind == "drel":
-        return LongConfig(32, 32, 4, 1) if bd > 64 or kind == "drel" else LongConfig(64, 64, 4, 1)
+        return LongConfig(32, 32, 8 if wide else 4, 1)
     if kind == "fwd":
-        return LongConfig(128, 64, 8 if bd > 64 else 4, 3 if bd <= 64 else 2)
-    return LongConfig(64, 64, 4 if bd <= 64 else 8, 2)
+        return LongConfig(128, 64, 8, 2 if wide else 3)
+    return LongConfig(64, 64, 8 if wide or kind == "dbias" else 4, 2)
 
 
 @triton.jit
@@ -79,7 +87,7 @@ def _turned(
 ):  # fmt: skip
     if rot_ptr is not None:
         cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        return rotate(x.to(ACC), cos, sin).to(x.dtype)
+        return pinned(rotate(x.to(ACC), cos, sin).to(x.dtype))
     else:
         return x
 
@@ -609,3 +617,60 @@ def long_bwd(
         drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
         drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)
     return dbias, drel_k, drel_v
+
+
+_OPTIONS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
+_KERNELS = {
+    "fwd": _long_fwd_kernel,
+    "dq": _long_bwd_dq_kernel,
+    "dkv": _long_bwd_dkv_kernel,
+    "dbias": _long_bwd_dbias_kernel,
+    "drel": _long_bwd_drel_kernel,
+}
+
+
+def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
+    bd, kernel = max(16, next_power_of_2(d)), _KERNELS[kind]
+    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
+    config = pick_config(kind, bd, {"bf16": 2, "fp32": 4}[dtype], shaw)
+    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
+    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
+    types |= {"scale_high": "fp32", "scale_low": "fp32"}
+    for name in ("bias", "rot", "lse", "delta", "dbias", "drel_k", "drel_v"):
+        types[f"{name}_ptr"] = "*fp32"
+    constexprs: dict = dict(
+        D=d,
+        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
+        BM=config.BM,
+        BN=config.BN,
+        BD=bd,
+        ACC=tl.float32,
+    )
+    constexprs |= {p: None for p in _OPTIONS if p not in given}
+    constexprs |= {f"d{p}": None for p in _OPTIONS[1:3] if p not in given}
+    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
+    what = "+".join(p[:-4] for p in given) or "plain"
+    return AotCase(
+        f"axis_attention_long_{kind}/{dtype}-D{d}-{what}",
+        kernel,
+        signature,
+        constexprs,
+        divisible=[a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h") or a == "n"],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        uses_dot=dtype == "bf16",
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Spatial attention (plain; with a bias and its gradient) at each head dimension, and what
+    else a long sequence may carry."""
+    found = []
+    for d in (32, 64, 128):
+        found += [_case(kind, "bf16", d, ()) for kind in ("fwd", "dq", "dkv")]
+    found += [_case(kind, "bf16", 64, ("bias_ptr", "rot_ptr")) for kind in list(_KERNELS)[:4]]
+    found += [_case(kind, "fp32", 64, ("bias_ptr",)) for kind in list(_KERNELS)[:4]]
+    shaw = ("rel_k_ptr", "rel_v_ptr")
+    found += [_case(kind, "bf16", 64, shaw) for kind in ("fwd", "dq", "dkv", "drel")]
+    return found

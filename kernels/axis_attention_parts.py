@@ -1,8 +1,8 @@
 """What the short and the long kernels of ``axis_attention`` share.
 
 The Shaw tables arrive unrolled to one row per distance -(N-1) .. N-1 (``unroll_table``), so that
-row j-i+N-1 belongs to query i and key j. The term of a tile is then one product with consecutive rows,
-skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their gradients.
+row j-i+N-1 belongs to query i and key j. The term of a tile is then one product with consecutive
+rows, skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastvdm.kernels.common import INTERPRET
 
 TIME = 1
 
@@ -117,6 +119,22 @@ def rotate(x, cos, sin):
     """The pairs (2i, 2i+1) of the last axis of x turned by (cos, sin), one entry a pair."""
     even, odd = tl.split(x.reshape(x.shape[:-1] + [x.shape[-1] // 2, 2]))
     return tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(x.shape)
+
+
+@triton.jit
+def pinned(x):
+    """x, computed once. The compiler would repeat cheap arithmetic for every layout that a product
+    wants of its result: 60-100 registers for rotated q and k (Triton 3.6, sm_90)."""
+    if INTERPRET or x.dtype.primitive_bitwidth == 64:
+        return x
+    elif x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.aot import AotCase
 from fastvdm.kernels.axis_attention_parts import (
     Geometry,
     head_stride,
+    pinned,
     program_budget,
     rotary_table,
     rotate,
@@ -41,14 +43,36 @@ from fastvdm.kernels.common import (
 class ShortConfig:
     P: int  # sequences of a tile
     num_warps: int
+    maxnreg: int | None = None
 
 
-def pick_config(bn: int, bd: int, itemsize: int, outer: int, backward: bool) -> ShortConfig:
-    """Tile of P sequences, from registers: the forward holds q, k, v, p and out, the backward twice
-    that with its accumulators. fp32 products run on the FMA units and hold wider operands."""
-    elements = 2048 if backward or itemsize > 2 else 4096
-    p = max(1, elements // (bn * bd))
-    return ShortConfig(min(p, next_power_of_2(outer)), 8 if bn * bd > 2048 else 4)
+def pick_config(
+    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool
+) -> ShortConfig:
+    """From registers, as ptxas counts them for sm_90 (``python -m fastvdm.aot axis_attention``).
+
+    A batched product keeps a whole sequence in one warp, so P sequences want P warps and fit while
+    bn*bd is small: backward 128 registers without spills at 16x32, which lets four blocks share a
+    multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps.
+    """
+    packed = 512 if backward or itemsize > 2 else 1024
+    if bn * bd <= packed and not (backward and (shaw or itemsize > 2)):
+        p = min(4, next_power_of_2(outer))
+        return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
+    heavy = bn * bd > 2048 or (backward and shaw and bn * bd >= 1024)
+    return ShortConfig(1, 8 if heavy else 4)
+
+
+@triton.jit
+def _products(a, b, acc):
+    """acc + a @ b for each of P sequences. A batched product gives each sequence to one warp; a
+    single sequence is spread over all warps by a plain one."""
+    if acc.shape[0] == 1:
+        flat = acc.reshape(acc.shape[1], acc.shape[2])
+        a, b = a.reshape(a.shape[1], a.shape[2]), b.reshape(b.shape[1], b.shape[2])
+        return dot(a, b, flat).reshape(acc.shape)
+    else:
+        return dot(a, b, acc)
 
 
 @triton.jit
@@ -57,7 +81,7 @@ def _probabilities(
     P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """p (P, BN, BN) in ACC; zero for keys beyond n and in rows of nothing but -inf."""
-    s = dot(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+    s = _products(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:
         flat = q_plain.reshape(P * BN, BD)
         by_distance = dot(flat, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
@@ -123,8 +147,8 @@ def _short_fwd_kernel(
     q_plain = q
     if rot_ptr is not None:
         cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        q = rotate(q.to(ACC), cos[None], sin[None]).to(v.dtype)
-        k = rotate(k.to(ACC), cos[None], sin[None]).to(v.dtype)
+        q = pinned(rotate(q.to(ACC), cos[None], sin[None]).to(v.dtype))
+        k = pinned(rotate(k.to(ACC), cos[None], sin[None]).to(v.dtype))
     shift = tl.arange(0, P * BN) % BN - (n - 1)
     rel_k = None
     if rel_k_ptr is not None:
@@ -133,7 +157,7 @@ def _short_fwd_kernel(
     if bias_ptr is not None:
         bias_at = bias_ptr + head * n * n
     p = _probabilities(q, q_plain, k, rel_k, bias_at, shift, offs_n, n, scale, P, BN, BD, ACC)
-    out = dot(p.to(v.dtype), v, tl.zeros([P, BN, BD], ACC))
+    out = _products(p.to(v.dtype), v, tl.zeros([P, BN, BD], ACC))
     if rel_v_ptr is not None:
         rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
         by_distance = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(v.dtype)
@@ -165,8 +189,6 @@ def _short_bwd_kernel(
     rel_v = None
     if rel_v_ptr is not None:
         rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
-    if rot_ptr is not None:
-        cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
     bias_at = None
     if bias_ptr is not None:
         bias_at = bias_ptr + head * n * n
@@ -215,12 +237,13 @@ def _short_bwd_kernel(
             v = tl.load(base + 2 * stride_c + at, mask=mask, other=0.0)
             q_plain = q
             if rot_ptr is not None:
-                q = rotate(q.to(ACC), cos[None], sin[None]).to(do.dtype)
-                k = rotate(k.to(ACC), cos[None], sin[None]).to(do.dtype)
+                cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+                q = pinned(rotate(q.to(ACC), cos[None], sin[None]).to(do.dtype))
+                k = pinned(rotate(k.to(ACC), cos[None], sin[None]).to(do.dtype))
             p = _probabilities(
                 q, q_plain, k, rel_k, bias_at, shift, offs_n, n, scale, P, BN, BD, ACC
             )
-            dp = dot(do, tl.trans(v, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+            dp = _products(do, tl.trans(v, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
             if rel_v_ptr is not None:
                 flat_do = do.reshape(P * BN, BD)
                 by_distance = dot(flat_do, tl.trans(rel_v), tl.zeros([P * BN, 2 * BN], ACC))
@@ -238,12 +261,14 @@ def _short_bwd_kernel(
                     drel_k = dot(tl.trans(spread), q_plain.reshape(P * BN, BD), drel_k)
             if dqkv_ptr is not None:
                 d_base = dqkv_ptr + b * dqkv_b + head * D
-                dv = dot(tl.trans(p, 0, 2, 1).to(do.dtype), do, tl.zeros([P, BN, BD], ACC))
+                dv = _products(tl.trans(p, 0, 2, 1).to(do.dtype), do, tl.zeros([P, BN, BD], ACC))
                 tl.store(d_base + 2 * d_row + d_at, dv.to(do.dtype), mask=mask)
                 low = ds.to(do.dtype)
-                dk = dot(tl.trans(low, 0, 2, 1), q, tl.zeros([P, BN, BD], ACC))
-                dq = dot(low, k, tl.zeros([P, BN, BD], ACC))
+                dk = _products(tl.trans(low, 0, 2, 1), q, tl.zeros([P, BN, BD], ACC))
+                dq = _products(low, k, tl.zeros([P, BN, BD], ACC))
                 if rot_ptr is not None:
+                    # Loaded anew rather than held across the tile.
+                    cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
                     dq = rotate(dq, cos[None], -sin[None])
                     dk = rotate(dk, cos[None], -sin[None])
                 if rel_k_ptr is not None:
@@ -278,7 +303,9 @@ def short_fwd(
 ) -> None:
     """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes the first n rows of out."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    config = pick_config(bn, bd, qkv.element_size(), geo.outer, backward=False)
+    shaw = rel_k is not None or rel_v is not None
+    size = qkv.element_size()
+    config = pick_config(bn, bd, size, geo.outer, backward=False, shaw=shaw)
     tiles = cdiv(geo.outer, config.P)
     _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
         *(qkv, bias, rel_k, rel_v, rotary, focus, out),
@@ -292,6 +319,7 @@ def short_fwd(
         ACC=acc_dtype(qkv.dtype),
         num_warps=config.num_warps,
         num_stages=1,
+        maxnreg=config.maxnreg,
     )
 
 
@@ -314,7 +342,9 @@ def short_bwd(
     """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
     unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    config = pick_config(bn, bd, qkv.element_size(), geo.outer, backward=True)
+    shaw = rel_k is not None or rel_v is not None
+    size = qkv.element_size()
+    config = pick_config(bn, bd, size, geo.outer, backward=True, shaw=shaw)
     tiles = cdiv(geo.outer, config.P)
     all_tiles = geo.batch * tiles
     walkers = all_tiles
@@ -342,6 +372,65 @@ def short_bwd(
         ACC=acc_dtype(qkv.dtype),
         num_warps=config.num_warps,
         num_stages=1,
+        maxnreg=config.maxnreg,
     )
     reduced = [None if t is None else t.sum(0) for t in (dbias, drel_k, drel_v)]
     return reduced[0], reduced[1], reduced[2]
+
+
+_POINTERS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
+
+
+def _case(backward: bool, dtype: str, n: int, d: int, given: tuple[str, ...]) -> AotCase:
+    bn, bd = max(16, next_power_of_2(n)), max(16, next_power_of_2(d))
+    itemsize = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
+    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
+    config = pick_config(bn, bd, itemsize, 4096, backward=backward, shaw=shaw)
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    kernel = _short_bwd_kernel if backward else _short_fwd_kernel
+    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
+    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
+    types |= {"bias_ptr": "*fp32", "rot_ptr": "*fp32", "scale_high": "fp32", "scale_low": "fp32"}
+    types |= {f"d{name}": f"*{acc}" for name in ("bias_ptr", "rel_k_ptr", "rel_v_ptr")}
+    constexprs = dict(
+        D=d,
+        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
+        P=config.P,
+        BN=bn,
+        BD=bd,
+        ACC=tl.float64 if dtype == "fp64" else tl.float32,
+    )
+    absent = {p: None for p in _POINTERS if p not in given}
+    absent |= {f"d{p}": None for p in absent}
+    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs | absent}
+    what = f"{dtype}-N{n}-D{d}-" + ("+".join(p[:-4] for p in given) or "plain")
+    strides_ = [a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h")]
+    return AotCase(
+        f"axis_attention_short_{'bwd' if backward else 'fwd'}/{what}",
+        kernel,
+        signature,
+        constexprs | {k: v for k, v in absent.items() if k in kernel.arg_names},
+        divisible=strides_,
+        num_warps=config.num_warps,
+        num_stages=1,
+        maxnreg=config.maxnreg,
+        uses_dot=dtype == "bf16",
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Temporal attention as the peer runs it (rotary and bias) and as the paper does (Shaw)."""
+    peers, shaw = ("bias_ptr", "rot_ptr"), ("rel_k_ptr", "rel_v_ptr")
+    wanted = [
+        ("bf16", 16, 32, peers),
+        ("bf16", 16, 64, peers),
+        ("bf16", 16, 64, shaw),
+        ("bf16", 16, 64, _POINTERS),
+        ("bf16", 16, 128, peers),
+        ("bf16", 32, 32, peers),
+        ("bf16", 32, 64, shaw),
+        ("bf16", 16, 16, ()),
+        ("fp32", 16, 32, peers),
+        ("fp32", 16, 64, shaw),
+    ]
+    return [_case(backward, *what) for what in wanted for backward in (False, True)]
