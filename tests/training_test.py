@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 from fastvdm import bundle as bundles
 from fastvdm import training
 from fastvdm.bundle import Bundle, checkpoints
+from fastvdm.cli import main
 from fastvdm.train_config import TRAINING, TrainConfig
 from fastvdm.train_log import read_log
 from fastvdm.training import Averaged, OrderedSamples, Trainer, train
@@ -122,6 +123,7 @@ def test_death_while_saving_leaves_the_last_checkpoint(tmp_path, unbroken, monke
 
 def test_sigkill_at_random_points(tmp_path):
     """The real command on real files, killed without warning; then the same run unbroken."""
+    pytest.importorskip("typer")
     data = tmp_path / "data"
     for i in range(4):
         write_video(data / f"{i}.mp4", torch.rand(3, 6, 8, 8))
@@ -129,31 +131,29 @@ def test_sigkill_at_random_points(tmp_path):
     arguments += ["--batch-size", "1", "--save-every", "3", "--device", "cpu", "--quiet"]
     arguments += ["--model", json.dumps(TINY), "--set", "log_every=1", "--seed", "7"]
 
-    def start(output: Path, *more: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "fastvdm", "train", str(output), *arguments, *more]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(whole)
+    assert main(["train", str(whole), *arguments]) == 0
     rng = random.Random(time.time_ns())
     goals = sorted(rng.sample(range(1, 16), 2))
-    for goal in goals:
-        process = start(killed, "--resume")
-        deadline = time.monotonic() + 120
+    codes = []
+    for goal in [*goals, None]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastvdm", "train", str(killed), *arguments, "--resume"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        log, deadline = killed / "log.csv", time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
-            log = killed / "log.csv"
-            if log.exists() and len(read_log(log)) >= goal:
+            if goal is not None and log.exists() and len(read_log(log)) >= goal:
                 time.sleep(rng.random() * 0.05)
+                process.kill()
                 break
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
-        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    final = start(killed, "--resume")
-    for process in (reference, final):
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+        _, errors = process.communicate(timeout=60)
+        # On a machine that is slow to schedule this process, the run may end before the signal.
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        codes.append(process.returncode)
+    assert codes[0] == -signal.SIGKILL and codes[-1] == 0
     assert len(curve(whole)) == 24, goals
     assert curve(killed) == curve(whole), goals
     assert same_weights(killed, whole), goals
