@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from fastvdm.layers.position import ShawTable
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.temporal_block import temporal_block
+
+if TYPE_CHECKING:
+    from fastvdm.layers.shards import FrameShards
 
 
 class TimeContext(NamedTuple):
@@ -67,6 +70,7 @@ class AxisAttention(nn.Module):
         self.qkv = nn.Linear(norm.channels, 3 * heads * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, norm.channels, bias=bias)
         self.shaw = shaw
+        self.shards: FrameShards | None = None
         if zero_init:
             for p in self.out.parameters():
                 nn.init.zeros_(p)
@@ -82,6 +86,11 @@ class AxisAttention(nn.Module):
             }
         if self.shaw is not None:
             options |= {"rel_k": self.shaw.rel_k, "rel_v": self.shaw.rel_v}
+        if self.axis == "time" and self.shards is not None:
+            # Statistics over frames need the frames' layout, sequences need the pixels'.
+            height, width = x.shape[2:4]
+            h = self.shards.to_pixels(self.norm(x))
+            return x + self.shards.to_frames(self._attend(h, options), height, width)
         if self.axis == "time" and self.norm.kind == "layer":
             return temporal_block(
                 x,
@@ -95,6 +104,9 @@ class AxisAttention(nn.Module):
                 eps=1e-5 if self.norm.eps is None else self.norm.eps,
                 **options,
             )
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
-        out = axis_attention(qkv, axis=self.axis, **options).flatten(-2)
-        return x + self.out(out)
+        return x + self._attend(self.norm(x), options)
+
+    def _attend(self, h: Tensor, options: dict[str, Any]) -> Tensor:
+        """qkv, attention and output projection of the normalised input."""
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, self.head_dim))
+        return self.out(axis_attention(qkv, axis=self.axis, **options).flatten(-2))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvdm.ops.conv_group_norm import norm_act
+
+if TYPE_CHECKING:
+    from fastvdm.layers.shards import FrameShards
 
 KINDS = ("group", "rms", "layer")
 
@@ -37,6 +43,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         has_bias = kind == "group" if bias is None else bias
         self.bias = nn.Parameter(torch.zeros(channels)) if has_bias else None
+        self.shards: FrameShards | None = None
 
     def extra_repr(self) -> str:
         groups = f", groups={self.groups}, per_frame={self.per_frame}"
@@ -53,6 +60,15 @@ class Norm(nn.Module):
         dropout_mask: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
+        stats = None
+        if self.shards is not None and self.kind == "group" and not self.per_frame:
+            x, x2 = x if x2 is None else torch.cat((x, x2), dim=-1), None
+            stats = self.shards.group_stats(x, self.groups, 1e-5 if self.eps is None else self.eps)
+            if torch.is_grad_enabled():  # the kernel's backward would miss the other ranks' part
+                y = self._apply_stats(x, *stats, scale, shift)
+                y = F.silu(y) if act else y
+                y = y if dropout_mask is None else y * dropout_mask
+                return (y if residual is None else y + residual).to(x.dtype)
         return norm_act(
             x,
             self.weight,
@@ -67,4 +83,18 @@ class Norm(nn.Module):
             residual=residual,
             dropout_mask=dropout_mask,
             x2=x2,
+            stats=stats,
         )
+
+    def _apply_stats(
+        self, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        """GroupNorm, affine and FiLM with given statistics (B, groups), in plain torch."""
+        b, c = x.shape[0], self.channels
+        mean, rstd = (
+            t.repeat_interleave(c // self.groups, dim=1).view(b, 1, 1, 1, c) for t in (mean, rstd)
+        )
+        y = (x - mean) * rstd * self.weight
+        y = y if self.bias is None else y + self.bias
+        y = y if scale is None else y * (1 + scale.view(b, 1, 1, 1, c))
+        return y if shift is None else y + shift.view(b, 1, 1, 1, c)

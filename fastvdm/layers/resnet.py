@@ -69,6 +69,8 @@ class ResnetBlock(nn.Module):
 
     @staticmethod
     def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor:
+        if norm.shards is not None:  # the statistics come from all ranks, not from the epilogue
+            return norm(conv(x, options.pop("x2", None)), act=True, **options)
         return conv_group_norm(
             x,
             conv.weight,

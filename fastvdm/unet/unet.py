@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -21,6 +21,9 @@ from fastvdm.unet import peer
 from fastvdm.unet.blocks import Level, Unit
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
 from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
+
+if TYPE_CHECKING:
+    from fastvdm.layers.shards import FrameShards
 
 
 class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="mit"):
@@ -143,6 +146,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         self.has_cond = self.cond_dim is not None
         self.cond_drop_prob, self.mask_stem_attention = cond_drop_prob, mask_stem_attention
         self.checkpointing = checkpointing
+        self.shards: FrameShards | None = None  # see fastvdm.parallel
         self.position = position
         self.rotary_dim = min(32, attn_dim_head) if position == "rotary+t5" else None
 
@@ -350,7 +354,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         focus: Tensor | None,
         num_images: int,
     ) -> Tensor:
-        frames = x.shape[2]
+        frames = x.shape[2] * (1 if self.shards is None else self.shards.size)
         context = TimeContext(
             biases={int(h): table(frames, x.device) for h, table in self.relative_bias.items()},
             rotary=rotary_table(frames, self.rotary_dim, x.device) if self.rotary_dim else None,
@@ -411,6 +415,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f"x must be (B, {self.channels}, F, H, W), got {tuple(x.shape)}")
         batch, _, frames, height, width = x.shape
+        shards = 1 if self.shards is None else self.shards.size
         if frames == 0 or batch == 0:
             raise ValueError(f"x must have at least one sample and one frame, got {tuple(x.shape)}")
         factor = 2 ** (self.levels - 1)
@@ -445,9 +450,10 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
                 raise TypeError(f"focus_present_mask must be bool, got {focus.dtype}")
             if focus.shape != (batch,):
                 raise ValueError(f"focus_present_mask must be ({batch},), got {tuple(focus.shape)}")
-        if not 0 <= num_images < frames:
+        if not 0 <= num_images < frames * shards:
             raise ValueError(
-                f"num_images must lie in [0, {frames - 1}] for {frames} frames, got {num_images}"
+                f"num_images must lie in [0, {frames * shards - 1}] for {frames * shards} frames, "
+                f"got {num_images}"
             )
         device = self.stem.weight.device
         for name, t in {"x": x, "time": time, "cond": cond, "focus_present_mask": focus}.items():

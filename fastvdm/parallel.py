@@ -1,0 +1,119 @@
+"""Axis-parallel UNet3D: one video over several devices, its frames sharded.
+
+Rank r of P holds frames [r F/P, (r+1) F/P). Convolutions and spatial attention act on frames and
+stay local. Two things look across frames:
+
+- temporal attention: an all-to-all turns shards over frames into shards over pixels, where every
+  sequence is whole, and another one turns the result back;
+- GroupNorm over the whole video: its partial statistics are summed over the ranks.
+
+Volume: a temporal attention on (B, F, H, W, C) sends 2 (P-1)/P * B F H W C / P elements per rank,
+forward, and as much backward; a GroupNorm 4 B * groups numbers (``communication`` counts them for a
+network). Everything goes through functional collectives and compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.norm import Norm
+from fastvdm.layers.shards import FrameShards
+from fastvdm.unet import UNet3D
+from fastvdm.unet.blocks import Unit
+
+
+def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
+    """Let ``model`` run on its rank's share of the frames of a one-dimensional ``mesh``.
+
+    The model is changed in place: ``forward`` takes and returns (B, C, F/P, H, W); all other
+    arguments are those of the whole video, the same on every rank, and so must be the parameters.
+    Gradients of the parameters are each rank's part: ``sum_gradients`` adds them up. Random masks
+    (dropout of the condition, focus) must be drawn by the caller or from equal generators.
+
+    Raises:
+        TypeError: not a UNet3D. ValueError: the mesh has more than one dimension.
+    """
+    if not isinstance(model, UNet3D):
+        raise TypeError(f"frame_parallel takes a UNet3D, got {type(model).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"frame_parallel takes a mesh of one dimension, got {mesh.ndim}")
+    shards = FrameShards(mesh.get_group(), mesh.size())
+    for module in model.modules():
+        if isinstance(module, AxisAttention | Norm | UNet3D):
+            module.shards = shards
+    return model
+
+
+def shard_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's frames of (B, C, F, H, W).
+
+    Raises:
+        ValueError: the number of ranks does not divide F; on every rank, before any communication.
+    """
+    if x.ndim != 5 or x.shape[2] % mesh.size():
+        raise ValueError(
+            f"the frames of (B, C, F, H, W) must be a multiple of {mesh.size()} ranks, "
+            f"got {tuple(x.shape)}"
+        )
+    return x.chunk(mesh.size(), dim=2)[mesh.get_local_rank()].contiguous()
+
+
+def gather_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The whole video (B, C, F, H, W) on every rank from shards (B, C, F/P, H, W)."""
+    whole = collectives.all_gather_tensor(x.transpose(0, 2).contiguous(), 0, mesh.get_group())
+    return whole.transpose(0, 2).contiguous()
+
+
+def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Add the ranks' parts of every parameter's gradient, in one flat bucket per dtype."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        bucket = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat, group=mesh.get_group())
+        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+            g.copy_(part.view(g.shape))
+
+
+def fully_shard_unet(model: UNet3D, mesh: DeviceMesh, **options: Any) -> UNet3D:
+    """FSDP2: ``fully_shard`` of every unit of the network, then of the rest.
+
+    FSDP2 takes contiguous parameters only, so the convolutions' channels-last weights become
+    contiguous first; ``options`` (mixed precision, offload) go to ``fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for p in model.parameters():
+        p.data = p.data.contiguous()
+    for module in model.modules():
+        if isinstance(module, Unit):
+            fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+class Communication(NamedTuple):
+    """Bytes that one rank sends in one forward pass, and in how many collectives."""
+
+    bytes: int
+    collectives: int
+
+
+@contextmanager
+def count_communication(model: UNet3D) -> Iterator[list[Communication]]:
+    """Measures the forward passes inside the block; the list receives one entry at its end."""
+    shards: Any = model.shards
+    if shards is None:
+        raise ValueError("the model is not frame-parallel")
+    before = (shards.bytes_sent, shards.calls)
+    found: list[Communication] = []
+    yield found
+    found.append(Communication(shards.bytes_sent - before[0], shards.calls - before[1]))

@@ -1,0 +1,138 @@
+"""Several processes over gloo: frame-parallel networks, DDP and FSDP2 equal one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from fastvdm import UNet3D
+from fastvdm.parallel import (
+    count_communication,
+    frame_parallel,
+    fully_shard_unet,
+    gather_frames,
+    shard_frames,
+    sum_gradients,
+)
+from fastvdm.testing import max_error
+
+SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2)
+NETWORKS = {
+    "group": dict(**SMALL, norm="group", resnet_groups=4),
+    "rms": dict(**SMALL, norm="rms"),
+    "paper": dict(dim=8, dim_mults=(1, 2), layout="paper", image_size=8, attn_resolutions=(4,),
+                  attn_dim_head=8, resnet_groups=4, emb_dim=16, num_blocks=1, position="shaw",
+                  zero_init=False),
+}  # fmt: skip
+
+
+def spawn(worker, world: int, tmp_path, *args) -> None:
+    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all."""
+    mp.spawn(_enter, (worker, world, str(tmp_path / "store"), args), nprocs=world)
+
+
+def _enter(rank: int, worker, world: int, store: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        worker(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def make(name: str) -> tuple[UNet3D, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = UNet3D(**NETWORKS[name])
+    return model, torch.randn(2, 3, 8, 8, 4), torch.tensor([0.7, 12.0])
+
+
+def frame_worker(rank: int, world: int, name: str, num_images: int) -> None:
+    model, x, time = make(name)
+    single = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (world,))
+    parallel = frame_parallel(model, mesh)
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad(), count_communication(parallel) as sent:
+        shard = parallel(shard_frames(x, mesh), time, num_images=num_images)
+    whole = single(x, time, num_images=num_images)
+    assert max_error(gather_frames(shard, mesh), whole) < 2e-6
+    assert sent[0].bytes > 0 and sent[0].collectives >= 6
+
+    leaf, local = x.clone().requires_grad_(), shard_frames(x, mesh).requires_grad_()
+    single(leaf, time, num_images=num_images).backward(dout)
+    parallel(local, time, num_images=num_images).backward(shard_frames(dout, mesh))
+    sum_gradients(parallel, mesh)
+    assert max_error(local.grad, shard_frames(leaf.grad, mesh)) < 5e-6
+    for (key, p), q in zip(parallel.named_parameters(), single.parameters()):
+        assert (p.grad is None) == (q.grad is None), key
+        if p.grad is not None:
+            assert max_error(p.grad, q.grad) < 2e-5, key
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "images"), [("group", 2, 0), ("rms", 4, 3), ("paper", 2, 2)]
+)
+def test_frame_parallel_equals_one_process(name, world, images, tmp_path):
+    spawn(frame_worker, world, tmp_path, name, images)
+
+
+def bad_worker(rank: int, world: int) -> None:
+    model, x, time = make("rms")
+    mesh = init_device_mesh("cpu", (world,))
+    with pytest.raises(ValueError, match=r"multiple of 2 ranks, got \(2, 3, 7, 8, 4\)"):
+        shard_frames(x[:, :, :7], mesh)
+    with pytest.raises(TypeError, match="takes a UNet3D, got Linear"):
+        frame_parallel(torch.nn.Linear(2, 2), mesh)
+    parallel = frame_parallel(model, mesh)
+    with pytest.raises(ValueError, match="2 ranks do not divide the 1 x 1 pixels"):
+        parallel.stem_attention.shards.to_pixels(torch.zeros(1, 2, 1, 1, 8))
+
+
+def test_bad_sizes_fail_on_every_rank(tmp_path):
+    spawn(bad_worker, 2, tmp_path)
+
+
+def train(model, x, noise, time, steps: int) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x, time) - noise).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def engine_worker(rank: int, world: int, engine: str) -> None:
+    """Each rank trains on its part of the batch; the mean curve is that of one process."""
+    torch.manual_seed(0)
+    model = UNet3D(**SMALL, norm="rms").eval()
+    x, noise = torch.randn(4, 3, 2, 4, 4), torch.randn(4, 3, 2, 4, 4)
+    time = torch.arange(4.0) * 100
+    want = train(copy.deepcopy(model), x, noise, time, 20)
+    if engine == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        model = fully_shard_unet(model, init_device_mesh("cpu", (world,)))
+    part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    losses = torch.stack(train(model, x[part], noise[part], time[part], 20))
+    dist.all_reduce(losses)
+    assert torch.allclose(losses / world, torch.stack(want), rtol=2e-5), (losses / world, want)
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
+def test_data_parallel_training_curve(engine, world, tmp_path):
+    spawn(engine_worker, world, tmp_path, engine)
