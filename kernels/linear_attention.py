@@ -122,9 +122,9 @@ def _store_stats(
 ):  # fmt: skip
     """log-sum-exp and the normalised context of one problem; returns the context."""
     offs_d = tl.arange(0, BLOCK_D)
+    l = tl.where(offs_d < D, l, 1.0)  # 0 where padded
     tl.store(lse_ptr + problem * D + offs_d, m + tl.log(l), mask=offs_d < D)
-    # Padded features have l = 0.
-    ctx = acc / tl.where(offs_d < D, l, 1.0)[:, None]
+    ctx = acc / l[:, None]
     _store(ctx_ptr + problem * D * D, D, D, ctx, D, BLOCK_D, BLOCK_D)
     return ctx
 

@@ -25,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.kernels import axis_attention
 from fastvdm.kernels.axis_attention_parts import (
+    TIME,
     head_stride,
     program_budget,
     roll_up,
@@ -55,8 +57,7 @@ class Config:
 def pick_config(
     frames: int, channels: int, dim: int, pixels: int, dtype: torch.dtype, *, backward: bool
 ) -> Config:
-    """Pixels a tile. Each tile streams all weights, so as many rows as the registers allow; and at
-    least one pixel a warp, because a batched product gives each warp a pixel of its own."""
+    """Pixels a tile: each tile streams all weights, so as many rows as the registers allow."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
     wide = dtype in (torch.float32, torch.float64)
@@ -461,6 +462,70 @@ def _bwd_kernel(
         tl.store(dout_bias_ptr + walker * C + offs_c, dout_bias, mask=offs_c < C)
 
 
+def fuse_backward(channels: int) -> bool:
+    """Whether the backward is one kernel. Above 64 channels its two operands of all channels, xn
+    and dy, leave no registers for the attention (ptxas: kilobytes of spills at 128), and the
+    recomputed products are large enough to run near the peak in library GEMMs."""
+    return channels <= 64
+
+
+def _backward_by_parts(
+    dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+    bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
+    need_norm, need_qkv, need_out, need_bias, need_rel,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The same from recomputed buffers: library norm and GEMMs around the attention's kernels."""
+    b, f, h, w, c = x.shape
+    low, dim = qkv_weight.dtype, qkv_weight.shape[0] // (3 * heads)
+
+    def nothing() -> Tensor:  # each its own: outputs of an op may not alias
+        return x.new_empty((0,))
+
+    if x.numel() == 0:
+        wanted = (
+            *((norm_weight, need_norm), (norm_bias, need_norm), (qkv_weight, need_qkv)),
+            *((qkv_bias, need_qkv), (out_weight, need_out), (out_bias, need_out)),
+            *((bias, need_bias), (rel_k, need_rel), (rel_v, need_rel)),
+        )
+        zeros = [nothing() if t is None or not n else torch.zeros_like(t) for t, n in wanted]
+        return (torch.empty_like(x), *zeros)
+    rows, wide = x.reshape(-1, c), acc_torch_dtype(x.dtype)
+    gain = norm_weight.to(x.dtype)
+    shift = None if norm_bias is None else norm_bias.to(x.dtype)
+    xn, mean, rstd = torch.native_layer_norm(rows, [c], gain, shift, eps)
+    xn = xn.to(low)
+    qkv = torch.nn.functional.linear(xn, qkv_weight, qkv_bias).view(b, f, h, w, 3, heads, dim)
+    low_dy = dy.reshape(-1, c).to(low)
+    options = (bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale)
+    dout_weight, dout_bias, dqkv_weight, dqkv_bias = (nothing() for _ in range(4))
+    if need_out:
+        o, _ = axis_attention.axis_attention_fwd(qkv, TIME, *options)
+        dout_weight = low_dy.t() @ o.view(-1, heads * dim)
+        if out_bias is not None:
+            dout_bias = dy.reshape(-1, c).sum(0, dtype=wide).to(out_bias.dtype)
+    do = (low_dy @ out_weight).view(b, f, h, w, heads, dim)
+    dqkv, dbias, drel_k, drel_v = axis_attention.axis_attention_bwd(
+        *(do, qkv, nothing(), nothing(), TIME, *options),
+        *(True, need_bias and bias is not None),
+        *(need_rel and rel_k is not None, need_rel and rel_v is not None),
+    )
+    dqkv = dqkv.view(-1, 3 * heads * dim)
+    if need_qkv:
+        dqkv_weight = dqkv.t() @ xn
+        if qkv_bias is not None:
+            dqkv_bias = dqkv.sum(0, dtype=wide).to(qkv_bias.dtype)
+    dx, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        (dqkv @ qkv_weight).to(x.dtype), rows, [c], mean, rstd, gain, shift,
+        [True, need_norm, need_norm and norm_bias is not None],
+    )  # fmt: skip
+    return (
+        (dx + dy.reshape(-1, c)).view(x.shape),
+        dnorm_weight.to(norm_weight.dtype) if need_norm else nothing(),
+        dnorm_bias.to(norm_bias.dtype) if need_norm and norm_bias is not None else nothing(),
+        *(dqkv_weight, dqkv_bias, dout_weight, dout_bias, dbias, drel_k, drel_v),
+    )
+
+
 def _masked(focus_mask: Tensor | None, num_images: int) -> bool:
     return focus_mask is not None or num_images > 0
 
@@ -547,6 +612,12 @@ def temporal_block_bwd(
 ) -> tuple[Tensor, ...]:
     """As ``fastvdm::temporal_block_bwd``."""
     b, f, h, w, c = x.shape
+    if not fuse_backward(c):
+        return _backward_by_parts(
+            *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
+            *(heads, eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale),
+            *(need_norm, need_qkv, need_out, need_bias, need_rel),
+        )
     dim, pixels, rows = qkv_weight.shape[0] // (3 * heads), b * h * w, b * f * h * w
     inner, acc, device = heads * dim, acc_torch_dtype(x.dtype), x.device
     dx = torch.empty_like(x)
