@@ -132,9 +132,7 @@ class Bundle:
         if path.is_file():
             return _load_peer(path, ema, overrides)
         if not path.is_dir() and str(source).count("/") == 1 and not path.is_absolute():
-            from huggingface_hub import snapshot_download
-
-            path = Path(snapshot_download(str(source)))
+            path = _from_hub(str(source))
         path = _model_folder(path, ema)
         try:
             unet = UNet3D(**json.loads((path / "config.json").read_text()))
@@ -154,6 +152,16 @@ def _contiguous(module: nn.Module) -> dict[str, Tensor]:
 def checkpoints(output: str | os.PathLike[str]) -> list[Path]:
     """The complete checkpoints of a training run, oldest first."""
     return sorted(p for p in Path(output).glob("checkpoints/step-*") if p.is_dir())
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:  # a mistyped local path ends here too
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no model at {name}, and none on the hub: {reason}") from error
 
 
 def _model_folder(path: Path, ema: bool) -> Path:

@@ -87,6 +87,7 @@ def collect() -> dict[str, Any]:
         },
         "devices": _devices(),
         "extension": _ext.reason_off(),
+        "cpu_isa": None if _ext.reason_off() else _ext.set_cpu_isa(config.cpu_isa),
         "interpreter": dispatch.INTERPRET,
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
@@ -103,7 +104,8 @@ def render(report: dict[str, Any]) -> str:
     lines = [f"{name:<14} {value}" for name, value in report["versions"].items()]
     lines += ["", "devices"] + [f"  {d}" for d in report["devices"]]
     off = report["extension"]
-    lines += ["", f"C++ extension  {'loaded' if off is None else 'off: ' + off}"]
+    loaded = f"loaded, runs on {report['cpu_isa']}"
+    lines += ["", f"C++ extension  {loaded if off is None else 'off: ' + off}"]
     if report["interpreter"]:
         lines.append("triton         under its interpreter (TRITON_INTERPRET=1): for tests, slow")
     lines.append("config         " + ", ".join(f"{k}={v}" for k, v in report["config"].items()))

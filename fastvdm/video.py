@@ -120,12 +120,33 @@ def read_video(
             raise ValueError(f"{name} must be at least {low}, got {value}")
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    frames = _decode(path, num_frames, frameskip, size, start, seek=True)
+    if start and len(frames) < (num_frames or 1):
+        # In a file of variable rate, time and index disagree, and the end may come too soon.
+        frames = _decode(path, num_frames, frameskip, size, start, seek=False)
+    if not frames or (num_frames is not None and len(frames) < num_frames):
+        raise VideoReadError(
+            f"{path}: expected {num_frames or 'some'} frames from frame {start} at frameskip "
+            f"{frameskip}, got {len(frames)}"
+        )
+    return torch.stack(frames, dim=1)
+
+
+def _decode(
+    path: str | os.PathLike[str],
+    num_frames: int | None,
+    frameskip: int,
+    size: int | tuple[int, int] | None,
+    start: int,
+    seek: bool,
+) -> list[Tensor]:
+    """The frames (C, H, W) that there are, at most ``num_frames``."""
     av = require("av", "video")
     container, stream = _open(path)
     frames: list[Tensor] = []
     with container:
         try:
-            first_pts = _seek(container, stream, start)
+            first_pts = _seek(container, stream, start) if seek else None
             wait = start if first_pts is None else 0
             for frame in container.decode(stream):
                 if first_pts is not None and frame.pts is not None and frame.pts < first_pts:
@@ -140,12 +161,7 @@ def read_video(
                     break
         except av.error.FFmpegError as error:
             raise VideoReadError(f"{path} is not a readable video: {error}") from error
-    if not frames or (num_frames is not None and len(frames) < num_frames):
-        raise VideoReadError(
-            f"{path}: expected {num_frames or 'some'} frames from frame {start} at frameskip "
-            f"{frameskip}, got {len(frames)}"
-        )
-    return torch.stack(frames, dim=1)
+    return frames
 
 
 def _to_float(pixels: Tensor, size: int | tuple[int, int] | None) -> Tensor:

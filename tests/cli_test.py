@@ -160,6 +160,20 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_mistyped_path_is_not_a_mystery(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    def offline(name):
+        raise OSError("cannot reach the hub\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert main(["sample", "runs/clpis", str(tmp_path / "a.mp4")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.strip() == (
+        "fastvdm: no model at runs/clpis, and none on the hub: cannot reach the hub"
+    )
+
+
 def test_an_existing_output_is_kept(model, tmp_path, capsys):
     out = tmp_path / "a.mp4"
     out.write_text("mine")

@@ -68,6 +68,31 @@ def test_frames_keep_their_order_and_number(tmp_path, suffix):
     torch.testing.assert_close(back, frames.mean((0, 2, 3)), atol=0.02, rtol=0)
 
 
+def test_variable_frame_rate(tmp_path):
+    """Fast, then slow: the time of a frame does not tell its index, and still none is missing."""
+    import av
+    import numpy as np
+
+    path = tmp_path / "vfr.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        for i in range(20):
+            grey = np.full((16, 16, 3), 12 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts = i if i < 16 else 16 + 12 * (i - 16)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert video.count_frames(path) == 20
+    for start in (0, 8, 15, 17):
+        clip = video.read_video(path, 3, start=start)
+        assert clip.shape[1] == 3
+        assert (clip.mean((0, 2, 3)).diff() * 255).round().tolist() == pytest.approx(
+            [12] * 2, abs=2
+        )
+
+
 def test_uint8_grey_and_clipping(tmp_path):
     path = tmp_path / "a.mp4"
     video.write_video(path, (_counting(4)[:1] * 255).round().to(torch.uint8))
