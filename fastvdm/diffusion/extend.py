@@ -85,7 +85,7 @@ def _blocks(
         low = [f for f in range(first, first + window) if f in timeline.low_place]
         condition = _condition(timeline, known, low, first, condition_options)
         # every window has its own stream of noise
-        extra = {} if seed is None else {"seed": seed + 0x632BE5AB * number}
+        extra: dict[str, Any] = {} if seed is None else {"seed": seed + 0x632BE5AB * number}
         block = sample(model, shape, condition=condition, **sample_options, **extra)
         new = block[:, :, done - first :]
         drawn = block if drawn is None else torch.cat((drawn, new.to(drawn)), dim=2)

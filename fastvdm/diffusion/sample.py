@@ -147,13 +147,13 @@ class _Plan:
         weight: float,
         guided: bool,
     ) -> list[_Row]:
-        batch, device, _ = self._send
+        batch, device, dtype = self._send
         p_z, p_m = x_coefficients(log_snr, prediction)
         zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         tail = [p_z / p_m, *step, *replace]
         seed = self._table([p_z, p_m, 0.5 * weight * alpha_of(log_snr) * p_m])
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
-        time = time if not time.is_floating_point() else time.float()
+        time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
         noisy = ((step.u_n != 0) | (replace.u_n != 0)).tolist()
         return [

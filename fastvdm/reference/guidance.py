@@ -113,11 +113,10 @@ def guidance_update_ref(
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """The high and low 32 bits of a * b for 32-bit words held in int64.
 
-    b is split in 16-bit halves: neither partial product then passes 2^48.
+    The product may pass 2^63 and wrap; its 64 bits are the right ones all the same.
     """
-    low, high = a * (b & 0xFFFF), a * (b >> 16)
-    carried = high + (low >> 16)
-    return carried >> 16, ((carried & 0xFFFF) << 16) | (low & 0xFFFF)
+    product = a * b
+    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
 
 
 def philox_words(rng: Tensor, step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

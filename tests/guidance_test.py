@@ -1,0 +1,526 @@
+"""The guidance ops against their reference, and the guided step against Eqs. 7 and 8."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from gaussian import DOUBLE, Gaussian
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastvdm
+from fastvdm import use_backend
+from fastvdm.diffusion import (
+    DDIM,
+    Ancestral,
+    Condition,
+    CosineSchedule,
+    Langevin,
+    alpha_of,
+    bilinear_downsample,
+    convert,
+    input_gradient,
+    sample,
+)
+from fastvdm.ops.guidance import (
+    guidance_seed,
+    guidance_seed_fwd,
+    guidance_update,
+    guidance_update_fwd,
+)
+from fastvdm.reference.guidance import philox_normal, philox_words
+from fastvdm.testing import assert_close3, opcheck_op
+
+# (B, C, F, H, W), all extents differ; "off_tile" leaves a partial block
+SHAPES = {"grey": (2, 1, 5, 8, 4), "off_tile": (2, 3, 7, 12, 8), "one_frame": (3, 2, 1, 4, 6)}
+
+
+def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_last=True):
+    b, c, f, h, w = shape
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*size, dtype=dtype):
+        return torch.randn(size, generator=g, dtype=DOUBLE).to(dtype).to(device)
+
+    m = rand(b, f, h, w, c, dtype=network or dtype).permute(0, 4, 1, 2, 3)
+    grad = rand(b, f, h, w, c).permute(0, 4, 1, 2, 3)
+    if not channels_last:
+        m, grad = m.contiguous(), grad.contiguous()
+    slot = torch.full((f,), -1, dtype=torch.int32)
+    slot[f - 1], slot[0] = 1, 0
+    low_slot = torch.full((f,), -1, dtype=torch.int32)
+    low_slot[f // 2] = 0
+    return dict(
+        z=rand(*shape),
+        m=m,
+        grad=grad,
+        seed_coef=rand(b, 3),
+        coef=rand(b, 9),
+        known=rand(b, c, 2, h, w),
+        slot=slot.to(device),
+        low_res=rand(b, c, 1, h // 2, w // 2),
+        low_slot=low_slot.to(device),
+        extra=rand(*shape),
+        noise=rand(*shape),
+        threshold=rand(b).abs() + 0.5,
+        rng=torch.tensor([3, 2**61 + 5, 2**33][:b], device=device),
+    )
+
+
+def seed_args(o, *, known=True, low=True, extra=False, clip=False):
+    frames = dict(known=o["known"], slot=o["slot"]) if known else {}
+    lows = dict(low_res=o["low_res"], low_slot=o["low_slot"]) if low else {}
+    extras = dict(extra=o["extra"]) if extra else {}
+    return (o["z"], o["m"], o["seed_coef"]), dict(**frames, **lows, **extras, clip=clip)
+
+
+def update_args(o, *, grad=True, known=True, noise="rng", clip=True, threshold=False):
+    kwargs = dict(grad=o["grad"], seed=o["m"]) if grad else {}
+    kwargs |= dict(known=o["known"], slot=o["slot"]) if known else {}
+    kwargs |= {"rng": dict(rng=o["rng"], step=9), "noise": dict(noise=o["noise"]), None: {}}[noise]
+    kwargs |= dict(threshold=o["threshold"]) if threshold else {}
+    return (o["z"], o["m"], o["coef"]), dict(**kwargs, clip=clip)
+
+
+SEED_CASES = {
+    "frames": dict(low=False),
+    "low_res": dict(known=False),
+    "both_clip": dict(clip=True),
+    "extra_clip": dict(known=False, low=False, extra=True, clip=True),
+}
+UPDATE_CASES = {
+    "plain": dict(grad=False, known=False),
+    "given_noise": dict(noise="noise", clip=False),
+    "dynamic": dict(noise=None, threshold=True),
+    "rng": dict(),
+}
+
+
+def wide(t):
+    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+
+def check_op(op, args, kwargs):
+    """Kernel against reference in the same dtype and in fp64; two runs give the same bits."""
+    with use_backend("triton"):
+        out, again = op(*args, **kwargs), op(*args, **kwargs)
+    with use_backend("reference"):
+        base = op(*args, **kwargs)
+        exact = op(*map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
+    for o, a, b, e in zip(out, again, base, exact):
+        assert torch.equal(o, a)
+        assert_close3(o, b, e)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("case", SEED_CASES)
+def test_seed_parity(shape, case, device, poison):
+    o = operands(shape, device=device, channels_last=case != "frames")
+    args, kwargs = seed_args(o, **SEED_CASES[case])
+    _, seed = check_op(guidance_seed, args, kwargs)
+    assert seed.stride() == o["m"].stride()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("case", UPDATE_CASES)
+def test_update_parity(shape, case, device, poison):
+    o = operands(shape, device=device)
+    check_op(guidance_update, *update_args(o, **UPDATE_CASES[case]))
+
+
+@pytest.mark.parametrize("network", [torch.float16, torch.float64])
+def test_dtypes(network, device):
+    """A narrow network under an fp32 state, and everything in fp64. bf16 rounding is not the
+    interpreter's (it truncates); a GPU runs it in the bench."""
+    state = torch.float64 if network == torch.float64 else torch.float32
+    o = operands(SHAPES["off_tile"], state, network, device)
+    args, kwargs = seed_args(o)
+    _, seed = check_op(guidance_seed, args, kwargs)
+    assert seed.dtype == network
+    check_op(guidance_update, *update_args(o))
+
+
+def test_exact_low_resolution(device):
+    """Integer operands and a factor of 4: an index error cannot hide in a tolerance."""
+    z = torch.arange(2 * 1 * 3 * 8 * 12, dtype=torch.float32, device=device).reshape(2, 1, 3, 8, 12)
+    coef = torch.tensor([[1.0, 2.0, 16.0]], device=device).repeat(2, 1)
+    low = torch.arange(2 * 2 * 2 * 3, dtype=torch.float32, device=device).reshape(2, 1, 2, 2, 3)
+    slot = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
+    with use_backend("triton"):
+        x_hat, seed = guidance_seed(z, z.flip(4), coef, low_res=low, low_slot=slot)
+    assert torch.equal(x_hat, z + 2 * z.flip(4))
+    mean = torch.nn.functional.avg_pool3d(x_hat, (1, 4, 4))
+    expected = 2 * (mean[:, :, [0, 2]] - low[:, :, [1, 0]])
+    assert torch.equal(seed[:, :, 1], torch.zeros_like(seed[:, :, 1]))
+    spread = expected.repeat_interleave(4, 3).repeat_interleave(4, 4)
+    assert torch.equal(seed[:, :, [0, 2]], spread)
+
+
+def test_opcheck(device):
+    o = operands((2, 3, 7, 12, 8), device=device)
+    a, k = seed_args(o)
+    frames = (k["known"], k["slot"], k["low_res"], k["low_slot"])
+    for extra, clip in ((None, False), (o["extra"], True)):
+        opcheck_op(guidance_seed_fwd, (*a, *frames, extra, clip, "triton"))
+    opcheck_op(guidance_seed_fwd, (*a, None, None, None, None, None, False, "triton"))
+    a, k = update_args(o)
+    given = (k["grad"], k["seed"], k["known"], k["slot"], None, k["rng"], None)
+    for want in (False, True):
+        opcheck_op(guidance_update_fwd, (*a, *given, 3, True, want, "triton"))
+
+
+def test_fullgraph(device):
+    """Both ops trace without a break."""
+    o = operands(SHAPES["off_tile"], device=device)
+
+    def step(z, m, grad):
+        _, k = seed_args(o, extra=True)
+        x_hat, seed = guidance_seed(z, m, o["seed_coef"], **k)
+        _, k = update_args(o)
+        return guidance_update(z, x_hat, o["coef"], **{**k, "grad": grad, "seed": seed})[1]
+
+    with use_backend("triton"):
+        expected = step(o["z"], o["m"], o["grad"])
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(o["z"], o["m"], o["grad"]), expected)
+
+
+def test_no_backward(device):
+    o = operands(SHAPES["grey"], device=device)
+    with use_backend("triton"):
+        x_hat, _ = guidance_seed(o["z"].requires_grad_(), o["m"], o["seed_coef"])
+        with pytest.raises(RuntimeError, match="use_backend"):
+            x_hat.sum().backward()
+
+
+# -- noise ------------------------------------------------------------------------------------
+
+
+def test_philox_known_answer():
+    """Random123's vectors for philox4x32-10: counter and key all zero, and all ones."""
+    a, b = philox_words(torch.tensor([0]), 0, (1,))
+    assert (a.item(), b.item()) == (0x6627E8D5, 0xE169C58D)
+
+
+def test_noise_is_normal_and_independent():
+    rng = torch.tensor([7, 8])
+    n = torch.cat([philox_normal(rng, step, (4, 50, 250)).flatten(1) for step in (0, 1)])
+    assert (n.mean(1).abs() < 0.02).all() and (n.std(1) - 1).abs().max() < 0.02
+    assert ((n**4).mean(1) - 3).abs().max() < 0.15
+    correlation = torch.corrcoef(torch.cat((n, n.roll(1, dims=1)))) - torch.eye(8)
+    assert correlation.abs().max() < 0.02
+
+
+# -- the step ---------------------------------------------------------------------------------
+
+
+def trace(model, shape, **options):
+    """[(log_snr, z before, x_tilde after)] of a run; the first step's z is not handed out."""
+    steps = []
+    sample(model, shape, callback=steps.append, clip=None, seed=1, dtype=DOUBLE, **options)
+    return [(a.log_snr, a.z, b.x_tilde) for a, b in zip(steps, steps[1:])]
+
+
+def targets(shape, known, downsample, low_index):
+    b, c, f, h, w = shape
+    g = torch.Generator().manual_seed(5)
+    out = {}
+    if known:
+        out["frames"] = torch.randn(b, c, len(known), h, w, generator=g, dtype=DOUBLE)
+        out["frame_index"] = known
+    if downsample:
+        index = range(f) if low_index is None else low_index
+        size = (b, c, len(index), h // 2, w // 2)
+        out["low_res"] = torch.randn(size, generator=g, dtype=DOUBLE)
+        out["low_res_index"], out["downsample"] = low_index, downsample
+    return out
+
+
+def pool(x):
+    return torch.nn.functional.avg_pool3d(x, (1, 2, 2))
+
+
+def diagonal_pick(x):
+    """A downsampling that no kernel knows: each 2 x 2 block's diagonal, unevenly."""
+    return 0.3 * x[..., ::2, ::2] + 0.7 * x[..., 1::2, 1::2]
+
+
+CONDITIONS = {
+    "prediction": ([0, 1], None, None),
+    "interpolation": ([0, -1], None, None),
+    "low_res": ([], "average", None),
+    "low_res_some_frames": ([], "average", [3, 1]),
+    "bilinear": ([], "bilinear", None),
+    "custom": ([], diagonal_pick, None),
+    "both": ([0], "average", [0, 2]),
+    "both_custom": ([2], diagonal_pick, None),
+}
+
+
+def loss_of(x_hat, t):
+    """||x^a - x_hat^a||^2 + ||y - D(x_hat)||^2, written from Eqs. 7 and 8."""
+    total = x_hat.new_zeros(())
+    if "frames" in t:
+        total = total + (t["frames"] - x_hat[:, :, t["frame_index"]]).square().sum()
+    if "low_res" in t:
+        down = {
+            "average": pool,
+            "bilinear": lambda x: bilinear_downsample(x, t["low_res"].shape[3:]),
+        }.get(t["downsample"], t["downsample"])
+        index = t["low_res_index"]
+        seen = x_hat if index is None else x_hat[:, :, index]
+        total = total + (t["low_res"] - down(seen)).square().sum()
+    return total
+
+
+@pytest.mark.parametrize("case", CONDITIONS)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x"])
+def test_x_tilde_is_eq_7_and_8(case, prediction):
+    """Every x_tilde of a run equals x_hat - (w_r alpha/2) grad, the gradient in closed form."""
+    data = Gaussian(frames=5)
+    shape = (2, 1, 5, 4, 6)
+    t = targets(shape, *CONDITIONS[case])
+    weight = 3.0
+    run = trace(
+        data.denoiser(prediction),
+        shape,
+        prediction=prediction,
+        num_steps=5,
+        corrector=None,
+        condition=Condition(**t, guidance_weight=weight),
+    )
+    known = [i % 5 for i in t.get("frame_index", [])]
+    rest = [i for i in range(5) if i not in known]
+    for log_snr, z, x_tilde in run:
+        gain, offset = data.gain(log_snr)
+        leaf = z.clone().requires_grad_()
+        x_hat = torch.einsum("ij,bcjhw->bcihw", gain, leaf) + offset.reshape(1, 1, -1, 1, 1)
+        (g,) = torch.autograd.grad(loss_of(x_hat, t), leaf)
+        alpha = alpha_of(torch.tensor(log_snr, dtype=DOUBLE))
+        expected = (x_hat - weight * alpha / 2 * g).detach()
+        torch.testing.assert_close(x_tilde[:, :, rest], expected[:, :, rest], rtol=1e-9, atol=1e-9)
+        if known:
+            assert torch.equal(x_tilde[:, :, known], t["frames"])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x"])
+@pytest.mark.parametrize("case", ["prediction", "low_res", "both_custom"])
+def test_gradient_through_unet(case, prediction):
+    """w_r alpha/2 <grad, d> by central differences through the whole UNet3D, in fp64."""
+    torch.manual_seed(0)
+    net = fastvdm.UNet3D(
+        8, dim_mults=(1, 2), channels=1, attn_heads=2, attn_dim_head=8, time_input="logsnr"
+    ).double()
+    shape = (1, 1, 3, 4, 8)
+    known = CONDITIONS[case][0]
+    t = targets(shape, *CONDITIONS[case])
+    weight = 2.0
+    run = trace(
+        net,
+        shape,
+        prediction=prediction,
+        num_steps=4,
+        condition=Condition(**t, guidance_weight=weight),
+    )
+    rest = [i for i in range(3) if i not in known]
+    for log_snr, z, x_tilde in run[1:]:  # two levels
+        level = torch.full((1,), log_snr, dtype=DOUBLE)
+
+        def x_hat_of(z, level=level):
+            out = net(z, level)
+            return convert(out, z, level, source=prediction, target="x")
+
+        with torch.no_grad():
+            shift = (x_hat_of(z) - x_tilde)[:, :, rest]
+            direction = torch.zeros_like(z)
+            direction[:, :, rest] = torch.randn_like(shift)
+            h = 1e-5
+            up, down = (loss_of(x_hat_of(z + s * h * direction), t) for s in (1, -1))
+        slope = (up - down) / (2 * h)
+        expected = weight * alpha_of(level)[0] / 2 * slope
+        found = (shift * direction[:, :, rest]).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": "level"}], ids=["plain", "checkpoint"])
+def test_backward_is_dgrad_only(options):
+    """In a guided step nothing leads to a parameter, no weight gradient is asked of any
+    convolution, and the module comes back as it was."""
+    net = fastvdm.UNet3D(8, dim_mults=(1, 2), channels=1, time_input="logsnr", **options)
+    net.train()
+    frozen = next(net.parameters())
+    frozen.requires_grad_(False)
+    flags = [p.requires_grad for p in net.parameters()]
+
+    class Watch(TorchDispatchMode):
+        masks: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution_backward.default:
+                self.masks.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    leaves = set()
+
+    def walk(node):
+        stack, seen = [node], set()
+        while stack:
+            n = stack.pop()
+            if n is None or n in seen:
+                continue
+            seen.add(n)
+            if type(n).__name__ == "AccumulateGrad":
+                leaves.add(id(n.variable))
+            stack += [m for m, _ in n.next_functions]
+
+    real = torch.autograd.grad
+
+    def grad(outputs, inputs, *args, **kwargs):
+        leaves.clear()
+        walk(outputs.grad_fn)
+        assert leaves == {id(inputs)}
+        return real(outputs, inputs, *args, **kwargs)
+
+    frames = torch.zeros(1, 1, 1, 8, 4)
+    with Watch() as watch, mock.patch.object(torch.autograd, "grad", grad):
+        sample(net, (1, 1, 3, 8, 4), num_steps=2, condition=Condition(frames))
+    assert leaves and all(not any(mask[1:]) for mask in watch.masks)
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert net.training and all(p.grad is None for p in net.parameters())
+    with pytest.raises(KeyError), input_gradient(net):
+        raise KeyError
+    assert [p.requires_grad for p in net.parameters()] == flags
+
+
+# -- launches ---------------------------------------------------------------------------------
+
+
+class Count(TorchDispatchMode):
+    """Names of the ops that compute something, outside ``paused`` blocks."""
+
+    VIEWS = ("detach", "view", "select", "slice", "expand", "alias", "_unsafe_view", "unsqueeze")
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.on = [], True
+
+    @contextmanager
+    def paused(self):
+        self.on = False
+        yield
+        self.on = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        if self.on and name not in self.VIEWS:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def network(count):
+    """A network whose own work is not counted, forward or backward."""
+
+    class Cubed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            with count.paused():
+                return 0.1 * z**3
+
+        @staticmethod
+        def backward(ctx, dy):
+            (z,) = ctx.saved_tensors
+            with count.paused():
+                return 0.3 * z**2 * dy
+
+    return lambda z, time: Cubed.apply(z)
+
+
+@pytest.mark.parametrize("corrector", [None, Langevin()], ids=["ancestral", "langevin"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_launches_per_step(guided, corrector, device):
+    """Two elementwise launches a network call where it is guided, one where it is not; nothing
+    else, whatever is known about the video."""
+    from fastvdm.kernels import guidance as kernels
+
+    shape = (2, 1, 4, 8, 6)
+    t = targets(shape, [0, 2], "average", [0, 1])
+    condition = Condition(
+        **{k: t[k].float() if "_" not in k[-6:] and k in ("frames", "low_res") else t[k] for k in t}
+    )
+    launches = []
+
+    def counted(kernel):
+        real = kernel.run
+
+        def run(*args, **kwargs):
+            launches.append(kernel)
+            return real(*args, **kwargs)
+
+        return mock.patch.object(kernel, "run", run)
+
+    def count_ops(steps):
+        launches.clear()
+        count = Count()
+        with (
+            use_backend("triton"),
+            counted(kernels._guidance_seed_kernel),
+            counted(kernels._guidance_update_kernel),
+            count,
+        ):
+            sample(
+                network(count),
+                shape,
+                num_steps=steps,
+                corrector=corrector,
+                condition=condition if guided else None,
+                seed=0,
+                device=device,
+            )
+        return len(launches), sorted(count.names)
+
+    calls = 1 if corrector is None else 2
+    per_step = (2 if guided else 1) * calls
+    short, long = count_ops(3), count_ops(5)
+    assert long[0] - short[0] == 2 * per_step
+    ours = [n for n in long[1] if n.startswith("fastvdm::")]
+    assert len(ours) == long[0]
+    # what is left is the set-up of a run, the same for any number of steps
+    other = [[n for n in names if not n.startswith("fastvdm::")] for _, names in (short, long)]
+    assert other[0] == other[1]
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(0.3), DDIM(0.5)], ids=["ancestral", "ddim"])
+def test_fused_equals_unfused(sampler, device):
+    """A whole guided run through the kernels against the reference, the same counter noise."""
+    shape = (2, 1, 4, 8, 6)
+    t = targets(shape, [0, 2], "average", None)
+    options = dict(
+        sampler=sampler,
+        corrector=Langevin(),
+        num_steps=6,
+        seed=11,
+        device=device,
+        condition=Condition(**t, guidance_weight=2.0),
+    )
+    data = Gaussian(frames=4)
+
+    def model(z, log_snr):
+        return data.denoiser()(z.cpu(), log_snr.cpu()).to(z.device)
+
+    results = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            results.append(sample(model, shape, **options))
+    torch.testing.assert_close(*results, rtol=2e-4, atol=2e-4)
+
+
+def test_schedule_is_what_the_tests_assume():
+    """The levels that ``trace`` reports are those of the cosine schedule."""
+    run = trace(Gaussian(frames=2).denoiser(), (1, 1, 2, 2, 2), num_steps=4)
+    t = torch.tensor([0.75, 0.5, 0.25], dtype=DOUBLE)
+    found = torch.tensor([r[0] for r in run], dtype=DOUBLE)
+    torch.testing.assert_close(found, CosineSchedule().log_snr(t))
