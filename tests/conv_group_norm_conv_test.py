@@ -97,6 +97,13 @@ def make_case(case, dtype, device, exact=False):
 NAMES = ("x", "weight", "bias", "x2", "residual")
 
 
+@pytest.fixture(autouse=True)
+def _ieee_baseline():
+    """cuDNN's fp32 convolutions are TF32 by default; ours are not, and the baseline should not."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def tma(monkeypatch, device):
     """The descriptor variant with small boxes, for whatever takes it."""
@@ -160,12 +167,10 @@ def test_library_parity(name, dtype):
     assert_parity(op, ref, inputs, names=NAMES)
 
 
-@pytest.mark.parametrize("channels", [6, 65])
-def test_library_transpose_parity(channels):
-    inputs = randn(2, 1, 3, 5, channels), randn(channels, 9, 4, 4), randn(9)
-    assert ops.choose_conv("transpose", channels, "cpu", torch.float32) == (
-        "library" if channels > 64 else "aten"
-    )
+@pytest.mark.parametrize("dtype,choice", [(torch.float32, "aten"), (torch.bfloat16, "library")])
+def test_library_transpose_parity(dtype, choice):
+    inputs = [randn(*s, dtype=dtype) for s in ((2, 1, 3, 5, 6), (6, 9, 4, 4), (9,))]
+    assert ops.choose_conv("transpose", 6, "cpu", dtype) == choice
     assert_parity(space_conv_transpose, space_conv_transpose_ref, inputs)
 
 
@@ -350,6 +355,9 @@ def test_gradcheck(backend, device):
         small = leaf(2, 2, 3, 3).requires_grad_()
         up = functools.partial(space_conv, upsample="nearest")
         torch.autograd.gradcheck(up, (x, small), fast_mode=True)
+    phases = ops.space_conv_transpose_fwd
+    args = (x, transposed, None, residual.new_zeros(1, 1, 4, 6, 1).requires_grad_(), "library")
+    torch.autograd.gradcheck(phases, args, fast_mode=True)
 
 
 def test_second_derivative_raises(device):
@@ -381,11 +389,11 @@ def test_compiles_once_for_two_frame_counts(backend, device):
         with use_backend(backend):
             out = compiled(*leaves)
             expected = network(*leaves)
-        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         for a, b in zip(
             torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
         ):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
 
 
@@ -442,6 +450,9 @@ def test_pair_is_never_kept_concatenated(monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeypatch):
     """Guidance: no weight gradient is computed, and ours needs no library call at all."""
+    dtype = torch.float32
+    if transposed and backend == "auto":  # elsewhere it is torch's own autograd
+        device, dtype = "cpu", torch.bfloat16
     masks = []
     aten = torch.ops.aten.convolution_backward
 
@@ -450,8 +461,9 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
         return aten(*args)
 
     monkeypatch.setattr(torch.ops.aten, "convolution_backward", spy)
-    x, x2 = (randn(1, 2, 3, 5, c, device=device).requires_grad_() for c in (80, 6))
-    weight = randn(*((80, 4, 4, 4) if transposed else (8, 86, 3, 3)), device=device)
+    leaf = functools.partial(randn, device=device, dtype=dtype)
+    x, x2 = (leaf(1, 2, 3, 5, c).requires_grad_() for c in (80, 6))
+    weight = leaf(*((80, 4, 4, 4) if transposed else (8, 86, 3, 3)))
     for frozen in (True, False):
         weight.requires_grad_(not frozen)
         masks.clear()
@@ -471,7 +483,6 @@ def test_choice_is_pinned():
         for channels in (3, 64, 256):
             assert ops.choose_conv(kind, channels, "cuda", torch.bfloat16) != "triton"
             assert ops.choose_conv(kind, channels, "cuda", torch.bfloat16, "triton") == "triton"
-    assert ops.choose_conv("upsample", 128, "cpu", torch.float32) == "library"
     with use_backend("reference"):
         assert ops.choose_conv("pair", 64, "cpu", torch.float32) == "reference"
 

@@ -35,7 +35,8 @@ def choose_conv(
 
     kind is "conv", "pair" (two sources), "transpose" or "upsample". "aten" is one library call
     under torch's autograd, "library" the composition in ``conv_group_norm_library.py``, "triton"
-    our implicit GEMM. ``backend`` overrides the configured one.
+    our implicit GEMM. ``backend`` overrides the configured one; no row depends on ``channels``
+    yet.
 
     | device | kind                | choice  | why                                                 |
     |--------|---------------------|---------|-----------------------------------------------------|
@@ -46,11 +47,12 @@ def choose_conv(
     | cuda   | transpose, upsample | aten    | the same reason                                     |
     | cpu    | conv                | aten    | oneDNN                                              |
     | cpu    | pair                | library | no concatenated copy kept for backward; 0.95-1.1x   |
-    | cpu    | transpose, upsample | aten    | C <= 64, not bf16: 0.9x the time of four phases     |
-    |        |                     | library | wider: 0.52x at 128; bf16: 0.40-0.54x               |
+    | cpu    | transpose, upsample | aten    | not bf16: 0.27-0.94x the time of four phases        |
+    |        |                     | library | bf16: 0.36x at 64 channels, 0.6x at 128, 1.06x at   |
+    |        |                     |         | 256 (oneDNN without AMX; to be measured with it)    |
 
-    CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; ratios to the
-    other choice, forward.
+    CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; time relative
+    to the other choice, forward, 16 frames of 8x8 to 32x32.
     """
     backend = backend or get_config().backend
     if backend in ("reference", "triton"):
@@ -58,7 +60,7 @@ def choose_conv(
     if kind == "pair":
         return "library"
     if kind in ("transpose", "upsample") and device == "cpu":
-        return "aten" if channels <= 64 and dtype != torch.bfloat16 else "library"
+        return "library" if dtype == torch.bfloat16 else "aten"
     return "aten"
 
 

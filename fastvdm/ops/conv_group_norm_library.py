@@ -20,8 +20,8 @@ def images(x: Tensor) -> Tensor:
 
 
 def video(y: Tensor, x: Tensor) -> Tensor:
-    """(B*F, C, H, W) in channels_last → (B, F, H, W, C) with B and F of x: a view (a copy only where
-    C == 1 let the library answer in another layout)."""
+    """(B*F, C, H, W) in channels_last → (B, F, H, W, C) with B and F of x: a view (a copy only
+    where C == 1 let the library answer in another layout)."""
     y = y.permute(0, 2, 3, 1).contiguous()
     return y.view(*x.shape[:2], *y.shape[1:])
 
@@ -35,12 +35,13 @@ def like(t: Tensor, pattern: Tensor) -> Tensor:
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """One-source convolution, differentiable through torch's own autograd.
 
-    1x1 is a GEMM over the pixels: against conv2d 1.2x faster forward and 1.1-1.3x with gradients at
-    64-256 channels in fp32 (Xeon, one thread, 2026-11). On CUDA the bias stays out of cuDNN, which
-    adds it in an unvectorised pass of its own (sgl-project/sglang#38650).
+    On CUDA a 1x1 is a GEMM, whose epilogue adds the bias; larger kernels get none from cuDNN, which
+    would add it in an unvectorised pass of its own (sgl-project/sglang#38650). On a CPU oneDNN's
+    convolution takes both: F.linear needs 1.1-3.4x its time for a 1x1 with bias (forward, 64-1024
+    channels, fp32 and bf16; 0.8-1.3x with gradients; Xeon, one thread, 2026-11).
     """
     kernel = weight.shape[-1]
-    if kernel == 1 and stride == 1:
+    if x.is_cuda and kernel == 1 and stride == 1:
         return F.linear(x, weight.flatten(1), bias)
     inside = None if x.is_cuda else bias
     y = F.conv2d(images(x), weight, inside, stride=stride, padding=padding_of(kernel))
@@ -68,15 +69,16 @@ def space_conv_fwd(
     residual: Tensor | None,
     stride: int,
 ) -> Tensor:
-    """Two sources. A 1x1 adds two GEMMs (0.8-0.9x the time of one on a copy). A larger kernel
+    """Two sources. A 1x1 adds a GEMM in place (0.8-0.9x the time of one on a copy); a larger kernel
     concatenates: 0.95-1.1x the time of two convolutions (Xeon, one thread, fp32, 64-256 channels),
     one rounding instead of three, and the copy is not kept."""
     if x2 is None:
         y = conv2d(x, weight, bias, stride)
     elif weight.shape[-1] == 1 and stride == 1:
-        flat, c1 = weight.flatten(1), x.shape[-1]
-        y = F.linear(x, flat[:, :c1], bias)
-        y.view(-1, y.shape[-1]).addmm_(x2.reshape(-1, x2.shape[-1]), flat[:, c1:].t())
+        c1 = x.shape[-1]
+        y = conv2d(x, weight[:, :c1], bias, stride)
+        rows, flat = x2.reshape(-1, x2.shape[-1]), weight[:, c1:].flatten(1)
+        y.view(-1, y.shape[-1]).addmm_(rows, flat.t())
     else:
         y = conv2d(torch.cat([x, x2], dim=-1), weight, bias, stride)
     return y if residual is None else y.add_(residual)
