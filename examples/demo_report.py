@@ -70,7 +70,7 @@ def figure(video: Tensor, caption: str, raw: bool = False) -> str:
 
 
 def ticks(high: float, count: int, smallest: float) -> list[float]:
-    """Round values from 0 to ``high``, at most ``count`` steps of 1, 2 or 5 times a power of ten."""
+    """From 0 to ``high`` in at most ``count`` steps of 1, 2 or 5 times a power of ten."""
     step = smallest
     factors = itertools.cycle((2.0, 2.5, 2.0))
     while high / step > count:
