@@ -1,17 +1,12 @@
 """The command ``fastvdm``: info, train, sample, extend, interpolate, upscale, export.
 
-``info`` and ``export`` parse their own arguments and need no optional package; the others are in
-``fastvdm.commands`` and need the extra ``cli``.
+``info`` needs no optional package; the others, in ``fastvdm.commands``, need the extra ``cli``.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 
-# Modules with ``main(arguments) -> exit code``.
-_PLAIN = {"info": "fastvdm.info", "export": "fastvdm.export"}
 # What a user can cause and mend: printed without a traceback.
 _EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 
@@ -22,9 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        plain = _PLAIN.get(arguments[0]) if arguments else None
-        if plain is not None and importlib.util.find_spec(plain) is not None:
-            return importlib.import_module(plain).main(arguments[1:])
+        if arguments[:1] == ["info"]:
+            from fastvdm import info
+
+            return info.main(arguments[1:])
         return _typer(arguments)
     except _EXPECTED as error:
         if debug:

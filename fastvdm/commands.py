@@ -14,7 +14,7 @@ from fastvdm import video as files
 from fastvdm.bundle import Bundle
 
 app = typer.Typer(
-    help="Video diffusion with factorized space-time 3D U-Nets. Also: info, export.",
+    help="Video diffusion with factorized space-time 3D U-Nets. Also: fastvdm info.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,13 +72,9 @@ class _Run:
     ) -> None:
         from fastvdm.diffusion import DDIM, Ancestral, Langevin
 
-        if weights not in ("ema", "raw"):
-            raise ValueError(f"weights must be ema or raw, got {weights!r}")
         check_output(output, overwrite)
         changes = {} if prediction is None else {"prediction": prediction}
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.bundle = Bundle.load(model, ema=weights == "ema", **changes).to(name)
-        self.device = name
+        self.bundle = _load(model, weights, device, **changes)
         settings = self.settings = self.bundle.settings
         sampler = sampler or ("langevin" if settings.langevin else "ancestral")
         if sampler not in ("ancestral", "ddim", "langevin"):
@@ -95,7 +91,7 @@ class _Run:
             "cond": cond,
             "guidance_scale": scale,
             "progress": True,
-            "device": name,
+            "device": self.unet.stem.weight.device,
         }
 
     @property
@@ -123,10 +119,21 @@ def _channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
     return clip
 
 
+def _load(model: str, weights: str, device: str, **changes: Any) -> Bundle:
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, got {weights!r}")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return Bundle.load(model, ema=weights == "ema", **changes).to(name)
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Before anything is computed: a name that can be written, and nothing in its place."""
-    if path.suffix.lower() not in (".mp4", ".webm", ".gif"):
-        raise ValueError(f"the output must end in .mp4, .webm or .gif, got {path.name!r}")
+    _check_free(path, (".mp4", ".webm", ".gif"), overwrite)
+
+
+def _check_free(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the output must end in {', '.join(suffixes)}, got {path.name!r}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; --overwrite replaces it")
 
@@ -404,6 +411,35 @@ def train(
     if trainer.is_main:
         typer.echo(f"{last}")
     trainer.accelerator.end_training()
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The package, .pt2.")],
+    batch: Annotated[int, typer.Option(help="Videos of one call.")] = 1,
+    frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
+    size: Size = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance inside the package, 1 + w.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    weights: Weights = "ema",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Compile the network ahead of time (torch.export, AOTInductor) for one size of input."""
+    from fastvdm import export as exporting
+
+    _check_free(output, (".pt2",), overwrite)
+    loaded = _load(model, weights, device)
+    height, width = loaded.settings.image_size if size is None else (size, size)
+    count = frames or loaded.settings.num_frames
+    inputs = exporting.example_inputs(loaded.unet, batch, count, height, width)
+    path = exporting.export_unet(
+        loaded.unet, output, inputs, backend=backend, cond_scale=guidance_scale
+    )
+    typer.echo(f"{path}: " + ", ".join(str(tuple(t.shape)) for t in inputs))
 
 
 def _json(name: str, text: str) -> dict[str, Any]:

@@ -125,6 +125,26 @@ def test_train_then_sample(tmp_path):
     assert torch.equal(net.stem.weight, Bundle.load(run).unet.stem.weight)
 
 
+def test_export_hands_the_model_and_its_size_on(model, tmp_path, monkeypatch, capsys):
+    exporting = pytest.importorskip("fastvdm.export")
+    calls = []
+
+    def record(unet, path, inputs, *, backend, cond_scale):
+        calls.append((unet, [tuple(t.shape) for t in inputs], backend, cond_scale))
+        return path
+
+    monkeypatch.setattr(exporting, "export_unet", record)
+    out = tmp_path / "net.pt2"
+    arguments = ["export", str(model), "-o", str(out), "--batch", "2", "--backend", "reference"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    unet, shapes, backend, scale = calls[0]
+    assert shapes == [(2, 3, 4, 16, 16), (2,)] and (backend, scale) == ("reference", None)
+    assert torch.equal(unet.stem.weight, Bundle.load(model).unet.stem.weight)
+    assert str(out) in capsys.readouterr().out
+    out.write_text("mine")
+    assert main(arguments) == 1 and out.read_text() == "mine"
+
+
 BAD = {
     "unreadable video": (["extend", "{model}", "{broken}", "{out}", "--num-frames", "9"],
                          "broken.mp4 is not a readable video"),
@@ -138,6 +158,7 @@ BAD = {
     "not a model": (["sample", "{broken}", "{out}"], "not a readable checkpoint"),
     "suffix": (["sample", "{model}", "{out}.avi"], "must end in"),
     "caption": (["sample", "{model}", "{out}", "--caption", "a cat"], "no text conditioning"),
+    "export suffix": (["export", "{model}", "-o", "{out}"], "must end in .pt2"),
     "sampler": (["sample", "{model}", "{out}", "--sampler", "euler"], "sampler must be"),
     "size": (["sample", "{model}", "{out}", "--size", "15"], "multiples of 2"),
     "no data": (["train", "{out}"], "where are the videos"),
