@@ -1,0 +1,93 @@
+"""What layers launch: no concatenation, no layout change, no loose bias, SiLU, FiLM or residual."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvdm import UNet3D, use_backend
+from fastvdm.dispatch import INTERPRET
+from fastvdm.layers.norm import Norm
+from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+
+VIEWS = {
+    "view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "split",
+    "slice", "select", "alias", "detach", "unbind", "as_strided", "reshape", "_reshape_alias",
+    "empty", "empty_like", "new_empty", "zeros", "chunk", "unflatten", "lift_fresh",
+    "promote_types",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that do work; one of ours is one launch or a fixed few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.copies: list[tuple[str, tuple[int, ...]]] = []  # of whole videos
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if name not in VIEWS:
+            self.names[name] += 1
+        out = func(*args, **(kwargs or {}))
+        if name in ("clone", "copy_", "_to_copy", "cat") and out.ndim >= 4:
+            self.copies.append((name, tuple(out.shape)))
+        return out
+
+
+def kernels_or_skip() -> str:
+    if torch.cuda.is_available() or INTERPRET:
+        return "triton"
+    pytest.skip("needs the Triton kernels, on a GPU or interpreted")
+
+
+def launches(block, *inputs) -> Counter:
+    backend = kernels_or_skip()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block, inputs = block.to(device), [t.to(device) for t in inputs]
+    with torch.no_grad(), use_backend(backend), Launches() as seen:
+        block(*inputs)
+    return seen.names
+
+
+def group(channels: int) -> Norm:
+    return Norm("group", channels, groups=4)
+
+
+def test_residual_block():
+    """Four launches and the FiLM projection of a vector."""
+    block = ResnetBlock(8, 8, group, emb_dim=5)
+    seen = launches(block, torch.randn(1, 2, 4, 6, 8), torch.randn(1, 5))
+    assert seen.pop("addmm") == 1
+    assert sum(seen.values()) == 4, seen
+
+
+def test_residual_block_with_a_skip_connection():
+    """The two sources are never concatenated; the shortcut is one more convolution."""
+    block = ResnetBlock(8 + 4, 8, group, emb_dim=None)
+    x, x2 = torch.randn(1, 2, 4, 6, 8), torch.randn(1, 2, 4, 6, 4)
+    backend = kernels_or_skip()
+    with torch.no_grad(), use_backend(backend), Launches() as seen:
+        block(x, None, x2)
+    assert sum(seen.names.values()) == 5, seen.names
+
+
+def test_pre_norm_block():
+    block = PreNormResnetBlock(8, 8, group, emb_dim=5)
+    seen = launches(block, torch.randn(1, 2, 4, 6, 8), torch.randn(1, 5))
+    assert seen.pop("addmm") == 1
+    assert sum(seen.values()) == 4, seen
+
+
+def test_network_changes_layout_only_at_its_ends():
+    model = UNet3D(8, dim_mults=(1, 2), attn_heads=2)
+    x, time = torch.randn(1, 3, 2, 4, 4), torch.tensor([3])
+    backend = kernels_or_skip()
+    with torch.no_grad(), use_backend(backend), Launches() as seen:
+        model(x, time)
+    assert seen.copies == [("clone", (1, 2, 4, 4, 3)), ("clone", (1, 3, 2, 4, 4))]
+    assert seen.names["silu"] == 1  # of the embedding
