@@ -3,8 +3,8 @@
 Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build
 and info, parity on the device, tuning, benchmarks, the page. Every step has a share of the time and
 what is left over goes to the next; a step that fails or runs out does not stop the rest, and the
-exit status is 0 only if all passed. The peer takes part where ``.peer/`` is there (``make peer`` on a
-machine with a network, then copied along). Files left in ``OUT``: log.txt, tests.xml, bench.json,
+exit status is 0 only if all passed. The peer takes part where ``.peer/`` is there (``make peer`` on
+a machine with a network, then copied along). Files left in ``OUT``: log.txt, tests.xml, bench.json,
 RESULTS.md, RESULTS.svg, and the tuned configurations as <gpu>.json.
 """
 
