@@ -307,7 +307,8 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
         return out, lse, ctx
     block_n, block_d, warps = pick_config(dim, qkv.dtype)
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
-    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps)
+    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
+    tile |= dict(num_warps=warps, num_stages=2)
     if splits == 1:
         _fwd_kernel[(problems,)](qkv, out, lse, ctx, pixels, heads, SCALE=sm_scale, **tile)
         return out, lse, ctx
@@ -337,7 +338,8 @@ def linear_attention_bwd(
         return dqkv
     block_n, block_d, warps = pick_config(dim, qkv.dtype)
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
-    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps)
+    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
+    tile |= dict(num_warps=warps, num_stages=2)
     args = (dout, qkv, k_lse, ctx, dqkv)
     rest = (pixels, heads, splits, chunk)
     tile["SCALE"] = sm_scale
@@ -350,3 +352,47 @@ def linear_attention_bwd(
     dctx = partial.sum(1)
     _bwd_kernel[grid](*args, dctx, *rest, FIRST=False, SECOND=True, **tile)
     return dqkv
+
+
+def aot_cases():
+    """Heads of 32 (the peer), 64 and 128 in bf16, of 32 and 64 in fp32; whole frames and split."""
+    from fastvdm.aot import AotCase
+
+    found = []
+    sizes = [(torch.bfloat16, d) for d in (32, 64, 128)] + [(torch.float32, d) for d in (32, 64)]
+    for dtype, dim in sizes:
+        block_n, block_d, warps = pick_config(dim, dtype)
+        data = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+        constexprs = dict(
+            SCALE=dim**-0.5, D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(dtype)
+        )
+        for kernel, what in (
+            (_fwd_kernel, {}),
+            (_fwd_context_kernel, {}),
+            (_fwd_merge_kernel, {}),
+            (_fwd_apply_kernel, {}),
+            (_bwd_kernel, dict(FIRST=True, SECOND=True)),
+            (_bwd_kernel, dict(FIRST=True, SECOND=False)),
+            (_bwd_kernel, dict(FIRST=False, SECOND=True)),
+        ):
+            signature = {}
+            for argument in kernel.arg_names:
+                if argument.endswith("_ptr"):
+                    own = argument in ("qkv_ptr", "out_ptr", "dout_ptr", "dqkv_ptr")
+                    signature[argument] = data if own else "*fp32"
+                elif argument not in constexprs and argument not in what:
+                    signature[argument] = "i32"
+            known = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+            passes = "_".join(k.lower() for k, v in what.items() if v)
+            found.append(
+                AotCase(
+                    f"linear_attention{kernel.__name__}{passes}/{data[1:]}_d{dim}",
+                    kernel,
+                    signature,
+                    known | what,
+                    num_warps=warps,
+                    num_stages=2,
+                    uses_dot=kernel is not _fwd_merge_kernel,
+                )
+            )
+    return found

@@ -55,14 +55,24 @@ class Config:
 
 
 def pick_config(
-    frames: int, channels: int, dim: int, pixels: int, dtype: torch.dtype, *, backward: bool
+    frames: int, channels: int, dim: int, pixels: int, *, tables: bool, backward: bool, major: int
 ) -> Config:
-    """Pixels a tile: each tile streams all weights, so as many rows as the registers allow."""
+    """Pixels a tile: each tile streams all weights, so as many rows as the registers allow. The
+    limits are those at which ptxas does not spill (``aot_cases``): ``tables`` are Shaw's, ``major``
+    is the device's compute capability."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
-    wide = dtype in (torch.float32, torch.float64)
-    p = min(2 if wide else 128 // bn, next_power_of_2(pixels))
-    return Config(p, bn, bc, bd, num_warps=8 if p * bn > 64 else 4, num_stages=1)
+    rows = 128
+    if backward or (major < 9 and bc > 64):
+        rows = 32
+    elif tables and bd > 32:
+        rows = 64
+    p = min(rows // bn, next_power_of_2(pixels))
+    return Config(p, bn, bc, bd, num_warps=8, num_stages=1)
+
+
+def _major(x: Tensor) -> int:
+    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
 
 
 @triton.jit
@@ -558,7 +568,8 @@ def temporal_block_fwd(
     if y.numel() == 0:
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
-    config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=False)
+    tables = rel_k is not None or rel_v is not None
+    config = pick_config(f, c, dim, pixels, tables=tables, backward=False, major=_major(x))
     tiles, scratch = cdiv(pixels, config.P), None
     walkers = tiles
     if config.BC > _REGISTER_CHANNELS:
@@ -623,7 +634,8 @@ def temporal_block_bwd(
     dx = torch.empty_like(x)
     need_bias, need_k = need_bias and bias is not None, need_rel and rel_k is not None
     need_v = need_rel and rel_v is not None
-    config = pick_config(f, c, dim, pixels, qkv_weight.dtype, backward=True)
+    tables = rel_k is not None or rel_v is not None
+    config = pick_config(f, c, dim, pixels, tables=tables, backward=True, major=_major(x))
     tiles = cdiv(pixels, config.P)
     walkers = min(tiles, program_budget(device))
 
@@ -694,3 +706,84 @@ def temporal_block_bwd(
         table(drel_k, rel_k),
         table(drel_v, rel_v),
     )
+
+
+def _aot_case(name: str, channels: int, dim: int, *, backward: bool, train: bool, archs: tuple):
+    """``name``: "peer" has rotary embedding, relative bias and the focus mask; "shaw" tables on
+    keys and values, the joint mask, and a bias on every projection."""
+    from fastvdm.aot import AotCase
+
+    peer, major = name == "peer", archs[0] // 10
+    config = pick_config(
+        16, channels, dim, 1 << 16, tables=not peer, backward=backward, major=major
+    )
+    kernel = _bwd_kernel if backward else _fwd_kernel
+    optional = dict(
+        norm_bias_ptr=not peer,
+        qkv_bias_ptr=not peer,
+        out_bias_ptr=not peer,
+        bias_ptr=peer,
+        rot_ptr=peer,
+        focus_ptr=peer,
+        rel_k_ptr=not peer,
+        rel_v_ptr=not peer,
+        scratch_ptr=config.BC > _REGISTER_CHANNELS,
+        dnorm_weight_ptr=train,
+        dnorm_bias_ptr=train,
+        dout_bias_ptr=train and not peer,
+        dbias_ptr=train and peer,
+        drel_k_ptr=train and not peer,
+        drel_v_ptr=train and not peer,
+        xn_ptr=train,
+        o_ptr=train,
+    )
+    other = {"focus_ptr": "*u8", "rot_ptr": "*fp32", "bias_ptr": "*fp32"}
+    wide = ("dnorm", "dout_bias", "dbias", "drel")
+    signature: dict[str, str] = {}
+    constexprs: dict[str, object] = dict(
+        C=channels,
+        D=dim,
+        ACC=tl.float32,
+        MASKED=True,
+        TRAIN=train,
+        HALF=dim // 2 if peer else 0,
+        P=config.P,
+        BN=config.BN,
+        BC=config.BC,
+        BD=config.BD,
+    )
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            continue
+        if not argument.endswith("_ptr"):
+            is_float = argument in ("scale_high", "scale_low", "eps")
+            signature[argument] = "fp32" if is_float else "i32"
+        elif optional.get(argument, True):
+            kind = "*fp32" if argument.startswith(wide) else "*bf16"
+            signature[argument] = other.get(argument, kind)
+        else:
+            constexprs[argument] = None
+    way = "fwd" if not backward else "bwd" if train else "bwd_frozen"
+    return AotCase(
+        f"temporal_block_{way}/{name}_c{channels}_d{dim}_sm{'_'.join(map(str, archs))}",
+        kernel,
+        signature,
+        {k: v for k, v in constexprs.items() if k in kernel.arg_names},
+        divisible=("area",),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        uses_dot=True,
+        archs=archs,
+    )
+
+
+def aot_cases():
+    """The fused widths of the peer: C = 64, 128, 256, 8 heads of 32, 16 frames, bf16. The paper's
+    ("shaw", 256, 64) compiles with 16 bytes of spills for sm_90 and is left out for that."""
+    found = []
+    for archs in ((80,), (90, 100)):
+        for channels in (64, 128, 256):
+            found.append(_aot_case("peer", channels, 32, backward=False, train=False, archs=archs))
+        for train in (True, False):
+            found.append(_aot_case("peer", 64, 32, backward=True, train=train, archs=archs))
+    return found

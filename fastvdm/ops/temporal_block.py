@@ -171,21 +171,24 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
     """Why the block is better made of its parts than by ``backend``'s fused kernel, or None.
 
     The fused Triton program keeps one tile of rows, all C channels wide, and its fp32 accumulator
-    in registers, and the whole sequence in that tile. Above C = 256 the accumulator no longer fits
-    at a number of rows that would pay for streaming the 4*C*heads*D weights from the L2 once per
-    tile (performance.md §3.4), and there the block is bound by its matrix products anyway. Above
-    F = 32 the sequence no longer fits one tile. fp64 exists so that gradcheck runs through the
-    kernel and fits at the same sizes.
+    in registers, and the whole sequence in that tile. Above C = 256 that no longer fits at a number
+    of rows that would pay for streaming the 4*C*heads*D weights from the L2 once per tile
+    (performance.md §3.4), and there the block is bound by its matrix products anyway. Above F = 32
+    the sequence no longer fits one tile. In fp32 operands and split products take two to four times
+    the registers: ptxas spills from 68 bytes at C = 64 to 76 KB at C = 256 (sm_90). fp64 would too,
+    but is there for gradcheck alone.
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
     if backend == "triton":
+        if qkv_weight.dtype == torch.float32:
+            return "fp32 products exceed the registers"
         if channels > 256:
             return f"C = {channels} is above 256"
         if frames > 32:
             return f"F = {frames} is above 32"
-        if dim > 128:
-            return f"head dim {dim} is above 128"
+        if dim > 64:
+            return f"head dim {dim} is above 64"
     return None
 
 
