@@ -2,8 +2,9 @@
 
 A kernel file exports ``aot_cases() -> list[AotCase]``: its kernels with the constexprs that its
 launchers choose. The table shows, for sm_80, sm_90 and sm_100, registers, spills, shared memory,
-occupancy and the matrix instruction; ``--json`` prints the same for the tests. ptxas ships in
-Triton's wheel. Must run without TRITON_INTERPRET: under it the kernels are not JIT functions.
+occupancy and the matrix instruction; ``--json`` prints the same for the tests. Compiler and
+cuobjdump ship in Triton's wheel. Must run without TRITON_INTERPRET: under it there are no JIT
+functions to compile.
 """
 
 from __future__ import annotations
@@ -107,20 +108,20 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
     return min(by_registers, by_shared, max_warps // num_warps, 32)
 
 
-def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """(registers, spill bytes) as ``ptxas -v`` reports them."""
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spill bytes): whatever a kernel of ours keeps in local memory was spilled."""
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-    suffix = "a" if arch >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name=sm_{arch}{suffix}", str(source), "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
-    return registers, spills
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {log[:200]!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
 
 
 def compile_case(case: AotCase, arch: int) -> AotResult:
@@ -149,7 +150,7 @@ def compile_case(case: AotCase, arch: int) -> AotResult:
             options=options,
         )
         ptx = compiled.asm["ptx"]
-        registers, spills = _ptxas(ptx, arch)
+        registers, spills = _resources(compiled.asm["cubin"])
     except Exception as error:  # whatever the compiler throws is the finding
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return AotResult(**facts, **_NOTHING, error=text)

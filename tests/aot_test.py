@@ -1,0 +1,97 @@
+"""Every shipped Triton configuration compiles for sm_80, sm_90 and sm_100, without spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvdm.aot import ARCHS, AotResult, occupancy, stems, table
+
+pytest.importorskip("triton")
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """One line per case and architecture, from a process without the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "fastvdm.aot", "--json"], capture_output=True, text=True, env=env
+    )
+    assert run.stdout, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_case_may_ship(compiled, arch) -> None:
+    """No compiler error, no spills, shared memory within the limit, the matrix instruction and
+    the bulk copy where the case asks for them."""
+    mine = [r for r in compiled if r["arch"] == arch]
+    assert mine
+    faults = [f"{r['name']}: {'; '.join(r['faults'])}" for r in mine if r["faults"]]
+    assert not faults, "\n".join(faults)
+
+
+def test_names_are_unique(compiled) -> None:
+    names = [(r["name"], r["arch"]) for r in compiled]
+    assert len(names) == len(set(names))
+
+
+def test_every_kernel_file_declares_its_cases(compiled) -> None:
+    """A file that launches a kernel is a stem of the table, and every kernel in it appears."""
+    seen = {r["name"].partition("/")[0] for r in compiled}
+    for path in KERNELS.glob("*.py"):
+        source = path.read_text()
+        launched = [
+            line.split("def ")[1].partition("(")[0]
+            for line in source.splitlines()
+            if line.startswith("def _") and "_kernel(" in line
+        ]
+        if launched:
+            assert path.stem in stems(), f"{path.name} has kernels and no aot_cases()"
+            assert any(name.startswith(path.stem.split("_")[0]) for name in seen)
+
+
+def test_heavier_matrix_instructions_where_tiles_allow(compiled) -> None:
+    """The online-softmax kernels reach the warp-group instruction of Hopper."""
+    found = {r["name"]: r["matrix"] for r in compiled if r["arch"] == 90}
+    assert found["axis_attention_long_fwd/bf16-D64-plain"] == "wgmma.mma_async"
+
+
+def result(**change) -> AotResult:
+    good = dict(
+        name="k/x", arch=90, registers=128, spills=0, shared=1024, blocks=4, warps=16,
+        matrix="mma.sync", tma=True, uses_dot=True, uses_tma=True,
+    )  # fmt: skip
+    return AotResult(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spills": 8}, "spills"),
+        ({"shared": 228 * 1024}, "shared memory"),
+        ({"matrix": ""}, "matrix"),
+        ({"tma": False}, "bulk"),
+        ({"blocks": 0}, "no block"),
+        ({"error": "CompilationError: x"}, "CompilationError"),
+    ],
+)
+def test_faults_are_named(change, fault) -> None:
+    assert not result().faults()
+    assert any(fault in f for f in result(**change).faults())
+    assert fault in table([result(**change)])
+
+
+def test_occupancy() -> None:
+    """Against NVIDIA's occupancy calculator for sm_90."""
+    assert occupancy(90, 128, 0, 4) == 4  # registers
+    assert occupancy(90, 32, 0, 4) == 16  # 64 warps
+    assert occupancy(90, 32, 100 * 1024, 4) == 2  # shared memory
+    assert occupancy(90, 255, 0, 8) == 1
