@@ -71,6 +71,7 @@ def test_features_of_frames(frames):
     torch.testing.assert_close(features(video), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_file_and_resize(tmp_path):
     path = tmp_path / "net.pt"
     torch.jit.save(torch.jit.trace(MeanColour(), torch.rand(1, 3, 2, 8, 8)), str(path))
@@ -81,6 +82,7 @@ def test_torchscript_file_and_resize(tmp_path):
         metrics.load_network(tmp_path / "none.pt")
 
 
+@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save", "ignore:std\\(\\)")
 def test_inception_score_closed_form():
     """n classes, each predicted with certainty and equally often: the score is n."""
     pytest.importorskip("torchmetrics")
