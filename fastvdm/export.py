@@ -2,12 +2,12 @@
 
 The package runs without this source tree. Which kernels it holds depends on ``backend``:
 
-- "reference": nothing but torch's own operators, compiled by inductor. Needs no library at run time,
-  in Python or C++, on CPU and CUDA.
-- "cpu": our C++ kernels as opaque operators ``fastvdm_C::*``. The process that runs the package must
-  load the extension first: ``import fastvdm`` in Python, ``dlopen(library_path())`` in C++.
-- "triton": our Triton kernels as opaque operators ``fastvdm::*``, which live in Python: the package
-  runs in a Python process that imported ``fastvdm``.
+- "reference": nothing but torch's own operators, compiled by inductor. Needs no library at run
+  time, in Python or C++, on CPU and CUDA.
+- "cpu": our C++ kernels as opaque operators ``fastvdm_C::*``. The process that runs the package
+  must load the extension first: ``import fastvdm`` in Python, ``dlopen(library_path())`` in C++.
+- "triton": our Triton kernels as opaque operators ``fastvdm::*``, which live in Python: the
+  package runs in a Python process that imported ``fastvdm``.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def fully_shard_unet(model: UNet3D, mesh: DeviceMesh, **options: Any) -> UNet3D:
     for module in model.modules():
         if isinstance(module, Unit):
             fully_shard(module, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
 
 
 class Communication(NamedTuple):

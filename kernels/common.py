@@ -21,7 +21,7 @@ _TL_DTYPES = {
 
 
 def acc_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Accumulator of a kernel: fp64 for fp64 input, so that gradcheck runs through it; else fp32."""
+    """Accumulator of a kernel: fp64 for fp64 input, so that gradcheck runs there; else fp32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 

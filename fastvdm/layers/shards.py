@@ -18,7 +18,7 @@ class _Exchange(torch.autograd.Function):
         return _wait(collectives.all_to_all_single(x.contiguous(), None, None, group))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _wait(collectives.all_to_all_single(dy.contiguous(), None, None, ctx.group)), None
 
 
@@ -31,7 +31,7 @@ class _Sum(torch.autograd.Function):
         return _wait(collectives.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _wait(collectives.all_reduce(dy.contiguous(), "sum", ctx.group)), None
 
 
