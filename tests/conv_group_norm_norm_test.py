@@ -215,8 +215,8 @@ def test_exact(lane):
     """Integers and given statistics: no rounding anywhere, so every index error shows."""
     case = ((2, 3, 5, 7, 9), 3, ("bias", "scale", "shift", "residual"), {})
     tensors, _ = make_inputs(case, torch.float32, lane[1], make=make_exact_operand_like())
-    mean = make_exact_operand((2, 3, 4), seed=8).to(lane[1])
-    rstd = 2.0 ** make_exact_operand((2, 3, 4), high=1, seed=9).to(lane[1])
+    mean = make_exact_operand((6, 4), seed=8).to(lane[1])
+    rstd = 2.0 ** make_exact_operand((6, 4), high=1, seed=9).to(lane[1])
     mask = make_exact_operand((2, 3, 5, 7, 12), seed=10).to(lane[1])
     x, w, b, scale, shift, residual, x2 = tensors
     with use_backend(lane[0]):
@@ -225,7 +225,7 @@ def test_exact(lane):
             residual=residual, dropout_mask=mask, x2=x2, stats=(mean, rstd),
         )  # fmt: skip
     both = torch.cat([x, x2], -1)
-    wide = lambda t: t.repeat_interleave(3, -1)[:, :, None, None]  # noqa: E731
+    wide = lambda t: t.repeat_interleave(3, -1).view(2, 3, 1, 1, 12)  # noqa: E731
     film = lambda t: t[:, None, None, None]  # noqa: E731
     z = (both - wide(mean)) * wide(rstd) * w + b
     assert torch.equal(y, (z * (1 + film(scale)) + film(shift)) * mask + residual)
@@ -317,7 +317,7 @@ def test_given_statistics(per_frame, lane):
         torch.cat([tensors[0], tensors[-1]], -1).double(), "b f h w (g c) -> b f g (h w) c", g=6
     )
     var, mean = torch.var_mean(rows, (3, 4) if per_frame else (1, 3, 4), correction=0)
-    stats = (mean.float(), (var + 1e-5).rsqrt().float())
+    stats = [t.float().reshape(-1, 6) for t in (mean, (var + 1e-5).rsqrt())]
     dy = torch.randn(2, 3, 5, 7, 12, device=lane[1])
     own = grads(bind(norm_act, options, lane[0]), tensors, dy)
     given = grads(bind(norm_act, {**options, "stats": stats}, lane[0]), tensors, dy)

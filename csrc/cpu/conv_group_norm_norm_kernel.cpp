@@ -38,8 +38,17 @@ FASTVDM_INLINE vf mask_at(const NormArgs& p, int64_t at, int n) {
   return load(f);
 }
 
-// Mean and M2 of each group of an item. Shifted by the chunk's first row, so that a mean far from
-// zero costs no digits.
+// Whether a channel's mean is further from the shift than its spread: then q - s²/rows cancels.
+FASTVDM_INLINE bool far_off(const float* s, const float* q, int n, int64_t rows) {
+  for (int i = 0; i < n; ++i) {
+    if (s[i] * s[i] > 0.5f * q[i] * (float)rows) return true;
+  }
+  return false;
+}
+
+// Mean and M2 of each group of an item. Shifted by the mean of its first rows, so that a mean far
+// from zero costs no digits; where these were no guide (an outlier, an edge), once more with the
+// mean that was found.
 template <class T>
 void stats(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
   const int C = p.c1 + p.c2;
@@ -56,27 +65,43 @@ void stats(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
         FASTVDM_STORE(s + c0, o, vf{}, n);
         FASTVDM_STORE(q + c0, o, vf{}, n);
       });
-      int64_t r = 0;
-      for (; r + 4 <= it.rows; r += 4) {
-        const T* row = x + r * c;
+      const int64_t head = it.rows < 16 ? it.rows : 16;
+      for (int64_t r = 1; r < head; ++r) {
         each(c, [&](int o, int n) {
-          const vf shift = FASTVDM_LOAD(k + c0, o, n);
-          const vf d0 = FASTVDM_LOAD(row, o, n) - shift;
-          const vf d1 = FASTVDM_LOAD(row + c, o, n) - shift;
-          const vf d2 = FASTVDM_LOAD(row + 2 * (int64_t)c, o, n) - shift;
-          const vf d3 = FASTVDM_LOAD(row + 3 * (int64_t)c, o, n) - shift;
-          const vf sum = FASTVDM_LOAD(s + c0, o, n) + ((d0 + d1) + (d2 + d3));
-          const vf sq = FASTVDM_LOAD(q + c0, o, n) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3));
-          FASTVDM_STORE(s + c0, o, sum, n);
-          FASTVDM_STORE(q + c0, o, sq, n);
+          const vf d = FASTVDM_LOAD(x + r * c, o, n) - FASTVDM_LOAD(x, o, n);
+          FASTVDM_STORE(k + c0, o, FASTVDM_LOAD(k + c0, o, n) + d * (1.f / (float)head), n);
         });
       }
-      for (; r < it.rows; ++r) {
-        const T* row = x + r * c;
+      for (int attempt = 0; attempt < 2; ++attempt) {
+        int64_t r = 0;
+        for (; r + 4 <= it.rows; r += 4) {
+          const T* row = x + r * c;
+          each(c, [&](int o, int n) {
+            const vf shift = FASTVDM_LOAD(k + c0, o, n);
+            const vf d0 = FASTVDM_LOAD(row, o, n) - shift;
+            const vf d1 = FASTVDM_LOAD(row + c, o, n) - shift;
+            const vf d2 = FASTVDM_LOAD(row + 2 * (int64_t)c, o, n) - shift;
+            const vf d3 = FASTVDM_LOAD(row + 3 * (int64_t)c, o, n) - shift;
+            const vf sum = FASTVDM_LOAD(s + c0, o, n) + ((d0 + d1) + (d2 + d3));
+            const vf sq = FASTVDM_LOAD(q + c0, o, n) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3));
+            FASTVDM_STORE(s + c0, o, sum, n);
+            FASTVDM_STORE(q + c0, o, sq, n);
+          });
+        }
+        for (; r < it.rows; ++r) {
+          const T* row = x + r * c;
+          each(c, [&](int o, int n) {
+            const vf d = FASTVDM_LOAD(row, o, n) - FASTVDM_LOAD(k + c0, o, n);
+            FASTVDM_STORE(s + c0, o, FASTVDM_LOAD(s + c0, o, n) + d, n);
+            FASTVDM_STORE(q + c0, o, FASTVDM_LOAD(q + c0, o, n) + d * d, n);
+          });
+        }
+        if (attempt == 1 || !far_off(s + c0, q + c0, c, it.rows)) break;
         each(c, [&](int o, int n) {
-          const vf d = FASTVDM_LOAD(row, o, n) - FASTVDM_LOAD(k + c0, o, n);
-          FASTVDM_STORE(s + c0, o, FASTVDM_LOAD(s + c0, o, n) + d, n);
-          FASTVDM_STORE(q + c0, o, FASTVDM_LOAD(q + c0, o, n) + d * d, n);
+          const vf more = FASTVDM_LOAD(s + c0, o, n) * (1.f / (float)it.rows);
+          FASTVDM_STORE(k + c0, o, FASTVDM_LOAD(k + c0, o, n) + more, n);
+          FASTVDM_STORE(s + c0, o, vf{}, n);
+          FASTVDM_STORE(q + c0, o, vf{}, n);
         });
       }
     }

@@ -222,7 +222,7 @@ def norm_act(
         dropout_mask: (B, F, H, W, C), bool or floating; multiplied in as it is, so the caller
             divides by the keep probability. Gets no gradient.
         x2: (B, F, H, W, C2): the norm acts on the channels of x and x2 side by side.
-        stats: (mean, rstd), each (B, groups), or (B, F, groups) per frame, in fp32 (fp64 for fp64):
+        stats: (mean, rstd), each (B, groups), or (B*F, groups) per frame, in fp32 (fp64 for fp64):
             the statistics of this x where its producer has them. Differentiated as functions of x.
 
     Returns:
@@ -274,13 +274,13 @@ def norm_act(
         raise ValueError(f"groups must divide the {c} channels, got {groups}")
     mean, rstd = None, None
     if stats is not None:
-        shape = (b, x.shape[1], groups) if per_frame else (b, groups)
+        shape = _stats_shape(x, KINDS[kind], groups, per_frame)
         acc = torch.promote_types(x.dtype, torch.float32)
         for name, t in zip(("mean", "rstd"), stats):
             _expect(f"stats: {name}", t, shape, x.device)
             if t.dtype != acc:
                 raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
-        mean, rstd = (t.reshape(-1, groups) for t in stats)
+        mean, rstd = stats
 
     backend = select("norm_act", x.device, x, kind, c)
     if backend == "reference":  # recomputes the statistics: `stats` only saves a pass
