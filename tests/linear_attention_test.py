@@ -137,7 +137,7 @@ def test_gradcheck(device):
 
 
 def test_opcheck(device):
-    qkv = _randn((1, 2, 4, 5, 3, 1, 7), device=device).requires_grad_()
+    qkv = _randn((1, 2, 4, 5, 3, 6, 7), device=device).requires_grad_()
     opcheck_op(linear_attention_fwd, (qkv, 0.5, "triton"))
     out, lse, ctx = linear_attention_fwd(qkv.detach(), 0.5, "triton")
     opcheck_op(linear_attention_bwd, (out, qkv.detach(), lse, ctx, 0.5, "triton"))

@@ -8,6 +8,8 @@ parts: norm_act, linear, axis_attention, linear.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -321,12 +323,12 @@ def temporal_block(
         bias, rel_k, rel_v, rotary, focus_mask, num_images,
     )  # fmt: skip
     low = autocast_dtype(qkv_weight)
-    qkv_weight, qkv_bias, out_weight, out_bias, rel_k, rel_v = (
-        None if t is None else t.to(low)
-        for t in (qkv_weight, qkv_bias, out_weight, out_bias, rel_k, rel_v)
+    qkv_weight, out_weight = qkv_weight.to(low), out_weight.to(low)
+    qkv_bias, out_bias, rel_k, rel_v = (
+        None if t is None else t.to(low) for t in (qkv_bias, out_bias, rel_k, rel_v)
     )
     scale = (qkv_weight.shape[0] // (3 * heads)) ** -0.5 if sm_scale is None else float(sm_scale)
-    options = dict(
+    options: dict[str, Any] = dict(
         bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary, focus_mask=focus_mask,
         num_images=num_images, sm_scale=scale,
     )  # fmt: skip
