@@ -62,7 +62,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
 def run(step: Step, limit: float, log: Path) -> int:
     """The exit status; 124 where the time ran out. Output goes to the screen and to ``log``."""
     # An interrupt, so that pytest still writes what it has.
-    command = ["timeout", "--signal=INT", "--kill-after=15", f"{limit:.0f}", *step.command]
+    command = ["timeout", "--signal=INT", "--kill-after=30", f"{limit:.0f}", *step.command]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
     with log.open("a", encoding="utf-8") as sink:
         process = subprocess.Popen(
