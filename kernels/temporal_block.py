@@ -532,7 +532,11 @@ def _backward_by_parts(
         (dx + dy.reshape(-1, c)).view(x.shape),
         dnorm_weight.to(norm_weight.dtype) if need_norm else nothing(),
         dnorm_bias.to(norm_bias.dtype) if need_norm and norm_bias is not None else nothing(),
-        *(dqkv_weight, dqkv_bias, dout_weight, dout_bias, dbias, drel_k, drel_v),
+        *(dqkv_weight, dqkv_bias, dout_weight, dout_bias),
+        # What is not wanted has the dtype of x, as the fake says, not that of the projections.
+        dbias if need_bias and bias is not None else nothing(),
+        drel_k if need_rel and rel_k is not None else nothing(),
+        drel_v if need_rel and rel_v is not None else nothing(),
     )
 
 
