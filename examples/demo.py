@@ -107,8 +107,9 @@ def compare(peer: Any, args: argparse.Namespace, device: str, out: Findings) -> 
     compare_at(peer, 32, args.size, device, out, rounds=5, training=True)
     compare_at(peer, 64, 64, device, out, rounds=2)
     table = Table(title="Same weights, same input, fp32, in turns on this machine")
-    for column in ("", "peer", "fastvdm", "speed-up", "largest difference"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("", no_wrap=True)
+    for column in ("peer", "fastvdm", "speed-up", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in out.parity:
         table.add_row(
             f"{row['what']}, dim {row['dim']}, 16x{row['size']}x{row['size']}",
