@@ -212,6 +212,11 @@ def test_unet_guidance_and_modes():
     averaged = torch.optim.swa_utils.AveragedModel(net)
     torch.testing.assert_close(sample(averaged, (2, 1, 3, 4, 8), **options), x)
     assert not torch.equal(sample(net, (2, 1, 3, 4, 8), **{**options, "guidance_scale": 1.0}), x)
+    net.bfloat16()
+    given = Condition(torch.zeros(2, 1, 1, 4, 8), guidance_weight=2.0)
+    options["cond"] = options["cond"].bfloat16()
+    x = sample(net, (2, 1, 3, 4, 8), condition=given, **options)
+    assert x.dtype == torch.float32 and torch.isfinite(x).all()
 
 
 def test_inside_inference_mode():

@@ -306,6 +306,53 @@ def test_x_tilde_is_eq_7_and_8(case, prediction):
             assert torch.equal(x_tilde[:, :, known], t["frames"])
 
 
+@pytest.mark.parametrize("case", ["prediction", "low_res", "custom"])
+def test_clip_before_loss(case):
+    """The option differentiates through the clamp: saturated elements have no gradient."""
+    data = Gaussian(frames=5, mean=0.6)
+    shape = (1, 1, 5, 4, 6)
+    t = targets(shape, *CONDITIONS[case])
+    run = trace(
+        data.denoiser("v"),
+        shape,
+        prediction="v",
+        num_steps=4,
+        condition=Condition(**t, guidance_weight=0.5, clip_before_loss=True),
+    )
+    rest = [i for i in range(5) if i not in t.get("frame_index", [])]
+    saturated = False
+    for log_snr, z, x_tilde in run:
+        gain, offset = data.gain(log_snr)
+        leaf = z.clone().requires_grad_()
+        raw = torch.einsum("ij,bcjhw->bcihw", gain, leaf) + offset.reshape(1, 1, -1, 1, 1)
+        x_hat = raw.clamp(-1, 1)
+        (g,) = torch.autograd.grad(loss_of(x_hat, t), leaf)
+        expected = (x_hat - 0.25 * alpha_of(torch.tensor(log_snr, dtype=DOUBLE)) * g).detach()
+        torch.testing.assert_close(x_tilde[:, :, rest], expected[:, :, rest], rtol=1e-9, atol=1e-9)
+        saturated |= bool((raw.abs() > 1).any())
+    assert saturated
+
+
+@pytest.mark.parametrize("guided, backwards", [(True, 5), (False, 3)])
+def test_unguided_corrector(guided, backwards):
+    """``Langevin(guided=False)`` spares the backward pass of the correction."""
+    data, real, calls = Gaussian(frames=3), torch.autograd.grad, []
+
+    def grad(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd, "grad", grad):
+        sample(
+            data.denoiser(),
+            (1, 1, 3, 2, 2),
+            num_steps=3,
+            corrector=Langevin(guided=guided),
+            condition=Condition(torch.zeros(1, 1, 1, 2, 2)),
+        )
+    assert len(calls) == backwards
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "x"])
 @pytest.mark.parametrize("case", ["prediction", "low_res", "both_custom"])
 def test_gradient_through_unet(case, prediction):
