@@ -145,7 +145,7 @@ def contest(case: str, device: str, part: str, train: bool = False) -> Contest:
     def three(memory_format: torch.memory_format, info: dict[str, Any] | None = None) -> Any:
         fn = theirs(part, s.groups, 3)
         *given, seed = to_3d([*inputs, dy], memory_format)
-        run = runner(fn if info is None else compiled(fn, info), given, seed)
+        run = runner(fn if info is None else compiled(fn, info, dynamic=False), given, seed)
 
         def back() -> Any:
             out = run()
@@ -155,7 +155,7 @@ def contest(case: str, device: str, part: str, train: bool = False) -> Contest:
 
     def two(info: dict[str, Any] | None = None) -> Callable[[], Any]:
         fn = theirs(part, s.groups, 2)
-        return runner(fn if info is None else compiled(fn, info), inputs, dy)
+        return runner(fn if info is None else compiled(fn, info, dynamic=False), inputs, dy)
 
     builds: dict[str, Callable[[], Callable[[], Any]]] = {
         "conv3d": lambda: three(torch.contiguous_format),
