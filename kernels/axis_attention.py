@@ -46,7 +46,9 @@ def axis_attention_fwd(
     b, f, h, w, _, heads, d = qkv.shape
     out = torch.empty((b, f, h, w, heads, d), dtype=qkv.dtype, device=qkv.device)
     size = (b, geo.outer, heads, geo.total) if geo.total > SHORT else (0,)
-    lse = torch.empty(size, dtype=acc_torch_dtype(qkv.dtype), device=qkv.device)
+    # Rows that the kernel skips (images, focused samples) read as 0.
+    make = torch.empty if num_images == 0 and focus_mask is None else torch.zeros
+    lse = make(size, dtype=acc_torch_dtype(qkv.dtype), device=qkv.device)
     if out.numel() == 0:
         return out, lse
     if num_images:

@@ -20,7 +20,6 @@ from fastvdm.aot import AotCase
 from fastvdm.kernels.axis_attention_parts import (
     Geometry,
     head_stride,
-    pinned,
     program_budget,
     rotary_table,
     rotate,
@@ -47,7 +46,9 @@ class LongConfig:
     num_stages: int
 
 
-def pick_config(kind: str, bd: int, itemsize: int, *, shaw: bool, bias: bool) -> LongConfig:
+def pick_config(
+    kind: str, bd: int, itemsize: int, *, shaw: bool, bias: bool, rotary: bool
+) -> LongConfig:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100; not timed on a GPU yet.
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
@@ -58,9 +59,15 @@ def pick_config(kind: str, bd: int, itemsize: int, *, shaw: bool, bias: bool) ->
     if shaw:
         return LongConfig(32, 32, 8, 1)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
+        if kind == "dbias":
+            return LongConfig(16, 32, 4, 1)
         return LongConfig(32, 32, 8 if wide or kind == "dq" else 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 64, 8, 2 if wide or bias else 3)
+    if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
+        return LongConfig(64, 32, 8 if wide else 4, 2)
+    if rotary and kind == "dkv":
+        return LongConfig(64, 64, 8, 1)
     return LongConfig(64, 64, 8 if wide or kind == "dbias" else 4, 2)
 
 
@@ -87,7 +94,7 @@ def _turned(
 ):  # fmt: skip
     if rot_ptr is not None:
         cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        return pinned(rotate(x.to(ACC), cos, sin).to(x.dtype))
+        return rotate(x.to(ACC), cos, sin).to(x.dtype)
     else:
         return x
 
@@ -514,7 +521,8 @@ def long_fwd(
     """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes n rows of out and lse."""
     bd = max(16, next_power_of_2(geo.d))
     shaw = rel_k is not None or rel_v is not None
-    config = pick_config("fwd", bd, qkv.element_size(), shaw=shaw, bias=bias is not None)
+    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
+    config = pick_config("fwd", bd, qkv.element_size(), **has)
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
     _long_fwd_kernel[grid](
         *(qkv, bias, rel_k, rel_v, rotary, focus, out, lse),
@@ -567,8 +575,10 @@ def long_bwd(
     reads = (*geo.qkv, *strides(dout, axis))
     delta = torch.empty_like(lse)
 
+    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
+
     def config(kind: str) -> LongConfig:
-        return pick_config(kind, bd, qkv.element_size(), shaw=shaw, bias=bias is not None)
+        return pick_config(kind, bd, qkv.element_size(), **has)
 
     def splits(tiles: int) -> int:
         return max(1, min(sequences, program_budget(qkv.device) // tiles))
@@ -632,9 +642,8 @@ _KERNELS = {
 def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
     bd, kernel = max(16, next_power_of_2(d)), _KERNELS[kind]
     shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
-    config = pick_config(
-        kind, bd, {"bf16": 2, "fp32": 4}[dtype], shaw=shaw, bias="bias_ptr" in given
-    )
+    has = {"shaw": shaw, "bias": "bias_ptr" in given, "rotary": "rot_ptr" in given}
+    config = pick_config(kind, bd, {"bf16": 2, "fp32": 4}[dtype], **has)
     types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
     types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
     types |= {"scale_high": "fp32", "scale_low": "fp32"}

@@ -59,7 +59,7 @@ def axis_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (B, F, H, W, heads, D) contiguous, in the dtype of qkv; lse (B, outer, heads, N) =
     log Σ_j exp s_ij in the accumulator's dtype, empty (0,) where N <= SHORT. Rows of lse that
-    belong to an image or to a focused sample are undefined.
+    belong to an image or to a focused sample are 0, empty rows (all -inf) +inf.
 
     axis: TIME or SPACE. bias (heads, N, N) in any floating dtype; rel_k, rel_v
     (1 or heads, 2R+1, D) in the dtype of qkv; rotary (2, N, R/2) fp32; focus_mask (B,) bool.
