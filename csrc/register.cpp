@@ -4,6 +4,7 @@
 
 STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("set_cpu_isa(str name) -> str");
+  m.def("cpu_isa() -> str");
   m.def(
       "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? scale, "
       "Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, "
@@ -37,10 +38,14 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def(
       "linear_attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, "
       "float sm_scale) -> Tensor");
+  m.def(
+      "conv3x3_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, "
+      "bool transposed, int m) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&fastvdm::set_cpu_isa));
+  m.impl("cpu_isa", TORCH_BOX(&fastvdm::cpu_isa));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
@@ -52,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("temporal_block_bwd_cpu", TORCH_BOX(&fastvdm::temporal_block_bwd));
   m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
   m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
+  m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
 }

@@ -34,7 +34,7 @@ FASTVDM_INLINE int rel_row(int key, int query, int length) {
 }
 
 // s[j][lane] += g[rel_row(j, i0 + lane)][lane]
-FASTVDM_INLINE void add_relative(float* s, const float* g, int n, int i0, int length) {
+FASTVDM_NOINLINE void add_relative(float* s, const float* g, int n, int i0, int length) {
   for (int j = 0; j < n; ++j) {
     float part[VL];
     for (int l = 0; l < VL; ++l) part[l] = g[rel_row(j, i0 + l, length) * VL + l];
@@ -43,7 +43,7 @@ FASTVDM_INLINE void add_relative(float* s, const float* g, int n, int i0, int le
 }
 
 // w[r][lane] = Σ of p[j][lane] over the keys j whose row is r, for `lanes` queries.
-FASTVDM_INLINE void bucket(const float* p, float* w, int n, int i0, int lanes, int length) {
+FASTVDM_NOINLINE void bucket(const float* p, float* w, int n, int i0, int lanes, int length) {
   memset(w, 0, sizeof(float) * VL * length);
   for (int j = 0; j < n; ++j)
     for (int l = 0; l < lanes; ++l) w[rel_row(j, i0 + l, length) * VL + l] += p[j * VL + l];
@@ -51,7 +51,7 @@ FASTVDM_INLINE void bucket(const float* p, float* w, int n, int i0, int lanes, i
 
 // Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
 // (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
-FASTVDM_INLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
+FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
                                   const float* qt_plain, const float* k, float* p, float* g,
                                   float* lse) {
   const int n = t.n;
@@ -98,7 +98,7 @@ FASTVDM_INLINE void probabilities(const AttnTables& t, int head, int i0, const f
 
 // out (n, dp) of one head; q, k are rotated, q_plain is not (the same pointer without rotary). All
 // of them and v have rows of dp, zero beyond d, and q, q_plain have VL-rounded rows.
-FASTVDM_INLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
+FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
                            const float* k, const float* v, float* out, float* work, float* lse) {
   const int n = t.n, dp = t.dp;
   float *qt = work, *qp = qt + dp * VL, *p = qp + dp * VL, *g = p + (int64_t)n * VL;
@@ -123,7 +123,7 @@ FASTVDM_INLINE void attend(const AttnTables& t, int head, const float* q, const 
 
 // Gradients of one head. dq, dk, dv (n, dp) are written, with respect to the unrotated q and k;
 // the tables' gradients are added to. dout (rounded rows, dp) as q.
-FASTVDM_INLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, int head,
+FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, int head,
                                const float* q, const float* q_plain, const float* k,
                                const float* v, const float* dout, float* dq, float* dk, float* dv,
                                float* work) {

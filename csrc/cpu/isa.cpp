@@ -63,6 +63,8 @@ std::string set_cpu_isa(std::string name) {
                            "' (there is no AMX path yet)");
 }
 
+std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }
+
 void* scratch(int64_t bytes) {
   thread_local Arena arena;
   if (bytes > arena.size) {

@@ -13,6 +13,7 @@ Isa isa();
 // name: auto | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
 // or this build lacks it.
 std::string set_cpu_isa(std::string name);
+std::string cpu_isa();
 
 // Storage of a tensor; arithmetic is always fp32.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

@@ -41,4 +41,7 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);
 
+Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+               bool transposed, int64_t m);
+
 }  // namespace fastvdm

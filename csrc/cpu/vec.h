@@ -20,6 +20,8 @@
 #endif
 
 #define FASTVDM_INLINE static inline __attribute__((always_inline))
+// For what several templates call: compiled once. `unused` because not every file calls all of it.
+#define FASTVDM_NOINLINE static __attribute__((noinline, unused))
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

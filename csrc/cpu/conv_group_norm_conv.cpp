@@ -1,0 +1,71 @@
+// Launcher of the 3x3 convolution; see fastvdm/ops/conv_group_norm_library.py for its callers.
+#include "conv_group_norm_conv.h"
+
+#include <algorithm>
+
+#include "launchers.h"
+
+namespace fastvdm {
+
+// y (N, H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual, x (N, H, W, C) and x2
+// dense. transposed: the gradient of such a convolution, x being dy and weight (C, Co, 3, 3) that of
+// the forward. m: 2 or 4, the size of a Winograd tile.
+Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+               bool transposed, int64_t m) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "conv3x3: x must be (N, H, W, C), weight (Co, C, 3, 3)");
+  STD_TORCH_CHECK(m == 2 || m == 4, "conv3x3: m must be 2 or 4");
+  WinogradArgs a{};
+  const ScalarType dtype = x.scalar_type();
+  const int64_t pixels = x.size(0) * x.size(1) * x.size(2);
+  const int64_t c1 = x.size(3), c2 = x2.has_value() ? x2->size(3) : 0;
+  const int64_t cin = weight.size(transposed ? 0 : 1), out = weight.size(transposed ? 1 : 0);
+  STD_TORCH_CHECK(c1 + c2 == cin && cin > 0 && out > 0 && cin < (1 << 20) && out < (1 << 20),
+                  "conv3x3: the weight takes ", cin, " channels, the input has ", c1 + c2);
+  a.dtype = static_cast<int>(dtype_of(x));
+  a.weight_dtype = static_cast<int>(dtype_of(weight));
+  a.m = static_cast<int>(m);
+  a.c1 = static_cast<int>(c1);
+  a.c2 = static_cast<int>(c2);
+  a.out = static_cast<int>(out);
+  a.cinp = static_cast<int>((cin + 15) / 16 * 16);
+  a.outp = static_cast<int>((out + 15) / 16 * 16);
+  a.transposed = transposed;
+  a.images = x.size(0);
+  a.h = x.size(1);
+  a.w = x.size(2);
+  a.tiles_w = ceil_div(a.w, m);
+  a.tiles_image = a.tiles_w * ceil_div(a.h, m);
+  a.tiles = a.images * a.tiles_image;
+  a.x = input(x, "x", dtype, pixels * c1);
+  a.x2 = x2.has_value() ? input(*x2, "x2", dtype, pixels * c2) : nullptr;
+  a.weight = input(weight, "weight", weight.scalar_type(), cin * out * 9);
+  a.residual =
+      residual.has_value() ? input(*residual, "residual", dtype, pixels * out) : nullptr;
+  std::vector<float> padded;
+  if (bias.has_value()) {
+    padded = floats(*bias, "bias", out);
+    padded.resize(a.outp, 0.f);
+    a.bias = padded.data();
+  }
+  Tensor y = empty(x, {x.size(0), x.size(1), x.size(2), out}, dtype);
+  a.y = y.mutable_data_ptr();
+  if (a.tiles == 0) return y;
+
+  const int64_t points = (m + 2) * (m + 2);
+  Tensor u = empty(x, {points, cin, a.outp}, ScalarType::Float);
+  a.u = static_cast<float*>(u.mutable_data_ptr());
+  const auto prepare = FASTVDM_PICK(winograd_weights);
+  torch::stable::parallel_for(0, cin, 8,
+                              [&](int64_t begin, int64_t end) { prepare(a, begin, end); });
+  // Transformed tiles and products of a block share the L2 with a slice of the weights.
+  const int64_t fit = (1 << 20) / (4 * points * (a.cinp + a.outp)) / 8 * 8;
+  a.block = static_cast<int>(std::clamp<int64_t>(fit, 16, 64));
+  const auto kernel = FASTVDM_PICK(winograd_conv);
+  torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));
+  });
+  return y;
+}
+
+}  // namespace fastvdm
