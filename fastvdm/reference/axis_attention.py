@@ -19,8 +19,12 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = rotary.to(wide.dtype)
     even, odd = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, wide[..., 2 * half :]), dim=-1).to(x.dtype)
+    turned = torch.stack(
+        (torch.addcmul(even * cos, odd, sin, value=-1), torch.addcmul(odd * cos, even, sin)), dim=-1
+    ).flatten(-2)
+    if 2 * half < x.shape[-1]:
+        turned = torch.cat((turned, wide[..., 2 * half :]), dim=-1)
+    return turned.to(x.dtype)
 
 
 def relative(table: Tensor, n: int) -> Tensor:
