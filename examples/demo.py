@@ -51,6 +51,7 @@ class Findings:
     training: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     samples: Tensor | None = None  # (B, C, F, H, W) in [0, 1]
+    restored: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  # name, noisy, x_hat
     machine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -276,11 +277,25 @@ def save_and_sample(
         raise SystemExit(f"the checkpoint did not survive: {out.checkpoint}")
     console.print(f"  saved and reloaded; the peer reads it too ({out.checkpoint['peer']:.1e})")
     torch.manual_seed(args.seed + 1)
+    out.restored = [restore(diffusion, name, clip, args, device) for name, clip in out.clips[:4]]
     start = time.monotonic()
     out.samples = diffusion.sample(batch_size=args.samples).clamp(0, 1).cpu()
     out.training["sampling_seconds"] = time.monotonic() - start
     for i, video in enumerate(out.samples):
         write_video(args.out / f"sample-{i}.mp4", video, fps=8)
+
+
+@torch.no_grad()
+def restore(
+    diffusion: Any, name: str, clip: Tensor, args: argparse.Namespace, device: str
+) -> tuple[str, Tensor, Tensor]:
+    """A clip with noise at 0.6 of the schedule, and what one call of the network makes of it."""
+    x = 2 * clip[None, :, : args.frames].to(device) - 1
+    t = torch.full((1,), int(0.6 * args.timesteps), device=device)
+    noisy = diffusion.q_sample(x, t)
+    x_hat = diffusion.predict_start_from_noise(noisy, t, diffusion.denoise_fn(noisy, t))
+    first, second = ((v[0].clamp(-1, 1).cpu() + 1) / 2 for v in (noisy, x_hat))
+    return name, first, second
 
 
 def parse() -> argparse.Namespace:

@@ -31,7 +31,9 @@ p { margin: 6px 0 14px; max-width: 70ch; }
 .tile { border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .tile b { display: block; font-size: 25px; line-height: 1.2; font-weight: 650; }
 .tile span { color: var(--soft); font-size: 14px; }
-.strip { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 16px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 16px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
 figure { margin: 0; }
 figure img { width: 100%; aspect-ratio: 1; border-radius: 8px; display: block;
              background: var(--line); }
@@ -49,7 +51,7 @@ svg text { fill: var(--soft); font-size: 13px; }
 code { font: 14px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
 del { color: var(--soft); }
-@media (max-width: 640px) { .tiles, .strip { grid-template-columns: repeat(2, 1fr); } }
+@media (max-width: 640px) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 """
 
 
@@ -80,7 +82,7 @@ def ticks(high: float, count: int, smallest: float) -> list[float]:
 
 def curve(losses: list[float], smoothed: list[float]) -> str:
     """The loss over the steps: every step faint, the running mean bold."""
-    width, height, left, right, top, bottom = 912, 300, 52, 14, 12, 40
+    width, height, left, right, top, bottom = 912, 300, 52, 14, 12, 46
     high = sorted(losses)[int(0.99 * (len(losses) - 1))] * 1.08
     inner_w, inner_h = width - left - right, height - top - bottom
 
@@ -98,8 +100,8 @@ def curve(losses: list[float], smoothed: list[float]) -> str:
         )
     for v in ticks(len(losses), 8, 1.0):
         x = left + inner_w * v / len(losses)
-        rows.append(f'<text x="{x:.1f}" y="{height - 20}" text-anchor="middle">{v:.0f}</text>')
-    rows.append(f'<text x="{left + inner_w / 2}" y="{height - 2}" text-anchor="middle">step</text>')
+        rows.append(f'<text x="{x:.1f}" y="{height - 26}" text-anchor="middle">{v:.0f}</text>')
+    rows.append(f'<text x="{left + inner_w / 2}" y="{height - 6}" text-anchor="middle">step</text>')
     faint = " ".join(at(i, v) for i, v in enumerate(losses))
     bold = " ".join(at(i, v) for i, v in enumerate(smoothed))
     return (
@@ -151,7 +153,13 @@ def write_report(
     made = "".join(
         figure(video, f"sample {i + 1}", raw=True) for i, video in enumerate(out.samples[:8])
     )
+    pairs = "".join(
+        f'<div class="pair">{figure(noisy, "noise added", raw=True)}'
+        f"{figure(x_hat, f'{name}, restored', raw=True)}</div>"
+        for name, noisy, x_hat in out.restored
+    )
     peer = out.checkpoint["peer"]
+    threads = f"{out.machine['threads']} thread{'s' if out.machine['threads'] > 1 else ''}"
     path.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fastvdm demo</title>
@@ -160,7 +168,7 @@ def write_report(
 <h1>A faster network in your own trainer</h1>
 <p class="soft">Real clips, the peer's <code>GaussianDiffusion</code>, and <code>UNet3D</code>
 dropped in by one line. torch {html.escape(out.machine["torch"])}, {out.machine["device"]},
-{out.machine["threads"]} threads.</p>
+{threads}.</p>
 <div class="tiles">{tiles(out)}</div>
 
 <h2>The one line</h2>
@@ -184,8 +192,13 @@ value; for the backward pass it is the worst over all parameter gradients.</p>
 each step, which jumps with the noise level drawn; the bold one its running mean.</p>
 {curve(out.losses, smoothed)}
 
+<h2>What it learnt</h2>
+<p>Each clip with noise at 0.6 of the schedule (left), and the network's estimate of the clip from
+one call (right).</p>
+<div class="pairs">{pairs}</div>
+
 <h2>Samples</h2>
-<p>Drawn by the peer's own sampler from the saved and reloaded network in
+<p>Drawn from pure noise by the peer's own sampler from the saved and reloaded network in
 {training["sampling_seconds"]:.0f} s. After so few steps they show that learning works, and no
 more.</p>
 <div class="strip">{made}</div>

@@ -24,6 +24,7 @@ def findings() -> demo.Findings:
     video = torch.rand(3, 8, 8, 8)
     out = demo.Findings(clips=[("a <clip>", video)], samples=torch.rand(2, 3, 8, 8, 8))
     row = {"what": "forward", "dim": 64, "size": 64, "error": 2e-6, "peer": 4.0, "ours": 1.0}
+    out.restored = [("a", video, video)]
     out.parity = [row, row | {"dim": 32, "peer": 1.0}]
     out.losses = [1.0 / (1 + i / 10) for i in range(40)]
     out.training = {
@@ -42,7 +43,7 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     )
     page = path.read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert page.count('src="data:image/gif;base64,') == 4
+    assert page.count('src="data:image/gif;base64,') == 6
     assert "a &lt;clip&gt;" in page and "<clip>" not in page
     assert "4.00&times;" in page and "0.90 &rarr; 0.20" in page and "2e-06" in page
     for match in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
