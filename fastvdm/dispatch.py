@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -148,10 +149,27 @@ class _Extension:
 _EXTENSIONS = {"cpu": _Extension("cpu"), "cuda": _Extension("cuda")}
 
 
+class _OnDevice:
+    """Triton launchers, on the device of their tensors: a launch goes to the current one."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        launch = getattr(self._module, name)
+
+        def call(*args: Any) -> Any:
+            with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+                return launch(*args)
+
+        return call
+
+
 def launchers(stem: str, backend: str) -> Any:
     """The namespace that holds a backend's launchers. Only called inside opaque op bodies."""
     if backend == "triton":
-        return importlib.import_module(f"fastvdm.kernels.{stem}")
+        module = importlib.import_module(f"fastvdm.kernels.{stem}")
+        return module if INTERPRET else _OnDevice(module)
     return _EXTENSIONS[backend]
 
 

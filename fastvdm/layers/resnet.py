@@ -16,9 +16,11 @@ from fastvdm.ops.conv_group_norm import conv_group_norm
 MakeNorm = Callable[[int], Norm]
 
 
-def dropout_mask(x: Tensor, p: float, training: bool) -> Tensor | None:
-    """0 with probability p, else 1 / (1 - p); None where dropout is off."""
-    return F.dropout(torch.ones_like(x), p) if training and p > 0 else None
+def dropout_mask(x: Tensor, channels: int, p: float, training: bool) -> Tensor | None:
+    """(B, F, H, W, channels) of 0 with probability p, else 1 / (1 - p); None where it is off."""
+    if not training or p == 0:
+        return None
+    return F.dropout(x.new_ones((*x.shape[:-1], channels)), p)
 
 
 def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -57,10 +59,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
-        h = self._conv_norm(self.conv1, self.norm1, x, x2=x2, scale=scale, shift=shift)
-        mask = dropout_mask(h, self.dropout, self.training)
-        if mask is not None:
-            h = h * mask
+        mask = dropout_mask(x, self.norm1.channels, self.dropout, self.training)
+        h = self._conv_norm(
+            self.conv1, self.norm1, x, x2=x2, scale=scale, shift=shift, dropout_mask=mask
+        )
         if self.skip is not None:
             residual = self.skip(x, x2)
         else:
@@ -135,7 +137,7 @@ class PreNormResnetBlock(nn.Module):
                 h = h + self.film(emb)[:, None, None, None].to(h.dtype)
             else:
                 scale, shift = _film(self.film, emb)
-        mask = dropout_mask(h, self.dropout, self.training)
+        mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
         h = self.norm2(h, scale=scale, shift=shift, act=True, dropout_mask=mask)
         return self.conv2(h, residual=self._shortcut(x, x2))
 
