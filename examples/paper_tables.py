@@ -138,6 +138,7 @@ def train(num_images: int, budget: Budget, conditional: bool = False) -> tuple[n
     net = UNet3D(
         16, dim_mults=(1, 2), channels=1, attn_heads=4, attn_dim_head=16, init_kernel_size=3,
         cond_dim=10 if conditional else None, norm="rms", time_input="logsnr", null_cond="zeros",
+        use_sparse_linear_attn=False,
     )  # fmt: skip
     average = copy.deepcopy(net).eval()
     optimizer = torch.optim.Adam(net.parameters(), 1.5e-3, betas=(0.9, 0.99))
