@@ -45,10 +45,13 @@ def inputs_and_gradients(model, network, x, time, cond):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_step_fullgraph(name):
-    """Batch 2, 3 frames; then other batches and frame counts on one dynamic graph."""
+    """Batch 2, 8 frames; then other batches and frame counts on one dynamic graph.
+
+    On one CPU thread torch chooses another convolution below 16 images, B * F, and guards on it.
+    """
     model = UNet3D(**NETWORKS[name])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for i, (b, f) in enumerate([(2, 3), (3, 5), (4, 7), (5, 4)]):
+    for i, (b, f) in enumerate([(2, 8), (3, 9), (4, 7), (5, 5)]):
         x, time, cond = batch(b, f)
         got = inputs_and_gradients(compiled, model, x, time, cond)
         want = inputs_and_gradients(model, model, x, time, cond)
