@@ -91,10 +91,8 @@ def draw_batch(clips: list[tuple[str, Tensor]], batch: int, frames: int) -> Tens
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turns so that both see the same machine."""
+    """Median seconds of each, in turns so that both see the same machine. All have run before."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
@@ -105,7 +103,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 def compare(peer: Any, args: argparse.Namespace, device: str, out: Findings) -> None:
     """The same weights in both networks: largest difference and time, forward and training."""
-    compare_at(peer, 32, args.size, device, out, rounds=5, training=True)
+    compare_at(peer, 32, args.size, device, out, rounds=3, training=True)
     compare_at(peer, 64, 64, device, out, rounds=2)
     table = Table(title="Same weights, same input, fp32, in turns on this machine")
     table.add_column("", no_wrap=True)
