@@ -20,6 +20,7 @@ from fastvdm.aot import AotCase
 from fastvdm.kernels.axis_attention_parts import (
     Geometry,
     head_stride,
+    pinned,
     program_budget,
     rotary_table,
     rotate,
@@ -44,6 +45,7 @@ class LongConfig:
     BN: int  # keys of a tile
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # 255 where ptxas would rather spill than give up a block
 
 
 def pick_config(
@@ -67,8 +69,12 @@ def pick_config(
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
         return LongConfig(64, 32, 8 if wide else 4, 2)
     if rotary and kind == "dkv":
-        return LongConfig(64, 64, 8, 1)
-    return LongConfig(64, 64, 8 if wide or kind == "dbias" else 4, 2)
+        return LongConfig(32, 64, 8, 1, 255)
+    if kind == "dbias":
+        if rotary:
+            return LongConfig(32 if wide else 64, 64, 8, 1, 255)
+        return LongConfig(64, 64, 8, 2)
+    return LongConfig(64, 64, 8 if wide else 4, 2)
 
 
 @triton.jit
@@ -350,6 +356,8 @@ def _long_bwd_dkv_kernel(
         offs_m = start_m + tl.arange(0, BM)
         q_plain = _rows(base, offs_m, n, stride_n, D, BD)
         q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        if rot_ptr is not None:
+            q = pinned(q)  # why this loop has one stage: the pipeliner cannot predicate it
         do = _rows(do_base, offs_m, n, dout_n, D, BD)
         at = sequence * total + offs_m
         lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
@@ -403,6 +411,8 @@ def _long_bwd_dbias_kernel(
             q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
             k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+            if rot_ptr is not None:
+                q, k = pinned(q), pinned(k)  # one stage, as in dkv
             v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
             at = (index * heads + head) * total + offs_m
@@ -503,6 +513,7 @@ def _common(geo: Geometry, qkv: Tensor, rotary: Tensor | None, config: LongConfi
         ACC=acc_dtype(qkv.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
 
 
@@ -670,6 +681,7 @@ def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
         divisible=[a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h") or a == "n"],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
         uses_dot=dtype == "bf16",
     )
 
@@ -678,9 +690,10 @@ def aot_cases() -> list[AotCase]:
     """Spatial attention (plain; with a bias and its gradient) at each head dimension, and what
     else a long sequence may carry."""
     found = []
-    for d in (32, 64, 128):
+    for d in (64, 128):
         found += [_case(kind, "bf16", d, ()) for kind in ("fwd", "dq", "dkv")]
     found += [_case(kind, "bf16", 64, ("bias_ptr", "rot_ptr")) for kind in list(_KERNELS)[:4]]
+    found += [_case(kind, "bf16", 128, ("bias_ptr", "rot_ptr")) for kind in ("dq", "dkv", "dbias")]
     found += [_case(kind, "fp32", 64, ("bias_ptr",)) for kind in list(_KERNELS)[:4]]
     shaw = ("rel_k_ptr", "rel_v_ptr")
     found += [_case(kind, "bf16", 64, shaw) for kind in ("fwd", "dq", "dkv", "drel")]
