@@ -179,7 +179,7 @@ def _long_fwd_kernel(
 
     if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
         if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
-            v = _rows(base + 2 * stride_c, offs_m, n, stride_n, D, BD)
+            v = _rows(base + stride_c + stride_c, offs_m, n, stride_n, D, BD)
             if rel_v_ptr is not None:
                 offs_d = tl.arange(0, BD)
                 itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
@@ -203,7 +203,7 @@ def _long_fwd_kernel(
         offs_n = start_n + tl.arange(0, BN)
         k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
+        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
         s = _logits(
             q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, D, BM, BN, BD, ACC
         )
@@ -292,7 +292,7 @@ def _long_bwd_dq_kernel(
         offs_n = start_n + tl.arange(0, BN)
         k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
+        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
         _, ds = _tile_gradient(
             q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
             scale, D, BM, BN, BD, ACC,
@@ -340,7 +340,7 @@ def _long_bwd_dkv_kernel(
 
     k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
     k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-    v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
+    v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
     bias_at = None
     if bias_ptr is not None:
         bias_at = bias_ptr + head * n * n
@@ -413,7 +413,7 @@ def _long_bwd_dbias_kernel(
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
             if rot_ptr is not None:
                 q, k = pinned(q), pinned(k)  # one stage, as in dkv
-            v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
             at = (index * heads + head) * total + offs_m
             lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
@@ -481,7 +481,7 @@ def _long_bwd_drel_kernel(
                 q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
                 k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
                 k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-                v = _rows(base + 2 * stride_c, offs_n, n, stride_n, D, BD)
+                v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
                 at = (index * heads + head) * total + offs_m
                 lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)

@@ -131,7 +131,7 @@ def _short_fwd_kernel(
     base = qkv_ptr + b * stride_b + head * stride_h
     out_at = offs_o[:, None, None] * out_o + walk[None, :, None] * out_n + offs_d[None, None, :]
     out_base = out_ptr + b * out_b + head * D
-    v = tl.load(base + 2 * stride_c + at, mask=mask, other=0.0)
+    v = tl.load(base + stride_c + stride_c + at, mask=mask, other=0.0)
 
     if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
         if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
@@ -235,7 +235,7 @@ def _short_bwd_kernel(
         else:
             q = tl.load(base + at, mask=mask, other=0.0)
             k = tl.load(base + stride_c + at, mask=mask, other=0.0)
-            v = tl.load(base + 2 * stride_c + at, mask=mask, other=0.0)
+            v = tl.load(base + stride_c + stride_c + at, mask=mask, other=0.0)
             q_plain = q
             if rot_ptr is not None:
                 cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)

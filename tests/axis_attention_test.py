@@ -120,7 +120,7 @@ def test_length_1024(device, poison) -> None:
     parity(make((1, 1, 32, 32, 1, 16), "space", ("bias",), dtype=torch.float16, device=device))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])  # fp64 on a GPU: the reference
 @pytest.mark.parametrize("shape", [SHORT, LONG], ids=["one_tile", "online"])
 def test_types(shape, dtype, device, poison) -> None:
     options = ("bias", "rel_k", "rel_v", "rotary")
@@ -264,6 +264,20 @@ def test_joint_mask_isolates_images(frames, value, device) -> None:
     assert torch.equal(before[:, rest], after[:, rest])
     assert not dqkv[:, rest].any()
     assert torch.equal(before[:, -3:], changed[:, -3:])
+
+
+def test_pixels_and_videos_do_not_mix(device) -> None:
+    """Several pixels share a tile; a NaN in one stays there."""
+    call = make((2, 3, 2, 3, 2, 16), options=("bias", "rel_k", "rel_v", "rotary"), device=device)
+    moved = call.inputs[0].clone()
+    moved[0, 1, 1, 1] = float("nan")
+    with use_backend("triton"):
+        function = of(axis_attention, call.rest)
+        before, after = function(*call.inputs), function(moved, *call.inputs[1:])
+    hit = torch.zeros(2, 2, 3, dtype=torch.bool)
+    hit[0, 1, 1] = True
+    changed = (before != after).any(-1).any(-1).any(1).cpu()
+    assert torch.equal(changed, hit)
 
 
 def seed_at(out: Tensor, frame: int) -> Tensor:
