@@ -91,7 +91,11 @@ std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTenso
   if (plan.frames > kShort) lse_shape = {a.batch, a.outer, plan.heads, plan.frames};
   Tensor lse = empty(qkv, lse_shape, ScalarType::Float);
   a.out = out.mutable_data_ptr();
-  if (plan.frames > kShort) a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (plan.frames > kShort) {
+    a.lse = static_cast<float*>(lse.mutable_data_ptr());
+    // Rows that no softmax writes (images, focused videos) read as 0.
+    if (num_images > 0 || focus_mask.has_value()) std::fill_n(a.lse, lse.numel(), 0.0f);
+  }
   if (out.numel() == 0) return {out, lse};
 
   // Short sequences take all heads at once: their rows lie together in memory.
