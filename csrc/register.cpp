@@ -5,6 +5,8 @@
 STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("set_cpu_isa(str name) -> str");
   m.def("cpu_isa() -> str");
+  m.def("cpu_has_native(bool bf16) -> bool");
+  m.def("linear_cpu(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
   m.def(
       "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? scale, "
       "Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, "
@@ -46,6 +48,7 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&fastvdm::set_cpu_isa));
   m.impl("cpu_isa", TORCH_BOX(&fastvdm::cpu_isa));
+  m.impl("cpu_has_native", TORCH_BOX(&fastvdm::cpu_has_native));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
@@ -58,4 +61,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
   m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
+  m.impl("linear_cpu", TORCH_BOX(&fastvdm::linear));
 }

@@ -12,6 +12,7 @@ import functools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm.config import use_backend

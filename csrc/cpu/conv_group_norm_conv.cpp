@@ -8,7 +8,7 @@
 namespace fastvdm {
 
 // y (N, H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual, x (N, H, W, C) and x2
-// dense. transposed: the gradient of such a convolution, x being dy and weight (C, Co, 3, 3) that of
+// dense, weight of any strides. transposed: the gradient of such a convolution, x being dy and weight (C, Co, 3, 3) that of
 // the forward. m: 2 or 4, the size of a Winograd tile.
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool transposed, int64_t m) {
@@ -30,7 +30,11 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   a.out = static_cast<int>(out);
   a.cinp = static_cast<int>((cin + 15) / 16 * 16);
   a.outp = static_cast<int>((out + 15) / 16 * 16);
-  a.transposed = transposed;
+  a.turned = transposed;
+  a.w_in = weight.stride(transposed ? 0 : 1);
+  a.w_out = weight.stride(transposed ? 1 : 0);
+  a.w_row = weight.stride(2);
+  a.w_column = weight.stride(3);
   a.images = x.size(0);
   a.h = x.size(1);
   a.w = x.size(2);
@@ -39,7 +43,8 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   a.tiles = a.images * a.tiles_image;
   a.x = input(x, "x", dtype, pixels * c1);
   a.x2 = x2.has_value() ? input(*x2, "x2", dtype, pixels * c2) : nullptr;
-  a.weight = input(weight, "weight", weight.scalar_type(), cin * out * 9);
+  STD_TORCH_CHECK(weight.is_cpu(), "conv3x3: weight must be on the CPU");
+  a.weight = weight.const_data_ptr();
   a.residual =
       residual.has_value() ? input(*residual, "residual", dtype, pixels * out) : nullptr;
   std::vector<float> padded;

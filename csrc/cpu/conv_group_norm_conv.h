@@ -13,7 +13,8 @@ struct WinogradArgs {
   int m;             // outputs of a tile in each direction: 2 or 4
   int c1, c2, out;   // channels of x, x2, y
   int cinp, outp;    // c1 + c2 and out, rounded up to 16
-  bool transposed;   // the gradient with respect to x: weight (c1, out, 3, 3), turned by 180 degrees
+  bool turned;       // the gradient with respect to x: the filters turned by 180 degrees
+  int64_t w_in, w_out, w_row, w_column;  // strides of weight: by input and output channel, taps
   int64_t images, h, w;
   int64_t tiles_w, tiles_image, tiles;
   int block;         // tiles of an item

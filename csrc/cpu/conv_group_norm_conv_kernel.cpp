@@ -83,8 +83,9 @@ void weights(const WinogradArgs& a, int64_t begin, int64_t end) {
     for (int64_t ci = begin; ci < end; ++ci) {
       float raw[9][VL] = {};
       for (int l = 0; l < VL && co + l < a.out; ++l) {
-        const int64_t at = a.transposed ? (ci * a.out + co + l) * 9 : ((int64_t)(co + l) * cin + ci) * 9;
-        for (int k = 0; k < 9; ++k) raw[a.transposed ? 8 - k : k][l] = to_f32(weight[at + k]);
+        const W* from = weight + (co + l) * a.w_out + ci * a.w_in;
+        for (int k = 0; k < 9; ++k)
+          raw[a.turned ? 8 - k : k][l] = to_f32(from[k / 3 * a.w_row + k % 3 * a.w_column]);
       }
       vf g[9], half[3 * N], u[N * N];
       for (int k = 0; k < 9; ++k) g[k] = load(raw[k]);

@@ -65,6 +65,16 @@ std::string set_cpu_isa(std::string name) {
 
 std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }
 
+bool cpu_has_native(bool bf16) {
+#if FASTVDM_X86
+  __builtin_cpu_init();
+  return bf16 ? __builtin_cpu_supports("avx512bf16") : __builtin_cpu_supports("avx512fp16");
+#else
+  (void)bf16;
+  return true;
+#endif
+}
+
 void* scratch(int64_t bytes) {
   thread_local Arena arena;
   if (bytes > arena.size) {

@@ -14,6 +14,9 @@ Isa isa();
 // or this build lacks it.
 std::string set_cpu_isa(std::string name);
 std::string cpu_isa();
+// Whether the CPU multiplies 16-bit floats itself; where not, oneDNN emulates them several times
+// slower than fp32.
+bool cpu_has_native(bool bf16);
 
 // Storage of a tensor; arithmetic is always fp32.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

@@ -43,5 +43,6 @@ Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, d
 
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool transposed, int64_t m);
+Tensor linear(Tensor x, Tensor weight, OptTensor bias, bool transposed);
 
 }  // namespace fastvdm

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import ShawTable
 from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear import Linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.temporal_block import temporal_block
 
@@ -37,8 +38,8 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         self.norm = norm
-        self.qkv = nn.Linear(norm.channels, 3 * heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, norm.channels)
+        self.qkv = Linear(norm.channels, 3 * heads * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, norm.channels)
 
     def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
@@ -67,8 +68,8 @@ class AxisAttention(nn.Module):
         super().__init__()
         self.axis, self.heads, self.head_dim = axis, heads, head_dim
         self.norm = norm
-        self.qkv = nn.Linear(norm.channels, 3 * heads * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, norm.channels, bias=bias)
+        self.qkv = Linear(norm.channels, 3 * heads * head_dim, bias=bias)
+        self.out = Linear(heads * head_dim, norm.channels, bias=bias)
         self.shaw = shaw
         self.shards: FrameShards | None = None
         if zero_init:

@@ -15,6 +15,7 @@ from fastvdm import dispatch
 from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.linear import emulated
 from fastvdm.reference.conv_group_norm_conv import (
     group_stats_ref,
     space_conv_ref,
@@ -80,9 +81,14 @@ def unsupported(
     return None
 
 
-def _implementation(op: str, kind: str, x: Tensor, weight: Tensor) -> str:
+def _implementation(op: str, kind: str, x: Tensor, weight: Tensor, stride: int = 1) -> str:
     dtype = dispatch.autocast_dtype(x)
     choice = choose_conv(kind, x.shape[-1], x.device.type, dtype)
+    if choice == "aten" and (
+        emulated(x.device, dtype)
+        or (kind == "conv" and library.has_own_kernel(x.device, weight, stride, dtype))
+    ):
+        choice = "library"  # which hands it to the C++ backend, or computes in fp32
     if choice == "triton":
         return dispatch.select(op, x.device, x, weight, dtype)
     return choice
@@ -417,7 +423,7 @@ def space_conv(
             return _transpose(x, fold_upsample_weight(weight), bias, residual, "upsample")
         x = library.upsample_nearest(x)
     kind = "conv" if x2 is None else "pair"
-    backend = _implementation("space_conv", kind, x, weight)
+    backend = _implementation("space_conv", kind, x, weight, stride)
     if backend == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual)
     if backend == "aten":

@@ -1,0 +1,53 @@
+// Launcher of the projections; the contract is in fastvdm/ops/linear.py.
+#include "linear.h"
+
+#include "launchers.h"
+
+namespace fastvdm {
+
+// y (..., N) = x (..., K) Wᵀ + bias with weight (N, K) of any strides in the type of x; transposed:
+// x W with weight (K, N), the gradient of the former.
+Tensor linear(Tensor x, Tensor weight, OptTensor bias, bool transposed) {
+  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.is_cpu() &&
+                      weight.scalar_type() == x.scalar_type(),
+                  "linear: weight must be a matrix in the type of x");
+  LinearLayerArgs a{};
+  const int64_t k = weight.size(transposed ? 0 : 1), n = weight.size(transposed ? 1 : 0);
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == k && k > 0 && n > 0 && k < (1 << 24) && n < (1 << 24),
+                  "linear: the weight takes ", k, " features");
+  a.dtype = static_cast<int>(dtype_of(x));
+  a.rows = x.numel() / k;
+  a.k = static_cast<int>(k);
+  a.n = static_cast<int>(n);
+  a.kp = static_cast<int>((k + 15) / 16 * 16);
+  a.np = static_cast<int>((n + 15) / 16 * 16);
+  a.w_k = weight.stride(transposed ? 0 : 1);
+  a.w_n = weight.stride(transposed ? 1 : 0);
+  a.x = input(x, "x", x.scalar_type(), x.numel());
+  a.weight = weight.const_data_ptr();
+  std::vector<float> padded;
+  if (bias.has_value()) {
+    padded = floats(*bias, "bias", n);
+    padded.resize(a.np, 0.f);
+    a.bias = padded.data();
+  }
+  std::vector<int64_t> shape = sizes_of(x);
+  shape.back() = n;
+  Tensor y = empty(x, shape, x.scalar_type());
+  a.y = y.mutable_data_ptr();
+  if (a.rows == 0) return y;
+  Tensor packed = empty(x, {k, a.np}, ScalarType::Float);
+  a.packed = static_cast<float*>(packed.mutable_data_ptr());
+  const auto pack = FASTVDM_PICK(linear_pack);
+  torch::stable::parallel_for(0, k, 64,
+                              [&](int64_t begin, int64_t end) { pack(a, begin, end); });
+  const auto kernel = FASTVDM_PICK(linear_rows);
+  torch::stable::parallel_for(
+      0, ceil_div(a.rows, kLinearBlock), 1, [&](int64_t begin, int64_t end) {
+        kernel(a, begin, end,
+               static_cast<float*>(scratch(linear_layer_scratch(a) * sizeof(float))));
+      });
+  return y;
+}
+
+}  // namespace fastvdm

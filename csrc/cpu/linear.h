@@ -1,0 +1,30 @@
+// What the launcher of the projections hands to its kernels: 16-bit (or fp32) storage, fp32 products
+// in L2, for CPUs without 16-bit arithmetic.
+#pragma once
+
+#include "isa.h"
+
+namespace fastvdm {
+
+struct LinearLayerArgs {
+  int dtype;
+  int64_t rows;
+  int k, n, kp, np;  // kp, np: rounded up to 16
+  int64_t w_k, w_n;  // strides of weight, by input and output feature
+  const void *x, *weight;
+  void* y;
+  const float* bias;  // (np), or null
+  float* packed;      // (k, np) weights in fp32
+};
+
+constexpr int kLinearBlock = 64;    // rows of an item
+constexpr int kLinearColumns = 384; // of a product in L2
+
+inline int64_t linear_layer_scratch(const LinearLayerArgs& a) {
+  return kLinearBlock * (static_cast<int64_t>(a.kp) + kLinearColumns) + 64;
+}
+
+FASTVDM_DECLARE(void linear_pack(const LinearLayerArgs&, int64_t begin, int64_t end))
+FASTVDM_DECLARE(void linear_rows(const LinearLayerArgs&, int64_t begin, int64_t end, float*))
+
+}  // namespace fastvdm
