@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -105,7 +106,7 @@ def compare(peer: Any, args: argparse.Namespace, device: str, out: Findings) -> 
     """The same weights in both networks: largest difference and time, forward and training."""
     compare_at(peer, 32, args.size, device, out, rounds=3, training=True)
     compare_at(peer, 64, 64, device, out, rounds=2)
-    table = Table(title="Same weights, same input, fp32, in turns on this machine")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("peer", "fastvdm", "speed-up", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
