@@ -108,20 +108,28 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
     return min(by_registers, by_shared, max_warps // num_warps, 32)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spill bytes): whatever a kernel of ours keeps in local memory was spilled."""
+def _resources(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
+    """(registers, spill bytes). A kernel without a stack frame spills nothing; one with a frame is
+    assembled again for ptxas to tell spills from local arrays (those of cos and sin, for one)."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        binary, source = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        binary.write_bytes(cubin)
+        source.write_text(ptx)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {log[:200]!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
+        if found is None:
+            raise RuntimeError(f"cuobjdump printed no resource usage: {log[:200]!r}")
+        registers, stack, local = map(int, found.groups())
+        if stack + local == 0:
+            return registers, 0
+        tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [tool.path, "-v", name, str(source), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
 def compile_case(case: AotCase, arch: int) -> AotResult:
@@ -150,7 +158,7 @@ def compile_case(case: AotCase, arch: int) -> AotResult:
             options=options,
         )
         ptx = compiled.asm["ptx"]
-        registers, spills = _resources(compiled.asm["cubin"])
+        registers, spills = _resources(compiled.asm["cubin"], ptx, arch)
     except Exception as error:  # whatever the compiler throws is the finding
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return AotResult(**facts, **_NOTHING, error=text)
