@@ -1,7 +1,7 @@
 # make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
 # make test    everything: lint, types, tests (what CI runs)
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
-# make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
+# make gpu OUT=dir   on a machine with a GPU: parity, benchmarks, results as files
 # make lint | info | paper-tables | peer | clean
 #
 # The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,

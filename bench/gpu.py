@@ -1,11 +1,11 @@
 """make gpu OUT=dir: everything a machine with a GPU can tell, in one command and nine minutes.
 
 Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build
-and info, parity on the device, tuning, benchmarks, the page. Every step has a share of the time and
-what is left over goes to the next; a step that fails or runs out does not stop the rest, and the
+and info, parity on the device, benchmarks, the page. Every step has a share of the time and what is
+left over goes to the next; a step that fails or runs out does not stop the rest, and the
 exit status is 0 only if all passed. The peer takes part where ``.peer/`` is there (``make peer`` on
 a machine with a network, then copied along). Files left in ``OUT``: log.txt, tests.xml, bench.json,
-RESULTS.md, RESULTS.svg, and the tuned configurations as <gpu>.json.
+RESULTS.md, RESULTS.svg.
 """
 
 from __future__ import annotations
@@ -39,22 +39,18 @@ def steps(out: Path, quick: bool) -> list[Step]:
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
     parity = [*pytest, "tests", "-n", workers, "--dist", "loadfile", "--durations=10"]
     bench = [*pytest, "bench", f"--benchmark-json={out / 'bench.json'}"]
-    tuning = [*pytest, "bench", "-k", "fastvdm and not unet and not compiled", "--budget=0.2"]
     if quick:
         parity += ["-k", "peer"]
         bench += ["-k", "small and not compiled", "--budget=1"]
-        tuning += ["--collect-only"]
     else:
         # Compiling backward passes would take the whole time.
         bench += ["--full", "--budget=2", "-k", "not (train and compiled) and not small"]
-        tuning += ["--full"]
     page = [PYTHON, "bench/waterfall.py", str(out / "bench.json")]
     return [
         Step("build", [PYTHON, *install], 60, {}),
         Step("info", [PYTHON, "-m", "fastvdm.info"], 15, {}),
         Step("parity", [*parity, f"--junitxml={out / 'tests.xml'}"], 150, {}),
-        Step("tuning", tuning, 60, {"FASTVDM_AUTOTUNE": "1"}),
-        Step("benchmarks", bench, 225, {}),
+        Step("benchmarks", bench, 285, {}),
         Step("page", [*page, "--out", str(out / "RESULTS.md")], 20, {}),
     ]
 

@@ -1,6 +1,6 @@
 """temporal_block at the levels of a U-Net: norm, qkv, attention over the frames, out, residual.
 
-Providers: the peer's arithmetic on its layout, from and to ours; plain torch; the same compiled; the
+Providers: the peer's arithmetic on its layout, from and to ours; plain torch; that compiled; the
 block of its fused parts; ours. With the T5 bias and rotary of the peer's network. On a GPU in bf16,
 on a CPU in fp32. Training asks for every gradient.
 """

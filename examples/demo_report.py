@@ -220,9 +220,10 @@ more.</p>
 <p>The first {out.prediction["known"]} of {out.prediction["frames"]} frames are given, the others
 drawn by <code>fastvdm.diffusion.sample</code>: left the real clip, then replacement, then
 reconstruction guidance (Ho et al. 2022, Eq. 7), from the same noise. The step is the RMS change
-from the last given to the first drawn frame, the error that against the real continuation. Guidance
-took {out.prediction["seconds"]["reconstruction"] / out.prediction["seconds"]["replacement"]:.1f} times
-the time of replacement.</p>
+from the last given to the first drawn frame, the error that against the real continuation. The
+guided sampling took
+{out.prediction["seconds"]["reconstruction"] / out.prediction["seconds"]["replacement"]:.1f}
+times as long as replacement.</p>
 {predictions(out)}
 
 <h2>The checkpoint</h2>

@@ -31,7 +31,6 @@ class Config:
 
     backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
-    autotune: bool = False  # FASTVDM_AUTOTUNE: time Triton configurations and store them
     cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
 
     @staticmethod
@@ -39,7 +38,6 @@ class Config:
         return Config(
             backend=_choice("FASTVDM_BACKEND", BACKENDS),
             strict=_flag("FASTVDM_STRICT"),
-            autotune=_flag("FASTVDM_AUTOTUNE"),
             cpu_isa=_choice("FASTVDM_CPU_ISA", CPU_ISAS),
         )
 

@@ -173,14 +173,16 @@ def launchers(stem: str, backend: str) -> Any:
     return _EXTENSIONS[backend]
 
 
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for this type of device; devices such as meta have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that a matrix op on ``x`` runs in: autocast's where it is on, else ``x``'s own.
 
     As torch's autocast does, fp64 is left alone.
     """
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):  # e.g. meta
-        return x.dtype
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and autocast_on(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype

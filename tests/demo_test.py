@@ -56,7 +56,7 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     assert page.count('src="data:image/gif;base64,') == 9
     assert "a &lt;clip&gt;" in page and "<clip>" not in page
     assert "4.00&times;" in page and "0.90 &rarr; 0.20" in page and "2e-06" in page
-    assert "2.5 times" in page and "replacement: step 0.300, error 0.500" in page
+    assert "2.5\ntimes" in page and "replacement: step 0.300, error 0.500" in page
     for match in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ET.fromstring(match)
 

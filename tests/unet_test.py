@@ -106,6 +106,13 @@ def test_no_host_sync():
     assert out.shape == x.shape
 
 
+def test_forward_on_meta():
+    """Shapes without memory or arithmetic, as accelerate and FLOP counters ask for them."""
+    with torch.device("meta"):
+        out = UNet3D(**SMALL, norm="rms")(torch.zeros(2, 3, 5, 4, 8), torch.zeros(2))
+    assert out.shape == (2, 3, 5, 4, 8) and out.device.type == "meta"
+
+
 # -- options --------------------------------------------------------------------------------------
 
 

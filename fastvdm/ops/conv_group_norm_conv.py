@@ -329,7 +329,7 @@ def _check(
             continue
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, x on {x.device}")
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t.dtype != x.dtype and not dispatch.autocast_on(x.device.type):
             raise TypeError(f"{name} is {t.dtype}, x is {x.dtype}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastvdm.dispatch import ByDesign, launchers, register, select
+from fastvdm.dispatch import ByDesign, autocast_on, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
@@ -252,7 +252,7 @@ def norm_act(
         _expect(name, t, (b, c), x.device)
     for name, t in (("residual", residual), ("dropout_mask", dropout_mask)):
         _expect(name, t, (*video, c), x.device)
-    if torch.is_autocast_enabled(x.device.type):  # one stream may still be wider than the other
+    if autocast_on(x.device.type):  # one stream may still be wider than the other
         x2 = None if x2 is None else x2.to(x.dtype)
         residual = None if residual is None else residual.to(x.dtype)
     for name, t in (("x2", x2), ("residual", residual)):
