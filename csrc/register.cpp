@@ -6,7 +6,8 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("set_cpu_isa(str name) -> str");
   m.def("cpu_isa() -> str");
   m.def("cpu_has_native(bool bf16) -> bool");
-  m.def("linear_cpu(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor");
+  m.def("linear_fwd_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
   m.def(
       "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? scale, "
       "Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, "
@@ -61,5 +62,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
   m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
-  m.impl("linear_cpu", TORCH_BOX(&fastvdm::linear));
+  m.impl("linear_fwd_cpu", TORCH_BOX(&fastvdm::linear_fwd));
+  m.impl("linear_dx_cpu", TORCH_BOX(&fastvdm::linear_dx));
 }

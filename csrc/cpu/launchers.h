@@ -43,6 +43,7 @@ Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, d
 
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool transposed, int64_t m);
-Tensor linear(Tensor x, Tensor weight, OptTensor bias, bool transposed);
+Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
+Tensor linear_dx(Tensor dy, Tensor weight);
 
 }  // namespace fastvdm

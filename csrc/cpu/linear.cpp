@@ -4,10 +4,11 @@
 #include "launchers.h"
 
 namespace fastvdm {
+namespace {
 
 // y (..., N) = x (..., K) Wᵀ + bias with weight (N, K) of any strides in the type of x; transposed:
 // x W with weight (K, N), the gradient of the former.
-Tensor linear(Tensor x, Tensor weight, OptTensor bias, bool transposed) {
+Tensor multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool transposed) {
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.is_cpu() &&
                       weight.scalar_type() == x.scalar_type(),
                   "linear: weight must be a matrix in the type of x");
@@ -49,5 +50,13 @@ Tensor linear(Tensor x, Tensor weight, OptTensor bias, bool transposed) {
       });
   return y;
 }
+
+}  // namespace
+
+Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias) {
+  return multiply(x, weight, bias, false);
+}
+
+Tensor linear_dx(Tensor dy, Tensor weight) { return multiply(dy, weight, std::nullopt, true); }
 
 }  // namespace fastvdm

@@ -43,7 +43,7 @@ struct BlockArgs {
 inline int64_t block_scratch(const BlockArgs& a, bool backward) {
   const int64_t rows = static_cast<int64_t>(a.pixels) * a.frames + 16;
   const int64_t wide = rows * a.cp, head = rows * a.t.dp;
-  return (backward ? 4 * wide + 10 * head + 2 * rows : 2 * wide + 5 * head) +
+  return (backward ? 4 * wide + 9 * head + 2 * rows : 2 * wide + 5 * head) +
          attention_work(a.t);
 }
 

@@ -172,7 +172,7 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
   float *xn = scratch, *hat = xn + wide, *dy = hat + wide, *dxn = dy + wide, *q = dxn + wide;
   float *k = q + head, *v = k + head, *o = v + head, *plain = o + head, *dout = plain + head;
-  float *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + 2 * head;
+  float *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + head;
   float* work = rstd + 2 * rows;
   for (int64_t part = begin; part < end; ++part) {
     const BlockGrads g = a.grads[part];

@@ -38,7 +38,8 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
   return out;
 }
 
-std::vector<float> floats(const Tensor& t, const char* name, int64_t numel) {
+std::vector<float> floats(const Tensor& given, const char* name, int64_t numel) {
+  const Tensor t = given.is_contiguous() ? given : torch::stable::contiguous(given);
   std::vector<float> out(numel);
   const void* data = input(t, name, t.scalar_type(), numel);
   switch (t.scalar_type()) {

@@ -25,8 +25,9 @@ const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t n
 // New uninitialised tensor beside x.
 Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype);
 std::vector<int64_t> sizes_of(const Tensor& x);
-// Values of a small tensor of any floating type, in fp32; throws unless it has `numel` elements.
-std::vector<float> floats(const Tensor& t, const char* name, int64_t numel);
+// Values of a small tensor of any floating type and strides, in fp32; throws unless it has `numel`
+// elements.
+std::vector<float> floats(const Tensor& given, const char* name, int64_t numel);
 // Writes fp32 (or fp64) values into a new tensor shaped and typed as `like`.
 Tensor from_doubles(const std::vector<double>& values, const Tensor& like);
 

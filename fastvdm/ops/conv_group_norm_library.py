@@ -19,7 +19,13 @@ from fastvdm import _ext
 from fastvdm.config import get_config
 from fastvdm.ops.linear import emulated
 
-_HAS_CONV = _ext.has_launcher("linear_cpu")
+_HAS_CONV = _ext.has_launcher("conv3x3_cpu")
+
+if _HAS_CONV:  # for whoever traces the compositions below, as fastvdm.export does
+
+    @torch.library.register_fake("fastvdm_C::conv3x3_cpu")
+    def _(x, x2, weight, bias, residual, turned, tile):
+        return x.new_empty((*x.shape[:-1], weight.shape[1 if turned else 0]))
 
 
 def padding_of(kernel: int) -> int:
@@ -159,7 +165,7 @@ def _space_conv_fwd(
     residual: Tensor | None,
     stride: int,
 ) -> Tensor:
-    """Two sources. A 1x1 adds a GEMM in place (0.8-0.9x the time of one on a copy); a larger kernel
+    """Two sources. A 1x1 adds a second GEMM to the first; a larger kernel
     concatenates: 0.95-1.1x the time of two convolutions (Xeon, one thread, fp32, 64-256 channels),
     one rounding instead of three, and the copy is not kept."""
     if x2 is None:
@@ -168,10 +174,11 @@ def _space_conv_fwd(
         c1 = x.shape[-1]
         y = conv2d(x, weight[:, :c1], bias, stride)
         rows, flat = x2.reshape(-1, x2.shape[-1]), weight[:, c1:].flatten(1)
-        y.view(-1, y.shape[-1]).addmm_(rows, flat.t())
+        # Not in place: fastvdm.export traces this into a functional graph.
+        y = torch.addmm(y.view(-1, y.shape[-1]), rows, flat.t()).view(y.shape)
     else:
         y = conv2d(torch.cat([x, x2], dim=-1), weight, bias, stride)
-    return y if residual is None else y.add_(residual)
+    return y if residual is None else y + residual
 
 
 def _source_grads(

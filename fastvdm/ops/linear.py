@@ -14,14 +14,14 @@ from torch.library import custom_op
 
 from fastvdm import _ext
 from fastvdm.config import get_config
-from fastvdm.dispatch import autocast_dtype
+from fastvdm.dispatch import autocast_dtype, launchers
 from fastvdm.ops.cost import Cost
 
 # Asked once, so that dynamo traces a comparison of constants.
 _EMULATED = tuple(
     dtype
     for dtype in (torch.bfloat16, torch.float16)
-    if _ext.has_launcher("linear_cpu")
+    if _ext.has_launcher("linear_fwd_cpu")
     and not torch.ops.fastvdm_C.cpu_has_native(dtype == torch.bfloat16)
 )
 
@@ -33,24 +33,30 @@ def emulated(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @custom_op("fastvdm::linear_fwd", mutates_args=())
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """y (..., N) = x (..., K) weight (N, K)ᵀ + bias."""
-    return torch.ops.fastvdm_C.linear_cpu(x, weight, bias, False)
+    return launchers("linear", backend).linear_fwd(x, weight, bias)
 
 
 @linear_fwd.register_fake
-def _(x, weight, bias):
+def _(x, weight, bias, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @custom_op("fastvdm::linear_bwd", mutates_args=())
 def linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), of shape (0,) where not wanted; sums over rows in fp32."""
     dx = dw = db = dy.new_empty(0)
     if need_dx:
-        dx = torch.ops.fastvdm_C.linear_cpu(dy, weight, None, True)
+        dx = launchers("linear", backend).linear_dx(dy, weight)
     rows = dy.flatten(0, -2).float() if need_dw or need_db else dy
     if need_dw:
         with torch.autocast("cpu", enabled=False):
@@ -61,7 +67,7 @@ def linear_bwd(
 
 
 @linear_bwd.register_fake
-def _(dy, x, weight, need_dx, need_dw, need_db):
+def _(dy, x, weight, need_dx, need_dw, need_db, backend):
     return (
         dy.new_empty(x.shape if need_dx else (0,)),
         dy.new_empty(weight.shape if need_dw else (0,)),
@@ -70,15 +76,15 @@ def _(dy, x, weight, need_dx, need_dw, need_db):
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    found = linear_bwd(dy.contiguous(), x, weight, *need)
-    return tuple(g if n else None for g, n in zip(found, need))
+    need = ctx.needs_input_grad[:3]
+    found = linear_bwd(dy.contiguous(), x, weight, *need, ctx.backend)
+    return *(g if n else None for g, n in zip(found, need)), None
 
 
 def _no_double_backward(ctx, *_):
@@ -99,7 +105,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"weight {tuple(weight.shape)} does not take {x.shape[-1]} features")
     return linear_fwd(
-        x.to(dtype).contiguous(), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x.to(dtype).contiguous(), weight.to(dtype), None if bias is None else bias.to(dtype), "cpu"
     )
 
 
