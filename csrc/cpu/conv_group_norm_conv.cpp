@@ -63,9 +63,16 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   const auto prepare = FASTVDM_PICK(winograd_weights);
   torch::stable::parallel_for(0, cin, 8,
                               [&](int64_t begin, int64_t end) { prepare(a, begin, end); });
-  // Transformed tiles and products of a block share the L2 with a slice of the weights.
-  const int64_t fit = (1 << 20) / (4 * points * (a.cinp + a.outp)) / 8 * 8;
-  a.block = static_cast<int>(std::clamp<int64_t>(fit, 16, 64));
+  // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
+  // stream past once per block, so the block is as large as the threads leave it. The result does
+  // not depend on it: every tile is summed in the same order.
+  const int64_t tile_bytes = 4 * points * (a.cinp + a.outp);
+  int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
+  if (4 * points * cin * a.outp > (3 << 19)) {
+    const int64_t share = ceil_div(a.tiles, torch::stable::get_num_threads());
+    block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
+  }
+  a.block = static_cast<int>(block);
   const auto kernel = FASTVDM_PICK(winograd_conv);
   torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));

@@ -55,7 +55,7 @@ FASTVDM_NOINLINE void gemm_panel(int M, int K, const float* A, int64_t lda,
 
 // Registers: MR * NR accumulators, NR of B and one broadcast, out of 32 (AVX-512) or 16.
 #if defined(__AVX512F__)
-constexpr int kTileM1 = 16, kTileM2 = 8, kTileM3 = 8;
+constexpr int kTileM1 = 16, kTileM2 = 8, kTileM3 = 8, kTileM4 = 6;
 #elif defined(__AVX2__)
 constexpr int kTileM1 = 8, kTileM2 = 6, kTileM3 = 4;
 #else
@@ -66,6 +66,11 @@ template <bool KM>
 FASTVDM_INLINE void gemm(int M, int N, int K, const float* A, int64_t lda, const float* B,
                          int64_t ldb, float* C, int64_t ldc, bool accumulate) {
   int n = 0;
+#if defined(__AVX512F__)
+  // 64 columns at once where that leaves no single vector over: the commonest widths.
+  for (; N % (4 * VL) == 0 && n < N; n += 4 * VL)
+    gemm_panel<4, KM, kTileM4>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
+#endif
   for (; n + 3 * VL <= N; n += 3 * VL)
     gemm_panel<3, KM, kTileM3>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
   if (n + 2 * VL <= N) {

@@ -66,13 +66,15 @@ def own_tile(x: Tensor, weight: Tensor, stride: int) -> int:
 
     F(2x2) in fp32 errs no more than the direct sum; F(4x4), 1e-6 to 3e-6 of the largest output, is
     for 16-bit storage only. Time of F(2x2) against oneDNN in fp32 (16 images, one thread of a Xeon
-    with AVX-512, 2026-11): 0.65 at 64x64x64, 0.61 at 32x32x128, 0.78 at 16x16x256, 1.6 at 8x8x512,
-    where transforming the weights costs more than it saves: hence the bound on the pixels.
+    with AVX-512, 2026-11): 0.65 at 64x64x64, 0.61 at 32x32x128, 0.74 at 16x16x256, 0.90 at 8x8x512,
+    1.3 at 8x8x1024, where transforming the weights costs more than it saves: hence the bounds on
+    the pixels. F(4x4) has over twice as many weights to transform: 1.6 at 8x8x512.
     """
     if not has_own_kernel(x.device, weight, stride, x.dtype):
         return 0
     pixels = x.numel() // max(x.shape[-1], 1)
-    return _TILES[x.dtype] if pixels >= 8 * max(weight.shape[:2]) else 0
+    widest = max(weight.shape[:2])
+    return _TILES[x.dtype] if pixels >= 8 * widest else 2 if pixels >= 2 * widest else 0
 
 
 def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
