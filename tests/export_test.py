@@ -61,11 +61,11 @@ int main(int argc, char** argv) {
   auto read = [&](const char* path) {
     std::ifstream file(path, std::ios::binary);
     std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-    return torch::pickle_load(bytes).toTensor();
+    return torch::jit::pickle_load(bytes).toTensor();
   };
   c10::InferenceMode guard;
   auto out = model.run({read(argv[3]), read(argv[4]), read(argv[5])})[0];
-  auto bytes = torch::pickle_save(out);
+  auto bytes = torch::jit::pickle_save(out);
   std::ofstream(argv[6], std::ios::binary).write(bytes.data(), bytes.size());
 }
 """
