@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 # Set when this process runs kernels under TRITON_INTERPRET=1 (tests on a machine without a GPU).
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -48,10 +47,6 @@ def dot_x3(a, b, acc):
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
     else:
         return tl.dot(a, b, acc, input_precision="tf32x3", out_dtype=acc.dtype)
-
-
-def is_interpreted(kernel: object) -> bool:
-    return isinstance(kernel, InterpretedFunction)
 
 
 def cdiv(a: int, b: int) -> int:

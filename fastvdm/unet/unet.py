@@ -56,8 +56,8 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         time_input: "index" (peer) or "logsnr" (paper): what ``forward`` takes as ``time``.
         position: "rotary+t5" (peer), "t5", "shaw" (paper) or "none", in temporal attention.
         shaw_max_distance, shaw_values, shaw_per_head: clip distance of the Shaw tables, tables for
-            values as well as keys, a table per head. The paper is silent; LVDM has 16-ish windows,
-            both tables, shared by the heads, and so are the defaults.
+            values as well as keys, a table per head. The paper is silent; LVDM has both tables,
+            shared by the heads, and so are the defaults.
         emb_dim: width of the embedding, 4 * dim (peer) or 1024 (paper).
         mlp_layers: layers of the embedding MLPs.
         null_cond: "learned" (peer) or "zeros" (paper): the vector of the unconditional branch.
