@@ -42,6 +42,14 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "linear_attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, "
       "float sm_scale) -> Tensor");
   m.def(
+      "guidance_seed_fwd_cpu(Tensor z, Tensor model_out, Tensor coef, Tensor? known, "
+      "Tensor? slot, Tensor? low_res, Tensor? low_slot, Tensor? extra, bool clip) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "guidance_update_fwd_cpu(Tensor z, Tensor estimate, Tensor coef, Tensor? grad, "
+      "Tensor? seed, Tensor? known, Tensor? slot, Tensor? noise, Tensor? rng, "
+      "Tensor? threshold, int step, bool clip, bool want_x) -> (Tensor, Tensor)");
+  m.def(
       "conv3x3_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, "
       "bool transposed, int m) -> Tensor");
 }
@@ -61,6 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("temporal_block_bwd_cpu", TORCH_BOX(&fastvdm::temporal_block_bwd));
   m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
   m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
+  m.impl("guidance_seed_fwd_cpu", TORCH_BOX(&fastvdm::guidance_seed_fwd));
+  m.impl("guidance_update_fwd_cpu", TORCH_BOX(&fastvdm::guidance_update_fwd));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
   m.impl("linear_fwd_cpu", TORCH_BOX(&fastvdm::linear_fwd));
   m.impl("linear_dx_cpu", TORCH_BOX(&fastvdm::linear_dx));

@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fastvdm import _ext
+
 # Smallest error that counts, relative to the largest reference value: a few ulps of the dtype, so
 # that a baseline which happens to be exact does not ask for the impossible.
 _FLOOR = {
@@ -169,3 +171,17 @@ def assert_parity(
             raise AssertionError(f"d{name}: {'missing' if a is None else 'unexpected'} gradient")
         if a is not None and b is not None and r is not None:
             assert_close3(a, b, r, factor=grad_factor, name=f"d{name}")
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets of the C++ backend that this machine and this build run, best first."""
+    if _ext.reason_off() is not None:
+        return []
+    found = []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            found.append(_ext.set_cpu_isa(name))
+        except RuntimeError:
+            continue
+    _ext.set_cpu_isa("auto")
+    return found

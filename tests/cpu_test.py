@@ -22,7 +22,7 @@ from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.temporal_block import temporal_block
-from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, max_error
+from fastvdm.testing import assert_close3, assert_parity, cpu_isas, make_exact_operand, max_error
 
 pytestmark = pytest.mark.skipif(
     _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
@@ -30,21 +30,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _isas() -> list[str]:
-    """The instruction sets that this machine and this build can run."""
-    if _ext.reason_off() is not None:
-        return ["portable"]
-    found = []
-    for name in ("avx512", "avx2", "portable"):
-        try:
-            found.append(_ext.set_cpu_isa(name))
-        except RuntimeError:
-            continue
-    _ext.set_cpu_isa("auto")
-    return found
-
-
-@pytest.fixture(params=_isas())
+@pytest.fixture(params=cpu_isas() or ["none"])
 def isa(request):
     assert _ext.set_cpu_isa(request.param) == request.param
     yield request.param
@@ -366,7 +352,7 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
 
 def test_instruction_sets_agree():
     results = {}
-    for name in _isas():
+    for name in cpu_isas():
         _ext.set_cpu_isa(name)
         results[name] = _all_ops(torch.float32)
     _ext.set_cpu_isa("auto")

@@ -11,7 +11,7 @@ from gaussian import DOUBLE, Gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvdm
-from fastvdm import use_backend
+from fastvdm import _ext, use_backend
 from fastvdm.diffusion import (
     DDIM,
     Ancestral,
@@ -31,10 +31,27 @@ from fastvdm.ops.guidance import (
     guidance_update_fwd,
 )
 from fastvdm.reference.guidance import philox_normal, philox_words
-from fastvdm.testing import assert_close3, opcheck_op
+from fastvdm.testing import assert_close3, cpu_isas, opcheck_op
 
-# (B, C, F, H, W), all extents differ; "off_tile" leaves a partial block
-SHAPES = {"grey": (2, 1, 5, 8, 4), "off_tile": (2, 3, 7, 12, 8), "one_frame": (3, 2, 1, 4, 6)}
+# (B, C, F, H, W), all extents differ; "off_tile" leaves a partial block, "wide" fills vectors
+SHAPES = {
+    "grey": (2, 1, 5, 8, 4),
+    "off_tile": (2, 3, 7, 12, 8),
+    "one_frame": (3, 2, 1, 4, 6),
+    "wide": (1, 3, 2, 4, 38),
+}
+
+
+@pytest.fixture(params=["triton", *(f"cpu-{isa}" for isa in cpu_isas())])
+def lane(request, device):
+    """(backend, device) of each implementation; the C++ one on each instruction set."""
+    backend, _, isa = request.param.partition("-")
+    if not isa:
+        yield backend, device
+        return
+    assert _ext.set_cpu_isa(isa) == isa
+    yield backend, "cpu"
+    _ext.set_cpu_isa("auto")
 
 
 def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_last=True):
@@ -102,9 +119,9 @@ def wide(t):
     return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
 
 
-def check_op(op, args, kwargs):
+def check_op(backend, op, args, kwargs):
     """Kernel against reference in the same dtype and in fp64; two runs give the same bits."""
-    with use_backend("triton"):
+    with use_backend(backend):
         out, again = op(*args, **kwargs), op(*args, **kwargs)
     with use_backend("reference"):
         base = op(*args, **kwargs)
@@ -117,39 +134,55 @@ def check_op(op, args, kwargs):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("case", SEED_CASES)
-def test_seed_parity(shape, case, device, poison):
+def test_seed_parity(shape, case, lane, poison):
+    backend, device = lane
     o = operands(shape, device=device, channels_last=case != "frames")
     args, kwargs = seed_args(o, **SEED_CASES[case])
-    _, seed = check_op(guidance_seed, args, kwargs)
+    _, seed = check_op(backend, guidance_seed, args, kwargs)
     assert seed.stride() == o["m"].stride()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("case", UPDATE_CASES)
-def test_update_parity(shape, case, device, poison):
+def test_update_parity(shape, case, lane, poison):
+    backend, device = lane
     o = operands(shape, device=device)
-    check_op(guidance_update, *update_args(o, **UPDATE_CASES[case]))
+    check_op(backend, guidance_update, *update_args(o, **UPDATE_CASES[case]))
 
 
-@pytest.mark.parametrize("network", [torch.float16, torch.float64])
-def test_dtypes(network, device):
+@pytest.mark.parametrize("network", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(network, lane):
     """A narrow network under an fp32 state, and everything in fp64. bf16 rounding is not the
     interpreter's (it truncates); a GPU runs it in the bench."""
+    backend, device = lane
+    if network == (torch.bfloat16 if backend == "triton" else torch.float64):
+        pytest.skip("bf16 is the C++ lane's, fp64 the Triton lane's")
     state = torch.float64 if network == torch.float64 else torch.float32
     o = operands(SHAPES["off_tile"], state, network, device)
     args, kwargs = seed_args(o)
-    _, seed = check_op(guidance_seed, args, kwargs)
+    _, seed = check_op(backend, guidance_seed, args, kwargs)
     assert seed.dtype == network
-    check_op(guidance_update, *update_args(o))
+    check_op(backend, guidance_update, *update_args(o))
 
 
-def test_exact_low_resolution(device):
+@pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
+def test_slots_are_checked():
+    """On a CPU a place that is not among the frames given is an error, not a read beyond them."""
+    o = operands(SHAPES["off_tile"])
+    args, kwargs = seed_args(o)
+    kwargs["slot"] = kwargs["slot"] + 1
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="frame 2 of 2"):
+        guidance_seed(*args, **kwargs)
+
+
+def test_exact_low_resolution(lane):
     """Integer operands and a factor of 4: an index error cannot hide in a tolerance."""
+    backend, device = lane
     z = torch.arange(2 * 1 * 3 * 8 * 12, dtype=torch.float32, device=device).reshape(2, 1, 3, 8, 12)
     coef = torch.tensor([[1.0, 2.0, 16.0]], device=device).repeat(2, 1)
     low = torch.arange(2 * 2 * 2 * 3, dtype=torch.float32, device=device).reshape(2, 1, 2, 2, 3)
     slot = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
-    with use_backend("triton"):
+    with use_backend(backend):
         x_hat, seed = guidance_seed(z, z.flip(4), coef, low_res=low, low_slot=slot)
     assert torch.equal(x_hat, z + 2 * z.flip(4))
     mean = torch.nn.functional.avg_pool3d(x_hat, (1, 4, 4))
@@ -159,21 +192,23 @@ def test_exact_low_resolution(device):
     assert torch.equal(seed[:, :, [0, 2]], spread)
 
 
-def test_opcheck(device):
+def test_opcheck(lane):
+    backend, device = lane
     o = operands((2, 3, 7, 12, 8), device=device)
     a, k = seed_args(o)
     frames = (k["known"], k["slot"], k["low_res"], k["low_slot"])
     for extra, clip in ((None, False), (o["extra"], True)):
-        opcheck_op(guidance_seed_fwd, (*a, *frames, extra, clip, "triton"))
-    opcheck_op(guidance_seed_fwd, (*a, None, None, None, None, None, False, "triton"))
+        opcheck_op(guidance_seed_fwd, (*a, *frames, extra, clip, backend))
+    opcheck_op(guidance_seed_fwd, (*a, None, None, None, None, None, False, backend))
     a, k = update_args(o)
     given = (k["grad"], k["seed"], k["known"], k["slot"], None, k["rng"], None)
     for want in (False, True):
-        opcheck_op(guidance_update_fwd, (*a, *given, 3, True, want, "triton"))
+        opcheck_op(guidance_update_fwd, (*a, *given, 3, True, want, backend))
 
 
-def test_fullgraph(device):
+def test_fullgraph(lane):
     """Both ops trace without a break."""
+    backend, device = lane
     o = operands(SHAPES["off_tile"], device=device)
 
     def step(z, m, grad):
@@ -182,15 +217,16 @@ def test_fullgraph(device):
         _, k = update_args(o)
         return guidance_update(z, x_hat, o["coef"], **{**k, "grad": grad, "seed": seed})[1]
 
-    with use_backend("triton"):
+    with use_backend(backend):
         expected = step(o["z"], o["m"], o["grad"])
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(o["z"], o["m"], o["grad"]), expected)
 
 
-def test_no_backward(device):
+def test_no_backward(lane):
+    backend, device = lane
     o = operands(SHAPES["grey"], device=device)
-    with use_backend("triton"):
+    with use_backend(backend):
         x_hat, _ = guidance_seed(o["z"].requires_grad_(), o["m"], o["seed_coef"])
         with pytest.raises(RuntimeError, match="use_backend"):
             x_hat.sum().backward()
@@ -541,8 +577,9 @@ def test_launches_per_step(guided, corrector, device):
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(0.3), DDIM(0.5)], ids=["ancestral", "ddim"])
-def test_fused_equals_unfused(sampler, device):
+def test_fused_equals_unfused(sampler, lane):
     """A whole guided run through the kernels against the reference, the same counter noise."""
+    backend, device = lane
     shape = (2, 1, 4, 8, 6)
     t = targets(shape, [0, 2], "average", None)
     options = dict(
@@ -559,8 +596,8 @@ def test_fused_equals_unfused(sampler, device):
         return data.denoiser()(z.cpu(), log_snr.cpu()).to(z.device)
 
     results = []
-    for backend in ("reference", "triton"):
-        with use_backend(backend):
+    for name in ("reference", backend):
+        with use_backend(name):
             results.append(sample(model, shape, **options))
     torch.testing.assert_close(*results, rtol=2e-4, atol=2e-4)
 

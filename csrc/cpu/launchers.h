@@ -41,6 +41,15 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);
 
+std::tuple<Tensor, Tensor> guidance_seed_fwd(Tensor z, Tensor model_out, Tensor coef,
+                                             OptTensor known, OptTensor slot, OptTensor low_res,
+                                             OptTensor low_slot, OptTensor extra, bool clip);
+std::tuple<Tensor, Tensor> guidance_update_fwd(Tensor z, Tensor estimate, Tensor coef,
+                                               OptTensor grad, OptTensor seed, OptTensor known,
+                                               OptTensor slot, OptTensor noise, OptTensor rng,
+                                               OptTensor threshold, int64_t step, bool clip,
+                                               bool want_x);
+
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool transposed, int64_t m);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);

@@ -24,6 +24,13 @@ LinearArgs make_args(const Tensor& qkv, double sm_scale) {
   return a;
 }
 
+// All heads of a frame together read memory in order; fewer where frames are too few to share out.
+// The result of a head does not depend on it.
+int heads_per_item(const LinearArgs& a) {
+  const int64_t wanted = 2 * torch::stable::get_num_threads();
+  return static_cast<int>(std::clamp<int64_t>(a.heads * a.frames / wanted, 1, a.heads));
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale) {
@@ -37,10 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_sc
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   a.ctx = static_cast<float*>(ctx.mutable_data_ptr());
-  // All heads of a frame together read memory in order; fewer where frames are too few to share
-  // out. The result of a head does not depend on it.
-  const int64_t wanted = 2 * torch::stable::get_num_threads();
-  a.group = static_cast<int>(std::clamp<int64_t>(heads * a.frames / wanted, 1, heads));
+  a.group = heads_per_item(a);
   const int64_t items = a.frames * ceil_div(heads, a.group);
   const auto kernel = FASTVDM_PICK(linear_attention_fwd);
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
@@ -59,9 +63,9 @@ Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, d
   Tensor dqkv = empty(qkv, sizes_of(qkv), qkv.scalar_type());
   a.dqkv = dqkv.mutable_data_ptr();
   if (qkv.numel() == 0) return dqkv;
-  a.group = 1;
+  a.group = heads_per_item(a);
   const auto kernel = FASTVDM_PICK(linear_attention_bwd);
-  torch::stable::parallel_for(0, a.frames * a.heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, a.frames * ceil_div(a.heads, a.group), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(linear_scratch(a) * sizeof(float))));
   });
   return dqkv;

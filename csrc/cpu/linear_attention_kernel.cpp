@@ -10,6 +10,7 @@ namespace FASTVDM_ISA {
 namespace {
 
 constexpr int R = kLinearRows;
+constexpr int RB = 16;  // pixels of a chunk of the backward: all heads of it stay in L2
 
 // Rows [row, row + n) of q, k or v of a head, in fp32; up to a multiple of VL they are zero.
 template <class T>
@@ -128,69 +129,84 @@ template <class T>
 void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int d = a.d, dp = a.dp;
   const int64_t size = (int64_t)dp * dp, inner = (int64_t)a.heads * d;
-  float *ctx = scratch, *dctx = ctx + size, *dctx_t = dctx + size;  // one head at a time
-  float *lse = dctx_t + size, *r = lse + dp;
-  float *k = r + dp, *v = k + R * dp, *o = v + R * dp, *p = o + R * dp, *g = p + R * dp;
+  const int64_t groups = (a.heads + a.group - 1) / a.group;
+  float *ctx = scratch, *dctx = ctx + a.group * size, *dctx_t = dctx + a.group * size;
+  float *lse = dctx_t + a.group * size, *r = lse + a.group * dp;
+  float *k = r + a.group * dp, *v = k + R * dp, *o = v + R * dp, *p = o + R * dp;
+  float* g = p + R * dp;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t frame = item / a.heads;
-    const int h = (int)(item % a.heads);
-    memset(ctx, 0, sizeof(float) * 3 * size);
-    memset(lse, 0, sizeof(float) * 2 * dp);
-    for (int c = 0; c < d; ++c)
-      for (int e = 0; e < d; ++e) ctx[(int64_t)c * dp + e] = a.ctx[(item * d + c) * d + e];
-    memcpy(lse, a.lse + item * d, sizeof(float) * d);
-    T* const dq = (T*)a.dqkv + frame * a.pixels * 3 * inner + (int64_t)h * d;
-    const T* const dout = (const T*)a.dout + frame * a.pixels * inner + (int64_t)h * d;
+    const int64_t frame = item / groups;
+    const int head0 = (int)(item % groups) * a.group;
+    const int heads = a.heads - head0 < a.group ? a.heads - head0 : a.group;
+    memset(ctx, 0, sizeof(float) * 3 * a.group * size);
+    memset(lse, 0, sizeof(float) * 2 * a.group * dp);
+    for (int h = 0; h < heads; ++h) {
+      const int64_t at = (frame * a.heads + head0 + h) * d;
+      for (int c = 0; c < d; ++c)
+        memcpy(ctx + h * size + (int64_t)c * dp, a.ctx + (at + c) * d, sizeof(float) * d);
+      memcpy(lse + h * dp, a.lse + at, sizeof(float) * d);
+    }
+    T* const dqkv = (T*)a.dqkv + frame * a.pixels * 3 * inner + (int64_t)head0 * d;
+    const T* const dout = (const T*)a.dout + frame * a.pixels * inner + (int64_t)head0 * d;
 
     // dctx = q'ᵀ dout and dq.
     for (int64_t row = 0; row < a.pixels; row += VL) {
       const int n = a.pixels - row < VL ? (int)(a.pixels - row) : VL;
-      gather<T>(a, frame, row, n, 0, h, k);
-      for (int i = 0; i < VL; ++i) {
-        if (i < n)
-          widen_row(dout + (row + i) * inner, o + i * dp, d, dp);
-        else
-          memset(o + i * dp, 0, sizeof(float) * dp);
+      for (int h = 0; h < heads; ++h) {
+        gather<T>(a, frame, row, n, 0, head0 + h, k);
+        for (int i = 0; i < VL; ++i) {
+          if (i < n)
+            widen_row(dout + (row + i) * inner + h * d, o + i * dp, d, dp);
+          else
+            memset(o + i * dp, 0, sizeof(float) * dp);
+        }
+        to_lanes(k, dp, p);
+        softmax_down<T>(p, d, dp);
+        gemm<false>(d, dp, n, p, VL, o, dp, dctx + h * size, dp, true);
+        to_lanes(o, dp, v);
+        // (ctx doutᵀ), pixels in the lanes
+        gemm<false>(d, VL, d, ctx + h * size, dp, v, VL, g, VL, false);
+        vf delta = {};
+        for (int c = 0; c < d; ++c) delta += load(p + c * VL) * load(g + c * VL);
+        for (int c = 0; c < dp; ++c)
+          store(g + c * VL,
+                c < d ? load(p + c * VL) * (load(g + c * VL) - delta) * a.scale : vf{});
+        from_lanes(g, dp, o);
+        T* to = dqkv + row * 3 * inner + h * d;
+        for (int i = 0; i < n; ++i) narrow_row(o + i * dp, to + i * 3 * inner, d);
       }
-      to_lanes(k, dp, p);
-      softmax_down<T>(p, d, dp);
-      gemm<false>(d, dp, n, p, VL, o, dp, dctx, dp, true);
-      to_lanes(o, dp, v);
-      gemm<false>(d, VL, d, ctx, dp, v, VL, g, VL, false);  // (ctx doutᵀ), pixels in the lanes
-      vf delta = {};
-      for (int c = 0; c < d; ++c) delta += load(p + c * VL) * load(g + c * VL);
-      for (int c = 0; c < dp; ++c)
-        store(g + c * VL,
-              c < d ? load(p + c * VL) * (load(g + c * VL) - delta) * a.scale : vf{});
-      from_lanes(g, dp, o);
-      for (int i = 0; i < n; ++i) narrow_row(o + i * dp, dq + (row + i) * 3 * inner, d);
     }
-    for (int c = 0; c < d; ++c) {
-      float* line = dctx + (int64_t)c * dp;
-      double dot = 0;
-      for (int e = 0; e < d; ++e) {
-        line[e] *= a.scale;
-        dctx_t[(int64_t)e * dp + c] = line[e];
-        dot += (double)line[e] * ctx[(int64_t)c * dp + e];
+    for (int64_t i = 0; i < heads; ++i)
+      for (int c = 0; c < d; ++c) {
+        float* line = dctx + i * size + (int64_t)c * dp;
+        const float* other = ctx + i * size + (int64_t)c * dp;
+        double dot = 0;
+        for (int e = 0; e < d; ++e) {
+          line[e] *= a.scale;
+          dctx_t[i * size + (int64_t)e * dp + c] = line[e];
+          dot += (double)line[e] * other[e];
+        }
+        r[i * dp + c] = (float)dot;
       }
-      r[c] = (float)dot;
-    }
     // dk = k' (v dctxᵀ - r), dv = k' dctx.
-    for (int64_t row = 0; row < a.pixels; row += R) {
-      const int n = a.pixels - row < R ? (int)(a.pixels - row) : R;
-      gather<T>(a, frame, row, n, 1, h, k);
-      gather<T>(a, frame, row, n, 2, h, v);
-      for (int i = 0; i < n; ++i)
-        for (int c = 0; c < dp; c += VL)
-          store(k + i * dp + c, vexp(load(k + i * dp + c) - load(lse + c)));
-      gemm<false>(n, dp, d, k, dp, dctx, dp, o, dp, false);
-      gemm<false>(n, dp, d, v, dp, dctx_t, dp, p, dp, false);
-      for (int i = 0; i < n; ++i) {
-        for (int c = 0; c < dp; c += VL)
-          store(p + i * dp + c, load(k + i * dp + c) * (load(p + i * dp + c) - load(r + c)));
-        T* to = dq + (row + i) * 3 * inner;
-        narrow_row(p + i * dp, to + inner, d);
-        narrow_row(o + i * dp, to + 2 * inner, d);
+    for (int64_t row = 0; row < a.pixels; row += RB) {
+      const int n = a.pixels - row < RB ? (int)(a.pixels - row) : RB;
+      for (int h = 0; h < heads; ++h) {
+        gather<T>(a, frame, row, n, 1, head0 + h, k);
+        gather<T>(a, frame, row, n, 2, head0 + h, v);
+        const float *lse_h = lse + h * dp, *r_h = r + h * dp;
+        for (int i = 0; i < n; ++i)
+          for (int c = 0; c < dp; c += VL)
+            store(k + i * dp + c, vexp<kDegree<T>>(load(k + i * dp + c) - load(lse_h + c)));
+        gemm<false>(n, dp, d, k, dp, dctx + h * size, dp, o, dp, false);
+        gemm<false>(n, dp, d, v, dp, dctx_t + h * size, dp, p, dp, false);
+        for (int i = 0; i < n; ++i) {
+          for (int c = 0; c < dp; c += VL)
+            store(p + i * dp + c, load(k + i * dp + c) * (load(p + i * dp + c) - load(r_h + c)));
+          T* to = dqkv + (row + i) * 3 * inner + h * d;
+          narrow_row(p + i * dp, to + inner, d);
+          narrow_row(o + i * dp, to + 2 * inner, d);
+        }
       }
     }
   }

@@ -3,7 +3,28 @@
 
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastvdm {
+namespace {
+
+// A tensor of tens of megabytes is new memory at every call, and taking it page by page costs as
+// much as filling it. Where the system gives huge pages on request, this asks for them.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const auto from = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (from + page - 1) / page * page, last = (from + bytes) / page * page;
+  if (last >= first + 2 * page)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -28,8 +49,10 @@ const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t n
 }
 
 Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(
+  Tensor out = torch::stable::new_empty(
       x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
 }
 
 std::vector<int64_t> sizes_of(const Tensor& x) {

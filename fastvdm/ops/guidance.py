@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastvdm.dispatch import launchers, register, select
+from fastvdm.dispatch import ByDesign, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.reference.guidance import (
     SEED_COEFFICIENTS,
@@ -107,8 +107,8 @@ guidance_update_fwd.register_autograd(_no_backward)
 
 def unsupported(backend: str, z: Tensor, other: Tensor) -> str | None:
     """Why ``backend`` cannot take this call; None when it can."""
-    if backend == "cpu" and other.dtype == torch.float16:
-        return "no fp16 on the CPU"
+    if backend == "cpu" and torch.float64 in (z.dtype, other.dtype):
+        return ByDesign("fp64 runs on the torch reference")
     return None
 
 
