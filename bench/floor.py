@@ -18,7 +18,7 @@ from fastvdm.ops.axis_attention import axis_attention_cost
 from fastvdm.ops.conv_group_norm_conv import space_conv_cost, space_conv_transpose_cost
 from fastvdm.ops.conv_group_norm_norm import norm_act_cost
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.linear_attention import linear_attention_cost
+from fastvdm.ops.linear_attention_projected import linear_attention_projected_cost
 from fastvdm.ops.temporal_block import temporal_block_cost
 
 
@@ -78,8 +78,8 @@ _OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
     (attention, "axis_attention"): lambda qkv, *, axis, **k: axis_attention_cost(
         qkv.shape, qkv.element_size(), axis, bias=k.get("bias") is not None
     ),
-    (attention, "linear_attention"): lambda qkv: linear_attention_cost(
-        qkv.shape, qkv.element_size()
+    (attention, "linear_attention_projected"): lambda x, weight, *, heads: (
+        linear_attention_projected_cost(x.shape, weight.shape[0], heads, x.element_size())
     ),
     (F, "linear"): _linear,
 }

@@ -8,7 +8,8 @@ namespace {
 
 // y (..., N) = x (..., K) Wᵀ + bias with weight (N, K) of any strides in the type of x; transposed:
 // x W with weight (K, N), the gradient of the former.
-Tensor multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool transposed) {
+void multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool transposed,
+              const Tensor& y) {
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.is_cpu() &&
                       weight.scalar_type() == x.scalar_type(),
                   "linear: weight must be a matrix in the type of x");
@@ -32,11 +33,9 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bo
     padded.resize(a.np, 0.f);
     a.bias = padded.data();
   }
-  std::vector<int64_t> shape = sizes_of(x);
-  shape.back() = n;
-  Tensor y = empty(x, shape, x.scalar_type());
+  input(y, "y", x.scalar_type(), a.rows * n);
   a.y = y.mutable_data_ptr();
-  if (a.rows == 0) return y;
+  if (a.rows == 0) return;
   Tensor packed = empty(x, {k, a.np}, ScalarType::Float);
   a.packed = static_cast<float*>(packed.mutable_data_ptr());
   const auto pack = FASTVDM_PICK(linear_pack);
@@ -48,15 +47,31 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bo
         kernel(a, begin, end,
                static_cast<float*>(scratch(linear_layer_scratch(a) * sizeof(float))));
       });
-  return y;
+}
+
+Tensor result(const Tensor& x, int64_t features) {
+  std::vector<int64_t> shape = sizes_of(x);
+  STD_TORCH_CHECK(!shape.empty(), "linear: x must have features");
+  shape.back() = features;
+  return empty(x, shape, x.scalar_type());
 }
 
 }  // namespace
 
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias) {
-  return multiply(x, weight, bias, false);
+  Tensor y = result(x, weight.size(0));
+  multiply(x, weight, bias, false, y);
+  return y;
 }
 
-Tensor linear_dx(Tensor dy, Tensor weight) { return multiply(dy, weight, std::nullopt, true); }
+Tensor linear_dx(Tensor dy, Tensor weight) {
+  Tensor dx = result(dy, weight.size(1));
+  multiply(dy, weight, std::nullopt, true, dx);
+  return dx;
+}
+
+void linear_into(const Tensor& a, const Tensor& b, const Tensor& out) {
+  multiply(a, b, std::nullopt, true, out);
+}
 
 }  // namespace fastvdm

@@ -8,66 +8,89 @@
 namespace fastvdm {
 namespace {
 
-LinearArgs make_args(const Tensor& qkv, double sm_scale) {
-  STD_TORCH_CHECK(qkv.dim() == 7 && qkv.size(4) == 3 && qkv.size(5) > 0 && qkv.size(6) > 0 &&
-                      qkv.size(6) <= 1024 && qkv.size(5) < (1 << 20),
-                  "linear_attention: qkv must be (B, F, H, W, 3, heads, D), D at most 1024");
+LinearArgs make_args(const Tensor& qkv, int64_t pixels, int64_t frames, int64_t heads, int64_t d,
+                     double sm_scale) {
+  STD_TORCH_CHECK(heads > 0 && d > 0 && d <= 1024 && heads < (1 << 20),
+                  "linear_attention: head dim must be at most 1024, got ", d);
   LinearArgs a{};
   a.dtype = static_cast<int>(dtype_of(qkv));
-  a.heads = static_cast<int>(qkv.size(5));
-  a.d = static_cast<int>(qkv.size(6));
+  a.heads = static_cast<int>(heads);
+  a.d = static_cast<int>(d);
   a.dp = (a.d + 15) / 16 * 16;
-  a.frames = qkv.size(0) * qkv.size(1);
-  a.pixels = qkv.size(2) * qkv.size(3);
+  a.frames = frames;
+  a.pixels = pixels;
   a.scale = static_cast<float>(sm_scale);
-  a.qkv = input(qkv, "qkv", qkv.scalar_type(), qkv.numel());
+  a.qkv = input(qkv, "qkv", qkv.scalar_type(), frames * pixels * 3 * heads * d);
+  // All heads of a frame together read memory in order; fewer where frames are too few to share
+  // out. The result of a head does not depend on it.
+  const int64_t wanted = 2 * torch::stable::get_num_threads();
+  a.group = static_cast<int>(std::clamp<int64_t>(heads * frames / wanted, 1, heads));
   return a;
 }
 
-// All heads of a frame together read memory in order; fewer where frames are too few to share out.
-// The result of a head does not depend on it.
-int heads_per_item(const LinearArgs& a) {
-  const int64_t wanted = 2 * torch::stable::get_num_threads();
-  return static_cast<int>(std::clamp<int64_t>(a.heads * a.frames / wanted, 1, a.heads));
+char* skip(const Tensor& t, int64_t elements) {
+  return static_cast<char*>(t.mutable_data_ptr()) + elements * t.element_size();
+}
+
+template <class Kernel>
+void run(const LinearArgs& a, Kernel kernel) {
+  torch::stable::parallel_for(
+      0, a.frames * ceil_div(a.heads, a.group), 1, [&](int64_t begin, int64_t end) {
+        kernel(a, begin, end, static_cast<float*>(scratch(linear_scratch(a) * sizeof(float))));
+      });
+}
+
+void check_packed(const Tensor& qkv) {
+  STD_TORCH_CHECK(qkv.dim() == 7 && qkv.size(4) == 3,
+                  "linear_attention: qkv must be (B, F, H, W, 3, heads, D)");
 }
 
 }  // namespace
 
+void linear_attention_frames(const Tensor& qkv, int64_t pixels, int64_t frames, int64_t first,
+                             int64_t heads, int64_t d, double sm_scale, const Tensor& out,
+                             const Tensor& lse, const Tensor& ctx) {
+  LinearArgs a = make_args(qkv, pixels, frames, heads, d, sm_scale);
+  a.out = skip(out, first * pixels * heads * d);
+  a.lse = reinterpret_cast<float*>(skip(lse, first * heads * d));
+  a.ctx = reinterpret_cast<float*>(skip(ctx, first * heads * d * d));
+  run(a, FASTVDM_PICK(linear_attention_fwd));
+}
+
+void linear_attention_frames_bwd(const Tensor& dout, const Tensor& qkv, int64_t pixels,
+                                 int64_t frames, int64_t first, int64_t heads, int64_t d,
+                                 double sm_scale, const Tensor& lse, const Tensor& ctx,
+                                 const Tensor& dqkv) {
+  LinearArgs a = make_args(qkv, pixels, frames, heads, d, sm_scale);
+  a.dout = skip(dout, first * pixels * heads * d);
+  a.lse = reinterpret_cast<float*>(skip(lse, first * heads * d));
+  a.ctx = reinterpret_cast<float*>(skip(ctx, first * heads * d * d));
+  a.dqkv = dqkv.mutable_data_ptr();
+  run(a, FASTVDM_PICK(linear_attention_bwd));
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale) {
-  LinearArgs a = make_args(qkv, sm_scale);
-  const int64_t heads = a.heads, d = a.d;
-  Tensor out = empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3), heads, d},
-                     qkv.scalar_type());
-  Tensor lse = empty(qkv, {qkv.size(0), qkv.size(1), heads, d}, ScalarType::Float);
-  Tensor ctx = empty(qkv, {qkv.size(0), qkv.size(1), heads, d, d}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse, ctx};
-  a.out = out.mutable_data_ptr();
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
-  a.ctx = static_cast<float*>(ctx.mutable_data_ptr());
-  a.group = heads_per_item(a);
-  const int64_t items = a.frames * ceil_div(heads, a.group);
-  const auto kernel = FASTVDM_PICK(linear_attention_fwd);
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    kernel(a, begin, end, static_cast<float*>(scratch(linear_scratch(a) * sizeof(float))));
-  });
+  check_packed(qkv);
+  const int64_t b = qkv.size(0), f = qkv.size(1), heads = qkv.size(5), d = qkv.size(6);
+  const int64_t pixels = qkv.size(2) * qkv.size(3);
+  Tensor out = empty(qkv, {b, f, qkv.size(2), qkv.size(3), heads, d}, qkv.scalar_type());
+  Tensor lse = empty(qkv, {b, f, heads, d}, ScalarType::Float);
+  Tensor ctx = empty(qkv, {b, f, heads, d, d}, ScalarType::Float);
+  if (out.numel() != 0)
+    linear_attention_frames(qkv, pixels, b * f, 0, heads, d, sm_scale, out, lse, ctx);
   return {out, lse, ctx};
 }
 
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale) {
-  LinearArgs a = make_args(qkv, sm_scale);
-  a.dout = input(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
-  const int64_t rows = a.frames * a.heads * a.d;
-  a.lse = static_cast<float*>(const_cast<void*>(input(k_lse, "k_lse", ScalarType::Float, rows)));
-  a.ctx =
-      static_cast<float*>(const_cast<void*>(input(ctx, "ctx", ScalarType::Float, rows * a.d)));
+  check_packed(qkv);
+  const int64_t frames = qkv.size(0) * qkv.size(1), pixels = qkv.size(2) * qkv.size(3);
+  const int64_t heads = qkv.size(5), d = qkv.size(6);
+  input(dout, "dout", qkv.scalar_type(), qkv.numel() / 3);
+  input(k_lse, "k_lse", ScalarType::Float, frames * heads * d);
+  input(ctx, "ctx", ScalarType::Float, frames * heads * d * d);
   Tensor dqkv = empty(qkv, sizes_of(qkv), qkv.scalar_type());
-  a.dqkv = dqkv.mutable_data_ptr();
-  if (qkv.numel() == 0) return dqkv;
-  a.group = heads_per_item(a);
-  const auto kernel = FASTVDM_PICK(linear_attention_bwd);
-  torch::stable::parallel_for(0, a.frames * ceil_div(a.heads, a.group), 1, [&](int64_t begin, int64_t end) {
-    kernel(a, begin, end, static_cast<float*>(scratch(linear_scratch(a) * sizeof(float))));
-  });
+  if (qkv.numel() != 0)
+    linear_attention_frames_bwd(dout, qkv, pixels, frames, 0, heads, d, sm_scale, k_lse, ctx, dqkv);
   return dqkv;
 }
 

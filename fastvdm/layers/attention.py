@@ -11,6 +11,7 @@ from fastvdm.layers.position import ShawTable
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear import Linear
 from fastvdm.ops.linear_attention import linear_attention
+from fastvdm.ops.linear_attention_projected import linear_attention_projected
 from fastvdm.ops.temporal_block import temporal_block
 
 if TYPE_CHECKING:
@@ -42,8 +43,12 @@ class LinearAttention(nn.Module):
         self.out = Linear(heads * head_dim, norm.channels)
 
     def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
-        return x + self.out(linear_attention(qkv).flatten(-2))
+        h = self.norm(x)
+        if type(self.qkv) is Linear:
+            out = linear_attention_projected(h, self.qkv.weight, heads=self.heads)
+        else:  # a layer that was put in its place, such as an adapter
+            out = linear_attention(self.qkv(h).unflatten(-1, (3, self.heads, self.head_dim)))
+        return x + self.out(out.flatten(-2))
 
 
 class AxisAttention(nn.Module):
@@ -92,7 +97,8 @@ class AxisAttention(nn.Module):
             height, width = x.shape[2:4]
             h = self.shards.to_pixels(self.norm(x))
             return x + self.shards.to_frames(self._attend(h, options), height, width)
-        if self.axis == "time" and self.norm.kind == "layer":
+        plain = type(self.qkv) is Linear and type(self.out) is Linear  # no adapter in their place
+        if self.axis == "time" and self.norm.kind == "layer" and plain:
             return temporal_block(
                 x,
                 self.norm.weight,

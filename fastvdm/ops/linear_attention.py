@@ -69,6 +69,7 @@ def _save(ctx, inputs, output):
     _, k_lse, context = output
     ctx.save_for_backward(qkv, k_lse, context)
     ctx.mark_non_differentiable(k_lse, context)
+    ctx.set_materialize_grads(False)  # else zeros are made for those two
     ctx.sm_scale, ctx.backend = sm_scale, backend
 
 
