@@ -36,6 +36,9 @@ Eta = Annotated[float, typer.Option(help="Noise of DDIM, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same video.")]
 Weights = Annotated[str, typer.Option(help="ema or raw.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph", help="Record a step and replay it; CUDA only.")
+]
 Fps = Annotated[float | None, typer.Option(help="Frames per second of the output.")]
 Size = Annotated[int | None, typer.Option(help="Height and width; the model's own by default.")]
 Window = Annotated[
@@ -69,6 +72,7 @@ class _Run:
         caption: list[str] | None,
         scale: float,
         batch: int = 1,
+        cuda_graph: bool = False,
     ) -> None:
         from fastvdm.diffusion import DDIM, Ancestral, Langevin
 
@@ -91,6 +95,7 @@ class _Run:
             "cond": cond,
             "guidance_scale": scale,
             "progress": True,
+            "cuda_graph": cuda_graph,
             "device": self.unet.stem.weight.device,
         }
 
@@ -163,6 +168,7 @@ def sample(
     weights: Weights = "ema",
     prediction: Prediction = None,
     device: Device = "auto",
+    cuda_graph: CudaGraph = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw videos."""
@@ -176,7 +182,7 @@ def sample(
     run = _Run(
         model, output, overwrite=overwrite or num > 1, weights=weights, device=device,
         prediction=prediction, sampler=sampler, gamma=gamma, eta=eta, steps=steps, caption=caption,
-        scale=guidance_scale, batch=num,
+        scale=guidance_scale, batch=num, cuda_graph=cuda_graph,
     )  # fmt: skip
     cond = run.options.pop("cond")
     shape = (run.unet.channels, frames or run.settings.num_frames, *run.side(size))
@@ -222,6 +228,7 @@ def extend(
     weights: Weights = "ema",
     prediction: Prediction = None,
     device: Device = "auto",
+    cuda_graph: CudaGraph = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Continue a video, block by block, to any length."""
@@ -230,6 +237,7 @@ def extend(
     run = _Run(
         model, output, overwrite=overwrite, weights=weights, device=device, prediction=prediction,
         sampler=sampler, gamma=gamma, eta=eta, steps=steps, caption=caption, scale=guidance_scale,
+        cuda_graph=cuda_graph,
     )  # fmt: skip
     clip = run.read(video, run.side(size), given)
     result = run_extend(
@@ -267,6 +275,7 @@ def interpolate(
     weights: Weights = "ema",
     prediction: Prediction = None,
     device: Device = "auto",
+    cuda_graph: CudaGraph = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Raise the frame rate: every frame of the input is kept, those between are drawn."""
@@ -275,6 +284,7 @@ def interpolate(
     run = _Run(
         model, output, overwrite=overwrite, weights=weights, device=device, prediction=prediction,
         sampler=sampler, gamma=gamma, eta=eta, steps=steps, caption=caption, scale=guidance_scale,
+        cuda_graph=cuda_graph,
     )  # fmt: skip
     clip = _channels(files.read_video(video, size=run.side(size)), run.unet.channels)[None]
     result = interpolate_frames(
@@ -317,6 +327,7 @@ def upscale(
     weights: Weights = "ema",
     prediction: Prediction = None,
     device: Device = "auto",
+    cuda_graph: CudaGraph = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw a larger version of a video (Eq. 8) with a model of the larger size."""
@@ -325,6 +336,7 @@ def upscale(
     run = _Run(
         model, output, overwrite=overwrite, weights=weights, device=device, prediction=prediction,
         sampler=sampler, gamma=gamma, eta=eta, steps=steps, caption=caption, scale=guidance_scale,
+        cuda_graph=cuda_graph,
     )  # fmt: skip
     clip = _channels(files.read_video(video, size=low_size), run.unet.channels)[None]
     weight = run.guidance("reconstruction", guidance_weight)["guidance_weight"]

@@ -8,6 +8,7 @@ rows, skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their 
 from __future__ import annotations
 
 import functools
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ def head_stride(table: Tensor | None) -> int:
 
 def split_scale(sm_scale: float) -> tuple[float, float]:
     """A kernel argument is fp32: the second part restores the digits an fp64 kernel needs."""
-    high = torch.tensor(sm_scale, dtype=torch.float32).item()
+    (high,) = struct.unpack("f", struct.pack("f", sm_scale))
     return high, sm_scale - high
 
 

@@ -49,12 +49,13 @@ def _split(i, F, H, W):
 
 
 @triton.jit
-def _normal(rng_ptr, b, i, step, ACC: tl.constexpr):
-    """Standard normals of elements ``i`` of sample ``b``; as ``philox_normal`` of the reference."""
+def _normal(rng_ptr, i, step, ACC: tl.constexpr):
+    """Standard normals of elements ``i`` of the sample whose key is at ``rng_ptr``; as
+    ``philox_normal`` of the reference."""
     c0 = (i & 0xFFFFFFFF).to(tl.uint32)
     c1 = (i >> 32).to(tl.uint32)
     c2 = c0 * 0 + step.to(tl.uint32)
-    n0, n1, _, _ = tl.philox(tl.load(rng_ptr + b), c0, c1, c2, c0 * 0)
+    n0, n1, _, _ = tl.philox(tl.load(rng_ptr), c0, c1, c2, c0 * 0)
     u0 = ((n0 >> 9).to(ACC) + 0.5) * 1.1920928955078125e-07  # 2^-23
     u1 = ((n1 >> 9).to(ACC) + 0.5) * 1.1920928955078125e-07
     return tl.sqrt(-2.0 * tl.log(u0)) * tl.cos(6.283185307179586 * u1)
@@ -201,7 +202,7 @@ def _guidance_update_kernel(
     HAS_SEED: tl.constexpr,
     HAS_KNOWN: tl.constexpr,
     HAS_NOISE: tl.constexpr,
-    HAS_RNG: tl.constexpr,
+    RNG: tl.constexpr,  # columns of rng: 0, 1, or 2 with a place that is added to step
     HAS_THRESHOLD: tl.constexpr,
     CLIP: tl.constexpr,
     WANT_X: tl.constexpr,
@@ -242,8 +243,12 @@ def _guidance_update_kernel(
     n = tl.zeros((BLOCK,), dtype=ACC)
     if HAS_NOISE:
         n = tl.load(noise_ptr + z_offs, mask=mask, other=0.0).to(ACC)
-    if HAS_RNG:
-        n = _normal(rng_ptr, b, i, step, ACC)
+    if RNG > 0:
+        rng_ptr += b * RNG
+        place = step + (pid * 0)
+        if RNG == 2:
+            place += tl.load(rng_ptr + 1)
+        n = _normal(rng_ptr, i, place, ACC)
     z_next = u_z * z + u_x * x + u_n * n
     if HAS_KNOWN:
         k_z = tl.load(coef_ptr + 6)
@@ -360,7 +365,7 @@ def guidance_update_fwd(
         HAS_SEED=seed is not None,
         HAS_KNOWN=known is not None,
         HAS_NOISE=noise is not None,
-        HAS_RNG=rng is not None,
+        RNG=rng.dim() if rng is not None else 0,
         HAS_THRESHOLD=threshold is not None,
         CLIP=clip,
         WANT_X=want_x,
@@ -443,7 +448,7 @@ def aot_cases() -> list:
                         "HAS_SEED": guided,
                         "HAS_KNOWN": guided,
                         "HAS_NOISE": False,
-                        "HAS_RNG": True,
+                        "RNG": 1,
                         "HAS_THRESHOLD": False,
                         "CLIP": True,
                         "WANT_X": False,

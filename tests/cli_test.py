@@ -160,6 +160,7 @@ BAD = {
     "caption": (["sample", "{model}", "{out}", "--caption", "a cat"], "no text conditioning"),
     "export suffix": (["export", "{model}", "-o", "{out}"], "must end in .pt2"),
     "sampler": (["sample", "{model}", "{out}", "--sampler", "euler"], "sampler must be"),
+    "graph": (["sample", "{model}", "{out}", "--cuda-graph", *FEW], "needs a CUDA device"),
     "size": (["sample", "{model}", "{out}", "--size", "15"], "multiples of 2"),
     "no data": (["train", "{out}"], "where are the videos"),
     "no folder": (["train", "{out}", "--data", "{broken}x"], "no folder at"),

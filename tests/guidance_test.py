@@ -96,7 +96,13 @@ def seed_args(o, *, known=True, low=True, extra=False, clip=False):
 def update_args(o, *, grad=True, known=True, noise="rng", clip=True, threshold=False):
     kwargs = dict(grad=o["grad"], seed=o["m"]) if grad else {}
     kwargs |= dict(known=o["known"], slot=o["slot"]) if known else {}
-    kwargs |= {"rng": dict(rng=o["rng"], step=9), "noise": dict(noise=o["noise"]), None: {}}[noise]
+    place = o["rng"].flip(0) % 2**32  # of each sample's own stream, up to the 32 bits of its word
+    kwargs |= {
+        "rng": dict(rng=o["rng"], step=9),
+        "counted": dict(rng=torch.stack((o["rng"], place), dim=1), step=3),
+        "noise": dict(noise=o["noise"]),
+        None: {},
+    }[noise]
     kwargs |= dict(threshold=o["threshold"]) if threshold else {}
     return (o["z"], o["m"], o["coef"]), dict(**kwargs, clip=clip)
 
@@ -112,6 +118,7 @@ UPDATE_CASES = {
     "given_noise": dict(noise="noise", clip=False),
     "dynamic": dict(noise=None, threshold=True),
     "rng": dict(),
+    "counted": dict(noise="counted"),
 }
 
 
@@ -239,6 +246,21 @@ def test_philox_known_answer():
     """Random123's vectors for philox4x32-10: counter and key all zero, and all ones."""
     a, b = philox_words(torch.tensor([0]), 0, (1,))
     assert (a.item(), b.item()) == (0x6627E8D5, 0xE169C58D)
+
+
+def test_a_place_on_the_device_is_added_to_the_step(lane):
+    """(B, 2) seeds and places give the bits of (B,) seeds at step + place."""
+    backend, device = lane
+    o = operands(SHAPES["off_tile"], device=device)
+    args, kwargs = update_args(o)
+    counted = torch.stack((o["rng"], torch.full_like(o["rng"], 7)), dim=1)
+    with use_backend(backend):
+        want = guidance_update(*args, **kwargs)
+        got = guidance_update(*args, **kwargs | dict(rng=counted, step=2))
+        for bad in (counted[:1], counted.int(), o["rng"][:1]):
+            with pytest.raises(ValueError, match=r"rng must be \(2,\) or \(2, 2\) int64"):
+                guidance_update(*args, **kwargs | dict(rng=bad))
+    assert all(map(torch.equal, want, got))
 
 
 def test_noise_is_normal_and_independent():

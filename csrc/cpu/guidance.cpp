@@ -98,8 +98,11 @@ std::tuple<Tensor, Tensor> guidance_update_fwd(Tensor z, Tensor estimate, Tensor
   if (grad.has_value()) a.grad = strided(*grad, z, "grad");
   if (seed.has_value()) a.direct = strided(*seed, z, "seed");
   if (noise.has_value()) a.noise = dense(*noise, "noise", z.numel());
-  if (rng.has_value())
-    a.rng = static_cast<const int64_t*>(input(*rng, "rng", ScalarType::Long, z.size(0)));
+  if (rng.has_value()) {
+    a.rng_columns = rng->dim() == 2 ? 2 : 1;
+    a.rng = static_cast<const int64_t*>(
+        input(*rng, "rng", ScalarType::Long, z.size(0) * a.rng_columns));
+  }
   if (threshold.has_value()) a.threshold = dense(*threshold, "threshold", z.size(0));
   a.step = static_cast<uint32_t>(step);
   if (z.numel() == 0) return {x_tilde, z_next};

@@ -29,7 +29,8 @@ struct GuidanceArgs {
   // update
   Strided estimate, grad, direct;
   const float *noise, *threshold;
-  const int64_t* rng;  // (B,) keys of Philox, or null
+  const int64_t* rng;  // (B, rng_columns) Philox keys, then places added to step; or null
+  int rng_columns;     // 1 or 2
   uint32_t step;
   float *x_tilde, *z_next;  // x_tilde may be null
 };

@@ -181,7 +181,9 @@ void guidance_update(const GuidanceArgs& a, int64_t begin, int64_t end, float* s
     const float* noise = a.noise != nullptr ? a.noise + here : nullptr;
     if (a.rng != nullptr) {
       const int64_t element = here - at.b * a.channels * a.frames * plane;  // within its video
-      normals((uint64_t)a.rng[at.b], (uint64_t)element, a.step, width, noise_row);
+      const int64_t* rng = a.rng + at.b * a.rng_columns;
+      const uint32_t step = a.step + (a.rng_columns > 1 ? (uint32_t)rng[1] : 0);
+      normals((uint64_t)rng[0], (uint64_t)element, step, width, noise_row);
       noise = noise_row;
     }
     const bool given = a.known != nullptr && a.slot[at.f] >= 0;

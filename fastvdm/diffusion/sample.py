@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from fastvdm.diffusion.denoiser import (
     module_of,
     time_input_of,
 )
+from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs, check_capturable
 from fastvdm.diffusion.prediction import Prediction, check_prediction, x_coefficients
 from fastvdm.diffusion.samplers import (
     Ancestral,
@@ -119,6 +121,7 @@ class _Plan:
                 column[-1] = value
         time = levels.network_time(time_input)
         self._send = (batch, device, dtype)
+        self._replaces = given is not None and given.known is not None
         weight = given.weight if given is not None else 0.0
         self.steps = self._rows(lt, time, prediction, steps, replace, weight, guided)
         self.corrections: list[_Row] = []
@@ -155,7 +158,7 @@ class _Plan:
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
         time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
-        noisy = ((step.u_n != 0) | (replace.u_n != 0)).tolist()
+        noisy = ((step.u_n != 0) | (self._replaces & (replace.u_n != 0))).tolist()
         return [
             _Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
             for i in range(len(log_snr))
@@ -191,8 +194,13 @@ class _Run:
             return {}
         return {"known": self.given.known, "slot": self.given.slot}
 
-    def advance(self, z: Tensor, row: _Row) -> tuple[Tensor, Tensor]:
-        """(x_tilde, z_next): one network call, and its backward pass where the row is guided."""
+    def advance(
+        self, z: Tensor, row: _Row, noise: _Noise | DeviceNoise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x_tilde, z_next): one network call, and its backward pass where the row is guided.
+
+        A function of its tensors alone, apart from the place in the stream of ``_Noise``.
+        """
         options: dict[str, Any] = {}
         if row.guided:
             assert self.given is not None
@@ -205,7 +213,7 @@ class _Run:
         if self.clip == "dynamic":
             options["threshold"] = self._threshold(z, estimate, coef, options)
         if row.noisy:
-            options |= self.noise.draw(z)
+            options |= (noise or self.noise).draw(z)
         return guidance_update(
             z,
             estimate,
@@ -244,11 +252,15 @@ class _Run:
     ) -> Tensor:
         """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde| per sample.
 
-        A quantile is not elementwise, so this mode costs launches of its own.
+        A quantile is not elementwise, so this mode costs launches of its own. torch.quantile
+        refuses 2^24 elements and reads a tensor on the host; this is its formula.
         """
         grad, seed = options.get("grad"), options.get("seed")
         x, _ = guidance_update(z, estimate, coef, grad=grad, seed=seed, **self._frames())
-        return x.abs().flatten(1).quantile(self.percentile, dim=1).clamp_min(1.0)
+        ordered = x.abs().flatten(1).sort(dim=1).values
+        place = self.percentile * (ordered.shape[1] - 1)
+        low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+        return torch.lerp(low, high, place - math.floor(place)).clamp_min(1.0)
 
 
 def _progress(count: int, on: bool) -> Iterator[int]:
@@ -298,6 +310,7 @@ def sample(
     progress: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    cuda_graph: bool = False,
 ) -> Tensor:
     """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
 
@@ -324,9 +337,12 @@ def sample(
             taken from torch's global generator.
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
+        cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
+            for the device nor keep state in Python. Noise is that of ``seed``.
 
     Raises:
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
+        RuntimeError: with ``cuda_graph``, a step that cannot be recorded.
     """
     schedule = CosineSchedule() if schedule is None else schedule
     sampler = Ancestral() if sampler is None else sampler
@@ -342,6 +358,8 @@ def sample(
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
+    if cuda_graph:
+        check_capturable(where, generator, condition.downsample if condition else None)
     # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
     with torch.inference_mode(False), torch.no_grad():
         if cond is not None:
@@ -364,10 +382,15 @@ def sample(
         run = _Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
         with evaluating(denoiser.model), input_gradient(denoiser.model):
             z = run.start(plan, shape, where, dtype)
+            advance: Callable[..., tuple[Tensor, Tensor]] = run.advance
+            if cuda_graph and noise.rng is not None:
+                rows = (*plan.steps, *plan.corrections[1:])
+                advance = StepGraphs(run.advance, noise.rng, rows, noise.count)
             for i in _progress(plan.num_steps, progress):
-                x_tilde, z = run.advance(z, plan.steps[i])
+                x_tilde, z = advance(z, plan.steps[i])
                 if plan.corrections and i + 1 < plan.num_steps:
-                    x_tilde, z = run.advance(z, plan.corrections[i + 1])
+                    x_tilde, z = advance(z, plan.corrections[i + 1])
                 if callback is not None:
-                    callback(Step(i, plan.num_steps, plan.log_snr[i + 1], z, x_tilde))
-        return z
+                    kept = (z.clone(), x_tilde.clone()) if cuda_graph else (z, x_tilde)
+                    callback(Step(i, plan.num_steps, plan.log_snr[i + 1], *kept))
+        return z.clone() if cuda_graph else z  # a graph's own memory goes with it

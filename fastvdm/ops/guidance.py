@@ -247,7 +247,8 @@ def guidance_update(
         grad: the network's input gradient started from ``seed``, any strides; None: unguided.
         seed: needed where D(x_hat) has a direct z term (low resolution); direct = p_z/p_m.
         noise: (B, C, F, H, W); or rng: (B,) int64 seeds, and ``step``, the position in their
-            streams (Philox-4x32-10, same words on every backend); neither is no noise.
+            streams (Philox-4x32-10, same words on every backend); neither is no noise. rng may be
+            (B, 2): seeds, and what is added to ``step``, so that a CUDA graph can count.
         threshold: (B,) the s of dynamic clipping; 1 by default.
         want_x: write x_tilde out; otherwise an empty tensor is returned in its place.
 
@@ -263,8 +264,11 @@ def guidance_update(
         raise ValueError("seed is the direct term of a gradient: it needs grad")
     if noise is not None and rng is not None:
         raise ValueError("give noise or rng, not both")
-    if rng is not None and (rng.shape != (z.shape[0],) or rng.dtype != torch.int64):
-        raise ValueError(f"rng must be ({z.shape[0]},) int64, got {tuple(rng.shape)} {rng.dtype}")
+    b = z.shape[0]
+    if rng is not None and (rng.shape not in ((b,), (b, 2)) or rng.dtype != torch.int64):
+        raise ValueError(
+            f"rng must be ({b},) or ({b}, 2) int64, got {tuple(rng.shape)} {rng.dtype}"
+        )
     if threshold is not None and threshold.shape != (z.shape[0],):
         raise ValueError(f"threshold must be ({z.shape[0]},), got {tuple(threshold.shape)}")
     backend = select("guidance_update", z.device, z, estimate)
@@ -292,7 +296,7 @@ def guidance_update(
         known.contiguous() if known is not None else None,
         slot,
         noise.to(z.dtype).contiguous() if noise is not None else None,
-        rng,
+        rng.contiguous() if rng is not None else None,
         threshold.to(z.dtype) if threshold is not None else None,
         step,
         clip,

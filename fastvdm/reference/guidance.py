@@ -124,13 +124,17 @@ def philox_words(rng: Tensor, step: int, shape: tuple[int, ...]) -> tuple[Tensor
 
     Counter (element lo, element hi, step, 0), key the 64 bits of ``rng``; rng (B,) int64, element
     the row-major index in ``shape``. A sample's noise depends on its own seed and the step alone.
+    With rng (B, 2) its second column is added to ``step``: a count that lives on the device.
     """
+    place = rng.new_full((len(rng),), step)
+    if rng.ndim == 2:
+        rng, place = rng[:, 0], place + rng[:, 1]
     count = 1
     for n in shape:
         count *= n
     element = torch.arange(count, device=rng.device)[None]
     c0, c1 = (element & 0xFFFFFFFF).expand(len(rng), -1), element >> 32
-    c2, c3 = torch.full_like(c0, step & 0xFFFFFFFF), torch.zeros_like(c0)
+    c2, c3 = (place & 0xFFFFFFFF)[:, None].expand_as(c0), torch.zeros_like(c0)
     k0, k1 = (rng & 0xFFFFFFFF)[:, None], ((rng >> 32) & 0xFFFFFFFF)[:, None]
     for _ in range(10):
         hi_b, lo_b = _mulhilo(0xCD9E8D57, c2)

@@ -1,0 +1,142 @@
+"""Sampling steps as CUDA graphs: recorded once, replayed for every row of the plan.
+
+At batch 1 a step is bound by the launches of its thousand kernels; a graph makes one of them. The
+buffers that a graph reads stay where they are, so a row is copied into them, and the place in the
+noise stream is a number on the device beside the seeds. Rows differ in kind (whether they draw
+noise, whether they differentiate): each kind has a graph of its own, and a kind with few rows, such
+as the last step, which has no noise, runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
+# Records a step: (replay, the outputs that every replay overwrites).
+Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+
+FEWEST_ROWS = 4  # a recording costs the time of three steps
+
+
+def check_capturable(
+    device: torch.device, generator: torch.Generator | None, downsample: Any
+) -> None:
+    """What a graph cannot hold is an error before anything is computed.
+
+    Raises:
+        ValueError: no CUDA device, noise from a generator, or a downsampling of the caller's.
+    """
+    reason = None
+    if device.type != "cuda":
+        reason = f"needs a CUDA device, the videos are on {device}"
+    elif generator is not None:
+        reason = "cannot replay a torch.Generator, whose state is on the host: give seed"
+    elif callable(downsample):
+        reason = (
+            "does not record a downsample function of the caller, which may wait for the device "
+            "or change between calls: 'average' and 'bilinear' are recorded"
+        )
+    if reason is not None:
+        raise ValueError(f"cuda_graph=True {reason}")
+
+
+def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """``step`` recorded as a CUDA graph on the current device.
+
+    Raises:
+        RuntimeError: something in the step waits for the device, or allocates outside of it.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled and workspaces made outside of the recording
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = step()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the sampling step cannot be recorded as a CUDA graph; a model that waits for the "
+            "device (.item(), .cpu(), boolean masks) or depends on data is the usual reason: "
+            "torch.cuda.set_sync_debug_mode('error') finds the line"
+        ) from error
+    return graph.replay, outputs
+
+
+class DeviceNoise:
+    """Seeds with their place in the stream, (B, 2) int64 on the device."""
+
+    def __init__(self, seeds: Tensor) -> None:
+        self.rng = torch.stack((seeds, torch.zeros_like(seeds)), dim=1)
+
+    def draw(self, like: Tensor) -> dict[str, Any]:
+        return {"rng": self.rng}
+
+
+class _Graph:
+    """One kind of step: its static inputs, the recording, and what that writes."""
+
+    def __init__(self, advance: Callable[..., Outputs], z: Tensor, row: Any, noise: Any) -> None:
+        self.z = z.clone()
+        # Only what this kind reads is copied at each step.
+        self._names = ("time", "seed", "after") if row.guided else ("time", "direct")
+        self.row = row._replace(**{n: getattr(row, n).clone() for n in self._names})
+        self._step = lambda: advance(self.z, self.row, noise)
+
+    def record(self, capture: Capture) -> None:
+        self._replay, self._outputs = capture(self._step)
+
+    def run(self, z: Tensor, row: Any) -> Outputs:
+        self.z.copy_(z)
+        for name in self._names:
+            getattr(self.row, name).copy_(getattr(row, name))
+        self._replay()
+        return self._outputs
+
+
+class StepGraphs:
+    """Advances a run by graphs where a kind of row has enough rows, else by ``advance`` itself.
+
+    Args:
+        advance: ``advance(z, row, noise) -> (x_tilde, z_next)``, a function of tensors only.
+        seeds: (B,) int64 on the device.
+        rows: all rows (of the sampler's plan) that will be run, in any order.
+        count: draws made so far; a row that draws moves it on.
+        capture: what records; the tests give one that calls again.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[..., Outputs],
+        seeds: Tensor,
+        rows: Iterable[Any],
+        count: int = 0,
+        capture: Capture | None = None,
+    ) -> None:
+        self._advance, self._capture = advance, capture or capture_cuda
+        self._noise, self._count = DeviceNoise(seeds), count
+        kinds = Counter((row.noisy, row.guided) for row in rows)
+        self._recorded = {kind for kind, n in kinds.items() if n >= FEWEST_ROWS}
+        self._graphs: dict[tuple[bool, bool], _Graph] = {}
+
+    def __call__(self, z: Tensor, row: Any) -> Outputs:
+        """(x_tilde, z_next), which the next call of the same kind overwrites."""
+        if row.noisy:
+            self._noise.rng[:, 1].fill_(self._count)  # a kernel's argument: no wait
+            self._count += 1
+        kind = (row.noisy, row.guided)
+        if kind not in self._recorded:
+            return self._advance(z, row, self._noise)
+        if kind not in self._graphs:
+            graph = _Graph(self._advance, z, row, self._noise)
+            with torch.cuda.device_of(z):
+                graph.record(self._capture)
+            self._graphs[kind] = graph
+        return self._graphs[kind].run(z, row)
