@@ -14,6 +14,7 @@ network). Everything goes through functional collectives and compiles.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,17 +41,46 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
     (dropout of the condition, focus) must be drawn by the caller or from equal generators.
 
     Raises:
-        TypeError: not a UNet3D. ValueError: the mesh has more than one dimension.
+        TypeError: not a UNet3D. ValueError: the mesh has more than one dimension; a rank's
+            network is on another kind of device than the mesh, or differs from rank 0's in its
+            layout or weights (checkpoints of two versions). Every rank raises, also where only one
+            is wrong.
     """
     if not isinstance(model, UNet3D):
         raise TypeError(f"frame_parallel takes a UNet3D, got {type(model).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"frame_parallel takes a mesh of one dimension, got {mesh.ndim}")
+    _check_ranks_agree(model, mesh)
     shards = FrameShards(mesh.get_group(), mesh.size())
     for module in model.modules():
         if isinstance(module, AxisAttention | Norm | UNet3D):
             module.shards = shards
     return model
+
+
+def _check_ranks_agree(model: UNet3D, mesh: DeviceMesh) -> None:
+    """One exchange of fingerprints, so that no rank waits in a collective for one that failed."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    kinds = sorted({t.device.type for t in tensors.values()})
+    layout = repr([(k, tuple(t.shape), str(t.dtype)) for k, t in tensors.items()])
+    weights = b""
+    if "meta" not in kinds:
+        sums = torch.stack([t.detach().double().sum().cpu() for t in tensors.values()])
+        weights = sums.numpy().tobytes()
+    mine = (kinds, *(hashlib.sha256(b).hexdigest() for b in (layout.encode(), weights)))
+    found: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(found, mine, group=mesh.get_group())
+    for rank, theirs in enumerate(found):
+        if theirs[0] != [mesh.device_type]:
+            on = " and ".join(theirs[0])
+            raise ValueError(f"rank {rank}: the mesh is of {mesh.device_type}, the network on {on}")
+    for part, name in ((1, "layout"), (2, "weights")):
+        others = [rank for rank, theirs in enumerate(found) if theirs[part] != found[0][part]]
+        if others:
+            raise ValueError(
+                f"the {name} of the network on rank(s) {', '.join(map(str, others))} differ from "
+                "rank 0's: load the same checkpoint everywhere"
+            )
 
 
 def shard_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:

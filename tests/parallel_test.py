@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -33,17 +34,30 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def spawn(worker, world: int, tmp_path, *args) -> None:
-    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all."""
-    mp.spawn(_enter, (worker, world, str(tmp_path / "store"), args), nprocs=world)
+DEADLINE = 240  # seconds until a test that hangs is ended and fails
 
 
-def _enter(rank: int, worker, world: int, store: str, args: tuple) -> None:
+def spawn(worker, world: int, tmp_path, *args, wait: int = 60) -> None:
+    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all.
+
+    ``wait``: seconds that a rank waits in a collective for the others.
+    """
+    arguments = (worker, world, str(tmp_path / "store"), wait, args)
+    context = mp.spawn(_enter, arguments, nprocs=world, join=False)
+    end = time.monotonic() + DEADLINE
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{worker.__name__} hangs")
+
+
+def _enter(rank: int, worker, world: int, store: str, wait: int, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=wait),
     )  # fmt: skip
     try:
         worker(rank, world, *args)
@@ -102,6 +116,75 @@ def bad_worker(rank: int, world: int) -> None:
 
 def test_bad_sizes_fail_on_every_rank(tmp_path):
     spawn(bad_worker, 2, tmp_path)
+
+
+def disagreeing_worker(rank: int, world: int) -> None:
+    """What is wrong on rank 1 alone is an error on both, before any rank waits for the other."""
+    mesh = init_device_mesh("cpu", (world,))
+    mixed = make("rms" if rank == 0 else "group")[0]  # checkpoints of two versions of the peer
+    with pytest.raises(ValueError, match=r"layout of the network on rank\(s\) 1 differ"):
+        frame_parallel(mixed, mesh)
+    other = make("rms")[0]
+    if rank == 1:
+        with torch.no_grad():
+            other.stem.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"weights of the network on rank\(s\) 1 differ"):
+        frame_parallel(other, mesh)
+    lost = make("rms")[0].to("cpu" if rank == 0 else "meta")
+    with pytest.raises(ValueError, match="rank 1: the mesh is of cpu, the network on meta"):
+        frame_parallel(lost, mesh)
+    state = make("group")[0].state_dict()
+    with pytest.raises(ValueError):  # one file, but of the other version: every rank says so
+        make("rms")[0].load_state_dict(state)
+    dist.barrier()  # both are still there and in step
+
+
+def test_what_is_wrong_on_one_rank_fails_on_every_rank(tmp_path):
+    spawn(disagreeing_worker, 2, tmp_path)
+
+
+def leaving_worker(rank: int, world: int) -> None:
+    model, x, time_ = make("rms")
+    mesh = init_device_mesh("cpu", (world,))
+    parallel = frame_parallel(model, mesh)
+    if rank == 1:  # its input alone is bad
+        with pytest.raises(ValueError, match="multiple of 2 ranks"):
+            shard_frames(x[:, :, :7], mesh)
+        return
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        parallel(shard_frames(x, mesh), time_)
+    assert time.monotonic() - start < 60
+
+
+def test_a_rank_that_leaves_does_not_hang_the_others(tmp_path):
+    """The process group's timeout, or the closed connection, ends the collective."""
+    spawn(leaving_worker, 2, tmp_path, wait=5)
+
+
+def compiled_worker(rank: int, world: int, name: str) -> None:
+    model, x, time_ = make(name)
+    single = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (world,))
+    parallel = frame_parallel(model, mesh)
+    compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        out = compiled(shard_frames(x, mesh), time_)
+        assert max_error(gather_frames(out, mesh), single(x, time_)) < 1e-6
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    leaf, local = x.clone().requires_grad_(), shard_frames(x, mesh).requires_grad_()
+    single(leaf, time_).backward(dout)
+    compiled(local, time_).backward(shard_frames(dout, mesh))
+    sum_gradients(parallel, mesh)
+    assert max_error(local.grad, shard_frames(leaf.grad, mesh)) < 5e-6
+    for (key, p), q in zip(parallel.named_parameters(), single.parameters()):
+        assert max_error(p.grad, q.grad) < 2e-5, key
+
+
+@pytest.mark.parametrize("name", ["rms", "group"])
+def test_compiled_frame_parallel_equals_one_process(name, tmp_path):
+    """One graph, collectives in it, forward and backward."""
+    spawn(compiled_worker, 2, tmp_path, name)
 
 
 def train(model, x, noise, time, steps: int) -> list[float]:
