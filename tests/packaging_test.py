@@ -1,0 +1,149 @@
+"""The sdist and the wheel: what is in them, and that they work where nothing else of ours is.
+
+No network: what a build needs is already installed. The extension is compiled once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastvdm import _ext
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "*.o")
+
+USE = """
+import sys, torch, fastvdm
+from fastvdm import UNet3D, _ext
+from fastvdm.ops.guidance import guidance_update
+assert fastvdm.__file__.startswith(sys.argv[1]), fastvdm.__file__
+z = torch.randn(2, 3, 2, 4, 4)
+coef = torch.eye(9)[:2] * 0
+coef[:, 1] = coef[:, 4] = 2.0  # x = 2 estimate, z_next = 2 x
+x, new = guidance_update(z, z, coef)
+assert torch.equal(x, 2 * z) and torch.equal(new, 4 * z)
+assert UNet3D(8, dim_mults=(1, 2), attn_heads=2)(z, torch.tensor([1, 2])).isfinite().all()
+print(_ext.reason_off())
+"""
+
+
+def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None, ok=True):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTVDM", "TRITON"))}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=clean | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def build_wheel(source: Path, out: Path, ok: bool = True, **env: str):
+    return run(
+        "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", out, source,
+        env=env, ok=ok,
+    )  # fmt: skip
+
+
+def install(wheel: Path, target: Path) -> Path:
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
+    return target
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The sdist of a clean copy, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*SKIPPED))
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    run("-c", code, cwd=folder / "copy")
+    (archive,) = folder.glob("fastvdm-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    if _ext.reason_off() is not None:
+        pytest.skip(f"no compiler here: {_ext.reason_off()}")
+    out = tmp_path_factory.mktemp("wheel")
+    build_wheel(source, out, FASTVDM_BUILD_CPP="1")
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def without_compiler(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    build_wheel(source, out, CC="/bin/false", CXX="/bin/false")
+    return install(next(out.glob("*.whl")), tmp_path_factory.mktemp("site"))
+
+
+def test_sdist_holds_what_a_build_reads(source):
+    files = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    for folder, pattern in (("csrc", "*.cpp"), ("csrc", "*.h"), ("csrc", "*.py"),
+                            ("kernels", "*.py"), ("fastvdm", "*.py")):  # fmt: skip
+        ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob(pattern)}
+        assert ours and not ours - files
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fastvdm/py.typed"} <= files
+
+
+@pytest.mark.slow
+def test_one_wheel_for_every_python(wheel, tmp_path):
+    assert re.fullmatch(r"fastvdm-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        library = archive.extract("fastvdm/_C.abi3.so", tmp_path)
+        meta = next(n for n in names if n.endswith("METADATA"))
+        text = archive.read(meta).decode()
+    for folder, at in (("kernels", "fastvdm/kernels"), ("fastvdm", "fastvdm")):
+        ours = {f"{at}/{p.relative_to(ROOT / folder).as_posix()}"
+                for p in (ROOT / folder).rglob("*.py")}  # fmt: skip
+        assert ours and not ours - names
+    assert "fastvdm/py.typed" in names and any(n.endswith("LICENSE") for n in names)
+    assert not [n for n in names if n.startswith(("kernels", "csrc", "tests", "bench"))]
+    assert "Requires-Python: >=3.10" in text and "# fastvdm" in text  # the README is in it
+    if shutil.which("nm"):  # nothing of CPython: any version loads it
+        symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True).stdout
+        assert "aoti_torch" in symbols and not re.search(r"\b_?Py[A-Z_]", symbols)
+
+
+@pytest.mark.slow
+def test_wheel_works_where_it_is_installed(wheel, tmp_path):
+    site = install(wheel, tmp_path / "site")
+    env = {"PYTHONPATH": str(site), "FASTVDM_STRICT": "1"}
+    assert run("-c", USE, site, env=env, cwd=tmp_path).stdout.split() == ["None"]
+    report = run("-m", "fastvdm.info", env=env, cwd=tmp_path).stdout
+    assert "C++ extension  loaded" in report
+    blocked = "import sys; sys.modules['triton'] = None\n" + USE
+    assert run("-c", blocked, site, env=env, cwd=tmp_path).stdout.split() == ["None"]
+
+
+def test_without_a_compiler_the_package_works_and_says_so(without_compiler, tmp_path):
+    env = {"PYTHONPATH": str(without_compiler)}
+    assert not list(without_compiler.rglob("*.so"))
+    out = run("-c", USE, without_compiler, env=env, cwd=tmp_path).stdout
+    assert "not built (pip install with a C++ compiler" in out
+    report = run("-m", "fastvdm.info", env=env, cwd=tmp_path).stdout
+    assert "C++ extension  off: not built" in report
+    blocked = "import sys; sys.modules['triton'] = None\n" + USE
+    run("-c", blocked, without_compiler, env=env, cwd=tmp_path)
+
+
+def test_asked_for_and_failing_is_an_error(source, tmp_path):
+    env = {"FASTVDM_BUILD_CPP": "1", "CC": "/bin/false", "CXX": "/bin/false"}
+    done = build_wheel(source, tmp_path, ok=False, **env)
+    assert done.returncode != 0 and "/bin/false" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
