@@ -2,6 +2,7 @@
 # make test    everything: lint, types, tests (what CI runs)
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
 # make gpu OUT=dir   on a machine with a GPU: parity, benchmarks, results as files
+# make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make lint | info | paper-tables | peer | clean
 #
 # The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,
@@ -30,7 +31,7 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench gpu lint info paper-tables peer clean
+.PHONY: demo test bench gpu sanitize lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -46,6 +47,9 @@ bench: $(STAMPS)/dev.stamp .peer/done.stamp
 	mkdir -p bench/results
 	$(PY) -m pytest bench $(ARGS) --benchmark-json=bench/results/latest.json
 	$(PY) bench/waterfall.py bench/results/latest.json
+
+sanitize: $(STAMPS)/dev.stamp
+	$(PY) .ci/sanitize.py $(ARGS)
 
 info: $(STAMPS)/demo.stamp
 	$(PY) -m fastvdm.info
