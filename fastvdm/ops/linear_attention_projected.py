@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.config import get_config
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    autocast_on,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention, linear_attention_cost
@@ -76,6 +84,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
+    if dout is None:
+        return None, None, None, None, None
     dx, dweight = linear_attention_projected_bwd(
         dout.contiguous(),
         *ctx.saved_tensors,
@@ -141,12 +151,13 @@ def linear_attention_projected(
     if heads < 1 or weight.shape[0] % (3 * heads):
         raise ValueError(f"{weight.shape[0]} features are not 3 x {heads} heads")
     dtype = autocast_dtype(x)
-    if dtype == x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not autocast_on(x.device.type):
         raise TypeError(f"x is {x.dtype}, the weight {weight.dtype}")
     d = weight.shape[0] // (3 * heads)
     x = x.to(dtype)
-    backend = select("linear_attention_projected", x.device, x, d)
-    if backend == "reference":
+    here = x.device.type == "cpu" and get_config().backend in ("auto", "cpu")
+    backend = select("linear_attention_projected", x.device, x, d) if here else None
+    if backend != "cpu":
         return linear_attention(linear(x, weight).unflatten(-1, (3, heads, d)), sm_scale=sm_scale)
     weight = weight.to(dtype)
     scale = d**-0.5 if sm_scale is None else float(sm_scale)
