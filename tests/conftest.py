@@ -32,6 +32,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> None:
+    """accelerate keeps the precision of the first run of a process for all later ones."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+
+
 @pytest.fixture
 def device() -> str:
     """The device that Triton kernels run on here: a GPU, or the CPU under the interpreter."""

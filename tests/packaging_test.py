@@ -51,8 +51,10 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
 
 
 def build_wheel(source: Path, out: Path, ok: bool = True, **env: str):
+    """Built in a copy: what one build leaves under ``build/`` would go into the next wheel."""
+    copy = shutil.copytree(source, out / "source")
     return run(
-        "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", out, source,
+        "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", out, copy,
         env=env, ok=ok,
     )  # fmt: skip
 

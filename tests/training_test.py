@@ -28,14 +28,6 @@ from fastvdm.video import VideoReadError, write_video
 TINY = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """accelerate keeps the precision of the first run of a process for all later ones."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-
-
 def config(output: Path, **changes) -> TrainConfig:
     values = {"output": str(output), "num_frames": 3, "size": 8, "batch_size": 2, "lr": 1e-3}
     values |= {"steps": 6, "save_every": 2, "log_every": 4, "device": "cpu"}
