@@ -34,12 +34,6 @@ def relative(table: Tensor, n: int) -> Tensor:
     return table[:, (position[None, :] - position[:, None]).clamp(-reach, reach) + reach]
 
 
-def softmax_or_zero(logits: Tensor) -> Tensor:
-    """Softmax over the last axis; a row of nothing but -inf gives zeros, not NaN."""
-    empty = (logits == -torch.inf).all(dim=-1, keepdim=True)
-    return logits.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
-
-
 def axis_attention_ref(
     qkv: Tensor,
     *,
@@ -73,8 +67,12 @@ def axis_attention_ref(
         rel = relative(rel_k, n).expand(q.shape[2], -1, -1, -1)
         logits = logits + torch.einsum("bonid,nijd->bonij", q_plain, rel) * scale
     if bias is not None:
-        logits = logits + bias[:, :n, :n]
-    attn = softmax_or_zero(logits).to(v.dtype)
+        # Only a bias masks: a query that it leaves no key gets zeros, not NaN.
+        empty = (bias[:, :n, :n] == -torch.inf).all(dim=-1, keepdim=True)
+        logits = logits + bias[:, :n, :n].masked_fill(empty, 0.0)
+    attn = logits.softmax(dim=-1).to(v.dtype)
+    if bias is not None:
+        attn = attn.masked_fill(empty, 0.0)
     out = torch.einsum("bonij,bonjd->bonid", attn, v)
     if rel_v is not None:
         rel = relative(rel_v, n).expand(q.shape[2], -1, -1, -1)
