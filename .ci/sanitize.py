@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 CHECKS = "address,undefined"
-TESTS = ("cpu_test.py",)
+TESTS = ("cpu_test.py", "linear_attention_projected_test.py", "guidance_test.py", "fuzz_test.py")
 PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
