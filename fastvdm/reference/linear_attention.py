@@ -24,8 +24,8 @@ def linear_attention_ref(qkv: Tensor, *, sm_scale: float | None = None) -> Tenso
     height, width, dim = qkv.shape[2], qkv.shape[3], qkv.shape[-1]
     scale = dim**-0.5 if sm_scale is None else sm_scale
     q, k, v = rearrange(qkv, "b f h w three n d -> three b f n (h w) d").unbind(0)
-    q = q.softmax(dim=-1) * scale
+    q = q.softmax(dim=-1)
     k = k.softmax(dim=-2)
-    ctx = torch.einsum("bfnpd,bfnpe->bfnde", k, v)
+    ctx = torch.einsum("bfnpd,bfnpe->bfnde", k, v) * scale
     out = torch.einsum("bfnpd,bfnde->bfnpe", q, ctx).to(qkv.dtype)
     return rearrange(out, "b f n (h w) e -> b f h w n e", h=height, w=width)
