@@ -207,12 +207,45 @@ def accept_peer_keys(
     state.update(converted)
 
 
+def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``infer_arguments`` for our own names, as the peer's Trainer saves a UNet3D."""
+    try:
+        dim, init = state["time_embedding.mlp.0.weight"].shape[1], state["stem.weight"]
+        (heads,) = {int(k.split(".")[1]) for k in state if k.startswith("relative_bias.")}
+        levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("downs."))
+        first = "downs.{}.units.0.blocks.0.conv1.weight"
+        widths = [state[first.format(i)].shape[0] for i in range(levels)]
+        arguments = {
+            "dim": dim,
+            "init_dim": init.shape[0] if init.shape[0] != dim else None,
+            "init_kernel_size": init.shape[-1],
+            "channels": init.shape[1],
+            "out_dim": state["head.conv.weight"].shape[0],
+            "dim_mults": tuple(w // dim for w in widths),
+            "attn_heads": heads,
+            "attn_dim_head": state["stem_attention.qkv.weight"].shape[0] // (3 * heads),
+            "use_sparse_linear_attn": "downs.0.units.0.spatial.qkv.weight" in state,
+            "norm": "group" if "downs.0.units.0.blocks.0.norm1.bias" in state else "rms",
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            "this state_dict is of a UNet3D with a layout that the peer does not have; build it "
+            f"with its arguments and use load_state_dict ({error})"
+        ) from None
+    if "null_cond_emb" in state:
+        arguments["cond_dim"] = state["null_cond_emb"].shape[1]
+    return arguments
+
+
 def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Any]:
-    """The constructor arguments that a peer state_dict (and, where given, its module) implies.
+    """The constructor arguments that a state_dict (and, where given, its module) implies: the
+    peer's, or that of a ``UNet3D`` with the peer's layout.
 
     Raises:
-        ValueError: the state_dict is not a peer ``Unet3D``'s, or lacks keys.
+        ValueError: the state_dict is of neither, or lacks keys.
     """
+    if "stem.weight" in state:
+        return _infer_own(state)
     if not is_peer_state(state):
         raise ValueError(f"no peer Unet3D found: the key {_MARK} is missing")
     try:

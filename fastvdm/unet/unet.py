@@ -223,7 +223,8 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
 
         Args:
             source: the module, its state_dict, a ``GaussianDiffusion`` or ``Trainer`` state, or the
-                path of such a file (loaded with ``weights_only=True``).
+                path of such a file (loaded with ``weights_only=True``). Also what the peer's
+                ``Trainer`` saved of a ``UNet3D`` with the peer's arguments.
             ema: take the averaged weights of a ``Trainer`` file.
             exact: keep the peer's defects too (``mask_stem_attention=False``,
                 ``cond_drop_prob=0``), for runs that must be reproduced.
@@ -239,8 +240,8 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
         model = cls(**(arguments | overrides))
         model.load_state_dict(state)
-        sample = next(iter(state.values()))
-        return model.to(device=sample.device, dtype=state["init_conv.weight"].dtype)
+        stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
+        return model.to(device=stem.device, dtype=stem.dtype)
 
     # -- checkpoints ----------------------------------------------------------------------------
 
