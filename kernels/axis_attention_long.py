@@ -266,46 +266,45 @@ def _long_bwd_dq_kernel(
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
     at = sequence * total + offs_m
     tl.store(delta_ptr + at, delta, mask=offs_m < n)
-    if dqkv_ptr is None:
-        return
-    dq_base = dqkv_ptr + b * dqkv_b + o * dqkv_o + head * D
-    if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
-        if tl.load(focus_ptr + b) != 0:
-            _put_rows(dq_base, tl.zeros([BM, BD], do.dtype), offs_m, n, dqkv_n, D, BD)
-            return
+    if dqkv_ptr is not None:  # not an early return: what follows one is compiled all the same
+        dq_base = dqkv_ptr + b * dqkv_b + o * dqkv_o + head * D
+        if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
+            if tl.load(focus_ptr + b) != 0:
+                _put_rows(dq_base, tl.zeros([BM, BD], do.dtype), offs_m, n, dqkv_n, D, BD)
+                return
 
-    lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
-    q_plain = _rows(base, offs_m, n, stride_n, D, BD)
-    q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
-    bias_at = None
-    if bias_ptr is not None:
-        bias_at = bias_ptr + head * n * n
-    rel_k_at = None
-    if rel_k_ptr is not None:
-        rel_k_at = rel_k_ptr + head * stride_rk
-        dq_plain = tl.zeros([BM, BD], ACC)
-    rel_v_at = None
-    if rel_v_ptr is not None:
-        rel_v_at = rel_v_ptr + head * stride_rv
-    dq = tl.zeros([BM, BD], ACC)
-    for start_n in tl.range(0, n, BN):
-        offs_n = start_n + tl.arange(0, BN)
-        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
-        k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
-        _, ds = _tile_gradient(
-            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, D, BM, BN, BD, ACC,
-        )  # fmt: skip
-        dq = dot(ds.to(k.dtype), k, dq)
+        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+        q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+        q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        bias_at = None
+        if bias_ptr is not None:
+            bias_at = bias_ptr + head * n * n
+        rel_k_at = None
         if rel_k_ptr is not None:
-            rows = _relative_rows(rel_k_at, start_m, start_n, n, D, BM, BN, BD)
-            spread = unskew(ds, tl.arange(0, BM) - (BM - 1), BM, BN)
-            dq_plain = dot(spread.to(k.dtype), rows, dq_plain)
-    dq = _turned_back(dq, rot_ptr, offs_m, n, total, HALF, BD, ACC)
-    if rel_k_ptr is not None:
-        dq += dq_plain
-    _put_rows(dq_base, (dq * scale).to(do.dtype), offs_m, n, dqkv_n, D, BD)
+            rel_k_at = rel_k_ptr + head * stride_rk
+            dq_plain = tl.zeros([BM, BD], ACC)
+        rel_v_at = None
+        if rel_v_ptr is not None:
+            rel_v_at = rel_v_ptr + head * stride_rv
+        dq = tl.zeros([BM, BD], ACC)
+        for start_n in tl.range(0, n, BN):
+            offs_n = start_n + tl.arange(0, BN)
+            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+            k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+            _, ds = _tile_gradient(
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
+                scale, D, BM, BN, BD, ACC,
+            )  # fmt: skip
+            dq = dot(ds.to(k.dtype), k, dq)
+            if rel_k_ptr is not None:
+                rows = _relative_rows(rel_k_at, start_m, start_n, n, D, BM, BN, BD)
+                spread = unskew(ds, tl.arange(0, BM) - (BM - 1), BM, BN)
+                dq_plain = dot(spread.to(k.dtype), rows, dq_plain)
+        dq = _turned_back(dq, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        if rel_k_ptr is not None:
+            dq += dq_plain
+        _put_rows(dq_base, (dq * scale).to(do.dtype), offs_m, n, dqkv_n, D, BD)
 
 
 @triton.jit
