@@ -425,8 +425,8 @@ def _conv(
         or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
     )
     config = pick_config(widths, grid, x.element_size(), tma)
-    if config.tma and not _is_rows_of_taps(weight):
-        weight = weight.contiguous(memory_format=torch.channels_last)
+    if config.tma and not _is_rows_of_taps(weight):  # a copy is aligned, too
+        weight = weight.clone(memory_format=torch.channels_last)
     first, second = (weight, None)
     if x2 is not None:
         first, second = weight.narrow(1 - out_axis, 0, c1), weight.narrow(1 - out_axis, c1, c2)

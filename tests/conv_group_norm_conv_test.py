@@ -143,6 +143,18 @@ def test_parity_descriptors(case, dtype, device, tma):
         assert_parity(op, ref, inputs, names=NAMES)
 
 
+def test_descriptors_of_unaligned_weights(device, tma):
+    """At an address that is not a multiple of 16 bytes, as in a flat buffer of parameters."""
+    x = randn(1, 1, 4, 8, 16, dtype=torch.float16, device=device)
+    flat = randn(8 * 9 * 16 + 3, dtype=torch.float16, device=device)
+    weight = flat[3:].view(8, 3, 3, 16).permute(0, 3, 1, 2)
+    assert weight.is_contiguous(memory_format=torch.channels_last) and weight.data_ptr() % 16
+    with use_backend("triton"):
+        y = space_conv(x, weight)
+    wide = space_conv_ref(x.double(), weight.double())
+    assert_close3(y, space_conv_ref(x, weight), wide)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 3, 5, 6), (2, 1, 1, 1, 17)])
 def test_transpose_parity(shape, device):
     inputs = randn(*shape, device=device), randn(shape[-1], 9, 4, 4, device=device)
