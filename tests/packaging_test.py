@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastvdm import _ext
+from fastvdm.info import _EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "*.o")
@@ -59,6 +62,18 @@ def build_wheel(source: Path, out: Path, ok: bool = True, **env: str):
     )  # fmt: skip
 
 
+def not_in_the_stable_abi(library: Path) -> list[str]:
+    """What ``library`` wants from elsewhere, less libtorch's C functions and, by the version that
+    ELF notes behind them, the system's. A C++ name of ``at::``, ``c10::`` or ``torch::`` is one."""
+    done = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in done.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names) or "Py" in done.stdout
+    fine = re.compile(r"(aoti_torch|torch)_\w+$|_ITM_\w+$|__gmon_start__$|__[au][bs]an_|\w+@")
+    return [name for name in names if not fine.match(name)]
+
+
 def install(wheel: Path, target: Path) -> Path:
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
     return target
@@ -87,10 +102,15 @@ def wheel(source, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def without_compiler(source, tmp_path_factory) -> Path:
+def without_compiler_wheel(source, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     build_wheel(source, out, CC="/bin/false", CXX="/bin/false")
-    return install(next(out.glob("*.whl")), tmp_path_factory.mktemp("site"))
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def without_compiler(without_compiler_wheel, tmp_path_factory) -> Path:
+    return install(without_compiler_wheel, tmp_path_factory.mktemp("site"))
 
 
 def test_sdist_holds_what_a_build_reads(source):
@@ -117,9 +137,20 @@ def test_one_wheel_for_every_python(wheel, tmp_path):
     assert "fastvdm/py.typed" in names and any(n.endswith("LICENSE") for n in names)
     assert not [n for n in names if n.startswith(("kernels", "csrc", "tests", "bench"))]
     assert "Requires-Python: >=3.10" in text and "# fastvdm" in text  # the README is in it
-    if shutil.which("nm"):  # nothing of CPython: any version loads it
-        symbols = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True).stdout
-        assert "aoti_torch" in symbols and not re.search(r"\b_?Py[A-Z_]", symbols)
+    if shutil.which("nm") and sys.platform == "linux":  # nor anything of CPython
+        assert not_in_the_stable_abi(Path(library)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads ELF with nm")
+def test_the_extension_uses_the_stable_abi_only():
+    """Any torch since the one it was built for then loads it, under any Python."""
+    found = sorted(Path(_ext.__file__).parent.glob("_C*.so"))
+    if not found:
+        pytest.skip(f"no extension here: {_ext.reason_off()}")
+    assert not_in_the_stable_abi(found[0]) == []
+    unstable = not_in_the_stable_abi(Path(torch.__file__).parent / "lib" / "libtorch_python.so")
+    assert any(name.startswith("_ZN3c10") for name in unstable)
+    assert any(name.startswith("Py") for name in unstable)
 
 
 @pytest.mark.slow
@@ -149,3 +180,33 @@ def test_asked_for_and_failing_is_an_error(source, tmp_path):
     done = build_wheel(source, tmp_path, ok=False, **env)
     assert done.returncode != 0 and "/bin/false" in done.stdout + done.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+def test_extras_are_those_that_the_messages_name():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    brings = {name: {re.split(r"[^\w-]", p)[0] for p in parts} for name, parts in extras.items()}
+    text = "\n".join(p.read_text() for p in (ROOT / "fastvdm").rglob("*.py"))
+    text += "\n".join(p.read_text() for p in (ROOT / "docs").glob("*.md"))
+    text += (ROOT / "README.md").read_text()
+    named = {e for group in re.findall(r"fastvdm\[([\w,]+)\]", text) for e in group.split(",")}
+    named |= {e for group in re.findall(r'"\.\[([\w,]+)\]"', text) for e in group.split(",")}
+    assert {"all", "cli", "train", "text", "metrics"} <= named <= extras.keys()
+    required = re.findall(r'\brequire\("(\w+)[\w.]*", "(\w+)"\)', text)
+    assert len(required) > 5
+    for module, extra in [*required, *((p, e) for e, names in _EXTRAS.items() for p in names)]:
+        assert module in brings[extra], f"fastvdm[{extra}] does not bring {module}"
+    assert set(re.findall(r"\w+", extras["all"][0].split("[")[1])) == extras.keys() - {"all"}
+
+
+def test_all_extras_resolve(without_compiler_wheel):
+    """Against what is installed, as there is no network in a test: no two ask for opposites."""
+    for package in sum(_EXTRAS.values(), ("matplotlib", "pytest-benchmark")):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"needs {package}")
+    done = run("-m", "pip", "install", "--dry-run", "--no-index", f"{without_compiler_wheel}[all]")
+    installs = [line for line in done.stdout.splitlines() if line.startswith("Would install")]
+    assert re.fullmatch(r"Would install fastvdm-[\d.]+", installs[0]), done.stdout
