@@ -326,6 +326,22 @@ def test_given_statistics(per_frame, lane):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["lane", "reference"])
+def test_statistics_of_a_larger_video(backend, lane):
+    """Half a video with the statistics of the whole is half of the normalised whole."""
+    x = torch.randn(2, 4, 3, 5, 8, device=lane[1]) * torch.arange(1.0, 5).view(1, 4, 1, 1, 1)
+    w, b = torch.randn(2, 8, device=lane[1])
+    rows = x.double().view(2, -1, 4, 2)
+    var, mean = torch.var_mean(rows, (1, 3), correction=0)
+    stats = mean.float(), (var + 1e-5).rsqrt().float()
+    options = dict(kind="group", groups=4)
+    with use_backend("reference"):
+        whole = norm_act(x.double(), w.double(), b.double(), **options)
+    with use_backend(lane[0] if backend == "lane" else backend):
+        half = norm_act(x[:, :2], w, b, stats=stats, **options)
+    torch.testing.assert_close(half.double(), whole[:, :2], rtol=1e-5, atol=1e-5)
+
+
 def test_strides(lane):
     """Any strides of x and dy; scale and shift as the halves of one projection."""
     case = ((2, 3, 4, 5, 6), 0, ("bias", "scale", "shift"), {"kind": "group", "groups": 3})
@@ -496,6 +512,28 @@ def test_compile(kind, backend, device):
             for a, e in zip(got[0] + got[1], expected[0] + expected[1]):
                 torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ops.KINDS)
+def test_empty_batch(kind, lane):
+    x = torch.randn(0, 3, 4, 5, 6, device=lane[1], requires_grad=True)
+    w = torch.ones(6, device=lane[1], requires_grad=True)
+    with use_backend(lane[0]):
+        y = norm_act(x, w, kind=kind, groups=2, scale=torch.ones(0, 6, device=lane[1]))
+        y.sum().backward()
+    assert y.shape == x.shape and x.grad.shape == x.shape
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+def test_residual_alone_is_trained(lane, monkeypatch):
+    """Its gradient is that of y; no kernel runs for it."""
+    monkeypatch.setattr(ops, "norm_act_bwd", None)
+    x, residual = torch.randn(2, 1, 2, 3, 5, 6, device=lane[1])
+    residual.requires_grad_()
+    with use_backend(lane[0]):
+        y = norm_act(x, torch.ones(6, device=lane[1]), kind="group", residual=residual)
+    dy = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, residual, dy)[0], dy)
 
 
 def test_bad_inputs():

@@ -71,17 +71,27 @@ def make(name: str) -> tuple[UNet3D, torch.Tensor, torch.Tensor]:
     return model, torch.randn(2, 3, 8, 8, 4), torch.tensor([0.7, 12.0])
 
 
+def assert_same(out: torch.Tensor, one: torch.Tensor, exact: torch.Tensor) -> None:
+    """Equal to 1e-6, or as near as one process itself is to the result in fp64: the libraries sum
+    in another order for another number of frames, and which depends on the machine."""
+    assert max_error(out, one) < max(1e-6, 2 * max_error(one, exact))
+
+
 def frame_worker(rank: int, world: int, name: str, num_images: int) -> None:
     model, x, time = make(name)
-    single = copy.deepcopy(model)
+    single, wide = copy.deepcopy(model), copy.deepcopy(model).double()
     mesh = init_device_mesh("cpu", (world,))
     parallel = frame_parallel(model, mesh)
     dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
     with torch.no_grad(), count_communication(parallel) as sent:
         shard = parallel(shard_frames(x, mesh), time, num_images=num_images)
-    whole = single(x, time, num_images=num_images)
-    assert max_error(gather_frames(shard, mesh), whole) < 2e-6
+        whole = single(x, time, num_images=num_images)
+        exact = wide(x.double(), time.double(), num_images=num_images)
+        assert_same(gather_frames(shard, mesh), whole, exact)
+        split = frame_parallel(copy.deepcopy(wide), mesh)
+        shard = split(shard_frames(x.double(), mesh), time.double(), num_images=num_images)
+        assert max_error(gather_frames(shard, mesh), exact) < 1e-12
     assert sent[0].bytes > 0 and sent[0].collectives >= 6
 
     leaf, local = x.clone().requires_grad_(), shard_frames(x, mesh).requires_grad_()
@@ -170,7 +180,8 @@ def compiled_worker(rank: int, world: int, name: str) -> None:
     compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         out = compiled(shard_frames(x, mesh), time_)
-        assert max_error(gather_frames(out, mesh), single(x, time_)) < 1e-6
+        exact = copy.deepcopy(single).double()(x.double(), time_.double())
+        assert_same(gather_frames(out, mesh), single(x, time_), exact)
     dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     leaf, local = x.clone().requires_grad_(), shard_frames(x, mesh).requires_grad_()
     single(leaf, time_).backward(dout)

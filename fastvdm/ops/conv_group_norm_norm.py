@@ -148,6 +148,8 @@ def _backward(ctx, dy, dmean, drstd):
     *options, backend = ctx.options
     need = ctx.needs_input_grad
     flags = (need[0] or need[1], need[2] or need[3], need[4] or need[5])
+    if not any(flags):  # the residual alone
+        return (*(None,) * 6, dy, *(None,) * 9)
     found = norm_act_bwd(
         dy.contiguous(), x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
         *options, *flags, backend,
@@ -209,7 +211,7 @@ def norm_act(
     """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
     Args:
-        x: (B, F, H, W, C), any strides (kernels copy a non-contiguous one).
+        x: (B, F, H, W, C), any strides (kernels copy a non-contiguous one); B may be 0.
         weight, bias: (C,), of any floating dtype; with ``x2``, (C + C2,).
         kind: "group": GroupNorm, biased variance over (C/groups, F, H, W) of each video, or over
             (C/groups, H, W) ``per_frame``. "rms": x / max(||x||₂, eps) √C over channels.
@@ -223,7 +225,8 @@ def norm_act(
             divides by the keep probability. Gets no gradient.
         x2: (B, F, H, W, C2): the norm acts on the channels of x and x2 side by side.
         stats: (mean, rstd), each (B, groups), or (B*F, groups) per frame, in fp32 (fp64 for fp64):
-            the statistics of this x where its producer has them. Differentiated as functions of x.
+            the statistics of this x where its producer has them, or of a larger video of which x
+            is a part. Differentiated as functions of x.
 
     Returns:
         (B, F, H, W, C + C2) in the dtype of x.
@@ -244,8 +247,8 @@ def norm_act(
         if x2.device != x.device:
             raise ValueError(f"x2 must be on {x.device} as x is, got {x2.device}")
     b, c = x.shape[0], _channels(x, x2)
-    if min(*video, c) < 1:
-        raise ValueError(f"x must not be empty, got {tuple(x.shape)}")
+    if min(*video[1:], c) < 1:
+        raise ValueError(f"x must not be empty but for the batch, got {tuple(x.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
         _expect(name, t, (c,), x.device)
     for name, t in (("scale", scale), ("shift", shift)):
@@ -282,11 +285,15 @@ def norm_act(
                 raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
         mean, rstd = stats
 
-    backend = select("norm_act", x.device, x, kind, c)
-    if backend == "reference":  # recomputes the statistics: `stats` only saves a pass
+    if b == 0:  # whatever the kind: nothing, and gradients of 0
+        kind, backend = "layer", "reference"
+    else:
+        backend = select("norm_act", x.device, x, kind, c)
+    if backend == "reference":
         return norm_act_ref(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
             shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, x2=x2,
+            stats=None if stats is None else (mean, rstd),
         )  # fmt: skip
     x2, bias, residual, dropout_mask, mean, rstd = (
         None if t is None else t.contiguous()

@@ -23,6 +23,26 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps
     return F.group_norm(centred, groups, weight, bias, eps).permute(0, 2, 3, 1).squeeze(2)
 
 
+def _group_norm_given(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    stats: tuple[Tensor, Tensor],
+) -> Tensor:
+    """GroupNorm of x (N, L, C) with mean and rstd (N, groups) in place of its own, through which it
+    still differentiates: they may be those of more than x, as where a video lies on several ranks.
+    """
+    n, length, c = x.shape
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, length, groups, -1)
+    variance, mean = torch.var_mean(rows, dim=(1, 3), keepdim=True, correction=0)
+    own = mean, torch.rsqrt(variance + eps)
+    mean, rstd = (o + (t.view(n, 1, groups, 1) - o).detach() for o, t in zip(own, stats))
+    y = ((rows - mean) * rstd).view(n, length, c) * weight
+    return y if bias is None else y + bias
+
+
 def norm_act_ref(
     x: Tensor,
     weight: Tensor,
@@ -38,13 +58,15 @@ def norm_act_ref(
     residual: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     x2: Tensor | None = None,
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
     x (B, F, H, W, C), x2 (B, F, H, W, C2) or None: its channels follow those of x. weight, bias
     (C + C2,), scale, shift (B, C + C2), residual, dropout_mask and the result (B, F, H, W, C + C2).
     Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of x. ``groups`` and
-    ``per_frame`` matter to kind "group" only.
+    ``per_frame`` matter to kind "group" only, and so do ``stats``, (mean, rstd) of (B, groups) or
+    (B*F, groups), which replace those of x.
     """
     dtype = x.dtype
     acc = torch.promote_types(dtype, torch.float32)
@@ -53,7 +75,11 @@ def norm_act_ref(
     weight = weight.to(acc)
     bias = None if bias is None else bias.to(acc)
     if kind == "group":
-        y = _group_norm(x.reshape(b * f if per_frame else b, -1, c), weight, bias, groups, eps)
+        rows = x.reshape(b * f if per_frame else b, -1, c)
+        if stats is None:
+            y = _group_norm(rows, weight, bias, groups, eps)
+        else:
+            y = _group_norm_given(rows, weight, bias, groups, eps, stats)
         y = y.reshape(b, f, h, w, c)
     elif kind == "rms":  # Zhang & Sennrich 2019, Eq. 4, on the L2 norm: x / max(||x||, eps) √C
         y = F.normalize(x.to(acc), dim=-1, eps=eps) * (weight * c**0.5)
