@@ -140,7 +140,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Callabl
         if result.failed is not None:
             pytest.fail(f"not timed: {provider}: {result.failed}", pytrace=False)
         operation = request.node.originalname.removeprefix("test_")
-        benchmark.group = f"{stem}-{operation}-{case}"
+        rest = [v for k, v in request.node.callspec.params.items() if k not in ("case", "provider")]
+        benchmark.group = "-".join([stem, operation, case, *map(str, rest)])
         benchmark.extra_info.update(rows[provider] | {"case": case, "operation": operation})
         CLOCK.load(result.times)
         benchmark.pedantic(CLOCK.advance, rounds=len(result.times), iterations=1)

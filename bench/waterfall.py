@@ -2,6 +2,8 @@
 
     python bench/waterfall.py bench/results/latest.json [more.json ...] [--out bench/RESULTS.md]
 
+The files are rewritten without the single rounds, whose statistics stay, so that they can be kept.
+
 Every figure in the page comes from the files named on the command line. A ratio is the median over
 interleaved rounds; above 1 is faster than the baseline of the case, its first provider.
 """
@@ -24,6 +26,10 @@ def load(paths: Iterable[Path]) -> list[tuple[dict[str, Any], list[dict[str, Any
     runs = []
     for path in paths:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if any(b["stats"].pop("data", None) for b in data["benchmarks"]):
+            whole = path.with_suffix(".part")
+            whole.write_text(json.dumps(data) + "\n", encoding="utf-8")
+            whole.replace(path)
         machine = data.get("machine_info", {}).get("fastvdm", {})
         machine = machine | {"file": path.name, "date": data.get("datetime", "")[:10]}
         machine["cpu"] = data.get("machine_info", {}).get("cpu", {}).get("brand_raw", "")
@@ -107,7 +113,13 @@ def render(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], chart: str |
         "",
     ]
     if chart is not None:
-        lines += [f"![ratio to the baseline of each case]({chart})", ""]
+        lines += [
+            f"![ratio to the baseline of each case]({chart})",
+            "",
+            "The chart has, of every op, the baseline, the best of the others and ours; the tables "
+            "have all.",
+            "",
+        ]
     for machine, rows in runs:
         lines += _machine_lines(machine)
         for group, found in grouped(rows).items():
@@ -129,6 +141,18 @@ def _colour(provider: str) -> str:
     return PEER if provider.startswith("peer") else PLAIN
 
 
+def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the chart keeps of a group of an op: the baseline, the best of the others, ours; of the
+    whole network everything."""
+    rated = [r for r in rows if "ratio" in r]
+    if not rated or rated[0]["group"].startswith("unet"):
+        return rated
+    ours = [r for r in rated if r["provider"].startswith("fastvdm")]
+    others = [r for r in rated[1:] if r not in ours]
+    best = [max(others, key=lambda r: r["ratio"])] if others else []
+    return [rated[0], *best, *ours]
+
+
 def draw(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) -> bool:
     """Horizontal bars: how much faster than the first provider; False without matplotlib."""
     try:
@@ -138,18 +162,25 @@ def draw(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) ->
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "fastvdm", "font.size": 9, "font.family": "sans-serif"})
+    plt.rcParams.update(
+        {
+            "svg.hashsalt": "fastvdm",
+            "svg.fonttype": "none",  # text stays text
+            "font.size": 9,
+            "font.family": "sans-serif",
+        }
+    )
     bars: list[tuple[str, str, float] | None] = []
     for _, rows in runs:
         for group, found in grouped(rows).items():
-            shown = [r for r in found if "ratio" in r]
-            if len(shown) < 2:
+            shown = _shown(found)
+            if len(shown) < 2 or "-tiny" in group:
                 continue
             bars.append(None)  # a gap, and the name of the group
             bars += [(group, r["provider"], r["ratio"]) for r in shown]
     if not bars:
         return False
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.23 * len(bars)))
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.2 * len(bars)))
     heading = ""
     for y, bar in enumerate(bars):
         if bar is None:
@@ -165,7 +196,7 @@ def draw(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) ->
     )
     axes.axvline(1, color="#5c6875", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 1.15 * max(bar[2] for bar in bars if bar))
-    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_ylim(len(bars) - 0.4, -1.6)
     axes.set_xlabel("times as fast as the first provider of the case")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
