@@ -92,6 +92,8 @@ def select(op: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
     Raises:
         FallbackError: a kernel is there but refuses the call, and FASTVDM_STRICT=1.
     """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "reference"  # a custom op loses the tangents of forward-mode autograd in silence
     entry = _OPS[op]
     refusal = None
     for backend in _candidates(device):

@@ -380,6 +380,15 @@ def test_double_backward_is_refused(device) -> None:
     assert qkv.grad is not None and qkv.grad.isfinite().all()
 
 
+def test_forward_mode_is_the_references(device) -> None:
+    """Tangents, which a custom op would drop without a word."""
+    qkv, tangent = torch.randn(2, 1, 3, 1, 2, 3, 1, 16, device=device)
+    with use_backend("triton"):
+        out, got = torch.func.jvp(lambda x: axis_attention(x, axis="time"), (qkv,), (tangent,))
+    ref, expected = torch.func.jvp(lambda x: axis_attention_ref(x, axis="time"), (qkv,), (tangent,))
+    assert torch.equal(out, ref) and torch.equal(got, expected)
+
+
 def test_autocast(device) -> None:
     call = make(SHORT, options=("bias", "rel_k"), device=device)
     kind = torch.device(device).type

@@ -356,8 +356,9 @@ def test_bad_input(change, error, text):
         temporal_block(x, norm_weight, qkv_weight, out_weight, **(options | change))
 
 
-def test_empty(device):
-    inputs, options = _inputs(CASES["plain"], device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fused", "parts"])
+def test_empty(dtype, device):
+    inputs, options = _inputs(CASES["plain"], dtype, device)
     empty = inputs[0][:0].requires_grad_()
     weight = inputs[2].requires_grad_()
     out = temporal_block(empty, inputs[1], weight, inputs[3], **options)
