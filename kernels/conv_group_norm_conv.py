@@ -34,7 +34,13 @@ from fastvdm.aot import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
 from fastvdm.ops import conv_group_norm_library as library
 
-MERGE_TILES = 64
+
+def merge_tile(group_width: int) -> dict[str, int]:
+    """Tiles and channels that the merge of statistics holds at once: all channels of a group, and
+    as many tiles as leave 32 values a thread."""
+    block_c = next_power_of_2(group_width)
+    return dict(BLOCK_C=block_c, BLOCK_T=max(1, min(64, 4096 // block_c)))
+
 
 # Not worth a compilation each time their divisibility changes.
 _SIZES = ["H", "W", "HO", "WO", "GRID_H", "GRID_W", "UNIT", "TILES"]
@@ -527,7 +533,7 @@ def space_conv_stats_fwd(
     _merge_stats_kernel[(units * groups,)](
         partial, mean, rstd, partial.shape[0] // units, cout, groups, *grid, eps,
         BOX_H=box[0], BOX_W=box[1], GROUP_WIDTH=cout // groups,
-        BLOCK_C=next_power_of_2(cout // groups), BLOCK_T=MERGE_TILES, ACC=acc_dtype(x.dtype),
+        **merge_tile(cout // groups), ACC=acc_dtype(x.dtype),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -616,27 +622,19 @@ def aot_cases() -> list[AotCase]:
     config = pick_config((100, 100, 100), (64, 64), 2, False)
     odd = _aot_case("pointer/3x3_100", config, "bf16", *jobs["3x3"])
     cases.append(replace(odd, divisible=()))
-    cases.append(
-        AotCase(
-            "merge_stats",
-            _merge_stats_kernel,
-            signature={
-                "part_ptr": "*fp32",
-                "mean_ptr": "*fp32",
-                "rstd_ptr": "*fp32",
-                "TILES": "i32",
-                "COUT": "i32",
-                "GROUPS": "i32",
-                "GRID_H": "i32",
-                "GRID_W": "i32",
-                "eps": "fp32",
-            },
-            constexprs=dict(
-                BOX_H=2, BOX_W=64, GROUP_WIDTH=16, BLOCK_C=16, BLOCK_T=MERGE_TILES, ACC=tl.float32
-            ),
-        )  # fmt: skip
+    return cases + [_aot_merge(width) for width in (16, 256)]
+
+
+def _aot_merge(group_width: int) -> AotCase:
+    kinds = {"part_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "eps": "fp32"}
+    sizes = ("TILES", "COUT", "GROUPS", "GRID_H", "GRID_W")
+    constexprs = dict(BOX_H=2, BOX_W=64, GROUP_WIDTH=group_width, ACC=tl.float32)
+    return AotCase(
+        f"merge_stats/{group_width}",
+        _merge_stats_kernel,
+        signature=kinds | dict.fromkeys(sizes, "i32"),
+        constexprs=constexprs | merge_tile(group_width),
     )
-    return cases
 
 
 def _aot_case(
