@@ -31,6 +31,25 @@ def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, T
     return scale, shift
 
 
+def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor:
+    """conv → norm → FiLM → SiLU → dropout → + residual; the statistics come with the convolution
+    where its kernel has them."""
+    if norm.shards is not None:  # the statistics come from all ranks, not from the epilogue
+        return norm(conv(x, options.pop("x2", None)), act=True, **options)
+    return conv_group_norm(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        kind=norm.kind,
+        groups=norm.groups,
+        per_frame=norm.per_frame,
+        eps=norm.eps,
+        **options,
+    )
+
+
 class ResnetBlock(nn.Module):
     """conv → norm → FiLM → SiLU → conv → norm → SiLU → + skip(x)   (peer order).
 
@@ -60,31 +79,14 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
         mask = dropout_mask(x, self.norm1.channels, self.dropout, self.training)
-        h = self._conv_norm(
+        h = _conv_norm(
             self.conv1, self.norm1, x, x2=x2, scale=scale, shift=shift, dropout_mask=mask
         )
         if self.skip is not None:
             residual = self.skip(x, x2)
         else:
             residual = x if x2 is None else torch.cat((x, x2), dim=-1)
-        return self._conv_norm(self.conv2, self.norm2, h, residual=residual)
-
-    @staticmethod
-    def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor:
-        if norm.shards is not None:  # the statistics come from all ranks, not from the epilogue
-            return norm(conv(x, options.pop("x2", None)), act=True, **options)
-        return conv_group_norm(
-            x,
-            conv.weight,
-            conv.bias,
-            norm.weight,
-            norm.bias,
-            kind=norm.kind,
-            groups=norm.groups,
-            per_frame=norm.per_frame,
-            eps=norm.eps,
-            **options,
-        )
+        return _conv_norm(self.conv2, self.norm2, h, residual=residual)
 
 
 class PreNormResnetBlock(nn.Module):
@@ -130,15 +132,17 @@ class PreNormResnetBlock(nn.Module):
         h = self.norm1(x, x2=x2, act=True)
         if self.resample == "down":
             h = avg_pool(h)
-        h = self.conv1(h)
-        scale = shift = None
-        if self.film is not None and emb is not None:
-            if self.additive:
+        if self.additive or self.resample == "up":  # something stands between conv and norm
+            h = self.conv1(h)
+            scale, shift = (None, None) if self.additive else _film(self.film, emb)
+            if self.additive and self.film is not None and emb is not None:
                 h = h + self.film(emb)[:, None, None, None].to(h.dtype)
-            else:
-                scale, shift = _film(self.film, emb)
-        mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
-        h = self.norm2(h, scale=scale, shift=shift, act=True, dropout_mask=mask)
+            mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
+            h = self.norm2(h, scale=scale, shift=shift, act=True, dropout_mask=mask)
+        else:
+            scale, shift = _film(self.film, emb)
+            mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
+            h = _conv_norm(self.conv1, self.norm2, h, scale=scale, shift=shift, dropout_mask=mask)
         return self.conv2(h, residual=self._shortcut(x, x2))
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
