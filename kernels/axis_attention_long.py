@@ -37,6 +37,7 @@ from fastvdm.kernels.common import (
     dot,
     next_power_of_2,
 )
+from fastvdm.kernels.tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class LongConfig:
     maxnreg: int | None = None  # 255 where ptxas would rather spill than give up a block
 
 
+@tuned("axis_attention_long", n=lambda n: min(4096, next_power_of_2(n)))
 def pick_config(
-    kind: str, bd: int, itemsize: int, *, shaw: bool, bias: bool, rotary: bool
+    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool
 ) -> LongConfig:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100; not timed on a GPU yet.
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
+    The length ``n`` tells measured tiles apart.
     """
     wide = bd > 64
     if kind == "drel":
@@ -532,7 +535,7 @@ def long_fwd(
     bd = max(16, next_power_of_2(geo.d))
     shaw = rel_k is not None or rel_v is not None
     has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
-    config = pick_config("fwd", bd, qkv.element_size(), **has)
+    config = pick_config("fwd", bd, qkv.element_size(), geo.n, **has)
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
     _long_fwd_kernel[grid](
         *(qkv, bias, rel_k, rel_v, rotary, focus, out, lse),
@@ -588,7 +591,7 @@ def long_bwd(
     has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
 
     def config(kind: str) -> LongConfig:
-        return pick_config(kind, bd, qkv.element_size(), **has)
+        return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
 
     def splits(tiles: int) -> int:
         return max(1, min(sequences, program_budget(qkv.device) // tiles))
@@ -653,7 +656,7 @@ def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
     bd, kernel = max(16, next_power_of_2(d)), _KERNELS[kind]
     shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
     has = {"shaw": shaw, "bias": "bias_ptr" in given, "rotary": "rot_ptr" in given}
-    config = pick_config(kind, bd, {"bf16": 2, "fp32": 4}[dtype], **has)
+    config = pick_config.analytic(kind, bd, {"bf16": 2, "fp32": 4}[dtype], 1024, **has)
     types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
     types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
     types |= {"scale_high": "fp32", "scale_low": "fp32"}

@@ -37,6 +37,7 @@ from fastvdm.kernels.common import (
     dot,
     next_power_of_2,
 )
+from fastvdm.kernels.tuned import tuned
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class ShortConfig:
     maxnreg: int | None = None
 
 
+@tuned("axis_attention_short", outer=lambda n: min(64, next_power_of_2(n)))
 def pick_config(
     bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool
 ) -> ShortConfig:
@@ -386,7 +388,7 @@ def _case(backward: bool, dtype: str, n: int, d: int, given: tuple[str, ...]) ->
     bn, bd = max(16, next_power_of_2(n)), max(16, next_power_of_2(d))
     itemsize = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
     shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
-    config = pick_config(bn, bd, itemsize, 4096, backward=backward, shaw=shaw)
+    config = pick_config.analytic(bn, bd, itemsize, 4096, backward=backward, shaw=shaw)
     acc = "fp64" if dtype == "fp64" else "fp32"
     kernel = _short_bwd_kernel if backward else _short_fwd_kernel
     types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}

@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvdm.aot import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
+from fastvdm.kernels.tuned import tuned
 from fastvdm.ops import conv_group_norm_library as library
 
 
@@ -92,6 +93,7 @@ def why_not_tma(
     return None
 
 
+@tuned("space_conv")
 def pick_config(
     widths: tuple[int, ...], grid: tuple[int, int], itemsize: int, tma: bool
 ) -> ConvConfig:
@@ -612,14 +614,14 @@ def aot_cases() -> list[AotCase]:
         kernel, stride, transposed, out_axis, _, _ = job
         for width in (64, 128):
             if why_not_tma((width,), (64, 64), stride, transposed, 2) is None:
-                config = pick_config((width, width), (64, 64), 2, True)
+                config = pick_config.analytic((width, width), (64, 64), 2, True)
                 cases.append(_aot_case(f"tma/{name}_{width}", config, "bf16", *job))
             if width == 128 or name == "3x3":
-                config = pick_config((width, width), (64, 64), 2, False)
+                config = pick_config.analytic((width, width), (64, 64), 2, False)
                 cases.append(_aot_case(f"pointer/{name}_{width}", config, "bf16", *job))
-    config = pick_config((64, 64), (64, 64), 4, False)
+    config = pick_config.analytic((64, 64), (64, 64), 4, False)
     cases.append(_aot_case("pointer/3x3_64_fp32", config, "fp32", *jobs["3x3"]))
-    config = pick_config((100, 100, 100), (64, 64), 2, False)
+    config = pick_config.analytic((100, 100, 100), (64, 64), 2, False)
     odd = _aot_case("pointer/3x3_100", config, "bf16", *jobs["3x3"])
     cases.append(replace(odd, divisible=()))
     return cases + [_aot_merge(width) for width in (16, 256)]

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastvdm.aot import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.tuned import tuned
 
 GROUP, RMS, LAYER = 0, 1, 2
 # Copies of the next tiles on their way while one is computed; registers fall by 40 % with it, too
@@ -44,8 +45,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(c1: int, c2: int) -> Config:
-    """Tile of the GroupNorm kernels: 16 values a thread.
+@tuned("norm_act_group")
+def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
+    """Tile of the GroupNorm kernels: 16 values a thread. ``itemsize`` and ``kind``, "stats", "fwd"
+    or "bwd", tell measured tiles apart.
 
     The width pads the two sources least, among widths that read at least 64 bytes in a row (bf16);
     of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
@@ -58,8 +61,10 @@ def pick_config(c1: int, c2: int) -> Config:
     return Config(block_c, 512 * num_warps // block_c, num_warps)
 
 
-def pick_row_config(c1: int, c2: int) -> Config:
-    """Tile of the row-wise kernels: whole pixels, about 16 values a thread. NOT MEASURED."""
+@tuned("norm_act_row")
+def pick_row_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
+    """Tile of the row-wise kernels: whole pixels, about 16 values a thread. NOT MEASURED.
+    ``itemsize`` and ``kind``, "fwd" or "bwd", as in ``pick_config``."""
     width = next_power_of_2(next_power_of_2(c1) + (next_power_of_2(c2) if c2 else 0))
     return Config(width, max(1, 2048 // width), 4 if width <= 2048 else 8)
 
@@ -652,7 +657,7 @@ def _group_stats(
 ) -> tuple[Tensor, Tensor]:
     n, length, c1, c2, _ = _extents(x, x2, per_frame)
     acc = acc_dtype(x.dtype)
-    cfg = pick_config(c1, c2)
+    cfg = pick_config(c1, c2, x.element_size(), "stats")
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
     rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
     part = x.new_empty((n, chunks, 2, c1 + c2), dtype=acc_torch_dtype(x.dtype))
@@ -701,7 +706,7 @@ def norm_act_fwd(
     drop = _numeric(dropout_mask)
     strides = (_row_stride(scale), _row_stride(shift))
     if kind != GROUP:
-        cfg = pick_row_config(c1, c2)
+        cfg = pick_row_config(c1, c2, x.element_size(), "fwd")
         _row_fwd_kernel[(n * cdiv(length, cfg.block_l),)](
             x, x2, y, weight, bias, scale, shift, residual, drop, length, c1, c2, *strides,
             LAYER=kind == LAYER, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
@@ -712,7 +717,7 @@ def norm_act_fwd(
     found = (none, torch.empty_like(none))
     if mean is None:
         mean, rstd = found = _group_stats(x, x2, groups, per_frame, eps)
-    cfg = pick_config(c1, c2)
+    cfg = pick_config(c1, c2, x.element_size(), "fwd")
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
     rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
     _group_fwd_kernel[(n * chunks * blocks,)](
@@ -757,7 +762,7 @@ def norm_act_bwd(
     partials = {"dtype": acc_torch_dtype(x.dtype), "device": x.device}
 
     if kind == GROUP:
-        cfg = pick_config(c1, c2)
+        cfg = pick_config(c1, c2, x.element_size(), "bwd")
         blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
         rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
         part = torch.empty((n, chunks, 2, c), **partials)
@@ -777,7 +782,7 @@ def norm_act_bwd(
                 dy, x, x2, dx, dx2, m, *shared, *counts, rows, chunks, **tile
             )
     else:
-        cfg = pick_row_config(c1, c2)
+        cfg = pick_row_config(c1, c2, x.element_size(), "bwd")
         rows, chunks = split_for_sums(x.device, n, length, cfg)
         part = torch.empty((n, chunks, 2, c), **partials) if params else None
         _row_bwd_kernel[(n * chunks,)](
@@ -875,7 +880,7 @@ def _aot_small() -> list[AotCase]:
 
 
 def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
-    cfg = pick_config(c1, c2)
+    cfg = pick_config.analytic(c1, c2, 2, "bwd")
     tile = dict(BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=tl.float32)
     kernels = {
         "group_fwd": _group_fwd_kernel,
@@ -890,7 +895,7 @@ def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
 
 
 def _aot_row(dtype: str, c1: int, c2: int) -> list[AotCase]:
-    cfg = pick_row_config(c1, c2)
+    cfg = pick_row_config.analytic(c1, c2, 2, "bwd")
     tile = dict(
         ACT=True, BLOCK_L=cfg.block_l, BLOCK_C1=next_power_of_2(c1),
         BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=tl.float32, EPS=1e-5,

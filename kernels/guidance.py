@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.common import acc_dtype, cdiv
+from fastvdm.kernels.tuned import tuned
 
 
 class Config(NamedTuple):
@@ -32,9 +33,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(dtype: torch.dtype, factor: int = 1) -> Config:
-    """Elements (``seed``: low-resolution pixels) a program; small, as one video is only some
-    10^5 elements and all multiprocessors should have a part of it."""
+@tuned("guidance")
+def pick_config(what: str, dtype: torch.dtype, factor: int = 1) -> Config:
+    """Elements (``what`` = "seed": low-resolution pixels; "update") a program; small, as one video
+    is only some 10^5 elements and all multiprocessors should have a part of it."""
     return Config(256 if factor > 1 or dtype == torch.float64 else 512, 4)
 
 
@@ -281,7 +283,7 @@ def guidance_seed_fwd(
     if z.numel() == 0:
         return x_hat, seed
     factor = h // low_res.shape[3] if low_res is not None else 1
-    config = pick_config(z.dtype, factor)
+    config = pick_config("seed", z.dtype, factor)
     blocks = cdiv(c * f * (h // factor) * (w // factor), config.block)
     _guidance_seed_kernel[(b * blocks,)](
         z,
@@ -335,7 +337,7 @@ def guidance_update_fwd(
     x_tilde = torch.empty_like(z) if want_x else z.new_empty(0)
     if z.numel() == 0:
         return x_tilde, z_next
-    config = pick_config(z.dtype)
+    config = pick_config("update", z.dtype)
     blocks = cdiv(c * f * h * w, config.block)
     none = (0, 0, 0, 0, 0)
     _guidance_update_kernel[(b * blocks,)](
@@ -383,7 +385,7 @@ def aot_cases() -> list:
     ints = {n: "i32" for n in ("blocks", "C", "F", "H", "W", "num_known")}
     axes = "bcfhw"
     state = {"z_ptr": "*fp32", "coef_ptr": "*fp32"}
-    config, small = pick_config(torch.float32), pick_config(torch.float32, 4)
+    config, small = (pick_config.analytic("seed", torch.float32, f) for f in (1, 4))
     cases = []
     for net in ("bf16", "fp32"):
         seed_types = {

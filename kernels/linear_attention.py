@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.tuned import tuned
 
 _SM_COUNT = 132  # H200; only decides how far to split, and stands in where there is no device
 
@@ -35,9 +36,11 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def pick_config(dim: int, dtype: torch.dtype) -> Config:
+@tuned("linear_attention", pixels=next_power_of_2)
+def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool) -> Config:
     """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator; the
-    values compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``)."""
+    values compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``). ``pixels`` of a frame
+    and ``backward`` tell measured tiles apart."""
     block_d = max(16, next_power_of_2(dim))
     if dtype in (torch.float16, torch.bfloat16):
         return Config(64, block_d, 8 if block_d == 128 else 4)
@@ -305,7 +308,7 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
     problems, pixels = b * f * heads, h * w
     if out.numel() == 0:
         return out, lse, ctx
-    block_n, block_d, warps = pick_config(dim, qkv.dtype)
+    block_n, block_d, warps = pick_config(dim, qkv.dtype, pixels, backward=False)
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
     tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
     tile |= dict(num_warps=warps, num_stages=2)
@@ -336,7 +339,7 @@ def linear_attention_bwd(
     problems, pixels = b * f * heads, h * w
     if dqkv.numel() == 0:
         return dqkv
-    block_n, block_d, warps = pick_config(dim, qkv.dtype)
+    block_n, block_d, warps = pick_config(dim, qkv.dtype, pixels, backward=True)
     splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
     tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
     tile |= dict(num_warps=warps, num_stages=2)
@@ -362,7 +365,7 @@ def aot_cases():
     found = []
     sizes = [(torch.bfloat16, d) for d in (32, 64, 128)] + [(torch.float32, d) for d in (32, 64)]
     for dtype, dim in sizes:
-        block_n, block_d, warps = pick_config(dim, dtype)
+        block_n, block_d, warps = pick_config.analytic(dim, dtype, 4096, backward=True)
         data = "*bf16" if dtype == torch.bfloat16 else "*fp32"
         constexprs = dict(
             SCALE=dim**-0.5, D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(dtype)

@@ -39,6 +39,7 @@ from fastvdm.kernels.axis_attention_parts import (
     unskew,
 )
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.tuned import tuned
 
 _REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
 COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
@@ -54,12 +55,25 @@ class Config:
     num_stages: int
 
 
+@tuned(
+    "temporal_block",
+    frames=lambda n: max(16, next_power_of_2(n)),
+    pixels=lambda n: min(64, next_power_of_2(n)),
+)
 def pick_config(
-    frames: int, channels: int, dim: int, pixels: int, *, tables: bool, backward: bool, major: int
+    frames: int,
+    channels: int,
+    dim: int,
+    pixels: int,
+    itemsize: int,
+    *,
+    tables: bool,
+    backward: bool,
+    major: int,
 ) -> Config:
     """Pixels a tile: each tile streams all weights, so as many rows as the registers allow. The
     limits are those at which ptxas does not spill (``aot_cases``): ``tables`` are Shaw's, ``major``
-    is the device's compute capability."""
+    is the device's compute capability; ``itemsize``, of x, tells measured tiles apart."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
     rows = 128
@@ -573,7 +587,9 @@ def temporal_block_fwd(
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
     tables = rel_k is not None or rel_v is not None
-    config = pick_config(f, c, dim, pixels, tables=tables, backward=False, major=_major(x))
+    config = pick_config(
+        f, c, dim, pixels, x.element_size(), tables=tables, backward=False, major=_major(x)
+    )
     tiles, scratch = cdiv(pixels, config.P), None
     walkers = tiles
     if config.BC > _REGISTER_CHANNELS:
@@ -639,7 +655,9 @@ def temporal_block_bwd(
     need_bias, need_k = need_bias and bias is not None, need_rel and rel_k is not None
     need_v = need_rel and rel_v is not None
     tables = rel_k is not None or rel_v is not None
-    config = pick_config(f, c, dim, pixels, tables=tables, backward=True, major=_major(x))
+    config = pick_config(
+        f, c, dim, pixels, x.element_size(), tables=tables, backward=True, major=_major(x)
+    )
     tiles = cdiv(pixels, config.P)
     walkers = min(tiles, program_budget(device))
 
@@ -718,8 +736,8 @@ def _aot_case(name: str, channels: int, dim: int, *, backward: bool, train: bool
     from fastvdm.aot import AotCase
 
     peer, major = name == "peer", archs[0] // 10
-    config = pick_config(
-        16, channels, dim, 1 << 16, tables=not peer, backward=backward, major=major
+    config = pick_config.analytic(
+        16, channels, dim, 1 << 16, 2, tables=not peer, backward=backward, major=major
     )
     kernel = _bwd_kernel if backward else _fwd_kernel
     optional = dict(
