@@ -1,18 +1,17 @@
 """make gpu OUT=dir: everything a machine with a GPU can tell, in one command and nine minutes.
 
 Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build
-and info, parity on the device, benchmarks, the page. Every step has a share of the time and what is
-left over goes to the next; a step that fails or runs out does not stop the rest, and the
-exit status is 0 only if all passed. The peer takes part where ``.peer/`` is there (``make peer`` on
-a machine with a network, then copied along). Files left in ``OUT``: log.txt, tests.xml, bench.json,
-RESULTS.md, RESULTS.svg.
+and info, parity on the device, tuning (bench/tune.py; what it finds stays in kernels/configs/),
+benchmarks, the page. Every step has a share of the time and what is left over goes to the next; a
+step that fails or runs out does not stop the rest, and the exit status is 0 only if all passed. The
+peer takes part where ``.peer/`` is there (``make peer`` on a machine with a network, then copied
+along). Files left in ``OUT``: log.txt, tests.xml, <gpu>.json, bench.json, RESULTS.md, RESULTS.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +32,8 @@ class Step:
 
 
 def steps(out: Path, quick: bool) -> list[Step]:
-    """What runs, in order. ``quick`` is for trying the command out on a machine without a GPU."""
+    """What runs, in order. ``quick`` is for trying the command out on a machine without a GPU,
+    where there is nothing to tune."""
     workers = str(min(8, os.cpu_count() or 1))
     pytest = [PYTHON, "-m", "pytest", "-q"]
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
@@ -45,12 +45,14 @@ def steps(out: Path, quick: bool) -> list[Step]:
     else:
         # Compiling backward passes would take the whole time.
         bench += ["--full", "--budget=2", "-k", "not (train and compiled) and not small"]
+    tune = [PYTHON, "bench/tune.py", "--out", str(out), "--budget=100"]
     page = [PYTHON, "bench/waterfall.py", str(out / "bench.json")]
     return [
-        Step("build", [PYTHON, *install], 60, {}),
+        Step("build", [PYTHON, *install], 45, {}),
         Step("info", [PYTHON, "-m", "fastvdm.info"], 15, {}),
-        Step("parity", [*parity, f"--junitxml={out / 'tests.xml'}"], 150, {}),
-        Step("benchmarks", bench, 285, {}),
+        Step("parity", [*parity, f"--junitxml={out / 'tests.xml'}"], 140, {}),
+        *([] if quick else [Step("tuning", tune, 120, {})]),
+        Step("benchmarks", bench, 190, {}),
         Step("page", [*page, "--out", str(out / "RESULTS.md")], 20, {}),
     ]
 
@@ -100,8 +102,6 @@ def main() -> int:
         print(f"\n== {step.name} (at most {limit:.0f} s)", flush=True)
         status = run(step, limit, log)
         rows.append((step.name, status, time.monotonic() - start - spent))
-    for config in sorted((ROOT / "kernels" / "configs").glob("*.json")):
-        shutil.copy(config, out / config.name)
     lines = ["", "== summary"]
     for name, status, seconds in rows:
         verdict = {0: "ok", 124: "out of time"}.get(status, f"FAILED ({status})")

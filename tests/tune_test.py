@@ -1,0 +1,381 @@
+"""Measured configurations: the loader's answers, and the search with a clock that is made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tune
+import tune_cases
+from cases import Shape
+
+from fastvdm.kernels import (
+    axis_attention_long,
+    axis_attention_short,
+    conv_group_norm_conv,
+    conv_group_norm_norm,
+    guidance,
+    linear_attention,
+    temporal_block,
+    tuned,
+)
+from fastvdm.kernels.common import next_power_of_2
+
+GPU = "NVIDIA H200"
+KEY = "n=64, dtype=float32"
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+    num_warps: int
+    maxnreg: int | None = None
+
+
+def make_picker(calls: list | None = None):
+    @tuned.tuned("op", n=next_power_of_2)
+    def pick_config(n: int, dtype: torch.dtype = torch.float32) -> Config:
+        """Doc."""
+        if calls is not None:
+            calls.append(n)
+        return Config(n, 4)
+
+    return pick_config
+
+
+@pytest.fixture
+def file(monkeypatch, tmp_path) -> Path:
+    """The file of the GPU that this test pretends to have."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "current_gpu", lambda: GPU)
+    return tuned.path_of(GPU)
+
+
+def entry(**config) -> dict:
+    return {"op": {KEY: {"config": config, "ms": 1.0}}}
+
+
+def test_hit_miss_and_class(file) -> None:
+    file.write_text(json.dumps(entry(block=7, num_warps=2, maxnreg=None)))
+    pick = make_picker()
+    assert pick(64) == Config(7, 2)
+    assert pick(50) == Config(7, 2)  # the same power of two
+    assert pick(65) == Config(65, 4)
+    assert pick(64, torch.float64) == Config(64, 4)
+    assert pick.analytic(64) == Config(64, 4) and pick.__doc__ == "Doc."
+
+
+def test_another_gpu_and_no_gpu_are_analytic(file, monkeypatch) -> None:
+    file.write_text(json.dumps(entry(block=7, num_warps=2)))
+    for other in ("NVIDIA H100 80GB HBM3", None):
+        monkeypatch.setattr(tuned, "current_gpu", lambda name=other: name)
+        assert make_picker()(64) == Config(64, 4)
+
+
+def test_the_file_is_read_once_and_not_before_a_launch(file, monkeypatch) -> None:
+    file.write_text(json.dumps(entry(block=7, num_warps=2)))
+    reads, calls, read = [], [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda p, **kw: reads.append(p) or read(p, **kw))
+    pick = make_picker(calls)
+    assert not reads
+    for _ in range(3):
+        pick(64), pick(128)
+    assert reads == [file] and calls == [64, 128]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a table"),
+        ('{"op": 3}', "is not a table"),
+        (json.dumps(entry(block=7)), "no Config"),
+        (json.dumps(entry(block=7, num_warps=2, stages=3)), "stages"),
+        (json.dumps(entry(block="7", num_warps=2)), "block is '7'"),
+        (json.dumps({"op": {KEY: {}}}), "KeyError"),
+        (json.dumps({"op": {KEY: 5}}), "no Config"),
+    ],
+)
+def test_a_malformed_file_is_named(file, text: str, why: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ValueError, match=why) as raised:
+        make_picker()(64)
+    assert str(file) in str(raised.value)
+
+
+def test_choosing_goes_before_the_file_in_its_thread_alone(file) -> None:
+    file.write_text(json.dumps(entry(block=7, num_warps=2)))
+    pick, seen = make_picker(), []
+    with tuned.choosing(lambda choice: Config(choice.given["n"], 1)):
+        assert pick(50) == Config(64, 1)
+        thread = threading.Thread(target=lambda: seen.append(pick(50)))
+        thread.start()
+        thread.join()
+    assert seen == [Config(7, 2)] and pick(50) == Config(7, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_no_file_is_looked_for() -> None:
+    assert tuned.current_gpu() is None
+    code = "import sys, fastvdm; assert 'fastvdm.kernels.tuned' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_shipped_files_belong_to_these_kernels() -> None:
+    for path in tuned.FOLDER.glob("*.json"):
+        assert tuned.table(path).keys() <= tune_cases.MOVES.keys(), path
+
+
+# Candidates.
+
+ASKED = {
+    "linear": linear_attention.pick_config.choice(32, torch.bfloat16, 4096, backward=True),
+    "linear small": linear_attention.pick_config.choice(128, torch.bfloat16, 20, backward=False),
+    "group": conv_group_norm_norm.pick_config.choice(96, 48, 2, "bwd"),
+    "row": conv_group_norm_norm.pick_row_config.choice(512, 0, 2, "fwd"),
+    "short": axis_attention_short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False),
+    "short one": axis_attention_short.pick_config.choice(32, 128, 2, 1, backward=True, shaw=True),
+    **{
+        f"long {kind} {n}": axis_attention_long.pick_config.choice(
+            kind, 64, 2, n, shaw=kind == "drel", bias=True, rotary=False
+        )
+        for kind in ("fwd", "dq", "dkv", "dbias", "drel")
+        for n in (40, 1024)
+    },
+    "temporal": temporal_block.pick_config.choice(
+        16, 64, 32, 4096, 2, tables=False, backward=False, major=9
+    ),
+    "guidance": guidance.pick_config.choice("seed", torch.float32),
+    "conv": conv_group_norm_conv.pick_config.choice((192, 192), (64, 48), 2, True),
+    "conv small": conv_group_norm_conv.pick_config.choice((64, 64), (8, 8), 2, True),
+    "conv pointers": conv_group_norm_conv.pick_config.choice((64, 64), (8, 8), 2, False),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_candidates_are_a_handful_of_valid_neighbours(name: str) -> None:
+    choice = ASKED[name]
+    found = tune_cases.candidates(choice)
+    assert len(found) <= 9 and len(set(found)) == len(found) and choice.analytic not in found
+    assert found or name == "short one"
+    for config in found:
+        assert type(config) is type(choice.analytic)
+        assert config.num_warps in (1, 2, 4, 8)
+        other = ("num_stages", "maxnreg", "tma")
+        sizes = [v for k, v in tune._fields(config).items() if k not in other]
+        assert all(v >= 1 and v == next_power_of_2(v) for v in sizes)
+        if name.startswith("long drel"):
+            assert config.BM == config.BN
+        if name.startswith("long"):
+            assert min(config.BM, config.BN) >= 16
+        if name in ("conv", "conv small"):
+            assert config.box_h * config.box_w == config.block_p and config.block_co >= 64
+
+
+WIDE = Shape(2, 5, 7, 24, heads=1, head_dim=16)  # more pixels than the short attention takes
+FEW = Shape(3, 2, 5, 24, heads=2, head_dim=16)
+SHAPES = {tune_cases.guided: Shape(7, 4, 6, 3, batch=2), tune_cases.over_space: WIDE}
+MAKERS = {
+    f"{make.__name__} {options}": (make, options)
+    for make, some in {
+        tune_cases.norm: [{"kind": k, "backward": b} for k in (0, 1) for b in (False, True)],
+        tune_cases.temporal: [{"backward": b} for b in (False, True)],
+        tune_cases.linear: [{"backward": b} for b in (False, True)],
+        tune_cases.over_time: [{"shaw": s, "backward": b} for s in (0, 1) for b in (False, True)],
+        tune_cases.over_space: [{"backward": b} for b in (False, True)],
+        tune_cases.guided: [{"what": w} for w in ("seed", "update")],
+        tune_cases.conv: [{}],
+    }.items()
+    for options in some
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the search itself does this")
+@pytest.mark.parametrize("name", MAKERS)
+def test_jobs_run_and_every_candidate_is_right(name: str) -> None:
+    """Tiles change, results do not. The interpreter runs what a GPU would refuse, and knows no
+    warps, stages or registers: tiles that it has seen are left out."""
+    make, options = MAKERS[name]
+    shape, dtype = SHAPES.get(make, FEW), torch.float32
+    job = tune_cases.Job(name, lambda d: make(shape, d, dtype, **options), dtype)
+    run, asked = tune.prepare(job, "cpu")
+    assert asked and {c.kernel for c in asked} <= tune_cases.MOVES.keys()
+    expected = tune.answering(run, {})()
+    for choice in asked:
+        tiles = {_tile(c): c for c in (choice.analytic, *tune_cases.candidates(choice))}
+        for config in list(tiles.values())[1:]:
+            out = tune.answering(run, {(choice.kernel, choice.key): config})()
+            for got, want in zip(out, expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=str(config))
+
+
+def _tile(config) -> tuple:
+    launch = ("num_warps", "num_stages", "maxnreg")
+    return tuple(v for k, v in tune._fields(config).items() if k not in launch)
+
+
+def test_job_names_are_unique() -> None:
+    names = [job.name for job in tune_cases.jobs()]
+    assert len(names) == len(set(names))
+
+
+# The search, on a launcher made up: seconds by its configuration.
+
+
+class Stub:
+    """A launcher that asks one picker. ``wrong`` and ``raises`` are blocks of its candidates."""
+
+    def __init__(self, wrong: tuple = (), raises: tuple = ()) -> None:
+        self.pick, self.wrong, self.raises = make_picker(), wrong, raises
+        self.used: list[Config] = []
+
+    def job(self, name: str = "stub", n: int = 64) -> tune_cases.Job:
+        return tune_cases.Job(name, lambda device: lambda: self.launch(n), torch.float32)
+
+    def launch(self, n: int) -> torch.Tensor:
+        config = self.pick(n)
+        self.used.append(config)
+        if config.block in self.raises:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return torch.ones(3) * (2 if config.block in self.wrong else 1)
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """``search(jobs, seconds by block)`` → (outcomes, report)."""
+    blocks = (1, 2, 3)
+    monkeypatch.setattr(tune, "candidates", lambda choice: [Config(b, 4) for b in blocks])
+
+    def run(jobs, seconds, budget: float = 60.0):
+        times = {str(Config(b, 4)): s for b, s in seconds.items()}
+        monkeypatch.setattr("harness._round", lambda contest, runs: {n: times[n] for n in runs})
+        found: list[tune.Found] = []
+        return found, tune.tune(jobs, found.append, device="cpu", budget=budget)
+
+    return run
+
+
+def test_the_fastest_right_candidate_wins(search) -> None:
+    stub = Stub(wrong=(1,), raises=(3,))
+    (found,), report = search([stub.job()], {64: 1.0, 1: 0.1, 2: 0.5, 3: 0.1})
+    assert found.best == Config(2, 4) and (found.seconds, found.analytic_seconds) == (0.5, 1.0)
+    assert found.choice.key == KEY and found.timed == 1
+    assert "max error" in found.rejected[str(Config(1, 4))]
+    assert found.rejected[str(Config(3, 4))] == "RuntimeError: out of resource: shared memory"
+    assert not report.failed and not report.missed
+
+
+def test_three_percent_is_not_enough(search) -> None:
+    seconds = {64: 1.0, 1: 0.98, 2: 0.975, 3: 1.5}
+    (found,), _ = search([Stub().job()], seconds)
+    assert found.best == Config(64, 4) and found.seconds == 1.0
+
+
+def test_a_choice_is_tuned_once_and_later_jobs_use_it(search) -> None:
+    stub, seconds = Stub(), {64: 1.0, 128: 1.0, 1: 0.9, 2: 0.5, 3: 1.0}
+    jobs = [stub.job(f"{i}", n) for i, n in enumerate((64, 60, 128, *[33] * 20))]
+    found, report = search(jobs, seconds)
+    assert [(f.job, f.choice.given["n"]) for f in found] == [("0", 64), ("2", 128)]
+    assert not report.missed and not report.failed
+
+
+def test_a_job_that_raises_leaves_the_others(search) -> None:
+    jobs = [Stub(raises=(64,)).job("bad"), Stub().job("good", 128)]
+    found, report = search(jobs, {128: 1.0, 1: 0.5, 2: 1.0, 3: 1.0})
+    assert [f.job for f in found] == ["good"]
+    assert report.failed == {"bad": "RuntimeError: out of resource: shared memory"}
+
+
+def test_no_time_no_timing(search) -> None:
+    stub = Stub()
+    found, report = search([stub.job(str(i)) for i in range(20)], {}, budget=0.0)
+    assert not found and not stub.used and len(report.missed) == 20
+
+
+def test_the_budget_ends_the_search(search, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    real = tune.race
+
+    def slow(*args):
+        now[0] += 10.0
+        return real(*args)
+
+    monkeypatch.setattr(tune, "race", slow)
+    jobs = [Stub().job(str(n), n) for n in (64, 128, 256, 512)]
+    seconds = {64: 1.0, 128: 1.0, 256: 1.0, 512: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    found, report = search(jobs, seconds, budget=15.0)
+    assert [f.job for f in found] == ["64", "128"] and report.missed == ["256", "512"]
+
+
+def test_what_is_slow_to_compile_is_left_out() -> None:
+    gate = threading.Event()
+    results = tune.in_threads({"fast": lambda: 1, "slow": gate.wait}, tune.time.monotonic() + 0.5)
+    gate.set()
+    assert results == {"fast": 1}
+
+
+# The file, from the search to the launch.
+
+
+def test_what_is_found_is_what_a_launch_uses(search, file) -> None:
+    stub, origin = Stub(), {"date": "2026-01-02", "torch": "2", "triton": "3", "commit": "abc"}
+    (found,), _ = search([stub.job()], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})
+    table: dict = {"other": {"k": {"config": {}}}}
+    tune.record(table, found, origin)
+    tune.write(file, table)
+    assert json.loads(file.read_text())["op"][KEY] == {
+        "config": {"block": 1, "num_warps": 4, "maxnreg": None},
+        "ms": 500.0,
+        "analytic": {"block": 64, "num_warps": 4, "maxnreg": None},
+        "analytic_ms": 1000.0,
+        "job": "stub",
+        **origin,
+    }
+    assert stub.pick(64) == Config(1, 4)
+    (found,), _ = search([stub.job()], {64: 1.0, 1: 1.0, 2: 1.0, 3: 1.0})
+    tune.record(table, found, origin)  # now the analytic one is best: the entry goes
+    assert table == {"other": {"k": {"config": {}}}, "op": {}}
+    assert tune.versions().keys() == origin.keys()
+
+
+def test_a_write_is_whole_or_nothing(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "new" / "gpu.json"
+    tune.write(path, {"op": {}})
+    with pytest.raises(TypeError):
+        tune.write(path, {"op": object()})
+    assert json.loads(path.read_text()) == {"op": {}}
+    monkeypatch.setattr(tune.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        tune.write(path, {"op": {"more": {}}})
+    assert json.loads(path.read_text()) == {"op": {}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told(tmp_path, capsys) -> None:
+    assert tune.main(["--out", str(tmp_path)]) == 1
+    assert "no CUDA device" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_main_writes_both_files(file, tmp_path, monkeypatch, search, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    stub = Stub(wrong=(3,))
+    monkeypatch.setattr(tune, "jobs", lambda: [stub.job()])
+    real = tune.tune
+    monkeypatch.setattr(tune, "tune", lambda *a, device, **kw: real(*a, device="cpu", **kw))
+    search([], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})  # only for its clock
+    assert tune.main(["--out", str(tmp_path / "out"), "--budget", "60"]) == 0
+    assert file.read_text() == (tmp_path / "out" / file.name).read_text()
+    assert json.loads(file.read_text())["op"][KEY]["config"]["block"] == 1
+    said = capsys.readouterr()
+    assert "2.00x" in said.out + said.err and "REJECTED" in said.out + said.err
