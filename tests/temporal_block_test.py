@@ -10,15 +10,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.config import use_backend
-from fastvdm.dispatch import FallbackError, select
+from fastvdm.dispatch import ByDesign, FallbackError, select
 from fastvdm.ops.temporal_block import (
     parts_reason,
     temporal_block,
     temporal_block_bwd,
     temporal_block_cost,
     temporal_block_fwd,
+    unsupported,
 )
 from fastvdm.reference.temporal_block import temporal_block_ref
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
@@ -43,13 +45,18 @@ CASES = {
 }
 
 
+# On a GPU fp64 is the reference's, and fp16 takes its place where the dtype does not matter.
+GPU = torch.cuda.is_available()
+DTYPE = torch.float16 if GPU else torch.float64
+
+
 @pytest.fixture(autouse=True)
 def _triton():
-    with use_backend("triton"):
+    with use_backend("auto" if GPU else "triton"):
         yield
 
 
-def _inputs(case, dtype=torch.float64, device="cpu"):
+def _inputs(case, dtype=DTYPE, device="cpu"):
     """Differentiable inputs in the order of NAMES, and the other keyword arguments."""
     generator = torch.Generator().manual_seed(3)
     b, f, _, _, c = case["shape"]
@@ -290,7 +297,7 @@ def test_compile_without_recompiling(device):
     compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
     counts = []
     for frames in (6, 7, 9):  # extents that differ from every other: equal ones share a symbol
-        x = torch.randn(1, frames, 2, 5, 24, device=device, dtype=torch.float64).requires_grad_()
+        x = torch.randn(1, frames, 2, 5, 24, device=device, dtype=DTYPE).requires_grad_()
         out = compiled(x)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
         plain = run(x)
@@ -327,6 +334,13 @@ def test_parts(shape, dtype, device):
         select("temporal_block", inputs[0].device, inputs[0], inputs[2], 2)
 
 
+def test_fp64_on_a_gpu_is_the_references():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, weight = (torch.empty(s, device="cuda", dtype=torch.float64) for s in ((1,) * 5, (3, 1)))
+        assert isinstance(unsupported("triton", x, weight, 1), ByDesign)
+        assert unsupported("triton", x.half(), weight.half(), 1) is None
+
+
 BAD = {
     "rank": (dict(x=(5, 2, 3, 24)), ValueError, "x must be"),
     "heads": (dict(heads=5), ValueError, "heads = 5"),
@@ -342,7 +356,7 @@ BAD = {
 @pytest.mark.parametrize("change, error, text", BAD.values(), ids=BAD)
 def test_bad_input(change, error, text):
     change = dict(change)
-    inputs, options = _inputs(CASES["plain"])
+    inputs, options = _inputs(CASES["plain"], torch.float64)
     x, norm_weight, qkv_weight, out_weight = inputs[:4]
     if "x" in change:
         x = torch.zeros(change.pop("x"), dtype=x.dtype)
@@ -356,7 +370,7 @@ def test_bad_input(change, error, text):
         temporal_block(x, norm_weight, qkv_weight, out_weight, **(options | change))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fused", "parts"])
+@pytest.mark.parametrize("dtype", [DTYPE, torch.float32], ids=["fused", "parts"])
 def test_empty(dtype, device):
     inputs, options = _inputs(CASES["plain"], dtype, device)
     empty = inputs[0][:0].requires_grad_()
