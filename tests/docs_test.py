@@ -1,26 +1,141 @@
-"""Every Python block of the README and of docs/ runs, block after block, in an empty folder."""
+"""Every block of the README and of docs/ runs: Python as it stands, block after block in an empty
+folder, the page on many devices in two processes; command lines parsed, and run at a small size.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from parallel_test import spawn
+from peer import peer_or_skip
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
+def run_python(page: Path) -> None:
+    text = page.read_text()
+    names: dict = {"__name__": "docs"}
+    for match in FENCED.finditer(text):
+        if match.group(1) == "python":
+            line = text[: match.start()].count("\n") + 1
+            source = "\n" * line + match.group(2)  # a traceback then names the page's line
+            exec(compile(source, str(page), "exec"), names)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = page.read_text()
-    names: dict = {"__name__": "docs"}
-    for match in BLOCK.finditer(text):
-        line = text[: match.start()].count("\n") + 2
-        source = "\n" * (line - 1) + match.group(1)  # a traceback then names the page's line
-        exec(compile(source, str(page), "exec"), names)
+    if "from video_diffusion_pytorch import" in page.read_text():
+        from fastvdm.video import write_video
+
+        monkeypatch.setitem(sys.modules, "video_diffusion_pytorch", peer_or_skip())
+        write_video("gifs/0.gif", torch.rand(3, 4, 16, 16))
+    if page.name == "distributed.md":
+        spawn(page_worker, 2, tmp_path, page)
+    else:
+        run_python(page)
+
+
+def page_worker(rank: int, world: int, page: Path) -> None:
+    os.environ["WORLD_SIZE"] = str(world)
+    run_python(page)
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    for page in PAGES:
+        for match in FENCED.finditer(page.read_text()):
+            kind, body = match.groups()
+            runs = body.startswith(("fastvdm ", "accelerate launch "))
+            # The one that is neither is a listing of a run's output folder.
+            assert kind == "python" or runs or body.startswith("runs/clips/"), (page.name, body)
+
+
+def command_lines() -> list[list[str]]:
+    """The arguments of ``fastvdm`` in every block of command lines, and in the prose."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = "\n".join(body for kind, body in FENCED.findall(text) if not kind)
+        prose = re.findall(r"`(fastvdm \w+ [^`\n]+)`", FENCED.sub("", text))
+        for line in [*blocks.splitlines(), *prose]:
+            line = re.sub(
+                r"^accelerate launch --num_processes \d+ -m fastvdm\.cli", "fastvdm", line
+            )
+            if line.startswith("fastvdm "):
+                found.append(shlex.split(line, comments=True)[1:])
+    return found
+
+
+def test_command_lines_parse():
+    typer = pytest.importorskip("typer")
+    from fastvdm.commands import app
+
+    commands = typer.main.get_command(app).commands
+    lines = [line for line in command_lines() if line[0] in commands and len(line) > 2]
+    assert {line[0] for line in lines} == commands.keys()
+    for name, *arguments in lines:
+        commands[name].make_context(name, arguments)  # raises for what the command does not take
+    with pytest.raises(Exception, match="No such option"):
+        commands["export"].make_context("export", ["MODEL", "--no-such-option", "1"])
+
+
+SMALL = {
+    "sample": ["--num", "1", "--steps", "2"],
+    "extend": ["--num-frames", "5", "--overlap", "2", "--steps", "2"],
+    "interpolate": ["--factor", "2", "--steps", "2"],
+    "upscale": ["--low-size", "8", "--frameskip", "2", "--steps", "2"],
+}  # the last of two equal options counts
+
+
+def test_command_lines_run(tmp_path, monkeypatch):
+    """Train, resume, sample and the rest as documented, at sizes that take seconds. Exporting is
+    ``tests/export_test.py``'s, a preset on eight GPUs nobody's."""
+    for name in ("typer", "av", "accelerate"):
+        pytest.importorskip(name)
+    from fastvdm.cli import main
+    from fastvdm.video import read_video, write_video
+
+    monkeypatch.chdir(tmp_path)
+    write_video("videos/0.mp4", torch.rand(3, 4, 16, 16))
+    write_video("in.mp4", torch.rand(3, 3, 16, 16))
+    network = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "resnet_groups": 4}
+    small = ["--num-frames", "4", "--size", "16", "--batch-size", "1", "--steps", "1", "--quiet"]
+    ran = set()
+    for name, *arguments in command_lines():
+        if name not in (*SMALL, "train") or len(arguments) < 2 or "--preset" in arguments:
+            continue
+        arguments = ["runs/clips" if a == "MODEL" else a for a in arguments]
+        if name != "train":
+            arguments += [*SMALL[name], "--overwrite"]
+        elif "--resume" in arguments:
+            arguments += ["--steps", "2", "--quiet"]
+        else:
+            arguments += [*small, "--model", json.dumps(network)]
+        assert main([name, *arguments, "--device", "cpu"]) == 0, (name, arguments)
+        ran.add(name)
+    assert ran == {*SMALL, "train"}
+    assert Path("runs/clips/checkpoints/step-00000002/ema/config.json").is_file()
+    assert read_video("out.gif").shape == (3, 4, 16, 16) and read_video("out.mp4").isfinite().all()
+
+
+def test_make_targets_and_scripts_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text()
+        for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), f"{page.name}: make {target}"
+        for script in re.findall(r"python (\S+\.py)\b", text):
+            assert (ROOT / script).is_file(), f"{page.name}: {script}"
 
 
 def test_every_link_leads_somewhere():
