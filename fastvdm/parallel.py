@@ -38,7 +38,8 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
     The model is changed in place: ``forward`` takes and returns (B, C, F/P, H, W); all other
     arguments are those of the whole video, the same on every rank, and so must be the parameters.
     Gradients of the parameters are each rank's part: ``sum_gradients`` adds them up. Random masks
-    (dropout of the condition, focus) must be drawn by the caller or from equal generators.
+    (dropout of the condition, focus) must be drawn by the caller or from equal generators. The
+    first call that is not being compiled compares the shapes of the arguments over the ranks.
 
     Raises:
         TypeError: not a UNet3D. ValueError: the mesh has more than one dimension; a rank's
@@ -55,7 +56,35 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
     for module in model.modules():
         if isinstance(module, AxisAttention | Norm | UNet3D):
             module.shards = shards
+    _check_first_call(model, mesh)
     return model
+
+
+def _check_first_call(model: UNet3D, mesh: DeviceMesh) -> None:
+    """Compare the ranks' arguments once, at the first call that is not being compiled: shares of
+    different sizes end a process inside the collective, or never meet."""
+
+    def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        handle.remove()
+        given = {str(i): a for i, a in enumerate(args)} | kwargs
+        mine = [
+            (name, tuple(a.shape), str(a.dtype), a.device.type)
+            for name, a in sorted(given.items())
+            if isinstance(a, Tensor)
+        ]
+        found: list[Any] = [None] * mesh.size()
+        dist.all_gather_object(found, mine, group=mesh.get_group())
+        for rank, theirs in enumerate(found):
+            for a, b in zip(found[0], theirs):
+                if a != b:
+                    raise ValueError(
+                        f"argument {b[0]} is {b[1:]} on rank {rank} and {a[1:]} on rank 0; "
+                        "shard_frames makes equal shares, all else is the same on every rank"
+                    )
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def _check_ranks_agree(model: UNet3D, mesh: DeviceMesh) -> None:

@@ -34,7 +34,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
-DEADLINE = 240  # seconds until a test that hangs is ended and fails
+DEADLINE = 480  # seconds until a test that hangs is ended and fails
 
 
 def spawn(worker, world: int, tmp_path, *args, wait: int = 60) -> None:
@@ -151,6 +151,28 @@ def disagreeing_worker(rank: int, world: int) -> None:
 
 def test_what_is_wrong_on_one_rank_fails_on_every_rank(tmp_path):
     spawn(disagreeing_worker, 2, tmp_path)
+
+
+def uneven_worker(rank: int, world: int) -> None:
+    """Shares cut by hand from a video that the ranks do not divide, or times of another type:
+    every rank says so, and the next network of the same ranks works."""
+    mesh = init_device_mesh("cpu", (world,))
+    model, x, time_ = make("rms")
+    half = slice(4 * rank, 4 * rank + 4)
+    bad = {
+        "0": (x[:, :, :7][:, :, half], time_),  # 4 frames and 3
+        "1": (x[:, :, half], time_ if rank == 0 else time_.long()),
+    }
+    for name, arguments in bad.items():
+        parallel = frame_parallel(make("rms")[0], mesh)
+        with pytest.raises(ValueError, match=f"argument {name} is .* on rank 1 and .* on rank 0"):
+            parallel(*arguments)
+    with torch.no_grad():
+        assert frame_parallel(model, mesh)(x[:, :, half], time_).isfinite().all()
+
+
+def test_shares_of_different_sizes_fail_on_every_rank(tmp_path):
+    spawn(uneven_worker, 2, tmp_path)
 
 
 def leaving_worker(rank: int, world: int) -> None:
