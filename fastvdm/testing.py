@@ -57,7 +57,8 @@ def assert_close3(
         return
     o, b, r = (t.detach().to("cpu", torch.float64) for t in (out, baseline, ref64))
     scale = r.abs().max().clamp_min(1e-30)
-    smallest = (_FLOOR[out.dtype] if floor is None else floor) * scale
+    # As much more for gradients: over 24 seeds the error of one draw of plain torch varies fivefold.
+    smallest = (_FLOOR[out.dtype] * factor / 2 if floor is None else floor) * scale
     limit = torch.maximum(factor * (b - r).abs().max(), smallest)
     error = (o - r).abs()
     bad = ~(error <= limit)  # NaN counts as bad
@@ -178,7 +179,7 @@ def cpu_isas() -> list[str]:
     if _ext.reason_off() is not None:
         return []
     found = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("amx", "avx512", "avx2", "portable"):
         try:
             found.append(_ext.set_cpu_isa(name))
         except RuntimeError:
