@@ -3,6 +3,7 @@
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
 # make gpu OUT=dir   on a machine with a GPU: parity, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
+# make emulate-amx   the same on the AMX path, its tile instructions in plain C++
 # make fuzz MINUTES=10   random shapes and options through every C++ op
 # make lint | info | paper-tables | peer | clean
 #
@@ -33,7 +34,7 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench gpu sanitize fuzz lint info paper-tables peer clean
+.PHONY: demo test bench gpu sanitize emulate-amx fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -54,7 +55,10 @@ fuzz: $(STAMPS)/dev.stamp
 	$(PY) tests/fuzz_test.py --minutes $(MINUTES)
 
 sanitize: $(STAMPS)/dev.stamp
-	$(PY) .ci/sanitize.py $(ARGS)
+	$(PY) .ci/variant.py sanitize $(ARGS)
+
+emulate-amx: $(STAMPS)/dev.stamp
+	$(PY) .ci/variant.py amx $(ARGS)
 
 info: $(STAMPS)/demo.stamp
 	$(PY) -m fastvdm.info

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,17 @@ ISA_FLAGS = {
         "-mtune=skylake-avx512",
     ],
 }
+ISA_FLAGS["amx"] = ISA_FLAGS["avx512"]  # tiles.h writes the tile instructions in assembly
+ISA_MACROS = {"amx": [("FASTVDM_TILES", "1")]}
 
-SANITIZE = os.environ.get("FASTVDM_SANITIZE", "")  # "address,undefined"; see .ci/sanitize.py
+# For tests on a machine without AMX (make emulate-amx): the same kernels on AVX2, tile instructions
+# in plain C++.
+EMULATE_AMX = os.environ.get("FASTVDM_EMULATE_AMX", "0") == "1"
+if EMULATE_AMX:
+    ISA_FLAGS["amx"] = ISA_FLAGS["avx2"]
+    ISA_MACROS["amx"].append(("FASTVDM_EMULATE_AMX", "1"))
+
+SANITIZE = os.environ.get("FASTVDM_SANITIZE", "")  # "address,undefined"; see .ci/variant.py
 if SANITIZE:
     # -O1: the stacks stay readable, and three instruction sets compile in a minute.
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
@@ -67,15 +77,20 @@ class BuildPerISA(build_ext):
         kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
         ext.sources = [s for s in ext.sources if s not in kernels]
         ext.depends = [*ext.depends, *kernels]
-        for isa in isas():
-            objects = self.compiler.compile(
-                kernels,
+
+        def compile(isa: str, source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
                 output_dir=os.path.join(self.build_temp, isa),
-                macros=[("FASTVDM_ISA", isa)],
+                macros=[("FASTVDM_ISA", isa), *ISA_MACROS.get(isa, [])],
                 extra_postargs=[*FLAGS, *ISA_FLAGS[isa]],
                 depends=ext.depends,
             )
-            ext.extra_objects = [*ext.extra_objects, *objects]
+
+        work = [(isa, source) for isa in isas() for source in kernels]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in the compiler's processes
+            for objects in pool.map(compile, *zip(*work)):
+                ext.extra_objects = [*ext.extra_objects, *objects]
         super().build_extension(ext)
 
 
@@ -91,6 +106,7 @@ def build_arguments(sources: list[str], required: bool) -> dict[str, Any]:
     macros = [
         ("TORCH_TARGET_VERSION", TARGET_VERSION),
         ("FASTVDM_X86", "1" if len(isas()) > 1 else "0"),
+        ("FASTVDM_EMULATE_AMX", "1" if EMULATE_AMX else "0"),
     ]
     extension = Extension(
         "fastvdm._C",

@@ -33,7 +33,8 @@ def reason_off() -> str | None:
 
 
 def set_cpu_isa(name: str) -> str:
-    """Run the C++ backend on the given instruction set: "auto", "avx512", "avx2" or "portable".
+    """Run the C++ backend on the given instruction set: "auto", "amx", "avx512", "avx2" or
+    "portable".
 
     Returns:
         The instruction set now in force.

@@ -6,8 +6,31 @@
 #include <new>
 #include <stdexcept>
 
+#if FASTVDM_X86 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastvdm {
 namespace {
+
+// Whether the CPU multiplies bf16 tiles and the system saves them and lets this process use them.
+bool has_amx() {
+#if FASTVDM_X86 && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;  // xgetbv
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;  // amx-bf16, amx-tile
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa best() {
 #if FASTVDM_X86
@@ -17,8 +40,10 @@ Isa best() {
         __builtin_cpu_supports("f16c")))
     return Isa::portable;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    static const bool amx = has_amx();
+    return amx ? Isa::amx : Isa::avx512;
+  }
   return Isa::avx2;
 #else
   return Isa::portable;
@@ -27,7 +52,14 @@ Isa best() {
 
 std::atomic<int> current{-1};
 
-const char* const kNames[] = {"portable", "avx2", "avx512"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+bool allowed(Isa isa) {
+#if FASTVDM_EMULATE_AMX
+  if (isa == Isa::amx) return best() >= Isa::avx2;  // built for it
+#endif
+  return isa <= best();
+}
 
 struct Arena {
   void* data = nullptr;
@@ -51,16 +83,15 @@ std::string set_cpu_isa(std::string name) {
     current.store(static_cast<int>(best()), std::memory_order_relaxed);
     return kNames[static_cast<int>(isa())];
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (name != kNames[i]) continue;
-    if (i > static_cast<int>(best()))
+    if (!allowed(static_cast<Isa>(i)))
       throw std::runtime_error("this machine or build has no " + name + " path, only " +
                                kNames[static_cast<int>(best())] + " and below");
     current.store(i, std::memory_order_relaxed);
     return name;
   }
-  throw std::runtime_error("cpu isa must be auto, avx512, avx2 or portable, got '" + name +
-                           "' (there is no AMX path yet)");
+  throw std::runtime_error("cpu isa must be auto, amx, avx512, avx2 or portable, got '" + name + "'");
 }
 
 std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }

@@ -6,11 +6,12 @@
 
 namespace fastvdm {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// amx: avx512 with bf16 products on tile registers.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The set in force: the best that the CPU and its operating system allow, or the one asked for.
 Isa isa();
-// name: auto | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
+// name: auto | amx | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
 // or this build lacks it.
 std::string set_cpu_isa(std::string name);
 std::string cpu_isa();
@@ -37,11 +38,15 @@ void* scratch(int64_t bytes);
   }                                \
   namespace avx512 {               \
   signature;                       \
+  }                                \
+  namespace amx {                  \
+  signature;                       \
   }
-#define FASTVDM_PICK(fn)                               \
-  (::fastvdm::isa() == ::fastvdm::Isa::avx512 ? avx512::fn \
-   : ::fastvdm::isa() == ::fastvdm::Isa::avx2 ? avx2::fn   \
-                                          : portable::fn)
+#define FASTVDM_PICK(fn)                                 \
+  (::fastvdm::isa() == ::fastvdm::Isa::amx      ? amx::fn    \
+   : ::fastvdm::isa() == ::fastvdm::Isa::avx512 ? avx512::fn \
+   : ::fastvdm::isa() == ::fastvdm::Isa::avx2   ? avx2::fn   \
+                                                : portable::fn)
 #else
 #define FASTVDM_DECLARE(signature) \
   namespace portable {             \

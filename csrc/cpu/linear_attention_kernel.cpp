@@ -200,6 +200,13 @@ void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
             store(k + i * dp + c, vexp<kDegree<T>>(load(k + i * dp + c) - load(lse_h + c)));
         gemm<false>(n, dp, d, k, dp, dctx + h * size, dp, o, dp, false);
         gemm<false>(n, dp, d, v, dp, dctx_t + h * size, dp, p, dp, false);
+        // r is also Σ k' p over all pixels. Where these are all, that sum cancels better against p:
+        // exactly for a single pixel, whose softmax is constant.
+        for (int c = 0; c < dp && n == a.pixels; c += VL) {
+          vf s = {};
+          for (int i = 0; i < n; ++i) s += load(k + i * dp + c) * load(p + i * dp + c);
+          store(r + h * dp + c, s);
+        }
         for (int i = 0; i < n; ++i) {
           for (int c = 0; c < dp; c += VL)
             store(p + i * dp + c, load(k + i * dp + c) * (load(p + i * dp + c) - load(r_h + c)));

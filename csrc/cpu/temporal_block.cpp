@@ -5,6 +5,7 @@
 
 #include "attention_options.h"
 #include "launchers.h"
+#include "pack_tiles.h"
 
 namespace fastvdm {
 namespace {
@@ -16,7 +17,50 @@ struct Plan {
   AttnOptions options;
   int64_t heads = 0, d = 0;
   std::vector<float> norm_weight, norm_bias, qkv_t, qkv_bias, out_t, out_bias, qkv, out;
+  std::vector<uint16_t> qkv_tiles, out_tiles, dout_tiles, dqkv_tiles;
 };
+
+// The same weights for bf16 products on tile registers; `plan` has them in fp32.
+void make_tiles(Plan& plan, bool backward) {
+  BlockArgs& a = plan.a;
+  const int64_t heads = plan.heads, d = plan.d, C = a.channels, cp = a.cp, dp = a.t.dp;
+  const int64_t kp = round_up(C, 32), dk = round_up(dp, 32), panel = kp * dp;
+  a.kp = static_cast<int>(kp);
+  a.dk = static_cast<int>(dk);
+  plan.qkv_tiles.resize(heads * 3 * panel);
+  plan.out_tiles.resize(heads * dk * cp);
+  if (backward) {
+    plan.dout_tiles.resize(heads * panel);
+    plan.dqkv_tiles.resize(heads * 3 * dk * cp);
+  }
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 3 * begin; i < 3 * end; ++i) {
+      const float* from = plan.qkv_t.data() + i * C * dp;
+      pack_tiles(kp, dp, plan.qkv_tiles.data() + i * panel,
+                 [&](int64_t k, int64_t n) { return k < C ? from[k * dp + n] : 0.f; });
+    }
+    for (int64_t h = begin; backward && h < end; ++h) {
+      const float* from = plan.out.data() + h * C * dp;
+      pack_tiles(kp, dp, plan.dout_tiles.data() + h * panel,
+                 [&](int64_t k, int64_t n) { return k < C ? from[k * dp + n] : 0.f; });
+    }
+  });
+  // k runs over all heads (and q, k, v) here, so the columns are shared out.
+  const auto deep = [&](int64_t parts, const float* from, std::vector<uint16_t>& to) {
+    torch::stable::parallel_for(0, cp / 16, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pack_tiles(parts * dk, 16, to.data() + i * parts * dk * 16, [&](int64_t k, int64_t n) {
+          return k % dk < d ? from[(k / dk * dp + k % dk) * cp + i * 16 + n] : 0.f;
+        });
+    });
+  };
+  deep(heads, plan.out_t.data(), plan.out_tiles);
+  if (backward) deep(3 * heads, plan.qkv.data(), plan.dqkv_tiles);
+  a.qkv_tiles = plan.qkv_tiles.data();
+  a.out_tiles = plan.out_tiles.data();
+  a.dout_tiles = plan.dout_tiles.data();
+  a.dqkv_tiles = plan.dqkv_tiles.data();
+}
 
 std::vector<float> padded(const Tensor& t, const char* name, int64_t n, int64_t np) {
   std::vector<float> out = floats(t, name, n);
@@ -108,6 +152,7 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.out_t = plan.out_t.data();
   a.qkv = plan.qkv.data();
   a.out = plan.out.data();
+  if (isa() == Isa::amx && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
 }
 
 // One buffer of `parts` rows of `size`, or none.

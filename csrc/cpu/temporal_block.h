@@ -37,14 +37,31 @@ struct BlockArgs {
   const float* qkv;                      // backward: (heads, 3, dp, cp)
   const float* out;                      // backward: (heads, channels, dp)
   BlockGrads* grads;                     // backward: one set per part
+  // For bf16 on tile registers (tiles.h), else null: the same weights packed as B of
+  int kp, dk;                  // products of depth kp and dk: channels and dp rounded up to 32
+  const uint16_t* qkv_tiles;   // xn -> q, k or v: (heads, 3) of (kp, dp)
+  const uint16_t* out_tiles;   // o -> y: (heads dk, cp)
+  const uint16_t* dout_tiles;  // backward, dy -> do: (heads) of (kp, dp)
+  const uint16_t* dqkv_tiles;  // backward, dq, dk, dv -> dxn: (heads 3 dk, cp)
 };
+
+// Rows of a tile's buffers: room to round up to 16.
+inline int64_t block_rows(const BlockArgs& a) {
+  return static_cast<int64_t>(a.pixels) * a.frames + 16;
+}
+
+// fp32 words of scratch of one thread for the bf16 operands of tile products, at its start.
+inline int64_t block_tile_scratch(const BlockArgs& a, bool backward) {
+  if (a.qkv_tiles == nullptr) return 0;
+  const int64_t wide = a.kp, heads = static_cast<int64_t>(a.t.heads) * a.dk;
+  return block_rows(a) * (backward ? 2 * wide + 3 * heads : wide + heads) / 2;
+}
 
 // fp32 words of scratch of one thread.
 inline int64_t block_scratch(const BlockArgs& a, bool backward) {
-  const int64_t rows = static_cast<int64_t>(a.pixels) * a.frames + 16;
-  const int64_t wide = rows * a.cp, head = rows * a.t.dp;
-  return (backward ? 4 * wide + 9 * head + 2 * rows : 2 * wide + 5 * head) +
-         attention_work(a.t);
+  const int64_t rows = block_rows(a), wide = rows * a.cp, head = rows * a.t.dp;
+  return block_tile_scratch(a, backward) +
+         (backward ? 4 * wide + 9 * head + 2 * rows : 2 * wide + 5 * head) + attention_work(a.t);
 }
 
 FASTVDM_DECLARE(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))

@@ -4,6 +4,7 @@
 
 #include "attention_kernel.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
@@ -66,12 +67,49 @@ FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, floa
   }
 }
 
+// The bf16 operands of tile products, or nothing where they run in fp32: rows of the normalised x
+// and of dy (rows, kp), and of what all heads give, o (rows, heads dk) or dq, dk, dv (rows, 3 heads
+// dk).
+struct Operands {
+  bf16 *xn = nullptr, *dy = nullptr, *heads = nullptr;
+  int64_t width = 0;  // of `heads`
+};
+
+// From the start of the scratch memory on.
+template <class T>
+FASTVDM_INLINE Operands operands(const BlockArgs& a, float* scratch, bool backward) {
+  Operands m;
+#if FASTVDM_TILES
+  if (sizeof(T) == 2 && a.qkv_tiles != nullptr) {
+    const int64_t wide = block_rows(a) * a.kp;
+    m.xn = (bf16*)scratch;
+    m.dy = m.xn + (backward ? wide : 0);
+    m.heads = m.dy + wide;
+    m.width = (int64_t)a.t.heads * a.dk * (backward ? 3 : 1);
+  }
+#endif
+  return m;
+}
+
+// Rounds `rows` rows of fp32 of width np to bf16 at `to`, zero from np to kp.
+FASTVDM_INLINE void round_rows(const float* from, int rows, int np, bf16* to, int64_t ld, int kp) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < np; c += VL) store(to + r * ld + c, load(from + (int64_t)r * np + c));
+    if (np < kp) memset(to + r * ld + np, 0, sizeof(bf16) * (kp - np));
+  }
+}
+
 // One of q, k, v (which = 0, 1, 2) of a head: (rows, dp).
-FASTVDM_INLINE void project(const BlockArgs& a, int rows, const float* xn, int head, int which,
-                            float* to) {
+FASTVDM_INLINE void project(const BlockArgs& a, const Operands& m, int rows, const float* xn,
+                            int head, int which, float* to) {
   const int dp = a.t.dp;
   const int64_t at = (int64_t)head * 3 + which;
-  gemm<false>(rows, dp, a.channels, xn, a.cp, a.qkv_t + at * a.channels * dp, dp, to, dp, false);
+#if FASTVDM_TILES
+  if (m.xn != nullptr)
+    tile_gemm(rows, dp, a.channels, m.xn, a.kp, (const bf16*)a.qkv_tiles + at * a.kp * dp, to, dp);
+  else
+#endif
+    gemm<false>(rows, dp, a.channels, xn, a.cp, a.qkv_t + at * a.channels * dp, dp, to, dp, false);
   if (a.qkv_bias == nullptr) return;
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < dp; c += VL)
@@ -124,23 +162,36 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int C = a.channels, cp = a.cp, dp = a.t.dp;
   const int64_t rows = (int64_t)a.pixels * a.frames + 16;
   const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
-  float *xn = scratch, *y = xn + rows * cp, *q = y + rows * cp, *k = q + rows * dp;
-  float *v = k + rows * dp, *o = v + rows * dp, *plain = o + rows * dp, *work = plain + rows * dp;
+  float *xn = scratch + block_tile_scratch(a, false), *y = xn + rows * cp, *q = y + rows * cp;
+  float *k = q + rows * dp, *v = k + rows * dp, *o = v + rows * dp, *plain = o + rows * dp;
+  float* work = plain + rows * dp;
+  const Operands m = operands<T>(a, scratch, false);
+#if FASTVDM_TILES
+  const TileScope scope;
+#endif
   for (int64_t i = a.tiles * begin / a.parts; i < a.tiles * end / a.parts; ++i) {
     const Tile t = tile_of(a, i);
     const int attending = a.focus != nullptr && a.focus[t.batch] ? 0 : a.t.n;
     normalise<T>(a, t, xn, nullptr, nullptr);
+    if (m.xn != nullptr) round_rows(xn, t.rows, cp, m.xn, a.kp, a.kp);
     for (int h = 0; h < a.t.heads; ++h) {
       if (attending > 0) {
-        project(a, t.rows, xn, h, 0, q);
-        project(a, t.rows, xn, h, 1, k);
+        project(a, m, t.rows, xn, h, 0, q);
+        project(a, m, t.rows, xn, h, 1, k);
         rotate_rows(a, t, q, both ? plain : nullptr);
         rotate_rows(a, t, k, nullptr);
       }
-      project(a, t.rows, xn, h, 2, v);
+      project(a, m, t.rows, xn, h, 2, v);
       attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
-      gemm<false>(t.rows, cp, a.t.d, o, dp, a.out_t + (int64_t)h * dp * cp, cp, y, cp, h > 0);
+      if (m.xn != nullptr)
+        round_rows(o, t.rows, dp, m.heads + h * a.dk, m.width, a.dk);
+      else
+        gemm<false>(t.rows, cp, a.t.d, o, dp, a.out_t + (int64_t)h * dp * cp, cp, y, cp, h > 0);
     }
+#if FASTVDM_TILES
+    if (m.xn != nullptr)
+      tile_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.out_tiles, y, cp);
+#endif
     for (int r = 0; r < t.rows; ++r) {
       const int64_t at = row_at(a, t, r);
       const T* x = (const T*)a.x + at;
@@ -170,10 +221,15 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int C = a.channels, cp = a.cp, dp = a.t.dp;
   const int64_t rows = (int64_t)a.pixels * a.frames + 16, wide = rows * cp, head = rows * dp;
   const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
-  float *xn = scratch, *hat = xn + wide, *dy = hat + wide, *dxn = dy + wide, *q = dxn + wide;
-  float *k = q + head, *v = k + head, *o = v + head, *plain = o + head, *dout = plain + head;
+  float *xn = scratch + block_tile_scratch(a, true), *hat = xn + wide, *dy = hat + wide;
+  float *dxn = dy + wide, *q = dxn + wide, *k = q + head, *v = k + head, *o = v + head;
+  float *plain = o + head, *dout = plain + head;
   float *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + head;
   float* work = rstd + 2 * rows;
+  const Operands m = operands<T>(a, scratch, true);
+#if FASTVDM_TILES
+  const TileScope scope;
+#endif
   for (int64_t part = begin; part < end; ++part) {
     const BlockGrads g = a.grads[part];
     for (int64_t i = a.tiles * part / a.parts; i < a.tiles * (part + 1) / a.parts; ++i) {
@@ -183,15 +239,25 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
       for (int r = 0; r < t.rows; ++r)
         widen_row((const T*)a.dy + row_at(a, t, r), dy + (int64_t)r * cp, C, cp);
       if (g.out_bias != nullptr) add_columns(dy, t.rows, cp, g.out_bias);
+      if (m.xn != nullptr) {
+        round_rows(xn, t.rows, cp, m.xn, a.kp, a.kp);
+        round_rows(dy, t.rows, cp, m.dy, a.kp, a.kp);
+      }
       for (int h = 0; h < a.t.heads; ++h) {
         if (attending > 0) {
-          project(a, t.rows, xn, h, 0, q);
-          project(a, t.rows, xn, h, 1, k);
+          project(a, m, t.rows, xn, h, 0, q);
+          project(a, m, t.rows, xn, h, 1, k);
           rotate_rows(a, t, q, both ? plain : nullptr);
           rotate_rows(a, t, k, nullptr);
         }
-        project(a, t.rows, xn, h, 2, v);
-        gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
+        project(a, m, t.rows, xn, h, 2, v);
+#if FASTVDM_TILES
+        if (m.xn != nullptr)
+          tile_gemm(t.rows, dp, C, m.dy, a.kp, (const bf16*)a.dout_tiles + (int64_t)h * a.kp * dp,
+                    dout, dp);
+        else
+#endif
+          gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
         if (g.out != nullptr) {
           attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
           gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
@@ -215,15 +281,22 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
                        dq + at, dk + at, dv + at, work);
           }
         float* const parts[3] = {dq, dk, dv};
-        for (int w = attending > 0 ? 0 : 2; w < 3; ++w) {
+        for (int w = attending > 0 || m.xn != nullptr ? 0 : 2; w < 3; ++w) {
           const int64_t at = (int64_t)h * 3 + w;
           const bool first = h == 0 && w == (attending > 0 ? 0 : 2);
-          gemm<false>(t.rows, cp, a.t.d, parts[w], dp, a.qkv + at * dp * cp, cp, dxn, cp, !first);
+          if (m.xn != nullptr)
+            round_rows(parts[w], t.rows, dp, m.heads + at * a.dk, m.width, a.dk);
+          else
+            gemm<false>(t.rows, cp, a.t.d, parts[w], dp, a.qkv + at * dp * cp, cp, dxn, cp, !first);
           if (g.qkv != nullptr)
             gemm<true>(dp, cp, t.rows, parts[w], dp, xn, cp, g.qkv + at * dp * cp, cp, true);
           if (g.qkv_bias != nullptr) add_columns(parts[w], t.rows, dp, g.qkv_bias + at * dp);
         }
       }
+#if FASTVDM_TILES
+      if (m.xn != nullptr)
+        tile_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.dqkv_tiles, dxn, cp);
+#endif
       for (int r = 0; r < t.rows; ++r) {
         float *d = dxn + (int64_t)r * cp, *x = hat + (int64_t)r * cp;
         vf s1 = {}, s2 = {};

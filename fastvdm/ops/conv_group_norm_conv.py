@@ -50,7 +50,8 @@ def choose_conv(
     | cpu    | pair                | library | no concatenated copy kept for backward; 0.95-1.1x   |
     | cpu    | transpose, upsample | aten    | not bf16: 0.27-0.94x the time of four phases        |
     |        |                     | library | bf16: 0.36x at 64 channels, 0.6x at 128, 1.06x at   |
-    |        |                     |         | 256 (oneDNN without AMX; to be measured with it)    |
+    |        |                     |         | 256 (oneDNN without AMX)                            |
+    | cpu    | the same, with AMX  | aten    | NOT MEASURED                                        |
 
     CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; time relative
     to the other choice, forward, 16 frames of 8x8 to 32x32.
@@ -61,7 +62,7 @@ def choose_conv(
     if kind == "pair":
         return "library"
     if kind in ("transpose", "upsample") and device == "cpu":
-        return "library" if dtype == torch.bfloat16 else "aten"
+        return "library" if dtype == torch.bfloat16 and not library.AMX else "aten"
     return "aten"
 
 
