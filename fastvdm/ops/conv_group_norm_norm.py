@@ -293,7 +293,7 @@ def norm_act(
         return norm_act_ref(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
             shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, x2=x2,
-            stats=None if stats is None else (mean, rstd),
+            stats=None if mean is None or rstd is None else (mean, rstd),
         )  # fmt: skip
     x2, bias, residual, dropout_mask, mean, rstd = (
         None if t is None else t.contiguous()
