@@ -127,8 +127,21 @@ def _channels(clip: torch.Tensor, channels: int) -> torch.Tensor:
 def _load(model: str, weights: str, device: str, **changes: Any) -> Bundle:
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights must be ema or raw, got {weights!r}")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return Bundle.load(model, ema=weights == "ema", **changes).to(name)
+    place = _device(device)
+    return Bundle.load(model, ema=weights == "ema", **changes).to(place)
+
+
+def _device(name: str) -> torch.device:
+    """Raises ValueError for a device that does not exist, or not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
 
 
 def check_output(path: Path, overwrite: bool) -> None:
