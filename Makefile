@@ -1,7 +1,7 @@
 # make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
 # make test    everything: lint, types, tests (what CI runs)
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
-# make gpu OUT=dir   on a machine with a GPU: parity, benchmarks, results as files
+# make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
 # make fuzz MINUTES=10   random shapes and options through every C++ op

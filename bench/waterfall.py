@@ -26,7 +26,7 @@ def load(paths: Iterable[Path]) -> list[tuple[dict[str, Any], list[dict[str, Any
     runs = []
     for path in paths:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if any(b["stats"].pop("data", None) for b in data["benchmarks"]):
+        if any(b.get("stats", {}).pop("data", None) for b in data["benchmarks"]):
             whole = path.with_suffix(".part")
             whole.write_text(json.dumps(data) + "\n", encoding="utf-8")
             whole.replace(path)
