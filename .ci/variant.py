@@ -3,8 +3,8 @@
 The variant is a copy of the package with its own extension under ``build/<variant>``; the build in
 ``fastvdm/`` is not touched. ``sanitize`` instruments it with the address and undefined-behaviour
 sanitizers: a report aborts the run, so the exit status is 0 only if there was none and the tests
-passed. ``amx`` replaces the tile instructions by plain C++ on top of AVX2, so that a machine without
-AMX runs that path's own code.
+passed. ``amx`` replaces the tile instructions by plain C++ on top of AVX2, so that a machine
+without AMX runs that path's own code.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def assert_close3(
         return
     o, b, r = (t.detach().to("cpu", torch.float64) for t in (out, baseline, ref64))
     scale = r.abs().max().clamp_min(1e-30)
-    # As much more for gradients: over 24 seeds the error of one draw of plain torch varies fivefold.
+    # More for gradients, as the factor is: one draw of plain torch's error varies fivefold by seed.
     smallest = (_FLOOR[out.dtype] * factor / 2 if floor is None else floor) * scale
     limit = torch.maximum(factor * (b - r).abs().max(), smallest)
     error = (o - r).abs()
