@@ -177,7 +177,7 @@ def compare_training(theirs: Any, ours: Any, x: Tensor, t: Tensor) -> dict[str, 
             scale = expected[name].abs().max().clamp_min(1e-12)
             error = max(error, ((p.grad - expected[name]).abs().max() / scale).item())
     seconds = interleaved({"peer": lambda: step(theirs), "ours": lambda: step(ours)}, 2)
-    return {"what": "forward + backward", "error": error, "limit": 1e-4, **seconds}
+    return {"what": "training step", "error": error, "limit": 1e-4, **seconds}
 
 
 def sync(result: Any) -> Any:
