@@ -210,3 +210,18 @@ def test_all_extras_resolve(without_compiler_wheel):
     done = run("-m", "pip", "install", "--dry-run", "--no-index", f"{without_compiler_wheel}[all]")
     installs = [line for line in done.stdout.splitlines() if line.startswith("Would install")]
     assert re.fullmatch(r"Would install fastvdm-[\d.]+", installs[0]), done.stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("aarch64-linux-gnu-g++") is None, reason="needs g++-aarch64-linux-gnu"
+)
+def test_portable_path_is_good_for_aarch64():
+    """Every source as setup.py would hand it to that platform's compiler, without the assembler."""
+    include = Path(torch.__file__).parent / "include"
+    sources = sorted((ROOT / "csrc").glob("**/*.cpp"))
+    command = ["aarch64-linux-gnu-g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror"]
+    command += [f"-I{include}", "-DTORCH_TARGET_VERSION=0x020B000000000000", "-DFASTVDM_X86=0"]
+    for source in sources:
+        isa = ["-DFASTVDM_ISA=portable"] if source.name.endswith("_kernel.cpp") else []
+        done = subprocess.run([*command, *isa, source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
