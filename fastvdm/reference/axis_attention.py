@@ -17,7 +17,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     (2, N, R/2) of cosines and sines. Products in fp32 (fp64 for fp64), result in x's dtype."""
     half = rotary.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide[..., : 2 * half].unflatten(-1, (half, 2)))
+    pairs = torch.complex(wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2])
     turn = torch.complex(*rotary.to(wide.dtype))  # exp(i angle)
     turned = torch.view_as_real(pairs * turn).flatten(-2)
     if 2 * half < x.shape[-1]:
@@ -59,7 +59,7 @@ def axis_attention_ref(
     q_plain = q
     if rotary is not None:
         q, k = rotate(q, rotary[:, :n]), rotate(k, rotary[:, :n])
-    logits = torch.einsum("bonid,bonjd->bonij", q * scale, k)
+    logits = torch.einsum("bonid,bonjd->bonij", q, k) * scale
     if rel_k is not None:
         # On the unrotated query: a rotated one would make the term depend on absolute positions.
         rel = relative(rel_k, n).expand(q.shape[2], -1, -1, -1)
