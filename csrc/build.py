@@ -71,26 +71,29 @@ def isas() -> list[str]:
 
 
 class BuildPerISA(build_ext):
-    """``build_ext`` that compiles the kernels once per instruction set and links all of them."""
+    """``build_ext`` that compiles the kernels once per instruction set, the rest once, and all of
+    it in parallel: the launchers' time is torch's headers."""
 
     def build_extension(self, ext: Extension) -> None:
-        kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
-        ext.sources = [s for s in ext.sources if s not in kernels]
-        ext.depends = [*ext.depends, *kernels]
-
-        def compile(isa: str, source: str) -> list[str]:
+        def compile(work: tuple[str | None, str]) -> list[str]:
+            isa, source = work
+            own = [("FASTVDM_ISA", isa), *ISA_MACROS.get(isa, [])] if isa else ext.define_macros
             return self.compiler.compile(
                 [source],
-                output_dir=os.path.join(self.build_temp, isa),
-                macros=[("FASTVDM_ISA", isa), *ISA_MACROS.get(isa, [])],
-                extra_postargs=[*FLAGS, *ISA_FLAGS[isa]],
+                output_dir=os.path.join(self.build_temp, isa or "base"),
+                macros=own,
+                include_dirs=[] if isa else ext.include_dirs,
+                extra_postargs=[*FLAGS, *(ISA_FLAGS[isa] if isa else [])],
                 depends=ext.depends,
             )
 
-        work = [(isa, source) for isa in isas() for source in kernels]
+        kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
+        rest = [s for s in ext.sources if s not in kernels]
+        ext.depends = [*ext.depends, *kernels]
+        work = [(None, s) for s in rest] + [(isa, s) for isa in isas() for s in kernels]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in the compiler's processes
-            for objects in pool.map(compile, *zip(*work)):
-                ext.extra_objects = [*ext.extra_objects, *objects]
+            objects = [o for found in pool.map(compile, work) for o in found]
+        ext.sources, ext.extra_objects = [], [*ext.extra_objects, *objects]
         super().build_extension(ext)
 
 
