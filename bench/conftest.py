@@ -63,7 +63,7 @@ _RESULTS: dict[tuple, tuple[dict[str, Result], dict[str, dict]]] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastvdm bench")
     group.addoption("--full", action="store_true", help="all cases and more rounds")
-    group.addoption("--budget", type=float, help="seconds of timing per case (5; with --full 40)")
+    group.addoption("--budget", type=float, help="seconds of timing per case (3; with --full 40)")
     group.addoption(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -127,7 +127,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Callabl
             results = run_contest(
                 contest,
                 names=_selected(request.node, key),
-                budget=budget if budget is not None else 40.0 if full else 5.0,
+                budget=budget if budget is not None else 40.0 if full else 3.0,
                 min_rounds=10 if full else 3,
                 max_rounds=100 if full else 30,
             )
