@@ -207,6 +207,23 @@ def accept_peer_keys(
     state.update(converted)
 
 
+def _sizes(
+    dim: int, heads: int, stem: Tensor, head: Tensor, qkv: Tensor, widths: list[int]
+) -> dict[str, Any]:
+    """The arguments that the shapes of a network tell, whichever names its weights go by: of its
+    first and last convolution, its first temporal qkv, and the channels of its levels."""
+    return {
+        "dim": dim,
+        "init_dim": stem.shape[0] if stem.shape[0] != dim else None,
+        "init_kernel_size": stem.shape[-1],
+        "channels": stem.shape[1],
+        "out_dim": head.shape[0],
+        "dim_mults": tuple(w // dim for w in widths),
+        "attn_heads": heads,
+        "attn_dim_head": qkv.shape[0] // (3 * heads),
+    }
+
+
 def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """``infer_arguments`` for our own names, as the peer's Trainer saves a UNet3D."""
     try:
@@ -215,15 +232,9 @@ def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
         levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("downs."))
         first = "downs.{}.units.0.blocks.0.conv1.weight"
         widths = [state[first.format(i)].shape[0] for i in range(levels)]
+        head, qkv = state["head.conv.weight"], state["stem_attention.qkv.weight"]
         arguments = {
-            "dim": dim,
-            "init_dim": init.shape[0] if init.shape[0] != dim else None,
-            "init_kernel_size": init.shape[-1],
-            "channels": init.shape[1],
-            "out_dim": state["head.conv.weight"].shape[0],
-            "dim_mults": tuple(w // dim for w in widths),
-            "attn_heads": heads,
-            "attn_dim_head": state["stem_attention.qkv.weight"].shape[0] // (3 * heads),
+            **_sizes(dim, heads, init, head, qkv, widths),
             "use_sparse_linear_attn": "downs.0.units.0.spatial.qkv.weight" in state,
             "norm": "group" if "downs.0.units.0.blocks.0.norm1.bias" in state else "rms",
         }
@@ -256,14 +267,7 @@ def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None
         widths = [state[f"downs.{i}.0.block1.proj.weight"].shape[0] for i in range(levels)]
         qkv = state["init_temporal_attn.fn.fn.fn.to_qkv.weight"]
         arguments = {
-            "dim": dim,
-            "init_dim": init.shape[0] if init.shape[0] != dim else None,
-            "init_kernel_size": init.shape[-1],
-            "channels": init.shape[1],
-            "out_dim": state["final_conv.1.weight"].shape[0],
-            "dim_mults": tuple(w // dim for w in widths),
-            "attn_heads": heads,
-            "attn_dim_head": qkv.shape[0] // (3 * heads),
+            **_sizes(dim, heads, init, state["final_conv.1.weight"], qkv, widths),
             "use_sparse_linear_attn": "downs.0.2.fn.fn.to_qkv.weight" in state,
             "norm": "rms" if "downs.0.0.block1.norm.gamma" in state else "group",
         }
