@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 # Torch 2.11: the oldest whose stable ABI has all that register.cpp calls.
 TARGET_VERSION = "0x020B000000000000"
@@ -90,6 +91,10 @@ class BuildPerISA(build_ext):
         kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
         rest = [s for s in ext.sources if s not in kernels]
         ext.depends = [*ext.depends, *kernels]
+        if not self.force and not newer_group(
+            [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
+        ):
+            return super().build_extension(ext)  # which finds it up to date and says so
         work = [(None, s) for s in rest] + [(isa, s) for isa in isas() for s in kernels]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in the compiler's processes
             objects = [o for found in pool.map(compile, work) for o in found]
