@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvdm.ops.linear import emulated
 from fastvdm.testing import max_error
 
 Outputs = Tensor | Sequence[Tensor]
@@ -270,7 +271,10 @@ def grads_of(fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Ten
 
 @functools.cache
 def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product in ``dtype``, bytes/s of a large copy), measured here."""
+    """(FLOP/s of a large matrix product in ``dtype``, bytes/s of a large copy), measured here.
+    Where a type is only emulated, in what it is emulated by: its own product takes minutes."""
+    if emulated(torch.device(device), dtype):
+        dtype = torch.float32
     return _matmul_rate(device, dtype), _copy_rate(device)
 
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.reference.axis_attention import axis_attention_ref
 
 TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
@@ -44,7 +44,7 @@ def sequence(shape: torch.Size, axis: int) -> tuple[int, int]:
     return (f, h * w) if axis == TIME else (h * w, f)
 
 
-@custom_op("fastvdm::axis_attention_fwd", mutates_args=())
+@define
 def axis_attention_fwd(
     qkv: Tensor,
     axis: int,
@@ -69,7 +69,7 @@ def axis_attention_fwd(
     )
 
 
-@axis_attention_fwd.register_fake
+@fake(axis_attention_fwd)
 def _(qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, backend):
     b, f, h, w, _, heads, d = qkv.shape
     n, outer = sequence(qkv.shape, axis)
@@ -78,7 +78,7 @@ def _(qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, b
     return qkv.new_empty((b, f, h, w, heads, d)), qkv.new_empty(lse, dtype=acc)
 
 
-@custom_op("fastvdm::axis_attention_bwd", mutates_args=())
+@define
 def axis_attention_bwd(
     dout: Tensor,
     qkv: Tensor,
@@ -109,7 +109,7 @@ def axis_attention_bwd(
     )
 
 
-@axis_attention_bwd.register_fake
+@fake(axis_attention_bwd)
 def _(
     dout, qkv, out, lse, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
     need_dqkv, need_dbias, need_drel_k, need_drel_v, backend,
@@ -160,8 +160,8 @@ def _no_double_backward(ctx, *_):
     )
 
 
-axis_attention_fwd.register_autograd(_backward, setup_context=_save)
-axis_attention_bwd.register_autograd(_no_double_backward)
+autograd(axis_attention_fwd, _backward, setup_context=_save)
+autograd(axis_attention_bwd, _no_double_backward)
 
 
 def unsupported(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm import dispatch
 from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.ops.linear import emulated
 from fastvdm.reference.conv_group_norm_conv import (
     group_stats_ref,
@@ -123,7 +123,7 @@ def _no_double_backward(ctx, *grads):
     )
 
 
-@custom_op("fastvdm::space_conv_fwd", mutates_args=())
+@define
 def space_conv_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -136,12 +136,12 @@ def space_conv_fwd(
     return _launchers(backend).space_conv_fwd(x, x2, weight, bias, residual, stride)
 
 
-@space_conv_fwd.register_fake
+@fake(space_conv_fwd)
 def _(x, x2, weight, bias, residual, stride, backend):
     return x.new_empty(_out_shape(x, weight, stride))
 
 
-@custom_op("fastvdm::space_conv_stats_fwd", mutates_args=())
+@define
 def space_conv_stats_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -159,7 +159,7 @@ def space_conv_stats_fwd(
     )
 
 
-@space_conv_stats_fwd.register_fake
+@fake(space_conv_stats_fwd)
 def _(x, x2, weight, bias, residual, stride, groups, per_frame, eps, backend):
     y = x.new_empty(_out_shape(x, weight, stride))
     shape = (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
@@ -167,7 +167,7 @@ def _(x, x2, weight, bias, residual, stride, groups, per_frame, eps, backend):
     return y, x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
-@custom_op("fastvdm::space_conv_bwd", mutates_args=())
+@define
 def space_conv_bwd(
     dy: Tensor,
     x: Tensor,
@@ -185,7 +185,7 @@ def space_conv_bwd(
     )
 
 
-@space_conv_bwd.register_fake
+@fake(space_conv_bwd)
 def _(dy, x, x2, weight, stride, need_dx, need_dx2, need_dw, need_db, backend):
     return (
         _or_empty(x, need_dx, tuple(x.shape)),
@@ -195,27 +195,27 @@ def _(dy, x, x2, weight, stride, need_dx, need_dx2, need_dw, need_db, backend):
     )
 
 
-@custom_op("fastvdm::space_conv_transpose_fwd", mutates_args=())
+@define
 def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
     return _launchers(backend).space_conv_transpose_fwd(x, weight, bias, residual)
 
 
-@space_conv_transpose_fwd.register_fake
+@fake(space_conv_transpose_fwd)
 def _(x, weight, bias, residual, backend):
     batch, frames, height, width, _ = x.shape
     return x.new_empty(batch, frames, 2 * height, 2 * width, weight.shape[1])
 
 
-@custom_op("fastvdm::space_conv_transpose_bwd", mutates_args=())
+@define
 def space_conv_transpose_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _launchers(backend).space_conv_transpose_bwd(dy, x, weight, need_dx, need_dw, need_db)
 
 
-@space_conv_transpose_bwd.register_fake
+@fake(space_conv_transpose_bwd)
 def _(dy, x, weight, need_dx, need_dw, need_db, backend):
     return (
         _or_empty(x, need_dx, tuple(x.shape)),
@@ -250,9 +250,9 @@ def _backward(ctx, dy, *_stats):
     )
 
 
-space_conv_fwd.register_autograd(_backward, setup_context=_save)
-space_conv_stats_fwd.register_autograd(_backward, setup_context=_save)
-space_conv_bwd.register_autograd(_no_double_backward)
+autograd(space_conv_fwd, _backward, setup_context=_save)
+autograd(space_conv_stats_fwd, _backward, setup_context=_save)
+autograd(space_conv_bwd, _no_double_backward)
 
 
 def _save_transpose(ctx, inputs, output):
@@ -275,8 +275,8 @@ def _backward_transpose(ctx, dy):
     )
 
 
-space_conv_transpose_fwd.register_autograd(_backward_transpose, setup_context=_save_transpose)
-space_conv_transpose_bwd.register_autograd(_no_double_backward)
+autograd(space_conv_transpose_fwd, _backward_transpose, setup_context=_save_transpose)
+autograd(space_conv_transpose_bwd, _no_double_backward)
 
 dispatch.register(
     "space_conv",

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.dispatch import ByDesign, autocast_on, launchers, register, select
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
@@ -46,7 +46,7 @@ def _film_rows(scale: Tensor | None, shift: Tensor | None, backend: str):
     return (t if t is None else t.contiguous() for t in (scale, shift))
 
 
-@custom_op("fastvdm::norm_act_fwd", mutates_args=())
+@define
 def norm_act_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -76,7 +76,7 @@ def norm_act_fwd(
     )  # fmt: skip
 
 
-@norm_act_fwd.register_fake
+@fake(norm_act_fwd)
 def _(
     x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
     kind, groups, per_frame, eps, act, backend,
@@ -87,7 +87,7 @@ def _(
     return y, x.new_empty(stats, dtype=acc), x.new_empty(stats, dtype=acc)
 
 
-@custom_op("fastvdm::norm_act_bwd", mutates_args=())
+@define
 def norm_act_bwd(
     dy: Tensor,
     x: Tensor,
@@ -121,7 +121,7 @@ def norm_act_bwd(
     )  # fmt: skip
 
 
-@norm_act_bwd.register_fake
+@fake(norm_act_bwd)
 def _(
     dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
     kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm, backend,
@@ -164,8 +164,8 @@ def _no_double_backward(ctx, *grads):
     )
 
 
-norm_act_fwd.register_autograd(_backward, setup_context=_save)
-norm_act_bwd.register_autograd(_no_double_backward)
+autograd(norm_act_fwd, _backward, setup_context=_save)
+autograd(norm_act_bwd, _no_double_backward)
 
 
 def unsupported(backend: str, x: Tensor, kind: str, channels: int) -> str | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.dispatch import ByDesign, launchers, register, select
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.reference.guidance import (
     SEED_COEFFICIENTS,
     UPDATE_COEFFICIENTS,
@@ -26,7 +26,7 @@ _STATE = (torch.float32, torch.float64)
 _NETWORK = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@custom_op("fastvdm::guidance_seed_fwd", mutates_args=())
+@define
 def guidance_seed_fwd(
     z: Tensor,
     model_out: Tensor,
@@ -45,12 +45,12 @@ def guidance_seed_fwd(
     )
 
 
-@guidance_seed_fwd.register_fake
+@fake(guidance_seed_fwd)
 def _(z, model_out, coef, known, slot, low_res, low_slot, extra, clip, backend):
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(model_out)
 
 
-@custom_op("fastvdm::guidance_update_fwd", mutates_args=())
+@define
 def guidance_update_fwd(
     z: Tensor,
     estimate: Tensor,
@@ -73,7 +73,7 @@ def guidance_update_fwd(
     )
 
 
-@guidance_update_fwd.register_fake
+@fake(guidance_update_fwd)
 def _(
     z,
     estimate,
@@ -101,8 +101,8 @@ def _no_backward(ctx, *_):
     )
 
 
-guidance_seed_fwd.register_autograd(_no_backward)
-guidance_update_fwd.register_autograd(_no_backward)
+autograd(guidance_seed_fwd, _no_backward)
+autograd(guidance_update_fwd, _no_backward)
 
 
 def unsupported(backend: str, z: Tensor, other: Tensor) -> str | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import custom_op
 
 from fastvdm import _ext
 from fastvdm.config import get_config
 from fastvdm.dispatch import autocast_dtype, launchers
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 
 # Asked once, so that dynamo traces a comparison of constants.
 _EMULATED = tuple(
@@ -32,18 +32,18 @@ def emulated(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in _EMULATED and get_config().backend in ("auto", "cpu")
 
 
-@custom_op("fastvdm::linear_fwd", mutates_args=())
+@define
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """y (..., N) = x (..., K) weight (N, K)ᵀ + bias."""
     return launchers("linear", backend).linear_fwd(x, weight, bias)
 
 
-@linear_fwd.register_fake
+@fake(linear_fwd)
 def _(x, weight, bias, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@custom_op("fastvdm::linear_bwd", mutates_args=())
+@define
 def linear_bwd(
     dy: Tensor,
     x: Tensor,
@@ -66,7 +66,7 @@ def linear_bwd(
     return dx, dw if need_dw else dy.new_empty(0), db if need_db else dy.new_empty(0)
 
 
-@linear_bwd.register_fake
+@fake(linear_bwd)
 def _(dy, x, weight, need_dx, need_dw, need_db, backend):
     return (
         dy.new_empty(x.shape if need_dx else (0,)),
@@ -93,8 +93,8 @@ def _no_double_backward(ctx, *_):
     )
 
 
-linear_fwd.register_autograd(_backward, setup_context=_save)
-linear_bwd.register_autograd(_no_double_backward)
+autograd(linear_fwd, _backward, setup_context=_save)
+autograd(linear_bwd, _no_double_backward)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

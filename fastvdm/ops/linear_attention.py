@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.reference.linear_attention import linear_attention_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -27,7 +27,7 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@custom_op("fastvdm::linear_attention_fwd", mutates_args=())
+@define
 def linear_attention_fwd(
     qkv: Tensor, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def linear_attention_fwd(
     return launchers("linear_attention", backend).linear_attention_fwd(qkv, sm_scale)
 
 
-@linear_attention_fwd.register_fake
+@fake(linear_attention_fwd)
 def _(qkv: Tensor, sm_scale: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     b, f, h, w, _, heads, d = qkv.shape
     acc = _acc(qkv.dtype)
@@ -47,7 +47,7 @@ def _(qkv: Tensor, sm_scale: float, backend: str) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-@custom_op("fastvdm::linear_attention_bwd", mutates_args=())
+@define
 def linear_attention_bwd(
     dout: Tensor, qkv: Tensor, k_lse: Tensor, ctx: Tensor, sm_scale: float, backend: str
 ) -> Tensor:
@@ -57,7 +57,7 @@ def linear_attention_bwd(
     )
 
 
-@linear_attention_bwd.register_fake
+@fake(linear_attention_bwd)
 def _(
     dout: Tensor, qkv: Tensor, k_lse: Tensor, ctx: Tensor, sm_scale: float, backend: str
 ) -> Tensor:
@@ -88,8 +88,8 @@ def _no_double_backward(ctx, *_):
     )
 
 
-linear_attention_fwd.register_autograd(_backward, setup_context=_save)
-linear_attention_bwd.register_autograd(_no_double_backward)
+autograd(linear_attention_fwd, _backward, setup_context=_save)
+autograd(linear_attention_bwd, _no_double_backward)
 
 
 def unsupported(backend: str, qkv: Tensor) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.config import get_config
 from fastvdm.dispatch import (
@@ -22,12 +21,13 @@ from fastvdm.dispatch import (
     select,
 )
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention, linear_attention_cost
 from fastvdm.ops.linear_attention import unsupported as attention_unsupported
 
 
-@custom_op("fastvdm::linear_attention_projected_fwd", mutates_args=())
+@define
 def linear_attention_projected_fwd(
     x: Tensor, weight: Tensor, heads: int, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def linear_attention_projected_fwd(
     )
 
 
-@linear_attention_projected_fwd.register_fake
+@fake(linear_attention_projected_fwd)
 def _(x, weight, heads, sm_scale, backend):
     b, f, h, w, _ = x.shape
     d = weight.shape[0] // (3 * heads)
@@ -48,7 +48,7 @@ def _(x, weight, heads, sm_scale, backend):
     )
 
 
-@custom_op("fastvdm::linear_attention_projected_bwd", mutates_args=())
+@define
 def linear_attention_projected_bwd(
     dout: Tensor,
     x: Tensor,
@@ -67,7 +67,7 @@ def linear_attention_projected_bwd(
     )
 
 
-@linear_attention_projected_bwd.register_fake
+@fake(linear_attention_projected_bwd)
 def _(dout, x, weight, k_lse, ctx, heads, sm_scale, need_dx, need_dweight, backend):
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -105,8 +105,8 @@ def _no_double_backward(ctx, *_):
     )
 
 
-linear_attention_projected_fwd.register_autograd(_backward, setup_context=_save)
-linear_attention_projected_bwd.register_autograd(_no_double_backward)
+autograd(linear_attention_projected_fwd, _backward, setup_context=_save)
+autograd(linear_attention_projected_bwd, _no_double_backward)
 
 
 def unsupported(backend: str, x: Tensor, head_dim: int) -> str | None:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm.config import get_config
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import autograd, define, fake
 from fastvdm.reference.temporal_block import temporal_block_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@custom_op("fastvdm::temporal_block_fwd", mutates_args=())
+@define
 def temporal_block_fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -51,12 +51,12 @@ def temporal_block_fwd(
     )  # fmt: skip
 
 
-@temporal_block_fwd.register_fake
+@fake(temporal_block_fwd)
 def _(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@custom_op("fastvdm::temporal_block_bwd", mutates_args=())
+@define
 def temporal_block_bwd(
     dy: Tensor,
     x: Tensor,
@@ -95,7 +95,7 @@ def temporal_block_bwd(
     )  # fmt: skip
 
 
-@temporal_block_bwd.register_fake
+@fake(temporal_block_bwd)
 def _(
     dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
     bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
@@ -165,8 +165,8 @@ def _no_double_backward(ctx, *_):
     )
 
 
-temporal_block_fwd.register_autograd(_backward, setup_context=_save)
-temporal_block_bwd.register_autograd(_no_double_backward)
+autograd(temporal_block_fwd, _backward, setup_context=_save)
+autograd(temporal_block_bwd, _no_double_backward)
 
 
 def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
