@@ -95,6 +95,13 @@ def _implementation(op: str, kind: str, x: Tensor, weight: Tensor, stride: int =
     return choice
 
 
+def bias_is_apart(kind: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether this convolution, of ``kind`` as in ``choose_conv``, would add its bias in a pass of
+    its own, so that a norm behind it had better take the bias: only the library's does, on CUDA."""
+    choice = choose_conv(kind, x.shape[-1], x.device.type, x.dtype)
+    return choice in ("aten", "library") and library.adds_bias_apart(x, weight.shape[-1])
+
+
 def _launchers(backend: str):
     return library if backend == "library" else dispatch.launchers(STEM, backend)
 
