@@ -14,6 +14,11 @@ x, x2 (N, H, W, C) with N = B*F; weights in any strides, best channels-last, rea
 GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64): on sm_90 both operands then
 come from shared memory, wgmma's SS form. FLOPs 2*N*Ho*Wo*Cin*Cout*taps; least bytes x + y + W.
 
+Descriptors (sm_90 on): a box is unit-stride, and reads 0 outside the image, the padding itself.
+With stride 2 rows and columns split by parity, for even extents a view, (N, H/2, 2, W/2, 2 C): tap
+t reads a unit-stride box of parity (t + PAD) mod 2. A step of channels must not run from one parity
+into the next, so C is a multiple of the step. Odd extents go by pointers.
+
 Statistics: each tile of pixels writes mean and M2 per channel of what it stored; a second kernel
 merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
 
@@ -22,6 +27,7 @@ Saved for backward: the inputs. dgrad is this kernel; wgrad is the library's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,18 +82,25 @@ def pick_box(height: int, width: int, pixels: int) -> tuple[int, int]:
 
 
 def why_not_tma(
-    channels: tuple[int, ...], grid: tuple[int, int], stride: int, transposed: bool, itemsize: int
+    channels: tuple[int, ...],
+    grid: tuple[int, int],
+    image: tuple[int, int],
+    by_parity: bool,
+    itemsize: int,
 ) -> str | None:
     """Why the descriptor variant cannot take a convolution, or None.
 
-    ``channels``: all widths that are the innermost extent of a tensor; ``grid``: pixels of a phase.
+    ``channels``: all widths that are the innermost extent of a tensor, the output's last; ``grid``:
+    pixels of a phase; ``image``: the input's H and W; ``by_parity``: it gathers with stride 2.
     """
     if itemsize != 2:
         return "wgmma takes 16-bit operands; fp32 would be TF32"
     if any(c % 8 for c in channels):
         return f"widths {channels} are not multiples of 8 (16-byte strides)"
-    if stride != 1 and not transposed:
-        return "a box has no stride"
+    if by_parity and (image[0] % 2 or image[1] % 2):
+        return f"{image[0]}x{image[1]} images do not split by parity"
+    if by_parity and any(c % 16 for c in channels[:-1]):
+        return f"widths {channels[:-1]} are not multiples of the smallest step, 16"
     if grid[0] * grid[1] < 64:
         return f"{grid[0]}x{grid[1]} pixels are less than one 64-pixel box"
     return None
@@ -166,11 +179,12 @@ def _accumulate(
 @triton.jit
 def _accumulate_tma(
     acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C, WEIGHT_STEP,
-    K: tl.constexpr, S: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_K_FIRST: tl.constexpr,
-    BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WEIGHT_K_FIRST: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors: what a box reads outside the image is zero, the padding itself."""
+    by_parity: tl.constexpr = S == 2 and not TRANSPOSED
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
     k_tiles = tl.cdiv(C, BLOCK_K)
@@ -179,7 +193,12 @@ def _accumulate_tma(
         k = (it - tap * k_tiles) * BLOCK_K
         th = tap // taps_w
         tw = tap - th * taps_w
-        x = x_desc.load([n, h0 + direction * th, w0 + direction * tw, k])
+        if by_parity:  # row 2 i + t - PAD is of parity (t + PAD) mod 2; h0 = i - PAD
+            i = h0 + (th + PAD) // 2
+            j = w0 + (tw + PAD) // 2
+            x = x_desc.load([n, i, (th + PAD) % 2, j, (tw + PAD) % 2 * C + k])
+        else:
+            x = x_desc.load([n, h0 + direction * th, w0 + direction * tw, k])
         x = x.reshape(BLOCK_P, BLOCK_K)
         w_tap = (tap_h0 + tap_step * th) * K + tap_w0 + tap_step * tw
         if WEIGHT_K_FIRST:
@@ -304,12 +323,12 @@ def _conv_tma_kernel(
     acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate_tma(
         acc, x_desc, w_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0, C,
-        WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+        WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate_tma(
             acc, x2_desc, w2_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0,
-            C2, WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K,
+            C2, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K,
             NUM_STAGES,
         )  # fmt: skip
     offs_p = tl.arange(0, BLOCK_P)
@@ -390,6 +409,18 @@ def _weight_descriptor(
     return TensorDescriptor(weight, [rows, width], [weight.stride(0), 1], box)
 
 
+def _input_descriptor(
+    x: Tensor, box_h: int, box_w: int, block_k: int, by_parity: bool
+) -> TensorDescriptor:
+    """(N, H, W, C), or (N, H/2, 2, W/2, 2 C) for the boxes of a stride of 2."""
+    images = x.flatten(0, 1)
+    if not by_parity:
+        return TensorDescriptor.from_tensor(images, [1, box_h, box_w, block_k])
+    n, h, w, c = images.shape
+    split = images.view(n, h // 2, 2, w // 2, 2 * c)
+    return TensorDescriptor.from_tensor(split, [1, box_h, 1, box_w, block_k])
+
+
 def _is_rows_of_taps(weight: Tensor) -> bool:
     """Whether a descriptor can read it: channels-last, or a slice of its columns."""
     kernel, step = weight.shape[-1], weight_step(weight)
@@ -428,11 +459,14 @@ def _conv(
     phases = stride if transposed else 1
     grid = (cdiv(size[0], phases), cdiv(size[1], phases))
     widths = (c1, cout) if x2 is None else (c1, c2, cout)
+    by_parity = stride == 2 and not transposed
     tma = capability(x.device) >= 90 and not (
-        why_not_tma(widths, grid, stride, transposed, x.element_size())
+        why_not_tma(widths, grid, (height, width), by_parity, x.element_size())
         or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
     )
     config = pick_config(widths, grid, x.element_size(), tma)
+    if config.tma and by_parity:
+        config = replace(config, block_k=math.gcd(config.block_k, *widths[:-1]))
     if config.tma and not _is_rows_of_taps(weight):  # a copy is aligned, too
         weight = weight.clone(memory_format=torch.channels_last)
     first, second = (weight, None)
@@ -459,11 +493,8 @@ def _conv(
         num_warps=config.num_warps,
     )  # fmt: skip
     if config.tma:
-        box = [1, config.box_h, config.box_w, config.block_k]
-        sources = [
-            None if t is None else TensorDescriptor.from_tensor(t.flatten(0, 1), box)
-            for t in (x, x2)
-        ]
+        box = (config.box_h, config.box_w, config.block_k)
+        sources = [None if t is None else _input_descriptor(t, *box, by_parity) for t in (x, x2)]
         weights = [
             None if w is None else _weight_descriptor(w, out_axis, config.block_co, config.block_k)
             for w in (first, second)
@@ -613,7 +644,8 @@ def aot_cases() -> list[AotCase]:
     for name, job in jobs.items():
         kernel, stride, transposed, out_axis, _, _ = job
         for width in (64, 128):
-            if why_not_tma((width,), (64, 64), stride, transposed, 2) is None:
+            by_parity = stride == 2 and not transposed
+            if why_not_tma((width, width), (64, 64), (128, 128), by_parity, 2) is None:
                 config = pick_config.analytic((width, width), (64, 64), 2, True)
                 cases.append(_aot_case(f"tma/{name}_{width}", config, "bf16", *job))
             if width == 128 or name == "3x3":
@@ -664,7 +696,9 @@ def _aot_case(
     widths = ["C", "C2", "COUT"]
     sizes = ["HO", "WO", "GRID_H", "GRID_W"]
     if config.tma:
-        box = f"tensordesc<{dtype}[1,{config.box_h},{config.box_w},{config.block_k}]>"
+        by_parity = stride == 2 and not transposed
+        box = f"{config.box_h},{'1,' if by_parity else ''}{config.box_w},{config.block_k}"
+        box = f"tensordesc<{dtype}[1,{box}]>"
         tile = (config.block_co, config.block_k)
         rows, columns = tile if out_axis == 0 else tile[::-1]
         sources = {"x_desc": box, "w_desc": f"tensordesc<{dtype}[{rows},{columns}]>"}

@@ -79,6 +79,17 @@ def norm_act(shape, c2, kind, needs, film) -> None:
         kernels.norm_act_bwd(y, *params, None, *stats, *options, *need)
 
 
+def space_conv_down(shape, cout) -> None:
+    """4x4 with stride 2 and the backward of its transpose, both gather with a stride."""
+    from fastvdm.kernels import conv_group_norm_conv as kernels
+
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    weight = torch.empty(cout, shape[-1], 4, 4, dtype=x.dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    y = kernels.space_conv_fwd(x, None, weight, None, None, 2)
+    kernels.space_conv_transpose_bwd(x, y, weight, True, False, False)
+
+
 def space_conv(shape, cout, kernel, c2=0) -> None:
     from fastvdm.kernels import conv_group_norm_conv as kernels
 
@@ -119,6 +130,7 @@ CALLS = {
     "space_conv/pointers, two sources of 1 and 3 channels": lambda: space_conv(
         (1, 1, 2, 2, 1), 1, 3, 3
     ),
+    "space_conv/descriptors, stride 2": lambda: space_conv_down((1, 2, 16, 16, 32), 64),
     "space_conv/descriptors, two sources": lambda: space_conv((1, 2, 8, 8, 8), 8, 3, 16),
 }
 
