@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastvdm.layers.conv import SpaceConv
 from fastvdm.layers.norm import Norm
 from fastvdm.ops.conv_group_norm import conv_group_norm
+from fastvdm.ops.conv_group_norm_conv import space_conv_stats
+from fastvdm.ops.conv_group_norm_prologue import norm_conv, takes_prologue
 
 MakeNorm = Callable[[int], Norm]
 
@@ -145,8 +147,42 @@ class PreNormResnetBlock(nn.Module):
             h = self.norm2(h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
+            if mask is None and self._one_launch(h):
+                return self._conv_norm_conv(h, scale, shift, self._shortcut(x, x2))
             h = _conv_norm(self.conv1, self.norm2, h, scale=scale, shift=shift, dropout_mask=mask)
         return self.conv2(h, residual=self._shortcut(x, x2))
+
+    def _one_launch(self, h: Tensor) -> bool:
+        """Whether the first convolution has the statistics of the second norm in its epilogue, and
+        the second convolution the norm in its prologue."""
+        norm = self.norm2
+        return (
+            norm.kind == "group"
+            and norm.shards is None
+            and self.conv1.upsample is None
+            and takes_prologue(h)
+        )
+
+    def _conv_norm_conv(
+        self, h: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor
+    ) -> Tensor:
+        norm, conv1, conv2 = self.norm2, self.conv1, self.conv2
+        eps = 1e-5 if norm.eps is None else norm.eps
+        h, *stats = space_conv_stats(
+            h, conv1.weight, conv1.bias, groups=norm.groups, per_frame=norm.per_frame, eps=eps
+        )
+        return norm_conv(
+            h,
+            stats,
+            norm.weight,
+            norm.bias,
+            conv2.weight,
+            conv2.bias,
+            per_frame=norm.per_frame,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+        )
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
         if self.skip is not None:

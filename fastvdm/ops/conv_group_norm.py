@@ -17,8 +17,9 @@ from fastvdm.ops.conv_group_norm_conv import (
     space_conv_transpose,
 )
 from fastvdm.ops.conv_group_norm_norm import default_eps, norm_act
+from fastvdm.ops.conv_group_norm_prologue import norm_conv
 
-__all__ = ["conv_group_norm", "norm_act", "space_conv", "space_conv_transpose"]
+__all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
 
 
 def conv_group_norm(

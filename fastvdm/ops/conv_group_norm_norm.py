@@ -195,13 +195,22 @@ def unsupported(backend: str, x: Tensor, kind: str, channels: int) -> str | None
 register("norm_act", _STEM, ("norm_act_fwd", "norm_act_bwd"), unsupported)
 
 
-def _expect(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+def expect(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     if t is None:
         return
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
     if t.device != device:
         raise ValueError(f"{name} must be on {device} as x is, got {t.device}")
+
+
+def check_stats(x: Tensor, stats: Sequence[Tensor], groups: int, per_frame: bool) -> None:
+    shape = _stats_shape(x, KINDS["group"], groups, per_frame)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    for name, t in zip(("mean", "rstd"), stats):
+        expect(f"stats: {name}", t, shape, x.device)
+        if t.dtype != acc:
+            raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
 
 
 def norm_act(
@@ -267,14 +276,14 @@ def norm_act(
     if min(*video[1:], c) < 1:
         raise ValueError(f"x must not be empty but for the batch, got {tuple(x.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
-        _expect(name, t, (c,), x.device)
+        expect(name, t, (c,), x.device)
     if x_bias is not None and x2 is not None:
         raise ValueError("x_bias is for one source: give x2 or x_bias")
-    _expect("x_bias", x_bias, (c,), x.device)
+    expect("x_bias", x_bias, (c,), x.device)
     for name, t in (("scale", scale), ("shift", shift)):
-        _expect(name, t, (b, c), x.device)
+        expect(name, t, (b, c), x.device)
     for name, t in (("residual", residual), ("dropout_mask", dropout_mask)):
-        _expect(name, t, (*video, c), x.device)
+        expect(name, t, (*video, c), x.device)
     if autocast_on(x.device.type):  # one stream may still be wider than the other
         x2 = None if x2 is None else x2.to(x.dtype)
         residual = None if residual is None else residual.to(x.dtype)
@@ -298,12 +307,7 @@ def norm_act(
         raise ValueError(f"groups must divide the {c} channels, got {groups}")
     mean, rstd = None, None
     if stats is not None:
-        shape = _stats_shape(x, KINDS[kind], groups, per_frame)
-        acc = torch.promote_types(x.dtype, torch.float32)
-        for name, t in zip(("mean", "rstd"), stats):
-            _expect(f"stats: {name}", t, shape, x.device)
-            if t.dtype != acc:
-                raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
+        check_stats(x, stats, groups, per_frame)
         mean, rstd = stats
 
     if b == 0:  # whatever the kind: nothing, and gradients of 0
@@ -330,7 +334,8 @@ def norm_act(
     scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
     return norm_act_fwd(
         x.contiguous(), x2, weight.contiguous(), bias, scale, shift, residual, dropout_mask,
-        mean, rstd, KINDS[kind], groups, per_frame, eps, act, backend, x_bias,
+        mean, rstd, KINDS[kind], groups, per_frame, eps, act, backend,
+        *(() if x_bias is None else (x_bias,)),
     )[0]  # fmt: skip
 
 
