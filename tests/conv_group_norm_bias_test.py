@@ -411,6 +411,22 @@ def test_blocks_are_the_same_with_the_bias_in_the_norm(name, cuda_library):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_compile_of_both(cuda_library):
+    """Convolution and norm in one graph, with the gradients of the eager call."""
+    torch._dynamo.reset()
+    w, b, g = torch.randn(6, 6, 3, 3) / 9, torch.randn(6), torch.randn(6)
+
+    def block(x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        return conv_group_norm(x, w, b, g, groups=2, residual=x)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    inputs = (torch.randn(2, 4, 5, 7, 6), w, b, g)
+    dy = torch.randn_like(inputs[0])
+    got, expected = (grads(f, inputs, dy) for f in (compiled, block))
+    for a, e in zip(got[0] + got[1], expected[0] + expected[1]):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
 def test_saved_for_backward(cuda_library):
     """The bias-free output of the convolution: one tensor of its size, as without a bias."""
     x = torch.randn(1, 2, 4, 6, 6)
