@@ -51,8 +51,11 @@ def _norm(x: Tensor, *_: Any, stats: bool = False, **k: Any) -> Cost:
 
 
 def _conv_norm(x: Tensor, weight: Tensor, bias: Any, *rest: Any, **k: Any) -> Cost:
-    first = _conv(x, weight, bias, x2=k.get("x2"))
-    hidden = x.new_empty(*x.shape[:-1], weight.shape[0])
+    up = k.pop("upsample", None)
+    first = _conv(x, weight, bias, x2=k.get("x2"), upsample=up)
+    b, f, h, w, _ = x.shape
+    factor = 1 if up is None else 2
+    hidden = x.new_empty(b, f, factor * h, factor * w, weight.shape[0])
     second = _norm(hidden, stats=True, **(k | {"x2": None}))
     return Cost(first.flops + second.flops, first.bytes + second.bytes)
 

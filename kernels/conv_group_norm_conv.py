@@ -14,6 +14,17 @@ x, x2 (N, H, W, C) with N = B*F; weights in any strides, best channels-last, rea
 GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64): on sm_90 both operands then
 come from shared memory, wgmma's SS form. FLOPs 2*N*Ho*Wo*Cin*Cout*taps; least bytes x + y + W.
 
+Descriptors (sm_90 on): a box is unit-stride, and reads 0 outside the image, the padding itself.
+With stride 2 rows and columns split by parity, for even extents a view, (N, H/2, 2, W/2, 2 C): tap
+t reads a unit-stride box of parity (t + PAD) mod 2. A step of channels must not run from one parity
+into the next, so C is a multiple of the step. Odd extents go by pointers.
+
+With a prologue the input is SiLU(x gain + offset), gain and offset (rows, C) per sample or frame: a
+norm, applied to each tile between its load and its product and rounded as the norm would store it;
+padding is 0 after it, so what lies outside the image is masked. The tile passes through registers,
+so it is the first operand there: acc[BLOCK_P, BLOCK_CO], wgmma's RS form. It is applied once for
+each tap and tile of outputs: 9 Cout / BLOCK_CO times the arithmetic of a pass of its own.
+
 Statistics: each tile of pixels writes mean and M2 per channel of what it stored; a second kernel
 merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
 
@@ -22,7 +33,9 @@ Saved for backward: the inputs. dgrad is this kernel; wgrad is the library's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,6 +58,18 @@ def merge_tile(group_width: int) -> dict[str, int]:
 
 # Not worth a compilation each time their divisibility changes.
 _SIZES = ["H", "W", "HO", "WO", "GRID_H", "GRID_W", "UNIT", "TILES"]
+
+
+# The tile of a prologue lives in registers: 64x128 on four warps takes all 255 (ptxas, sm_90).
+PROLOGUE_WARPS = 8
+
+
+class Prologue(NamedTuple):
+    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type."""
+
+    gain: Tensor
+    offset: Tensor
+    act: bool
 
 
 @dataclass(frozen=True)
@@ -76,18 +101,25 @@ def pick_box(height: int, width: int, pixels: int) -> tuple[int, int]:
 
 
 def why_not_tma(
-    channels: tuple[int, ...], grid: tuple[int, int], stride: int, transposed: bool, itemsize: int
+    channels: tuple[int, ...],
+    grid: tuple[int, int],
+    image: tuple[int, int],
+    by_parity: bool,
+    itemsize: int,
 ) -> str | None:
     """Why the descriptor variant cannot take a convolution, or None.
 
-    ``channels``: all widths that are the innermost extent of a tensor; ``grid``: pixels of a phase.
+    ``channels``: all widths that are the innermost extent of a tensor, the output's last; ``grid``:
+    pixels of a phase; ``image``: the input's H and W; ``by_parity``: it gathers with stride 2.
     """
     if itemsize != 2:
         return "wgmma takes 16-bit operands; fp32 would be TF32"
     if any(c % 8 for c in channels):
         return f"widths {channels} are not multiples of 8 (16-byte strides)"
-    if stride != 1 and not transposed:
-        return "a box has no stride"
+    if by_parity and (image[0] % 2 or image[1] % 2):
+        return f"{image[0]}x{image[1]} images do not split by parity"
+    if by_parity and any(c % 16 for c in channels[:-1]):
+        return f"widths {channels[:-1]} are not multiples of the smallest step, 16"
     if grid[0] * grid[1] < 64:
         return f"{grid[0]}x{grid[1]} pixels are less than one 64-pixel box"
     return None
@@ -135,12 +167,23 @@ def _phase_taps(a, K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOS
 
 
 @triton.jit
+def _normalise(x, gain_ptr, offset_ptr, k, mask_k, ok, ACT: tl.constexpr, ACC: tl.constexpr):
+    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``."""
+    gain = tl.load(gain_ptr + k, mask=mask_k, other=0.0)
+    offset = tl.load(offset_ptr + k, mask=mask_k, other=0.0)
+    t = x.to(ACC) * gain[None, :] + offset[None, :]
+    if ACT:
+        t *= tl.sigmoid(t)
+    return tl.where(ok[:, None], t, 0.0).to(x.dtype)
+
+
+@triton.jit
 def _accumulate(
-    acc, x_ptr, w_ptr, offs_x, h0, w0, pixel_ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
-    H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
-    S: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x_ptr, w_ptr, gain_ptr, offset_ptr, offs_x, h0, w0, pixel_ok, offs_co, taps_h, taps_w,
+    tap_h0, tap_w0, H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
+    S: tl.constexpr, TRANSPOSED: tl.constexpr, ACT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + W X^T over every tap and channel of one source, by pointers."""
+    """acc + W X^T over every tap and channel of one source, by pointers; X W^T with a prologue."""
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
     k_tiles = tl.cdiv(C, BLOCK_K)
@@ -159,18 +202,24 @@ def _accumulate(
         w_ptrs = w_ptr + w_tap + offs_co[:, None] * stride_wo + offs_k[None, :] * stride_wk
         w_mask = (offs_co < COUT)[:, None] & mask_k[None, :]
         w = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_CO, BLOCK_K)
-        acc = dot(w, tl.trans(x), acc)
+        if gain_ptr is not None:
+            x = _normalise(x, gain_ptr, offset_ptr, offs_k, mask_k, ok, ACT, acc.dtype)
+            acc = dot(x, tl.trans(w), acc)
+        else:
+            acc = dot(w, tl.trans(x), acc)
     return acc
 
 
 @triton.jit
 def _accumulate_tma(
-    acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C, WEIGHT_STEP,
-    K: tl.constexpr, S: tl.constexpr, TRANSPOSED: tl.constexpr, WEIGHT_K_FIRST: tl.constexpr,
-    BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    acc, x_desc, w_desc, gain_ptr, offset_ptr, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0,
+    H, W, C, WEIGHT_STEP,
+    K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WEIGHT_K_FIRST: tl.constexpr, ACT: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_P: tl.constexpr, BOX_W: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors: what a box reads outside the image is zero, the padding itself."""
+    by_parity: tl.constexpr = S == 2 and not TRANSPOSED
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
     k_tiles = tl.cdiv(C, BLOCK_K)
@@ -179,14 +228,28 @@ def _accumulate_tma(
         k = (it - tap * k_tiles) * BLOCK_K
         th = tap // taps_w
         tw = tap - th * taps_w
-        x = x_desc.load([n, h0 + direction * th, w0 + direction * tw, k])
+        if by_parity:  # row 2 i + t - PAD is of parity (t + PAD) mod 2; h0 = i - PAD
+            i = h0 + (th + PAD) // 2
+            j = w0 + (tw + PAD) // 2
+            x = x_desc.load([n, i, (th + PAD) % 2, j, (tw + PAD) % 2 * C + k])
+        else:
+            x = x_desc.load([n, h0 + direction * th, w0 + direction * tw, k])
         x = x.reshape(BLOCK_P, BLOCK_K)
         w_tap = (tap_h0 + tap_step * th) * K + tap_w0 + tap_step * tw
         if WEIGHT_K_FIRST:
             w = tl.trans(w_desc.load([k, w_tap * WEIGHT_STEP + co0]))
         else:
             w = w_desc.load([co0, w_tap * WEIGHT_STEP + k])  # (BLOCK_CO, BLOCK_K)
-        acc = dot(w, tl.trans(x), acc)
+        if gain_ptr is not None:
+            offs_p = tl.arange(0, BLOCK_P)
+            row = h0 + direction * th + offs_p // BOX_W
+            col = w0 + direction * tw + offs_p % BOX_W
+            ok = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = _normalise(x, gain_ptr, offset_ptr, offs_k, offs_k < C, ok, ACT, acc.dtype)
+            acc = dot(x, tl.trans(w), acc)
+        else:
+            acc = dot(w, tl.trans(x), acc)
     return acc
 
 
@@ -194,13 +257,16 @@ def _accumulate_tma(
 def _finish(
     acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, offs_co, part_row, COUT,
     HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Bias, residual, store; then mean and M2 of the stored values over the tile's pixels."""
     mask_co = offs_co < COUT
+    out = acc
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_co, mask=mask_co, other=0.0).to(acc.dtype)
-        acc += bias[:, None]
-    out = tl.trans(acc)  # (BLOCK_P, BLOCK_CO)
+        out += bias[None, :] if PIXELS_FIRST else bias[:, None]
+    if not PIXELS_FIRST:
+        out = tl.trans(out)  # (BLOCK_P, BLOCK_CO)
     mask = ok[:, None] & mask_co[None, :]
     offs = out_pixel[:, None] * COUT + offs_co[None, :]
     if HAS_RES:
@@ -222,15 +288,17 @@ def _finish(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_kernel(
-    x_ptr, x2_ptr, w_ptr, w2_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
+    x_ptr, x2_ptr, w_ptr, w2_ptr, gain_ptr, offset_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
     H, W, C, C2, HO, WO, COUT, GRID_H, GRID_W, UNIT, TILES,
     stride_wo, stride_wk, stride_wh, stride_ww,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics may not
-    leave (one frame, one video, or the whole batch). UNIT counts its pixels in one phase."""
+    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics and rows
+    of a prologue may not leave (one frame, one video, or the whole batch). UNIT counts its pixels
+    in one phase."""
     phases: tl.constexpr = S if TRANSPOSED else 1
     in_step: tl.constexpr = 1 if TRANSPOSED else S
     pid = tl.program_id(0).to(tl.int64)
@@ -257,34 +325,41 @@ def _conv_kernel(
     w0 = j * in_step + off_w
     source_pixel = (n * H + h0) * W + w0
 
-    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    if gain_ptr is not None:
+        gain_ptr += unit * C
+        offset_ptr += unit * C
+        acc = tl.zeros((BLOCK_P, BLOCK_CO), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate(
-        acc, x_ptr, w_ptr, source_pixel * C, h0, w0, ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
-        H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S, TRANSPOSED, BLOCK_K,
+        acc, x_ptr, w_ptr, gain_ptr, offset_ptr, source_pixel * C, h0, w0, ok, offs_co, taps_h,
+        taps_w, tap_h0, tap_w0, H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S,
+        TRANSPOSED, ACT, BLOCK_K,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate(
-            acc, x2_ptr, w2_ptr, source_pixel * C2, h0, w0, ok, offs_co, taps_h, taps_w,
+            acc, x2_ptr, w2_ptr, None, None, source_pixel * C2, h0, w0, ok, offs_co, taps_h, taps_w,
             tap_h0, tap_w0, H, W, C2, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
-            S, TRANSPOSED, BLOCK_K,
+            S, TRANSPOSED, ACT, BLOCK_K,
         )  # fmt: skip
     _finish(
         acc, y_ptr, bias_ptr, res_ptr, part_ptr, (n * HO + oh) * WO + ow, ok, offs_co, row, COUT,
-        HAS_BIAS, HAS_RES, STATS,
+        HAS_BIAS, HAS_RES, STATS, gain_ptr is not None,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_SIZES[2:6])
+@triton.jit(do_not_specialize=[*_SIZES[:6], "IMAGES"])
 def _conv_tma_kernel(
-    x_desc, x2_desc, w_desc, w2_desc, bias_ptr, res_ptr, y_ptr, part_ptr,
-    C, C2, WEIGHT_STEP, HO, WO, COUT, GRID_H, GRID_W,
+    x_desc, x2_desc, w_desc, w2_desc, gain_ptr, offset_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
+    H, W, C, C2, WEIGHT_STEP, HO, WO, COUT, GRID_H, GRID_W, IMAGES,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
     WEIGHT_K_FIRST: tl.constexpr,
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_CO: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile is a BOX_H x BOX_W box of one image."""
+    """A tile is a BOX_H x BOX_W box of one image; IMAGES of them share a row of the prologue."""
     BLOCK_P: tl.constexpr = BOX_H * BOX_W
     phases: tl.constexpr = S if TRANSPOSED else 1
     pid = tl.program_id(0).to(tl.int64)
@@ -301,16 +376,22 @@ def _conv_tma_kernel(
     i0 = tile // tiles_w * BOX_H
     j0 = tile % tiles_w * BOX_W
 
-    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    if gain_ptr is not None:
+        gain_ptr += (n // IMAGES).to(tl.int64) * C
+        offset_ptr += (n // IMAGES).to(tl.int64) * C
+        acc = tl.zeros((BLOCK_P, BLOCK_CO), dtype=ACC)
+    else:
+        acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate_tma(
-        acc, x_desc, w_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0, C,
-        WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K, NUM_STAGES,
+        acc, x_desc, w_desc, gain_ptr, offset_ptr, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w,
+        tap_h0, tap_w0, H, W, C, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, ACT, BLOCK_CO,
+        BLOCK_P, BOX_W, BLOCK_K, NUM_STAGES,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate_tma(
-            acc, x2_desc, w2_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0,
-            C2, WEIGHT_STEP, K, S, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_CO, BLOCK_P, BLOCK_K,
-            NUM_STAGES,
+            acc, x2_desc, w2_desc, None, None, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w,
+            tap_h0, tap_w0, H, W, C2, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, ACT,
+            BLOCK_CO, BLOCK_P, BOX_W, BLOCK_K, NUM_STAGES,
         )  # fmt: skip
     offs_p = tl.arange(0, BLOCK_P)
     oh = (i0 + offs_p // BOX_W) * phases + phase // phases
@@ -319,7 +400,7 @@ def _conv_tma_kernel(
     out_pixel = (n.to(tl.int64) * HO + oh) * WO + ow
     _finish(
         acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, co0 + tl.arange(0, BLOCK_CO), row,
-        COUT, HAS_BIAS, HAS_RES, STATS,
+        COUT, HAS_BIAS, HAS_RES, STATS, gain_ptr is not None,
     )  # fmt: skip
 
 
@@ -390,6 +471,18 @@ def _weight_descriptor(
     return TensorDescriptor(weight, [rows, width], [weight.stride(0), 1], box)
 
 
+def _input_descriptor(
+    x: Tensor, box_h: int, box_w: int, block_k: int, by_parity: bool
+) -> TensorDescriptor:
+    """(N, H, W, C), or (N, H/2, 2, W/2, 2 C) for the boxes of a stride of 2."""
+    images = x.flatten(0, 1)
+    if not by_parity:
+        return TensorDescriptor.from_tensor(images, [1, box_h, box_w, block_k])
+    n, h, w, c = images.shape
+    split = images.view(n, h // 2, 2, w // 2, 2 * c)
+    return TensorDescriptor.from_tensor(split, [1, box_h, 1, box_w, block_k])
+
+
 def _is_rows_of_taps(weight: Tensor) -> bool:
     """Whether a descriptor can read it: channels-last, or a slice of its columns."""
     kernel, step = weight.shape[-1], weight_step(weight)
@@ -403,7 +496,7 @@ def weight_step(weight: Tensor) -> int:
     return weight.stride(3) if weight.shape[-1] > 1 else weight.stride(0)
 
 
-def _conv(
+def conv(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
@@ -416,9 +509,11 @@ def _conv(
     out_axis: int,
     size: tuple[int, int],
     unit_images: int = 0,
+    prologue: Prologue | None = None,
 ) -> tuple[Tensor, Tensor | None, ConvConfig]:
     """One launch. x (B, F, H, W, C); weight 4-D with its output channels on ``out_axis``; size the
-    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout)."""
+    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout). ``prologue``:
+    for stride 1, one source and no partials."""
     batch, frames, height, width, c1 = x.shape
     c2 = 0 if x2 is None else x2.shape[-1]
     cout, kernel = weight.shape[out_axis], weight.shape[-1]
@@ -428,11 +523,14 @@ def _conv(
     phases = stride if transposed else 1
     grid = (cdiv(size[0], phases), cdiv(size[1], phases))
     widths = (c1, cout) if x2 is None else (c1, c2, cout)
+    by_parity = stride == 2 and not transposed
     tma = capability(x.device) >= 90 and not (
-        why_not_tma(widths, grid, stride, transposed, x.element_size())
+        why_not_tma(widths, grid, (height, width), by_parity, x.element_size())
         or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
     )
     config = pick_config(widths, grid, x.element_size(), tma)
+    if config.tma and by_parity:
+        config = replace(config, block_k=math.gcd(config.block_k, *widths[:-1]))
     if config.tma and not _is_rows_of_taps(weight):  # a copy is aligned, too
         weight = weight.clone(memory_format=torch.channels_last)
     first, second = (weight, None)
@@ -442,7 +540,10 @@ def _conv(
     y = torch.empty((batch, frames, *size, cout), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, None, config
-    units = images // unit_images if unit_images else 1
+    gain, offset, act = prologue or (None, None, False)
+    if prologue is not None:
+        config = replace(config, num_warps=PROLOGUE_WARPS)
+    units = images // unit_images if unit_images else 1 if gain is None else gain.shape[0]
     if config.tma:
         tiles = (images // units) * cdiv(grid[0], config.box_h) * cdiv(grid[1], config.box_w)
     else:
@@ -454,30 +555,28 @@ def _conv(
     programs = units * tiles * phases * phases * cdiv(cout, config.block_co)
     flags = dict(
         K=kernel, S=stride, PAD=pad, TRANSPOSED=transposed, HAS_X2=x2 is not None,
-        HAS_BIAS=bias is not None, HAS_RES=residual is not None, STATS=partial is not None,
+        HAS_BIAS=bias is not None, HAS_RES=residual is not None, STATS=partial is not None, ACT=act,
         BLOCK_CO=config.block_co, BLOCK_K=config.block_k, ACC=acc_dtype(x.dtype),
         num_warps=config.num_warps,
     )  # fmt: skip
     if config.tma:
-        box = [1, config.box_h, config.box_w, config.block_k]
-        sources = [
-            None if t is None else TensorDescriptor.from_tensor(t.flatten(0, 1), box)
-            for t in (x, x2)
-        ]
+        box = (config.box_h, config.box_w, config.block_k)
+        sources = [None if t is None else _input_descriptor(t, *box, by_parity) for t in (x, x2)]
         weights = [
             None if w is None else _weight_descriptor(w, out_axis, config.block_co, config.block_k)
             for w in (first, second)
         ]
         _conv_tma_kernel[(programs,)](
-            *sources, *weights, bias, residual, y, partial, c1, c2, weight_step(weight),
-            *size, cout, *grid, WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h,
-            BOX_W=config.box_w, NUM_STAGES=config.num_stages, **flags,
+            *sources, *weights, gain, offset, bias, residual, y, partial, height, width, c1, c2,
+            weight_step(weight), *size, cout, *grid, images // units,
+            WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
+            NUM_STAGES=config.num_stages, **flags,
         )  # fmt: skip
     else:
         strides = weight.stride()
         _conv_kernel[(programs,)](
-            x, x2, first, second, bias, residual, y, partial, height, width, c1, c2, *size, cout,
-            *grid, images // units * grid[0] * grid[1], tiles, strides[out_axis],
+            x, x2, first, second, gain, offset, bias, residual, y, partial, height, width, c1, c2,
+            *size, cout, *grid, images // units * grid[0] * grid[1], tiles, strides[out_axis],
             strides[1 - out_axis], strides[2], strides[3], BLOCK_P=config.block_p,
             num_stages=config.num_stages, **flags,
         )  # fmt: skip
@@ -498,7 +597,7 @@ def space_conv_fwd(
     residual: Tensor | None,
     stride: int,
 ) -> Tensor:
-    return _conv(
+    return conv(
         x, x2, weight, bias, residual, stride=stride, pad=library.padding_of(weight.shape[-1]),
         transposed=False, out_axis=0, size=_out_size(x, weight, stride),
     )[0]  # fmt: skip
@@ -516,7 +615,7 @@ def space_conv_stats_fwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, frames = x.shape[:2]
-    y, partial, config = _conv(
+    y, partial, config = conv(
         x, x2, weight, bias, residual, stride=stride, pad=library.padding_of(weight.shape[-1]),
         transposed=False, out_axis=0, size=_out_size(x, weight, stride),
         unit_images=1 if per_frame else frames,
@@ -561,10 +660,10 @@ def space_conv_bwd(
             grads.append(dy.new_empty(0))
         else:
             grads.append(
-                _conv(
+                conv(
                     dy, None, weight.narrow(1, start, source.shape[-1]), None, None, stride=stride,
                     pad=library.padding_of(weight.shape[-1]), transposed=True, out_axis=1,
-                    size=tuple(source.shape[2:4]),
+                    size=(source.shape[2], source.shape[3]),
                 )[0]
             )  # fmt: skip
         start += 0 if source is None else source.shape[-1]
@@ -575,7 +674,7 @@ def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     size = (2 * x.shape[2], 2 * x.shape[3])
-    return _conv(
+    return conv(
         x, None, weight, bias, residual, stride=2, pad=1, transposed=True, out_axis=1, size=size
     )[0]
 
@@ -587,9 +686,9 @@ def space_conv_transpose_bwd(
     _, dw, db = library.space_conv_transpose_bwd(dy, x, weight, False, need_dw, need_db)
     if not need_dx:
         return dy.new_empty(0), dw, db
-    dx, _, _ = _conv(
+    dx, _, _ = conv(
         dy, None, weight, None, None, stride=2, pad=1, transposed=False, out_axis=0,
-        size=tuple(x.shape[2:4]),
+        size=(x.shape[2], x.shape[3]),
     )  # fmt: skip
     return dx, dw, db
 
@@ -600,30 +699,35 @@ def space_conv_transpose_bwd(
 def aot_cases() -> list[AotCase]:
     """The launches of a 64- and a 128-channel level, with every epilogue, in bf16; fp32 once.
 
-    The same constexprs as ``_conv`` passes; the widths are multiples of 16, the image sizes any.
+    The same constexprs as ``conv`` passes; the widths are multiples of 16, the image sizes any.
     """
-    jobs = {  # name: (kernel, stride, transposed, out_axis, second source, statistics)
-        "3x3": (3, 1, False, 0, True, True),
-        "3x3_dgrad": (3, 1, True, 1, False, False),
-        "4x4_up": (4, 2, True, 1, False, False),
-        "4x4_down": (4, 2, False, 0, False, True),
-        "1x1": (1, 1, False, 0, True, False),
+    # name: (kernel, stride, transposed, out_axis, second source, statistics, prologue)
+    jobs: dict[str, tuple[int, int, bool, int, bool, bool, bool]] = {
+        "3x3": (3, 1, False, 0, True, True, False),
+        "3x3_norm": (3, 1, False, 0, False, False, True),
+        "3x3_dgrad": (3, 1, True, 1, False, False, False),
+        "4x4_up": (4, 2, True, 1, False, False, False),
+        "4x4_down": (4, 2, False, 0, False, True, False),
+        "1x1": (1, 1, False, 0, True, False, False),
     }
     cases = []
     for name, job in jobs.items():
-        kernel, stride, transposed, out_axis, _, _ = job
+        _, stride, transposed, *_ = job
         for width in (64, 128):
-            if why_not_tma((width,), (64, 64), stride, transposed, 2) is None:
+            by_parity = stride == 2 and not transposed
+            if why_not_tma((width, width), (64, 64), (128, 128), by_parity, 2) is None:
                 config = pick_config.analytic((width, width), (64, 64), 2, True)
                 cases.append(_aot_case(f"tma/{name}_{width}", config, "bf16", *job))
             if width == 128 or name == "3x3":
                 config = pick_config.analytic((width, width), (64, 64), 2, False)
                 cases.append(_aot_case(f"pointer/{name}_{width}", config, "bf16", *job))
     config = pick_config.analytic((64, 64), (64, 64), 4, False)
-    cases.append(_aot_case("pointer/3x3_64_fp32", config, "fp32", *jobs["3x3"]))
+    for name in ("3x3", "3x3_norm"):
+        cases.append(_aot_case(f"pointer/{name}_64_fp32", config, "fp32", *jobs[name]))
     config = pick_config.analytic((100, 100, 100), (64, 64), 2, False)
-    odd = _aot_case("pointer/3x3_100", config, "bf16", *jobs["3x3"])
-    cases.append(replace(odd, divisible=()))
+    for name in ("3x3", "3x3_norm"):
+        odd = _aot_case(f"pointer/{name}_100", config, "bf16", *jobs[name])
+        cases.append(replace(odd, divisible=()))
     return cases + [_aot_merge(width) for width in (16, 256)]
 
 
@@ -649,26 +753,35 @@ def _aot_case(
     out_axis: int,
     two: bool,
     stats: bool,
+    prologue: bool = False,
 ) -> AotCase:
     pointer = f"*{dtype}"
     signature = {"bias_ptr": pointer, "res_ptr": pointer, "y_ptr": pointer}
     constexprs = dict(
         K=kernel, S=stride, PAD=library.padding_of(kernel), TRANSPOSED=transposed, HAS_X2=two,
-        HAS_BIAS=True, HAS_RES=True, STATS=stats, BLOCK_CO=config.block_co,
+        HAS_BIAS=True, HAS_RES=True, STATS=stats, ACT=prologue, BLOCK_CO=config.block_co,
         BLOCK_K=config.block_k, ACC=tl.float32,
     )  # fmt: skip
     if stats:
         signature["part_ptr"] = "*fp32"
     else:
         constexprs["part_ptr"] = None
+    for argument in ("gain_ptr", "offset_ptr"):
+        if prologue:
+            signature[argument] = "*fp32"
+        else:
+            constexprs[argument] = None
     widths = ["C", "C2", "COUT"]
-    sizes = ["HO", "WO", "GRID_H", "GRID_W"]
+    sizes = ["H", "W", "HO", "WO", "GRID_H", "GRID_W"]
     if config.tma:
-        box = f"tensordesc<{dtype}[1,{config.box_h},{config.box_w},{config.block_k}]>"
+        by_parity = stride == 2 and not transposed
+        box = f"{config.box_h},{'1,' if by_parity else ''}{config.box_w},{config.block_k}"
+        box = f"tensordesc<{dtype}[1,{box}]>"
         tile = (config.block_co, config.block_k)
         rows, columns = tile if out_axis == 0 else tile[::-1]
         sources = {"x_desc": box, "w_desc": f"tensordesc<{dtype}[{rows},{columns}]>"}
         widths.append("WEIGHT_STEP")
+        sizes.append("IMAGES")
         constexprs |= dict(
             WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
             NUM_STAGES=config.num_stages,
@@ -678,7 +791,7 @@ def _aot_case(
         contiguous, strided = ["stride_wk", "stride_wo"][:: 1 if out_axis == 0 else -1]
         constexprs |= {contiguous: 1, "BLOCK_P": config.block_p}
         widths += [strided, "stride_wh", "stride_ww"]
-        sizes += ["H", "W", "UNIT", "TILES"]
+        sizes += ["UNIT", "TILES"]
     for source, kind in sources.items():
         second = source.replace("_", "2_")
         signature[source] = kind
@@ -692,7 +805,7 @@ def _aot_case(
         signature=signature | {n: "i32" for n in widths + sizes},
         constexprs=constexprs,
         divisible=widths,
-        num_warps=config.num_warps,
+        num_warps=PROLOGUE_WARPS if prologue else config.num_warps,
         num_stages=config.num_stages,
         uses_dot=dtype == "bf16",
         uses_tma=config.tma,

@@ -13,6 +13,10 @@ GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
             everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
             dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
             dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W.
+x_bias, the bias of the convolution before, is part of what is normalised: x stands for x + x_bias.
+To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merge adds it to
+the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum where wanted,
+dx_bias = Σ_n rstd (gain A - L m1 - m2 X): the sum of dx before dx is rounded.
 RMSNorm (1) and LayerNorm (2) reduce over the channels of one pixel: 1R + 1W, backward 2R + 1W.
 t is recomputed in the backward; saved are x, mean and rstd. About 14 FLOPs an element forward, 30
 backward. Sums go through partials in a fixed order: no atomics, two runs give the same bits.
@@ -115,6 +119,15 @@ def _affine(
 
 
 @triton.jit
+def _mean(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
+    """What to take off x, (1, BLOCK_C): the mean of x + x_bias is off x by x_bias."""
+    mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
+    if xb_ptr is not None:
+        mean -= tl.load(xb_ptr + cols, mask=mask, other=0.0).to(ACC)
+    return mean[None, :]
+
+
+@triton.jit
 def _store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """y = SiLU(t) dropout_mask + residual at ``offs``."""
     if ACT:
@@ -204,10 +217,13 @@ def _stats_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, mean_ptr, rstd_ptr, L, C, group_width, groups, rows, chunks,
+    part_ptr, xb_ptr, mean_ptr, rstd_ptr, L, C, group_width, groups, rows, chunks,
     EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean and rstd (N, groups) from part (N, chunks, 2, C): Chan's merge over chunks, channels."""
+    """mean and rstd (N, groups) from part (N, chunks, 2, C): Chan's merge over chunks, channels.
+
+    x_bias is added here, as a difference to that of the group's first channel, too.
+    """
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
     part_ptr += n * chunks * 2 * C + pid % groups * group_width
@@ -215,6 +231,10 @@ def _merge_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     shift = tl.load(part_ptr)
     total = tl.cast(L, ACC) * group_width
+    bias = tl.zeros((), ACC)
+    if xb_ptr is not None:
+        xb_ptr += pid % groups * group_width
+        bias = tl.load(xb_ptr).to(ACC)
 
     moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
     for k0 in range(0, chunks, BLOCK_K):
@@ -223,9 +243,11 @@ def _merge_kernel(
         for c0 in range(0, group_width, BLOCK_C):
             c = c0 + offs_c
             mask = (k < chunks)[:, None] & (c < group_width)[None, :]
-            mean = tl.load(part_ptr + k[:, None] * 2 * C + c[None, :], mask=mask, other=0.0)
-            moment += tl.where(mask, size * (mean - shift), 0.0)
-    centre = shift + tl.sum(moment) / total
+            mean = tl.load(part_ptr + k[:, None] * 2 * C + c[None, :], mask=mask, other=0.0) - shift
+            if xb_ptr is not None:
+                mean += tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)[None, :] - bias
+            moment += tl.where(mask, size * mean, 0.0)
+    centre = tl.sum(moment) / total
 
     moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
     for k0 in range(0, chunks, BLOCK_K):
@@ -235,17 +257,21 @@ def _merge_kernel(
             c = c0 + offs_c
             mask = (k < chunks)[:, None] & (c < group_width)[None, :]
             at = part_ptr + k[:, None] * 2 * C + c[None, :]
-            apart = tl.load(at, mask=mask, other=0.0) - centre
+            apart = tl.load(at, mask=mask, other=0.0) - shift
+            if xb_ptr is not None:
+                more = tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)
+                apart += more[None, :] - bias
+            apart -= centre
             m2 = tl.load(at + C, mask=mask, other=0.0)
             moment += tl.where(mask, m2 + size * apart * apart, 0.0)
-    tl.store(mean_ptr + pid, centre)
+    tl.store(mean_ptr + pid, shift + bias + centre)
     tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(tl.sum(moment) / total + EPS))
 
 
 @triton.jit
 def _group_fwd_kernel(
-    x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
-    L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
+    x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr,
+    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels."""
@@ -261,7 +287,7 @@ def _group_fwd_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
-    mean = tl.load(mean_ptr + group, mask=mask_c, other=0.0)[None, :]
+    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = _affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
@@ -283,11 +309,12 @@ def _group_fwd_kernel(
 
 @triton.jit
 def _group_bwd_sums_kernel(
-    dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
+    dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
-    ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """part (N, chunks, 2, C): the sums over a chunk of dt and of dt x_hat."""
+    """part (N, chunks, SUMS, C): the sums over a chunk of dt, of dt x_hat and, third, of x_hat."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -300,7 +327,7 @@ def _group_bwd_sums_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
-    mean = tl.load(mean_ptr + group, mask=mask_c, other=0.0)[None, :]
+    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)[None, :]
     gain, offset = _affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
@@ -313,6 +340,7 @@ def _group_bwd_sums_kernel(
 
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    sum_x = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
         mask = (start + offs_l < size)[:, None] & mask_c[None, :]
         x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
@@ -320,18 +348,23 @@ def _group_bwd_sums_kernel(
         dt = _load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
         sum_dt += dt
         sum_dtx += dt * x_hat
+        if SUMS == 3:
+            sum_x += tl.where(mask, x_hat, 0.0)
         src += BLOCK_L * width
         at += BLOCK_L * (C1 + C2)
-    out = part_ptr + (n * chunks + chunk) * 2 * (C1 + C2) + cols
+    out = part_ptr + (n * chunks + chunk) * SUMS * (C1 + C2) + cols
     tl.store(out, tl.sum(sum_dt, axis=0), mask=mask_c)
     tl.store(out + C1 + C2, tl.sum(sum_dtx, axis=0), mask=mask_c)
+    if SUMS == 3:
+        tl.store(out + 2 * (C1 + C2), tl.sum(sum_x, axis=0), mask=mask_c)
 
 
 @triton.jit
 def _group_bwd_dx_kernel(
-    dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr,
-    shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows,
-    chunks, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr,
+    scale_ptr, shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale,
+    stride_shift, rows, chunks,
+    ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels, with m (N, 2, groups)."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
@@ -347,7 +380,7 @@ def _group_bwd_dx_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = cols // group_width
-    mean = tl.load(mean_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
+    mean = _mean(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
     m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)[None, :]
     m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)[None, :]
@@ -375,9 +408,9 @@ def _group_bwd_dx_kernel(
 @triton.jit
 def _reduce_kernel(
     part_ptr, sums_ptr, m_ptr, w_ptr, scale_ptr, C, width, frames, stride_scale, chunks, total,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sums (N, 2, C) of part (N, chunks, 2, C) over the chunks; a program takes ``width`` channels.
+    """sums (N, SUMS, C) of part (N, chunks, SUMS, C); a program takes ``width`` channels.
 
     For GroupNorm these are one group, and m (N, 2, groups) = Σ gain sums / total.
     """
@@ -388,8 +421,8 @@ def _reduce_kernel(
     stop = tl.minimum((piece + 1) * width, C)
     offs_k = tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C)
-    part_ptr += n * chunks * 2 * C
-    sums_ptr += n * 2 * C
+    part_ptr += n * chunks * SUMS * C
+    sums_ptr += n * SUMS * C
     m1 = tl.zeros((BLOCK_C,), ACC)
     m2 = tl.zeros((BLOCK_C,), ACC)
     for c0 in range(piece * width, stop, BLOCK_C):
@@ -397,16 +430,21 @@ def _reduce_kernel(
         mask_c = cols < stop
         a = tl.zeros((BLOCK_K, BLOCK_C), ACC)
         b = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        third = tl.zeros((BLOCK_K, BLOCK_C), ACC)
         for k0 in range(0, chunks, BLOCK_K):
             k = k0 + offs_k
             mask = (k < chunks)[:, None] & mask_c[None, :]
-            at = part_ptr + k[:, None] * 2 * C + cols[None, :]
+            at = part_ptr + k[:, None] * SUMS * C + cols[None, :]
             a += tl.load(at, mask=mask, other=0.0)
             b += tl.load(at + C, mask=mask, other=0.0)
+            if SUMS == 3:
+                third += tl.load(at + 2 * C, mask=mask, other=0.0)
         sum_a = tl.sum(a, axis=0)
         sum_b = tl.sum(b, axis=0)
         tl.store(sums_ptr + cols, sum_a, mask=mask_c)
         tl.store(sums_ptr + C + cols, sum_b, mask=mask_c)
+        if SUMS == 3:
+            tl.store(sums_ptr + 2 * C + cols, tl.sum(third, axis=0), mask=mask_c)
         if m_ptr is not None:
             gain, _ = _affine(
                 w_ptr, None, scale_ptr, None, n // frames, stride_scale, 0, cols, mask_c, ACC
@@ -421,9 +459,9 @@ def _reduce_kernel(
 @triton.jit
 def _dfilm_kernel(
     sums_ptr, w_ptr, b_ptr, dscale_ptr, dshift_ptr, C, frames,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dscale = weight B + bias A and dshift = A (B, C), from the sums A, B (B*frames, 2, C)."""
+    """dscale = weight B + bias A and dshift = A (B, C), from the sums A, B (B*frames, SUMS, C)."""
     blocks = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     batch = (pid // blocks).to(tl.int64)
@@ -434,7 +472,7 @@ def _dfilm_kernel(
     for n0 in range(0, frames, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         mask = (n < frames)[:, None] & mask_c[None, :]
-        at = sums_ptr + (batch * frames + n)[:, None] * 2 * C + cols[None, :]
+        at = sums_ptr + (batch * frames + n)[:, None] * SUMS * C + cols[None, :]
         a += tl.load(at, mask=mask, other=0.0)
         b += tl.load(at + C, mask=mask, other=0.0)
     sum_a = tl.sum(a, axis=0)
@@ -452,9 +490,9 @@ def _dfilm_kernel(
 @triton.jit
 def _dweight_kernel(
     sums_ptr, scale_ptr, dw_ptr, db_ptr, N, C, frames, stride_scale,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dweight = Σ_n (1 + scale) B and dbias = Σ_n (1 + scale) A, (C,), from the sums (N, 2, C)."""
+    """dweight = Σ_n (1 + scale) B and dbias = Σ_n (1 + scale) A, (C,), of the sums (N, SUMS, C)."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = cols < C
     a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
@@ -462,7 +500,7 @@ def _dweight_kernel(
     for n0 in range(0, N, BLOCK_N):
         n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         mask = (n < N) & mask_c[None, :]
-        at = sums_ptr + n * 2 * C + cols[None, :]
+        at = sums_ptr + n * SUMS * C + cols[None, :]
         more_a = tl.load(at, mask=mask, other=0.0)
         more_b = tl.load(at + C, mask=mask, other=0.0)
         if scale_ptr is not None:
@@ -475,6 +513,35 @@ def _dweight_kernel(
     tl.store(dw_ptr + cols, tl.sum(b, axis=0).to(dw_ptr.dtype.element_ty), mask=mask_c)
     if db_ptr is not None:
         tl.store(db_ptr + cols, tl.sum(a, axis=0).to(db_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _dx_bias_kernel(
+    sums_ptr, m_ptr, rstd_ptr, w_ptr, scale_ptr, dxb_ptr, N, L, C, group_width, groups, frames,
+    stride_scale, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx_bias (C,) = Σ dx over all rows, from the sums (N, 3, C). The third is Σ_l x_hat for
+    GroupNorm, with m (N, 2, groups); without m it is Σ_l dx itself."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = cols < C
+    group = (cols // group_width)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    for n0 in range(0, N, BLOCK_N):
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (n < N) & mask_c[None, :]
+        at = sums_ptr + n * 3 * C + cols[None, :]
+        found = tl.load(at + 2 * C, mask=mask, other=0.0)
+        if m_ptr is not None:
+            gain = tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)[None, :]
+            if scale_ptr is not None:
+                film = scale_ptr + n // frames * stride_scale + cols[None, :]
+                gain = gain * (1.0 + tl.load(film, mask=mask, other=0.0).to(ACC))
+            m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask, other=0.0)
+            m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask, other=0.0)
+            rstd = tl.load(rstd_ptr + n * groups + group, mask=mask, other=0.0)
+            found = rstd * (gain * tl.load(at, mask=mask, other=0.0) - L * m1 - found * m2)
+        total += found
+    tl.store(dxb_ptr + cols, tl.sum(total, axis=0).to(dxb_ptr.dtype.element_ty), mask=mask_c)
 
 
 # --- RMSNorm and LayerNorm over the channels of one pixel -----------------------------------------
@@ -510,7 +577,7 @@ def _row_norm(x, x2, mask, mask2, C, EPS: tl.constexpr, LAYER: tl.constexpr, TWO
 
 @triton.jit
 def _row_fwd_kernel(
-    x_ptr, x2_ptr, y_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
+    x_ptr, x2_ptr, y_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
     L, C1, C2, stride_scale, stride_shift,
     LAYER: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr, ACC: tl.constexpr,
@@ -529,6 +596,8 @@ def _row_fwd_kernel(
     mask = (row0 + offs_l < L) & (cols < C1)[None, :]
     mask2 = (row0 + offs_l < L) & (cols2 < C2)[None, :]
     x = tl.load(x_ptr + at * C1 + offs_l * C1 + cols[None, :], mask=mask, other=0.0).to(ACC)
+    if xb_ptr is not None:
+        x += tl.load(xb_ptr + cols, mask=cols < C1, other=0.0).to(ACC)[None, :]
     x2 = x
     if TWO:
         x2 = tl.load(x2_ptr + at * C2 + offs_l * C2 + cols2[None, :], mask=mask2, other=0.0).to(ACC)
@@ -553,12 +622,13 @@ def _row_fwd_kernel(
 
 @triton.jit
 def _row_bwd_kernel(
-    dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, part_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, drop_ptr,
-    L, C1, C2, stride_scale, stride_shift, rows, chunks,
-    LAYER: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, part_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
+    drop_ptr, L, C1, C2, stride_scale, stride_shift, rows, chunks,
+    SUMS: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx of a chunk of pixels, and part (B, chunks, 2, C): its sums of dt and of dt x_hat."""
+    """dx of a chunk of pixels, and part (B, chunks, SUMS, C): its sums of dt, of dt x_hat and,
+    third, of dx."""
     TWO: tl.constexpr = x2_ptr is not None
     C = C1 + C2
     pid = tl.program_id(0)
@@ -580,6 +650,10 @@ def _row_bwd_kernel(
         )  # fmt: skip
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C1), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C1), ACC)
+    sum_dx = tl.zeros((BLOCK_L, BLOCK_C1), ACC)
+    x_bias = tl.zeros((BLOCK_C1,), ACC)
+    if xb_ptr is not None:
+        x_bias = tl.load(xb_ptr + cols, mask=cols < C1, other=0.0).to(ACC)
     sum_dt2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
     sum_dtx2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
     for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
@@ -589,6 +663,8 @@ def _row_bwd_kernel(
         offs = at * C1 + offs_l * C1 + cols[None, :]
         offs2 = at * C2 + offs_l * C2 + cols2[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if xb_ptr is not None:
+            x += x_bias[None, :]
         x2 = x
         if TWO:
             x2 = tl.load(x2_ptr + offs2, mask=mask2, other=0.0).to(ACC)
@@ -609,16 +685,19 @@ def _row_bwd_kernel(
             du2 = dt2 * gain2[None, :]
             dot += tl.sum(du2 * x_hat2, axis=1)
             total += tl.sum(du2, axis=1)
-        if dx_ptr is not None:
+        if (dx_ptr is not None) or (SUMS == 3):
             m1 = tl.zeros_like(rstd)
             m2 = tl.where(varies, (dot / C)[:, None], 0.0)
             if LAYER:
                 m1 = (total / C)[:, None]
             dx = rstd * (du - m1 - x_hat * m2)
-            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            if TWO:
-                dx = rstd * (du2 - m1 - x_hat2 * m2)
-                tl.store(dx2_ptr + offs2, dx.to(dx2_ptr.dtype.element_ty), mask=mask2)
+            if SUMS == 3:
+                sum_dx += tl.where(mask, dx, 0.0)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                if TWO:
+                    dx = rstd * (du2 - m1 - x_hat2 * m2)
+                    tl.store(dx2_ptr + offs2, dx.to(dx2_ptr.dtype.element_ty), mask=mask2)
         if part_ptr is not None:
             sum_dt += dt
             sum_dtx += tl.where(mask, dt * x_hat, 0.0)
@@ -626,9 +705,11 @@ def _row_bwd_kernel(
                 sum_dt2 += dt2
                 sum_dtx2 += tl.where(mask2, dt2 * x_hat2, 0.0)
     if part_ptr is not None:
-        out = part_ptr + (batch * chunks + chunk) * 2 * C
+        out = part_ptr + (batch * chunks + chunk) * SUMS * C
         tl.store(out + cols, tl.sum(sum_dt, axis=0), mask=cols < C1)
         tl.store(out + C + cols, tl.sum(sum_dtx, axis=0), mask=cols < C1)
+        if SUMS == 3:
+            tl.store(out + 2 * C + cols, tl.sum(sum_dx, axis=0), mask=cols < C1)
         if TWO:
             tl.store(out + C1 + cols2, tl.sum(sum_dt2, axis=0), mask=cols2 < C2)
             tl.store(out + C + C1 + cols2, tl.sum(sum_dtx2, axis=0), mask=cols2 < C2)
@@ -653,7 +734,12 @@ def _row_stride(t: Tensor | None) -> int:
 
 
 def _group_stats(
-    x: Tensor, x2: Tensor | None, groups: int, per_frame: bool, eps: float
+    x: Tensor,
+    x2: Tensor | None,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     n, length, c1, c2, _ = _extents(x, x2, per_frame)
     acc = acc_dtype(x.dtype)
@@ -670,7 +756,7 @@ def _group_stats(
     width = (c1 + c2) // groups
     block_k, block_c = _merge_tile(chunks, width)
     _merge_kernel[(n * groups,)](
-        part, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
+        part, x_bias, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
         EPS=eps, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
     )  # fmt: skip
     return mean, rstd
@@ -697,6 +783,7 @@ def norm_act_fwd(
     per_frame: bool,
     eps: float,
     act: bool,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd), the last two empty where they were given or there are none."""
     n, length, c1, c2, frames = _extents(x, x2, per_frame)
@@ -708,7 +795,7 @@ def norm_act_fwd(
     if kind != GROUP:
         cfg = pick_row_config(c1, c2, x.element_size(), "fwd")
         _row_fwd_kernel[(n * cdiv(length, cfg.block_l),)](
-            x, x2, y, weight, bias, scale, shift, residual, drop, length, c1, c2, *strides,
+            x, x2, y, x_bias, weight, bias, scale, shift, residual, drop, length, c1, c2, *strides,
             LAYER=kind == LAYER, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
             BLOCK_C1=next_power_of_2(c1), BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=acc,
             num_warps=cfg.num_warps,
@@ -716,12 +803,12 @@ def norm_act_fwd(
         return y, none, torch.empty_like(none)
     found = (none, torch.empty_like(none))
     if mean is None:
-        mean, rstd = found = _group_stats(x, x2, groups, per_frame, eps)
+        mean, rstd = found = _group_stats(x, x2, groups, per_frame, eps, x_bias)
     cfg = pick_config(c1, c2, x.element_size(), "fwd")
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
     rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
     _group_fwd_kernel[(n * chunks * blocks,)](
-        x, x2, y, mean, rstd, weight, bias, scale, shift, residual, drop, length, c1, c2,
+        x, x2, y, mean, rstd, x_bias, weight, bias, scale, shift, residual, drop, length, c1, c2,
         (c1 + c2) // groups, groups, frames, *strides, rows, chunks,
         ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps,
     )  # fmt: skip
@@ -747,34 +834,40 @@ def norm_act_bwd(
     need_dx: bool,
     need_dweight: bool,
     need_dfilm: bool,
+    x_bias: Tensor | None = None,
+    need_dx_bias: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(dx, dx2, dweight, dbias, dscale, dshift), empty where the tensor is None or not wanted."""
-    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm)
-    dx, dx2, dw, db, dscale, dshift = (
+    """(dx, dx2, dweight, dbias, dscale, dshift, dx_bias), empty where the tensor is None or not
+    wanted."""
+    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm, need_dx_bias)
+    dx, dx2, dw, db, dscale, dshift, dxb = (
         t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip((x, x2, weight, bias, scale, shift), needs)
+        for t, need in zip((x, x2, weight, bias, scale, shift, x_bias), needs)
     )
     n, length, c1, c2, frames = _extents(x, x2, per_frame)
     c, acc = c1 + c2, acc_dtype(x.dtype)
     drop = _numeric(dropout_mask)
     strides = (_row_stride(scale), _row_stride(shift))
-    params = any(t is not None for t in (dw, dscale, dshift))
-    partials = {"dtype": acc_torch_dtype(x.dtype), "device": x.device}
+    params = any(t is not None for t in (dw, dscale, dshift, dxb))
+    count = 2 if dxb is None else 3  # sums of the rows, see the kernels
+    m = None
+    partials: dict[str, Any] = {"dtype": acc_torch_dtype(x.dtype), "device": x.device}
 
     if kind == GROUP:
         cfg = pick_config(c1, c2, x.element_size(), "bwd")
         blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
         rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
-        part = torch.empty((n, chunks, 2, c), **partials)
-        shared = (mean, rstd, weight, bias, scale, shift, drop)
+        part = torch.empty((n, chunks, count, c), **partials)
+        shared = (mean, rstd, x_bias, weight, bias, scale, shift, drop)
         counts = (length, c1, c2, c // groups, groups, frames, *strides)
         tile: dict[str, Any] = dict(
             ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps
         )
         _group_bwd_sums_kernel[(n * chunks * blocks,)](
-            dy, x, x2, part, *shared, *counts, rows, chunks, **tile
+            dy, x, x2, part, *shared, *counts, rows, chunks, SUMS=count, **tile
         )
-        m = torch.empty((n, 2, groups), **partials) if need_dx else None
+        if need_dx or dxb is not None:
+            m = torch.empty((n, 2, groups), **partials)
         sums = _reduce(part, m, weight, scale, c // groups, frames, length * (c // groups), acc)
         if need_dx:
             rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
@@ -784,27 +877,36 @@ def norm_act_bwd(
     else:
         cfg = pick_row_config(c1, c2, x.element_size(), "bwd")
         rows, chunks = split_for_sums(x.device, n, length, cfg)
-        part = torch.empty((n, chunks, 2, c), **partials) if params else None
+        row_part = torch.empty((n, chunks, count, c), **partials) if params else None
         _row_bwd_kernel[(n * chunks,)](
-            dy, x, x2, dx, dx2, part, weight, bias, scale, shift, drop, length, c1, c2, *strides,
-            rows, chunks, LAYER=kind == LAYER, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
+            dy, x, x2, dx, dx2, row_part, x_bias, weight, bias, scale, shift, drop, length, c1, c2,
+            *strides, rows, chunks,
+            SUMS=count, LAYER=kind == LAYER, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
             BLOCK_C1=next_power_of_2(c1), BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=acc,
             num_warps=cfg.num_warps,
         )  # fmt: skip
-        sums = None if part is None else _reduce(part, None, weight, scale, 32, frames, 1, acc)
+        sums = None
+        if row_part is not None:
+            sums = _reduce(row_part, None, weight, scale, 32, frames, 1, acc)
 
     block_c = min(32, next_power_of_2(c))
     if dscale is not None or dshift is not None:
         _dfilm_kernel[(x.shape[0] * cdiv(c, block_c),)](
-            sums, weight, bias, dscale, dshift, c, frames,
+            sums, weight, bias, dscale, dshift, c, frames, SUMS=count,
             BLOCK_N=min(32, next_power_of_2(frames)), BLOCK_C=block_c, ACC=acc, num_warps=4,
         )  # fmt: skip
     if dw is not None:
         _dweight_kernel[(cdiv(c, block_c),)](
-            sums, scale, dw, db, n, c, frames, strides[0],
+            sums, scale, dw, db, n, c, frames, strides[0], SUMS=count,
             BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc, num_warps=4,
         )  # fmt: skip
-    return tuple(x.new_empty(0) if t is None else t for t in (dx, dx2, dw, db, dscale, dshift))
+    if dxb is not None:
+        _dx_bias_kernel[(cdiv(c, block_c),)](
+            sums, m, rstd, weight, scale, dxb, n, length, c, c // groups, groups, frames,
+            strides[0], BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc, num_warps=4,
+        )  # fmt: skip
+    found = (dx, dx2, dw, db, dscale, dshift, dxb)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
 def _reduce(
@@ -817,19 +919,20 @@ def _reduce(
     total: int,
     acc: tl.dtype,
 ) -> Tensor:
-    n, chunks, _, c = part.shape
-    sums = part.new_empty((n, 2, c))
+    n, chunks, count, c = part.shape
+    sums = part.new_empty((n, count, c))
     block_k, block_c = _merge_tile(chunks, width)
     _reduce_kernel[(n * cdiv(c, width),)](
         part, sums, m, weight, scale, c, width, frames, _row_stride(scale), chunks, total,
-        BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+        SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
     )  # fmt: skip
     return sums
 
 
 def aot_cases() -> list[AotCase]:
     """The kernels as the launchers start them: bf16 in both widths of tile, two unequal sources,
-    fp32, and the widest row. The small kernels that reduce partials have one form."""
+    fp32, and the widest row; with x_bias and its gradient where there is one source of bf16. The
+    small kernels that reduce partials have one form."""
     found = _aot_small()
     for dtype, c1, c2 in (("bf16", 64, 0), ("bf16", 256, 0), ("bf16", 96, 48), ("fp32", 128, 0)):
         found += _aot_group(dtype, c1, c2)
@@ -851,10 +954,12 @@ def _aot(
 ) -> AotCase:
     signature: dict[str, str] = {}
     divisible = []
+    absent = [] if channels[1] else ["x2_ptr", "dx2_ptr"]
+    absent += ["xb_ptr"] if _aot_sums(dtype, channels[1]) == 2 else []
     for arg in kernel.arg_names:
         if arg in constexprs:
             continue
-        if arg in ("x2_ptr", "dx2_ptr") and not channels[1]:
+        if arg in absent:
             constexprs[arg] = None
         elif arg.endswith("_ptr"):
             kind = "fp32" if arg in _AOT_PARTIALS else "u8" if arg == "drop_ptr" else dtype
@@ -873,9 +978,10 @@ def _aot_small() -> list[AotCase]:
     last = dict(BLOCK_N=32, BLOCK_C=32, ACC=tl.float32)
     return [
         _aot("merge", _merge_kernel, "bf16", (64, 0), 4, EPS=1e-5, **merge),
-        _aot("reduce", _reduce_kernel, "bf16", (64, 0), 4, **merge),
-        _aot("dfilm", _dfilm_kernel, "bf16", (64, 0), 4, **last),
-        _aot("dweight", _dweight_kernel, "bf16", (64, 0), 4, **last),
+        _aot("reduce", _reduce_kernel, "bf16", (64, 0), 4, SUMS=3, **merge),
+        _aot("dfilm", _dfilm_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
+        _aot("dweight", _dweight_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
+        _aot("dx_bias", _dx_bias_kernel, "bf16", (64, 0), 4, **last),
     ]
 
 
@@ -888,10 +994,16 @@ def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
         "group_bwd_dx": _group_bwd_dx_kernel,
     }
     channels, warps = (c1, c2), cfg.num_warps
+    sums = {"group_bwd_sums": {"SUMS": _aot_sums(dtype, c2)}}
     return [_aot("stats", _stats_kernel, dtype, channels, warps, **tile)] + [
-        _aot(what, kernel, dtype, channels, warps, ACT=True, **tile)
+        _aot(what, kernel, dtype, channels, warps, ACT=True, **tile, **sums.get(what, {}))
         for what, kernel in kernels.items()
     ]
+
+
+def _aot_sums(dtype: str, c2: int) -> int:
+    """3 with x_bias."""
+    return 2 if c2 or dtype != "bf16" else 3
 
 
 def _aot_row(dtype: str, c1: int, c2: int) -> list[AotCase]:
@@ -900,8 +1012,12 @@ def _aot_row(dtype: str, c1: int, c2: int) -> list[AotCase]:
         ACT=True, BLOCK_L=cfg.block_l, BLOCK_C1=next_power_of_2(c1),
         BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=tl.float32, EPS=1e-5,
     )  # fmt: skip
+    sums = {"fwd": {}, "bwd": {"SUMS": _aot_sums(dtype, c2)}}
     return [
-        _aot(f"{kind}_{what}", kernel, dtype, (c1, c2), cfg.num_warps, LAYER=layer, **tile)
+        _aot(
+            f"{kind}_{what}", kernel, dtype, (c1, c2), cfg.num_warps, LAYER=layer, **tile,
+            **sums[what],
+        )
         for kind, layer in (("rms", False), ("layer", True))
         for what, kernel in (("fwd", _row_fwd_kernel), ("bwd", _row_bwd_kernel))
-    ]
+    ]  # fmt: skip

@@ -46,11 +46,15 @@ CASES = {
     "down_3x3": ((1, 2, 5, 8, 5), 0, 7, 3, {"stride": 2}),
     "up": ((1, 2, 3, 5, 6), 0, 9, 3, {"upsample": "nearest", "residual": True}),
 }
-TMA_CASES = {  # widths that are multiples of 8, stride 1
+TMA_CASES = {  # widths that are multiples of 8; of 16 and even extents with stride 2
     "3x3": ((1, 3, 5, 7, 8), 0, 72, 3, {"residual": True}),
     "pair": ((2, 2, 3, 5, 24), 8, 16, 3, {}),
     "pair_1x1": ((1, 2, 3, 5, 8), 40, 16, 1, {"residual": True}),
     "one_pixel": ((2, 3, 1, 1, 16), 0, 8, 3, {}),
+    "down": ((1, 3, 10, 14, 16), 0, 72, 4, {"stride": 2, "residual": True}),
+    "down_pair": ((2, 1, 6, 4, 48), 32, 16, 4, {"stride": 2}),
+    "down_3x3": ((1, 2, 6, 8, 32), 0, 16, 3, {"stride": 2}),
+    "down_one_pixel": ((2, 1, 2, 2, 16), 0, 8, 4, {"stride": 2}),
 }
 
 
@@ -165,12 +169,46 @@ def test_transpose_parity(shape, device):
 
 
 def test_transpose_descriptors(device, tma, monkeypatch):
-    """Forward and folded upsampling through boxes (their dgrad has a stride: pointers)."""
-    x, weight = randn(1, 2, 3, 5, 16, device=device), randn(16, 24, 4, 4, device=device)
+    """Forward through boxes of each phase, dgrad through boxes of each parity."""
+    inputs = randn(1, 2, 3, 5, 16, device=device), randn(16, 32, 4, 4, device=device)
     with use_backend("triton"):
-        out = space_conv_transpose(x, weight)
-    wide = space_conv_transpose_ref(x.double(), weight.double())
-    assert_close3(out, space_conv_transpose_ref(x, weight), wide)
+        assert_parity(space_conv_transpose, space_conv_transpose_ref, inputs)
+
+
+@pytest.mark.parametrize(
+    "size,channels,by_boxes",
+    [((16, 32), 64, True), ((16, 31), 64, False), ((17, 32), 64, False), ((16, 32), 24, False)],
+)
+def test_a_stride_goes_by_descriptors_where_parities_split(size, channels, by_boxes, monkeypatch):
+    """On sm_90, even extents and whole steps of channels; else by pointers."""
+    kernels = pytest.importorskip("fastvdm.kernels.conv_group_norm_conv")
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def pick(widths, grid, itemsize, tma):
+        asked.append(tma)
+        raise Asked
+
+    monkeypatch.setattr(kernels, "capability", lambda device: 90)
+    monkeypatch.setattr(kernels, "pick_config", pick)
+    x = torch.empty(1, 1, *size, channels, dtype=torch.float16)
+    with pytest.raises(Asked):
+        kernels.space_conv_fwd(x, None, x.new_empty(32, channels, 4, 4), None, None, 2)
+    assert asked == [by_boxes]
+
+
+def test_steps_of_channels_stay_within_a_parity(device, monkeypatch):
+    """48 channels in steps of 32 would run from even columns into odd ones: steps of 16."""
+    kernels = pytest.importorskip("fastvdm.kernels.conv_group_norm_conv")
+    config = kernels.ConvConfig(64, 32, 32, 4, 2, True, 4, 8)
+    monkeypatch.setattr(kernels, "pick_config", lambda *a: config)
+    x, weight = randn(1, 1, 8, 4, 48, device=device), randn(8, 48, 4, 4, device=device)
+    with use_backend("triton"):
+        y = space_conv(x, weight, stride=2)
+    wide = space_conv_ref(x.double(), weight.double(), stride=2)
+    assert_close3(y, space_conv_ref(x, weight, stride=2), wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +227,7 @@ def test_library_transpose_parity(dtype, choice):
 
 
 EXACT = [(n, "pointers") for n in ("odd", "pair", "down_odd", "down_3x3", "up", "7x7", "one_row")]
-EXACT += [(n, "descriptors") for n in ("odd", "pair", "7x7")]
+EXACT += [(n, "descriptors") for n in ("odd", "pair", "7x7", "down")]
 
 
 @pytest.mark.parametrize("name,variant", EXACT)
@@ -199,7 +237,7 @@ def test_exact(name, variant, device, request, poison):
     if variant == "descriptors":
         request.getfixturevalue("tma")
         shape, c2, _, kernel, options = case
-        case = ((*shape[:-1], 8), 16 if c2 else 0, 8, kernel, options)
+        case = ((*shape[:-1], 16 if name == "down" else 8), 16 if c2 else 0, 8, kernel, options)
     op, ref, inputs = make_case(case, torch.float32, device, exact=True)
     with use_backend("triton"):
         out, g = run_with_grads(op, inputs)

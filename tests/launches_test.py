@@ -65,7 +65,8 @@ def linear_attention(shape) -> None:
     kernels.linear_attention_bwd(out, qkv, lse, ctx, 0.5)
 
 
-def norm_act(shape, c2, kind, needs, film) -> None:
+def norm_act(shape, c2, kind, needs, film, before=False) -> None:
+    """``before``: with the bias of the convolution before, and its gradient."""
     from fastvdm.kernels import conv_group_norm_norm as kernels
 
     x, c = torch.empty(shape, dtype=torch.bfloat16), shape[-1] + c2
@@ -73,10 +74,34 @@ def norm_act(shape, c2, kind, needs, film) -> None:
     scale = torch.empty(shape[0], c, dtype=x.dtype) if film else None
     params = (x, x2, torch.empty(c), torch.empty(c) if film else None, scale, scale)
     options = (kind, 1, False, 1e-5, True)
-    y, mean, rstd = kernels.norm_act_fwd(*params, None, None, None, None, *options)
+    x_bias = torch.empty(c) if before else None
+    y, mean, rstd = kernels.norm_act_fwd(*params, None, None, None, None, *options, x_bias)
     stats = (mean, rstd) if kind == 0 else (None, None)
     for need in needs:
-        kernels.norm_act_bwd(y, *params, None, *stats, *options, *need)
+        kernels.norm_act_bwd(y, *params, None, *stats, *options, *need, x_bias, before)
+
+
+def norm_conv(shape, cout, kernel, film, rows=1) -> None:
+    from fastvdm.kernels import conv_group_norm_prologue as kernels
+
+    x, c = torch.empty(shape, dtype=torch.bfloat16), shape[-1]
+    stats = torch.empty(2, rows, 1).unbind()
+    weight = torch.empty(cout, c, kernel, kernel, dtype=x.dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    scale = torch.empty(shape[0], 2 * c, dtype=x.dtype)[:, :c] if film else None
+    bias = torch.empty(c) if film else None
+    kernels.norm_conv_fwd(x, *stats, torch.empty(c), bias, scale, scale, weight, None, None, film)
+
+
+def space_conv_down(shape, cout) -> None:
+    """4x4 with stride 2 and the backward of its transpose, both gather with a stride."""
+    from fastvdm.kernels import conv_group_norm_conv as kernels
+
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    weight = torch.empty(cout, shape[-1], 4, 4, dtype=x.dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    y = kernels.space_conv_fwd(x, None, weight, None, None, 2)
+    kernels.space_conv_transpose_bwd(x, y, weight, True, False, False)
 
 
 def space_conv(shape, cout, kernel, c2=0) -> None:
@@ -115,10 +140,29 @@ CALLS = {
     "norm_act/group/two of 1 channel": lambda: norm_act((1, 1, 1, 1, 1), 1, 0, ONE_NEED[:1], True),
     "norm_act/rms/every extent 1": lambda: norm_act((1, 1, 1, 1, 1), 0, 1, ONE_NEED[:2], False),
     "norm_act/layer/two of 1 channel": lambda: norm_act((1, 1, 1, 1, 1), 1, 2, ONE_NEED[2:], True),
+    "norm_act/group/a bias before": lambda: norm_act(
+        (1, 2, 4, 4, 32), 0, 0, ONE_NEED, True, before=True
+    ),
+    "norm_act/group/a bias before, every extent 1": lambda: norm_act(
+        (1, 1, 1, 1, 1), 0, 0, [(False,) * 3], False, before=True
+    ),
+    "norm_act/rms/a bias before, alone trained": lambda: norm_act(
+        (1, 2, 4, 4, 32), 0, 1, [(False,) * 3], False, before=True
+    ),
+    "norm_act/layer/a bias before": lambda: norm_act(
+        (1, 1, 1, 1, 1), 0, 2, [(True, True, False)], True, before=True
+    ),
+    "norm_conv/every extent 1": lambda: norm_conv((1, 1, 1, 1, 1), 1, 1, False),
+    "norm_conv/pointers": lambda: norm_conv((2, 3, 5, 4, 12), 6, 3, True, rows=6),
+    "norm_conv/descriptors": lambda: norm_conv((2, 2, 8, 8, 16), 8, 3, True, rows=2),
+    "norm_conv/descriptors, one channel tile of 128": lambda: norm_conv(
+        (1, 2, 32, 32, 128), 128, 3, False
+    ),
     "space_conv/every extent 1": lambda: space_conv((1, 1, 1, 1, 1), 1, 1),
     "space_conv/pointers, two sources of 1 and 3 channels": lambda: space_conv(
         (1, 1, 2, 2, 1), 1, 3, 3
     ),
+    "space_conv/descriptors, stride 2": lambda: space_conv_down((1, 2, 16, 16, 32), 64),
     "space_conv/descriptors, two sources": lambda: space_conv((1, 2, 8, 8, 8), 8, 3, 16),
 }
 

@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from fastvdm.layers.conv import SpaceConv
 from fastvdm.layers.norm import Norm
 from fastvdm.ops.conv_group_norm import conv_group_norm
+from fastvdm.ops.conv_group_norm_conv import space_conv_stats
+from fastvdm.ops.conv_group_norm_prologue import norm_conv, takes_prologue
 
 MakeNorm = Callable[[int], Norm]
 
 
-def dropout_mask(x: Tensor, channels: int, p: float, training: bool) -> Tensor | None:
-    """(B, F, H, W, channels) of 0 with probability p, else 1 / (1 - p); None where it is off."""
+def dropout_mask(
+    x: Tensor, channels: int, p: float, training: bool, factor: int = 1
+) -> Tensor | None:
+    """(B, F, H * factor, W * factor, channels) of 0 with probability p, else 1 / (1 - p); None
+    where it is off."""
     if not training or p == 0:
         return None
-    return F.dropout(x.new_ones((*x.shape[:-1], channels)), p)
+    b, f, h, w, _ = x.shape
+    return F.dropout(x.new_ones(b, f, h * factor, w * factor, channels), p)
 
 
 def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -46,6 +52,7 @@ def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor
         groups=norm.groups,
         per_frame=norm.per_frame,
         eps=norm.eps,
+        upsample=conv.upsample,
         **options,
     )
 
@@ -132,18 +139,50 @@ class PreNormResnetBlock(nn.Module):
         h = self.norm1(x, x2=x2, act=True)
         if self.resample == "down":
             h = avg_pool(h)
-        if self.additive or self.resample == "up":  # something stands between conv and norm
-            h = self.conv1(h)
-            scale, shift = (None, None) if self.additive else _film(self.film, emb)
-            if self.additive and self.film is not None and emb is not None:
-                h = h + self.film(emb)[:, None, None, None].to(h.dtype)
-            mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
-            h = self.norm2(h, scale=scale, shift=shift, act=True, dropout_mask=mask)
+        factor = 2 if self.resample == "up" else 1
+        mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training, factor)
+        if self.additive and self.film is not None and emb is not None:
+            h = self.conv1(h)  # the embedding stands between conv and norm
+            h = h + self.film(emb)[:, None, None, None].to(h.dtype)
+            h = self.norm2(h, act=True, dropout_mask=mask)
         else:
-            scale, shift = _film(self.film, emb)
-            mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training)
+            scale, shift = _film(None if self.additive else self.film, emb)
+            if mask is None and self._one_launch(h):
+                return self._conv_norm_conv(h, scale, shift, self._shortcut(x, x2))
             h = _conv_norm(self.conv1, self.norm2, h, scale=scale, shift=shift, dropout_mask=mask)
         return self.conv2(h, residual=self._shortcut(x, x2))
+
+    def _one_launch(self, h: Tensor) -> bool:
+        """Whether the first convolution has the statistics of the second norm in its epilogue, and
+        the second convolution the norm in its prologue."""
+        norm = self.norm2
+        return (
+            norm.kind == "group"
+            and norm.shards is None
+            and self.conv1.upsample is None
+            and takes_prologue(h)
+        )
+
+    def _conv_norm_conv(
+        self, h: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor
+    ) -> Tensor:
+        norm, conv1, conv2 = self.norm2, self.conv1, self.conv2
+        eps = 1e-5 if norm.eps is None else norm.eps
+        h, *stats = space_conv_stats(
+            h, conv1.weight, conv1.bias, groups=norm.groups, per_frame=norm.per_frame, eps=eps
+        )
+        return norm_conv(
+            h,
+            stats,
+            norm.weight,
+            norm.bias,
+            conv2.weight,
+            conv2.bias,
+            per_frame=norm.per_frame,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+        )
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
         if self.skip is not None:

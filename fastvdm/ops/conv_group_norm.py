@@ -10,14 +10,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvdm.ops.conv_group_norm_conv import (
+    bias_is_apart,
     choose_conv,
     space_conv,
     space_conv_stats,
     space_conv_transpose,
 )
 from fastvdm.ops.conv_group_norm_norm import default_eps, norm_act
+from fastvdm.ops.conv_group_norm_prologue import norm_conv
 
-__all__ = ["conv_group_norm", "norm_act", "space_conv", "space_conv_transpose"]
+__all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
 
 
 def conv_group_norm(
@@ -37,35 +39,43 @@ def conv_group_norm(
     residual: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     x2: Tensor | None = None,
+    upsample: str | None = None,
 ) -> Tensor:
-    """norm_act(space_conv(x, weight, bias, x2=x2), norm_weight, norm_bias, ...).
+    """norm_act(space_conv(x, weight, bias, x2=x2, upsample=upsample), norm_weight, ...).
 
     The block of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, App. B), on every frame.
 
     Args:
         x, x2: (B, F, H, W, C1), (B, F, H, W, C2): convolved side by side along the channels.
-        weight: (Cout, C1 + C2, k, k), k odd; stride 1. bias: (Cout,).
+        weight: (Cout, C1 + C2, k, k), k odd; stride 1. bias: (Cout,), added where it is cheapest:
+            by the convolution, or by the norm where the convolution needs a pass of its own for it.
         norm_weight, norm_bias: (Cout,). scale, shift: (B, Cout).
-        residual, dropout_mask: (B, F, H, W, Cout).
+        residual, dropout_mask: as the result.
+        upsample: "nearest" doubles H and W before a 3x3 kernel.
         The rest as in ``norm_act``.
 
     Returns:
-        (B, F, H, W, Cout), contiguous, in the dtype of the convolution's output.
+        (B, F, H, W, Cout), or 2H, 2W, contiguous, in the dtype of the convolution's output.
 
     Raises:
         ValueError, TypeError: as ``space_conv`` and ``norm_act``.
     """
     stats = None
-    epilogue = choose_conv("conv" if x2 is None else "pair", x.shape[-1], x.device.type, x.dtype)
-    if kind == "group" and epilogue == "triton":  # its epilogue has the statistics for nothing
+    job = "upsample" if upsample is not None else "conv" if x2 is None else "pair"
+    x_bias = bias if bias is not None and bias_is_apart(job, x, weight) else None
+    if x_bias is not None:
+        bias = None
+    epilogue = choose_conv(job, x.shape[-1], x.device.type, x.dtype)
+    # Triton's epilogue has the statistics for nothing
+    if kind == "group" and epilogue == "triton" and upsample is None:
         y, *stats = space_conv_stats(
             x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,
             eps=default_eps(kind) if eps is None else eps,
         )  # fmt: skip
     else:
-        y = space_conv(x, weight, bias, x2=x2)
+        y = space_conv(x, weight, bias, x2=x2, upsample=upsample)
     return norm_act(
         y, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps,
         scale=scale, shift=shift, act=act, residual=residual, dropout_mask=dropout_mask,
-        stats=stats,
+        stats=stats, x_bias=x_bias,
     )  # fmt: skip

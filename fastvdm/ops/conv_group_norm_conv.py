@@ -95,6 +95,13 @@ def _implementation(op: str, kind: str, x: Tensor, weight: Tensor, stride: int =
     return choice
 
 
+def bias_is_apart(kind: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether this convolution, of ``kind`` as in ``choose_conv``, would add its bias in a pass of
+    its own, so that a norm behind it had better take the bias: only the library's does, on CUDA."""
+    choice = choose_conv(kind, x.shape[-1], x.device.type, x.dtype)
+    return choice in ("aten", "library") and library.adds_bias_apart(x, weight.shape[-1])
+
+
 def _launchers(backend: str):
     return library if backend == "library" else dispatch.launchers(STEM, backend)
 
@@ -334,7 +341,7 @@ def _check(
             raise TypeError(f"{name} is {t.dtype}, x is {x.dtype}")
 
 
-def _check_conv(
+def check_conv(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
@@ -416,7 +423,7 @@ def space_conv(
     Raises:
         ValueError, TypeError: a shape, dtype or option that does not fit, before any launch.
     """
-    _check_conv(x, x2, weight, bias, stride, residual, upsample)
+    check_conv(x, x2, weight, bias, stride, residual, upsample)
     if upsample is not None:
         if get_config().backend == "reference":
             return space_conv_ref(x, weight, bias, None, 1, residual, upsample)
@@ -456,7 +463,7 @@ def space_conv_stats(
     Raises:
         ValueError, TypeError: as ``space_conv``; groups must divide Cout.
     """
-    _check_conv(x, x2, weight, bias, stride, residual, None)
+    check_conv(x, x2, weight, bias, stride, residual, None)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
     kind = "conv" if x2 is None else "pair"

@@ -118,18 +118,24 @@ def _conv3x3(
     )
 
 
+def adds_bias_apart(x: Tensor, kernel: int) -> bool:
+    """Whether the bias of a convolution is a pass of its own. On CUDA a 1x1 is a GEMM, whose
+    epilogue adds it; larger kernels get none from cuDNN, which would add it in an unvectorised pass
+    (sgl-project/sglang#38650): a norm that follows takes it as ``x_bias``."""
+    return x.is_cuda and kernel > 1
+
+
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """One-source convolution, differentiable through torch's own autograd.
 
-    On CUDA a 1x1 is a GEMM, whose epilogue adds the bias; larger kernels get none from cuDNN, which
-    would add it in an unvectorised pass of its own (sgl-project/sglang#38650). On a CPU oneDNN's
-    convolution takes both: F.linear needs 1.1-3.4x its time for a 1x1 with bias (forward, 64-1024
-    channels, fp32 and bf16; 0.8-1.3x with gradients; Xeon, one thread, 2026-11).
+    On CUDA a 1x1 is a GEMM. On a CPU oneDNN's convolution takes both, bias included: F.linear needs
+    1.1-3.4x its time for a 1x1 with bias (forward, 64-1024 channels, fp32 and bf16; 0.8-1.3x with
+    gradients; Xeon, one thread, 2026-11).
     """
     kernel = weight.shape[-1]
     if x.is_cuda and kernel == 1 and stride == 1:
         return F.linear(x, weight.flatten(1), bias)
-    inside = None if x.is_cuda else bias
+    inside = None if adds_bias_apart(x, kernel) else bias
     y = F.conv2d(images(x), weight, inside, stride=stride, padding=padding_of(kernel))
     y = video(y, x)
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
@@ -142,7 +148,7 @@ def upsample_nearest(x: Tensor) -> Tensor:
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """4x4, stride 2, padding 1; differentiable through torch's own autograd."""
-    inside = None if x.is_cuda else bias
+    inside = None if adds_bias_apart(x, weight.shape[-1]) else bias
     y = video(F.conv_transpose2d(images(x), weight, inside, stride=2, padding=1), x)
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
@@ -256,7 +262,7 @@ def space_conv_transpose_fwd(
     batch, frames, height, width, _ = x.shape
     y = x.new_empty(batch * frames, 2 * height, 2 * width, weight.shape[1])
     kernels = weight.transpose(0, 1).flip(2, 3)  # tap 3 first: the lower input row
-    inside = None if x.is_cuda else bias
+    inside = None if adds_bias_apart(x, weight.shape[-1]) else bias
     for a in (0, 1):
         for b in (0, 1):
             taps = kernels[:, :, a::2, b::2].contiguous(memory_format=torch.channels_last)

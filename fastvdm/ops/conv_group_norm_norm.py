@@ -1,10 +1,11 @@
 """``norm_act``: the norm side of ``conv_group_norm``, with all that stands around a convolution.
 
-    z = norm([x, x2]) * weight + bias           the statistics are over channels, or a group
+    z = norm([x + x_bias, x2]) * weight + bias  the statistics are over channels, or a group
     y = SiLU(z * (1 + scale) + shift) * dropout_mask + residual
 
 One read and one write when the statistics are given, else two reads and one write. The backward
 recomputes the normalised activation: what is saved is x and, for groups, the mean and 1/std.
+x_bias is the bias of the convolution that made x, where that would add it in a pass of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
 _STEM = "conv_group_norm_norm"
-_Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def default_eps(kind: str) -> float:
@@ -64,22 +65,24 @@ def norm_act_fwd(
     eps: float,
     act: bool,
     backend: str,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) of contiguous inputs; only the rows of scale and shift may lie further apart
     than C, as halves of one (B, 2C) projection do. y (B, F, H, W, C1 + C2) in the dtype of x. mean,
     rstd (N, groups) in fp32 (fp64 for fp64), N = B*F per frame, else B; of shape (0,) where there
-    are none to save: the kind is not "group", or they were given."""
+    are none to save: the kind is not "group", or they were given. x_bias (C,), without x2, is for
+    backends other than "cpu", whose launchers do not know it."""
     scale, shift = _film_rows(scale, shift, backend)
     return launchers(_STEM, backend).norm_act_fwd(
         x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
-        kind, groups, per_frame, eps, act,
+        kind, groups, per_frame, eps, act, *(() if x_bias is None else (x_bias,)),
     )  # fmt: skip
 
 
 @fake(norm_act_fwd)
 def _(
     x, x2, weight, bias, scale, shift, residual, dropout_mask, mean, rstd,
-    kind, groups, per_frame, eps, act, backend,
+    kind, groups, per_frame, eps, act, backend, x_bias=None,
 ):  # fmt: skip
     stats = (0,) if mean is not None else _stats_shape(x, kind, groups, per_frame)
     acc = torch.promote_types(x.dtype, torch.float32)
@@ -108,54 +111,64 @@ def norm_act_bwd(
     need_dweight: bool,
     need_dfilm: bool,
     backend: str,
+    x_bias: Tensor | None = None,
+    need_dx_bias: bool = False,
 ) -> _Grads:
-    """(dx, dx2, dweight, dbias, dscale, dshift), each in the shape and dtype of its tensor, or of
-    shape (0,) where the tensor is None or not wanted: ``need_dx`` asks for dx and dx2,
-    ``need_dweight`` for dweight and dbias, ``need_dfilm`` for dscale and dshift. The gradient of
-    the residual is dy itself. mean, rstd are those of the forward; None for kinds "rms", "layer".
-    """
+    """(dx, dx2, dweight, dbias, dscale, dshift, dx_bias), each in the shape and dtype of its
+    tensor, or of shape (0,) where the tensor is None or not wanted: ``need_dx`` asks for dx and
+    dx2, ``need_dweight`` for dweight and dbias, ``need_dfilm`` for dscale and dshift. The gradient
+    of the residual is dy itself. mean, rstd are those of the forward; None for kinds "rms",
+    "layer"."""
     scale, shift = _film_rows(scale, shift, backend)
-    return launchers(_STEM, backend).norm_act_bwd(
+    more = () if x_bias is None else (x_bias, need_dx_bias)
+    found = launchers(_STEM, backend).norm_act_bwd(
         dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
-        kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm,
+        kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm, *more,
     )  # fmt: skip
+    return (*found, x.new_empty(0)) if len(found) == 6 else found  # C++ has no x_bias
 
 
 @fake(norm_act_bwd)
 def _(
     dy, x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
-    kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm, backend,
+    kind, groups, per_frame, eps, act, need_dx, need_dweight, need_dfilm, backend, x_bias=None,
+    need_dx_bias=False,
 ):  # fmt: skip
-    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm)
+    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm, need_dx_bias)
     return tuple(
         x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
-        for t, need in zip((x, x2, weight, bias, scale, shift), needs)
+        for t, need in zip((x, x2, weight, bias, scale, shift, x_bias), needs)
     )
 
 
 def _save(ctx, inputs, output):
-    x, x2, weight, bias, scale, shift, _, dropout_mask, mean, rstd, *ctx.options = inputs
+    x, x2, weight, bias, scale, shift, _, dropout_mask, mean, rstd, *ctx.options, x_bias = inputs
     if mean is None and output[1].numel():
         mean, rstd = output[1:]
-    ctx.save_for_backward(x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd)
+    ctx.save_for_backward(x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd, x_bias)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dmean, drstd):
+    need = ctx.needs_input_grad  # one shorter without x_bias: the dispatcher drops a default
+    none = (None,) * (len(need) - 7)
     if dy is None:
-        return (None,) * 16
-    x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd = ctx.saved_tensors
+        return (*(None,) * 7, *none)
+    x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd, x_bias = ctx.saved_tensors
     *options, backend = ctx.options
-    need = ctx.needs_input_grad
+    dres = dy if need[6] else None
     flags = (need[0] or need[1], need[2] or need[3], need[4] or need[5])
-    if not any(flags):  # the residual alone
-        return (*(None,) * 6, dy, *(None,) * 9)
-    found = norm_act_bwd(
+    more = () if x_bias is None else (x_bias, need[-1])
+    if not any((*flags, *more[1:])):  # the residual alone
+        return (*(None,) * 6, dres, *none)
+    *found, dx_bias = norm_act_bwd(
         dy.contiguous(), x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
-        *options, *flags, backend,
+        *options, *flags, backend, *more,
     )  # fmt: skip
     grads = [g if n else None for g, n in zip(found, need)]
-    return (*grads, dy if need[6] else None, *(None,) * 9)
+    if x_bias is None:
+        return (*grads, dres, *none)
+    return (*grads, dres, *none[:-1], dx_bias if need[-1] else None)
 
 
 def _no_double_backward(ctx, *grads):
@@ -182,13 +195,22 @@ def unsupported(backend: str, x: Tensor, kind: str, channels: int) -> str | None
 register("norm_act", _STEM, ("norm_act_fwd", "norm_act_bwd"), unsupported)
 
 
-def _expect(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+def expect(name: str, t: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     if t is None:
         return
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
     if t.device != device:
         raise ValueError(f"{name} must be on {device} as x is, got {t.device}")
+
+
+def check_stats(x: Tensor, stats: Sequence[Tensor], groups: int, per_frame: bool) -> None:
+    shape = _stats_shape(x, KINDS["group"], groups, per_frame)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    for name, t in zip(("mean", "rstd"), stats):
+        expect(f"stats: {name}", t, shape, x.device)
+        if t.dtype != acc:
+            raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
 
 
 def norm_act(
@@ -207,8 +229,9 @@ def norm_act(
     dropout_mask: Tensor | None = None,
     x2: Tensor | None = None,
     stats: Sequence[Tensor] | None = None,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
+    """y = SiLU((norm(x + x_bias) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
     Args:
         x: (B, F, H, W, C), any strides (kernels copy a non-contiguous one); B may be 0.
@@ -225,8 +248,11 @@ def norm_act(
             divides by the keep probability. Gets no gradient.
         x2: (B, F, H, W, C2): the norm acts on the channels of x and x2 side by side.
         stats: (mean, rstd), each (B, groups), or (B*F, groups) per frame, in fp32 (fp64 for fp64):
-            the statistics of this x where its producer has them, or of a larger video of which x
-            is a part. Differentiated as functions of x.
+            the statistics of this x + x_bias where its producer has them, or of a larger video of
+            which x is a part. Differentiated as functions of x.
+        x_bias: (C,), of any floating dtype, added to x before the norm, in the accumulator's type
+            and in the same passes; not with ``x2``. The C++ backend adds it in a pass before, in
+            fp32: on a CPU the convolutions add their biases themselves.
 
     Returns:
         (B, F, H, W, C + C2) in the dtype of x.
@@ -250,18 +276,22 @@ def norm_act(
     if min(*video[1:], c) < 1:
         raise ValueError(f"x must not be empty but for the batch, got {tuple(x.shape)}")
     for name, t in (("weight", weight), ("bias", bias)):
-        _expect(name, t, (c,), x.device)
+        expect(name, t, (c,), x.device)
+    if x_bias is not None and x2 is not None:
+        raise ValueError("x_bias is for one source: give x2 or x_bias")
+    expect("x_bias", x_bias, (c,), x.device)
     for name, t in (("scale", scale), ("shift", shift)):
-        _expect(name, t, (b, c), x.device)
+        expect(name, t, (b, c), x.device)
     for name, t in (("residual", residual), ("dropout_mask", dropout_mask)):
-        _expect(name, t, (*video, c), x.device)
+        expect(name, t, (*video, c), x.device)
     if autocast_on(x.device.type):  # one stream may still be wider than the other
         x2 = None if x2 is None else x2.to(x.dtype)
         residual = None if residual is None else residual.to(x.dtype)
     for name, t in (("x2", x2), ("residual", residual)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} as x is, got {t.dtype}")
-    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+    vectors = dict(weight=weight, bias=bias, scale=scale, shift=shift, x_bias=x_bias)
+    for name, t in vectors.items():
         if t is not None and not t.is_floating_point():
             raise TypeError(f"{name} must be floating, got {t.dtype}")
     if dropout_mask is not None and dropout_mask.requires_grad:
@@ -277,12 +307,7 @@ def norm_act(
         raise ValueError(f"groups must divide the {c} channels, got {groups}")
     mean, rstd = None, None
     if stats is not None:
-        shape = _stats_shape(x, KINDS[kind], groups, per_frame)
-        acc = torch.promote_types(x.dtype, torch.float32)
-        for name, t in zip(("mean", "rstd"), stats):
-            _expect(f"stats: {name}", t, shape, x.device)
-            if t.dtype != acc:
-                raise TypeError(f"stats: {name} must be {acc}, got {t.dtype}")
+        check_stats(x, stats, groups, per_frame)
         mean, rstd = stats
 
     if b == 0:  # whatever the kind: nothing, and gradients of 0
@@ -293,16 +318,24 @@ def norm_act(
         return norm_act_ref(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
             shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, x2=x2,
-            stats=None if mean is None or rstd is None else (mean, rstd),
+            stats=None if mean is None or rstd is None else (mean, rstd), x_bias=x_bias,
         )  # fmt: skip
-    x2, bias, residual, dropout_mask, mean, rstd = (
+    if x_bias is not None and backend == "cpu":  # in fp32, or a 16-bit sum would be rounded first
+        x, dtype = x.float() + x_bias.float(), x.dtype
+        residual = None if residual is None else residual.float()
+        return norm_act(
+            x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
+            shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, stats=stats,
+        ).to(dtype)  # fmt: skip
+    x2, bias, residual, dropout_mask, mean, rstd, x_bias = (
         None if t is None else t.contiguous()
-        for t in (x2, bias, residual, dropout_mask, mean, rstd)
+        for t in (x2, bias, residual, dropout_mask, mean, rstd, x_bias)
     )
     scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
     return norm_act_fwd(
         x.contiguous(), x2, weight.contiguous(), bias, scale, shift, residual, dropout_mask,
         mean, rstd, KINDS[kind], groups, per_frame, eps, act, backend,
+        *(() if x_bias is None else (x_bias,)),
     )[0]  # fmt: skip
 
 

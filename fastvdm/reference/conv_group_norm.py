@@ -18,7 +18,9 @@ def conv_group_norm_ref(
     norm_bias: Tensor | None = None,
     *,
     x2: Tensor | None = None,
+    upsample: str | None = None,
     **norm: Any,
 ) -> Tensor:
     """norm_act_ref(space_conv_ref(x, weight, bias, x2=x2), norm_weight, norm_bias, **norm)."""
-    return norm_act_ref(space_conv_ref(x, weight, bias, x2=x2), norm_weight, norm_bias, **norm)
+    y = space_conv_ref(x, weight, bias, x2=x2, upsample=upsample)
+    return norm_act_ref(y, norm_weight, norm_bias, **norm)

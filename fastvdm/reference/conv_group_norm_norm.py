@@ -59,17 +59,19 @@ def norm_act_ref(
     dropout_mask: Tensor | None = None,
     x2: Tensor | None = None,
     stats: tuple[Tensor, Tensor] | None = None,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """y = SiLU((norm(x) weight + bias) (1 + scale) + shift) dropout_mask + residual.
+    """y = SiLU((norm(x + x_bias) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
     x (B, F, H, W, C), x2 (B, F, H, W, C2) or None: its channels follow those of x. weight, bias
     (C + C2,), scale, shift (B, C + C2), residual, dropout_mask and the result (B, F, H, W, C + C2).
     Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of x. ``groups`` and
     ``per_frame`` matter to kind "group" only, and so do ``stats``, (mean, rstd) of (B, groups) or
-    (B*F, groups), which replace those of x.
+    (B*F, groups), which replace those of x + x_bias, x_bias (C,).
     """
     dtype = x.dtype
     acc = torch.promote_types(dtype, torch.float32)
+    x = x if x_bias is None else x.to(acc) + x_bias.to(acc)
     x = x if x2 is None else torch.cat([x, x2], dim=-1)
     b, f, h, w, c = x.shape
     weight = weight.to(acc)
