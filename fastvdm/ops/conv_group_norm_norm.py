@@ -150,25 +150,23 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dmean, drstd):
-    need = ctx.needs_input_grad  # one shorter without x_bias: the dispatcher drops a default
-    none = (None,) * (len(need) - 7)
     if dy is None:
-        return (*(None,) * 7, *none)
+        return (None,) * 17
     x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd, x_bias = ctx.saved_tensors
     *options, backend = ctx.options
+    need = ctx.needs_input_grad
     dres = dy if need[6] else None
     flags = (need[0] or need[1], need[2] or need[3], need[4] or need[5])
-    more = () if x_bias is None else (x_bias, need[-1])
-    if not any((*flags, *more[1:])):  # the residual alone
-        return (*(None,) * 6, dres, *none)
+    if not any((*flags, need[16])):  # the residual alone
+        return (*(None,) * 6, dres, *(None,) * 10)
+    # Without x_bias as the C++ backend has it: torch.export then calls that directly.
+    more = () if x_bias is None else (x_bias, need[16])
     *found, dx_bias = norm_act_bwd(
         dy.contiguous(), x, x2, weight, bias, scale, shift, dropout_mask, mean, rstd,
         *options, *flags, backend, *more,
     )  # fmt: skip
     grads = [g if n else None for g, n in zip(found, need)]
-    if x_bias is None:
-        return (*grads, dres, *none)
-    return (*grads, dres, *none[:-1], dx_bias if need[-1] else None)
+    return (*grads, dres, *(None,) * 9, dx_bias if need[16] else None)
 
 
 def _no_double_backward(ctx, *grads):
