@@ -158,7 +158,7 @@ def norm_linear_bwd(
 ) -> tuple[Tensor, ...]:
     """As ``fastvdm::norm_linear_bwd``."""
     flat, seeds = x.view(1, 1, 1, -1, x.shape[-1]), dy.view(-1, dy.shape[-1])
-    norm = (None, norm_weight, norm_bias, None, None)
+    norm = (flat, None, norm_weight, norm_bias, None, None)  # x2 and FiLM are not here
     options = (None, None, LAYER, 1, False, eps, False)
 
     def nothing() -> Tensor:  # each its own: outputs of an op may not alias
@@ -173,10 +173,10 @@ def norm_linear_bwd(
     if need_dx or need_norm:
         dxn = product(seeds, weight).view(flat.shape)
         dx, _, dnorm_weight, dnorm_bias, _, _ = norm_act_bwd(
-            dxn, flat, *norm, None, *options, need_dx, need_norm, False
+            dxn, *norm, None, *options, need_dx, need_norm, False
         )
     if need_weight:
-        xn = norm_act_fwd(flat, *norm, None, None, *options)[0].view(-1, x.shape[-1])
+        xn = norm_act_fwd(*norm, None, None, *options)[0].view(-1, x.shape[-1])
         dweight = product(seeds.t(), xn.to(weight.dtype))
     if need_bias and bias is not None:
         dbias = seeds.sum(0, dtype=acc_torch_dtype(x.dtype)).to(bias.dtype)

@@ -204,7 +204,10 @@ def test_opcheck(device):
     args = (x, gain, offset, weight, bias, 1e-5)
     opcheck_op(
         norm_linear_fwd,
-        (*(t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args), "triton"),
+        (
+            *(t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args),
+            "triton",
+        ),
     )
     dy = torch.randn(2, 3, 1, 4, 5, device=device)
     for flags in ((True,) * 4, (False, True, False, True), (True, False, True, False)):

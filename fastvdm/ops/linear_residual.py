@@ -1,8 +1,8 @@
 """``linear_residual``: x + o weightᵀ + bias, the second half of an attention block.
 
-Ho et al. 2022, "Video Diffusion Models", section 3, where C is too wide for ``temporal_block``'s one
-kernel. The Triton kernel adds bias and residual to its accumulator, and rounds once. Where there is
-no such kernel it is ``linear``, then a sum.
+Ho et al. 2022, "Video Diffusion Models", section 3, where C is too wide for the one kernel of
+``temporal_block``. The Triton kernel adds bias and residual to its accumulator, and rounds once.
+Where there is no such kernel it is ``linear``, then a sum.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy):
     need_x, *need = ctx.needs_input_grad[:4]
-    grads = (None, None, None)
-    if any(need):
-        found = linear_residual_bwd(dy.contiguous(), *ctx.saved_tensors, *need, ctx.backend)
-        grads = tuple(g if n else None for g, n in zip(found, need))
-    return dy if need_x else None, *grads, None
+    if not any(need):  # the residual alone
+        return dy, None, None, None, None
+    found = linear_residual_bwd(dy.contiguous(), *ctx.saved_tensors, *need, ctx.backend)
+    return dy if need_x else None, *(g if n else None for g, n in zip(found, need)), None
 
 
 def _no_double_backward(ctx, *_):

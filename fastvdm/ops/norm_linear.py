@@ -1,9 +1,9 @@
 """``norm_linear``: LayerNorm_C(x) weightᵀ + bias, the first half of an attention block.
 
-Ho et al. 2022, "Video Diffusion Models", section 3, where C is too wide for ``temporal_block``'s one
-kernel. The Triton kernel normalises x between its load and the product, so that the normalised x is
-never written; nothing but the inputs is saved for the backward. Where there is no such kernel it is
-``norm_act``, then ``linear``.
+Ho et al. 2022, "Video Diffusion Models", section 3, where C is too wide for the one kernel of
+``temporal_block``. The Triton kernel normalises x between its load and the product, so that the
+normalised x is never written; nothing but the inputs is saved for the backward. Where there is no
+such kernel it is ``norm_act``, then ``linear``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Ho et al. 2022, "Video Diffusion Models", section 3. The fused kernel reads x once and writes y
 once; nothing but the inputs is saved for the backward, which recomputes from x. Where a kernel
 does not take the width or the length (``parts_reason``), the block is composed of the package's
-parts: norm_act, linear, axis_attention, linear.
+parts: norm_linear, axis_attention, linear_residual.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
@@ -19,6 +18,8 @@ from fastvdm.config import get_config
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -271,13 +272,10 @@ def _parts(
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, **options
 ) -> Tensor:  # fmt: skip
     """The block as its parts, each choosing its own backend."""
-    from fastvdm.ops.conv_group_norm_norm import norm_act
-
-    normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
-    qkv = F.linear(normed.to(qkv_weight.dtype), qkv_weight, qkv_bias)
+    qkv = norm_linear(x, norm_weight, qkv_weight, norm_bias=norm_bias, bias=qkv_bias, eps=eps)
     dim = qkv_weight.shape[0] // (3 * heads)
     out = axis_attention(qkv.unflatten(-1, (3, heads, dim)), axis="time", **options)
-    return (x + F.linear(out.flatten(-2), out_weight, out_bias)).to(x.dtype)
+    return linear_residual(x, out.flatten(-2), out_weight, out_bias)
 
 
 def temporal_block(

@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_residual_ref(
-    x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """x + (o weightᵀ + bias): x (..., N), o (..., K), weight (N, K) → (..., N) in the dtype of x."""
+def linear_residual_ref(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + (o weightᵀ + bias): x (..., N), o (..., K), weight (N, K) → (..., N) as x."""
     return (x + F.linear(o, weight, bias)).to(x.dtype)
