@@ -433,5 +433,8 @@ def aot_cases() -> list[AotCase]:
         ("bf16", 32, 64, shaw),
         ("fp32", 16, 32, peers),
         ("fp32", 16, 64, shaw),
+        ("fp32", 16, 128, (*peers, "focus_ptr")),
+        ("fp32", 32, 64, (*peers, "focus_ptr")),
+        ("fp32", 32, 128, ("focus_ptr",)),
     ]
     return [_case(backward, *what) for what in wanted for backward in (False, True)]

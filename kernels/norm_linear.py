@@ -158,26 +158,30 @@ def norm_linear_bwd(
 ) -> tuple[Tensor, ...]:
     """As ``fastvdm::norm_linear_bwd``."""
     flat, seeds = x.view(1, 1, 1, -1, x.shape[-1]), dy.view(-1, dy.shape[-1])
-    norm = (flat, None, norm_weight, norm_bias, None, None)  # x2 and FiLM are not here
-    options = (None, None, LAYER, 1, False, eps, False)
 
     def nothing() -> Tensor:  # each its own: outputs of an op may not alias
         return x.new_empty((0,))
 
     if dy.numel() == 0:
-        wanted = ((norm_weight, need_norm), (norm_bias, need_norm))
-        wanted += ((weight, need_weight), (bias, need_bias))
+        wanted = (
+            *((norm_weight, need_norm), (norm_bias, need_norm)),
+            *((weight, need_weight), (bias, need_bias)),
+        )
         zeros = [torch.zeros_like(t) if t is not None and n else nothing() for t, n in wanted]
         return (torch.empty_like(x) if need_dx else nothing(), *zeros)
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (nothing() for _ in range(5))
     if need_dx or need_norm:
         dxn = product(seeds, weight).view(flat.shape)
         dx, _, dnorm_weight, dnorm_bias, _, _ = norm_act_bwd(
-            dxn, *norm, None, *options, need_dx, need_norm, False
-        )
+            dxn, flat, None, norm_weight, norm_bias, None, None, None, None, None,
+            LAYER, 1, False, eps, False, need_dx, need_norm, False,
+        )  # fmt: skip
     if need_weight:
-        xn = norm_act_fwd(*norm, None, None, *options)[0].view(-1, x.shape[-1])
-        dweight = product(seeds.t(), xn.to(weight.dtype))
+        xn, _, _ = norm_act_fwd(
+            flat, None, norm_weight, norm_bias, None, None, None, None, None, None,
+            LAYER, 1, False, eps, False,
+        )  # fmt: skip
+        dweight = product(seeds.t(), xn.view(-1, x.shape[-1]).to(weight.dtype))
     if need_bias and bias is not None:
         dbias = seeds.sum(0, dtype=acc_torch_dtype(x.dtype)).to(bias.dtype)
     return dx.view(x.shape) if need_dx else dx, dnorm_weight, dnorm_bias, dweight, dbias

@@ -170,7 +170,15 @@ temporal_block_fwd.register_autograd(_backward, setup_context=_save)
 temporal_block_bwd.register_autograd(_no_double_backward)
 
 
-def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+def parts_reason(
+    backend: str,
+    x: Tensor,
+    qkv_weight: Tensor,
+    heads: int,
+    *,
+    tables: bool = False,
+    turned: bool = False,
+) -> str | None:
     """Why the block is better made of its parts than by ``backend``'s fused kernel, or None.
 
     The fused Triton program keeps one tile of rows, all C channels wide, and its fp32 accumulator
@@ -180,6 +188,10 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
     the sequence no longer fits one tile. In fp32 operands and split products take two to four times
     the registers: ptxas spills from 68 bytes at C = 64 to 76 KB at C = 256 (sm_90). fp64 would too,
     but is there for gradcheck alone.
+
+    Below these bounds what stands together decides: at each width the lengths, heads, streams and
+    options at which no tile of 32 rows compiles without spills for sm_80 and sm_90. ``tables``:
+    there are Shaw tables; ``turned``: there is a rotary embedding or a bias.
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
@@ -192,15 +204,24 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
             return f"F = {frames} is above 32"
         if dim > 64:
             return f"head dim {dim} is above 64"
+        if frames > 16 and (channels > 64 or dim > 32):
+            return f"F = {frames} is above 16 at C = {channels}, head dim {dim}"
+        wide = x.dtype == torch.float32
+        if channels > 128 and (dim > 32 or wide):
+            return f"C = {channels} is above 128 at head dim {dim}, {x.dtype}"
+        if tables and (turned or (wide and channels > 64 and dim > 32)):
+            return "the Shaw tables are above what the registers hold beside the rest"
     return None
 
 
-def unsupported(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+def unsupported(
+    backend: str, x: Tensor, qkv_weight: Tensor, heads: int, **options: bool
+) -> str | None:
     """Why ``backend`` cannot take this call; None when it can."""
     if x.dtype == torch.float64 and (backend == "cpu" or x.is_cuda):
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         return ByDesign("fp64 runs on the torch reference")
-    return parts_reason(backend, x, qkv_weight, heads)
+    return parts_reason(backend, x, qkv_weight, heads, **options)
 
 
 register(
@@ -331,13 +352,17 @@ def temporal_block(
         bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary, focus_mask=focus_mask,
         num_images=num_images, sm_scale=scale,
     )  # fmt: skip
+    asked = {
+        "tables": rel_k is not None or rel_v is not None,
+        "turned": rotary is not None or bias is not None,
+    }
     wanted = _fused_backend(x.device)
-    if wanted != "reference" and parts_reason(wanted, x, qkv_weight, heads) is not None:
+    if wanted != "reference" and parts_reason(wanted, x, qkv_weight, heads, **asked) is not None:
         return _parts(
             x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
             **options,
         )  # fmt: skip
-    backend = select("temporal_block", x.device, x, qkv_weight, heads)
+    backend = select("temporal_block", x.device, x, qkv_weight, heads, **asked)
     if backend == "reference":
         return temporal_block_ref(
             x, norm_weight, qkv_weight, out_weight, heads=heads, norm_bias=norm_bias,
