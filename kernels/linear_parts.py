@@ -23,7 +23,7 @@ def tile_rows(block, rows, BM: tl.constexpr):
     """First row of a tile in int64, since rows * features exceeds 2^31; its rows from there in
     int32, the last one again beyond the end, so that only stores need a mask; and which exist."""
     first = block.to(tl.int64) * BM
-    left = (rows - first).to(tl.int32)
+    left = tl.minimum(rows - first, BM).to(tl.int32)
     local = tl.arange(0, BM)
     return first, tl.minimum(local, left - 1), local < left
 

@@ -70,7 +70,8 @@ def _linear_residual_kernel(
 
 def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As ``fastvdm::linear_residual_fwd``."""
-    (features, depth), y = weight.shape, torch.empty_like(x)
+    features, depth = weight.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
     rows = y.numel() // features
