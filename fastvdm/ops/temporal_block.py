@@ -189,9 +189,10 @@ def parts_reason(
     the registers: ptxas spills from 68 bytes at C = 64 to 76 KB at C = 256 (sm_90). fp64 would too,
     but is there for gradcheck alone.
 
-    Below these bounds what stands together decides: at each width the lengths, heads, streams and
-    options at which no tile of 32 rows compiles without spills for sm_80 and sm_90. ``tables``:
-    there are Shaw tables; ``turned``: there is a rotary embedding or a bias.
+    Below these bounds what stands together decides: the classes of width, length, head, stream and
+    options of which some call spills for sm_80 or sm_90 in every tile of 32 rows or more. They are
+    coarse: a call without options may fit where its class does not. ``tables``: there are Shaw
+    tables; ``turned``: there is a rotary embedding or a bias.
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
