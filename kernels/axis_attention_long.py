@@ -68,6 +68,8 @@ def pick_config(
             return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
         if wide and (kind == "dq" or (kind == "fwd" and (bias or rotary))):
             return LongConfig(16, 16, 8, 1)
+        if wide and kind == "dkv":
+            return LongConfig(32, 32, 8, 1, 255)
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
         return LongConfig(32, 32, 8 if more else 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
