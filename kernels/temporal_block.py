@@ -771,8 +771,9 @@ def aot_cases() -> list[AotCase]:
         for x_type in ("bf16", "fp32"):
             for name in ("peer", "shaw"):
                 for size in sizes:
-                    by_parts = size[0] == 256 or (name == "shaw" and size == (128, 64, 16))
-                    if x_type == "bf16" or not by_parts:
+                    by_parts = size[0] == 256 and (x_type, name) != ("bf16", "peer")
+                    by_parts |= (x_type, name, size) == ("fp32", "shaw", (128, 64, 16))
+                    if not by_parts:
                         found.append(_aot_case(name, *size, x_type, archs=archs))
             for train in (True, False):
                 case = _aot_case(

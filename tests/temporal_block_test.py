@@ -345,6 +345,7 @@ LIMITS = [  # frames, channels, heads' features, stream, options; fused?
     (16, 256, 32, torch.bfloat16, {}, True),
     (16, 256, 32, torch.float32, {}, False),
     (16, 256, 64, torch.bfloat16, {}, False),
+    (16, 256, 32, torch.bfloat16, dict(tables=True), False),
     (17, 64, 32, torch.float32, {}, True),
     (17, 64, 64, torch.bfloat16, {}, False),
     (17, 72, 32, torch.bfloat16, {}, False),

@@ -190,7 +190,7 @@ def parts_reason(
     but is there for gradcheck alone.
 
     Below these bounds what stands together decides: the classes of width, length, head, stream and
-    options of which some call spills for sm_80 or sm_90 in every tile of 32 rows or more. They are
+    options of which some call spills, for one architecture, in the tiles that were tried. They are
     coarse: a call without options may fit where its class does not. ``tables``: there are Shaw
     tables; ``turned``: there is a rotary embedding or a bias.
     """
@@ -210,7 +210,8 @@ def parts_reason(
         wide = x.dtype == torch.float32
         if channels > 128 and (dim > 32 or wide):
             return f"C = {channels} is above 128 at head dim {dim}, {x.dtype}"
-        if tables and (turned or (wide and channels > 64 and dim > 32)):
+        narrow = 64 if wide and dim > 32 else 128
+        if tables and (turned or channels > narrow):
             return "the Shaw tables are above what the registers hold beside the rest"
     return None
 
