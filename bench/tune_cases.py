@@ -23,6 +23,8 @@ from fastvdm.kernels import (
     conv_group_norm_norm,
     guidance,
     linear_attention,
+    linear_residual,
+    norm_linear,
     temporal_block,
 )
 from fastvdm.kernels.common import next_power_of_2
@@ -57,6 +59,7 @@ def jobs() -> list[Job]:
         found += [_job(norm, c, kind=conv_group_norm_norm.RMS, **way) for c in PEER]
         found += [_job(over_time, c, shaw=c != "l3", **way) for c in ("l3", "ucf-16", "t2v128-32")]
         found += [_job(over_space, c, **way) for c in ("l3", *PAPER)]
+    found += [_job(half, "l3", first=first) for first in (True, False)]
     found += [_job(guided, "l0", torch.float32, what=what) for what in ("seed", "update")]
     return found + [_job(conv, c) for c in PEER + PAPER[:3]]
 
@@ -103,6 +106,19 @@ def temporal(s: Shape, device: str, dtype: torch.dtype, *, backward: bool) -> Ru
     if not backward:
         return lambda: temporal_block.temporal_block_fwd(x, *args)
     return lambda: temporal_block.temporal_block_bwd(dy, x, *args, True, True, True, True, False)
+
+
+def half(s: Shape, device: str, dtype: torch.dtype, *, first: bool) -> Run:
+    """One half of the peer's blocks where they are too wide for one kernel."""
+    inner, c = s.heads * s.head_dim, s.channels
+    x = torch.randn(s.x_shape, device=device, dtype=dtype)
+    if first:
+        gain = torch.randn(c, device=device, dtype=dtype)
+        weight = torch.randn(3 * inner, c, device=device, dtype=dtype) * c**-0.5
+        return lambda: norm_linear.norm_linear_fwd(x, gain, None, weight, None, EPS)
+    o = torch.randn(*s.x_shape[:-1], inner, device=device, dtype=dtype)
+    weight = torch.randn(c, inner, device=device, dtype=dtype) * inner**-0.5
+    return lambda: linear_residual.linear_residual_fwd(x, o, weight, None)
 
 
 def _peer_options(s: Shape, device: str) -> tuple[Tensor | None, ...]:
@@ -181,6 +197,17 @@ def conv(s: Shape, device: str, dtype: torch.dtype) -> Run:
     )
 
 
+_LINEAR: tuple[dict[str, Any], ...] = (
+    {"BM": 2, "num_warps": 2},
+    {"BM": 0.5, "num_warps": 0.5},
+    {"BN": 2},
+    {"BN": 0.5},
+    {"BK": 0.5, "num_stages": 1},
+    {"num_warps": 2},
+    {"num_stages": 1},
+    {"num_stages": -1},
+)
+
 # In a move, num_stages is added to, maxnreg is set, all else is multiplied.
 _WARPS = ({"num_warps": 2}, {"num_warps": 0.5})
 MOVES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -199,6 +226,8 @@ MOVES: dict[str, tuple[dict[str, Any], ...]] = {
         {"P": 0.25, "num_warps": 0.5},
         {"num_warps": 0.5},
     ),
+    "norm_linear": _LINEAR,
+    "linear_residual": _LINEAR,
     "linear_attention": (
         {"block_n": 2},
         {"block_n": 0.5},
@@ -256,6 +285,10 @@ def limits(choice: Choice) -> dict[str, tuple[int, int]]:
         return found | {"block_l": (1, 256)}
     if kernel == "temporal_block":
         return found | {"P": (1, min(given["pixels"], 256 // choice.analytic.BN))}
+    if kernel in ("norm_linear", "linear_residual"):
+        widest = max(64, min(256, next_power_of_2(given["features"])))
+        sides = {"BM": (64, 128), "BN": (64, widest), "BK": (32, 64)}
+        return found | sides | {"num_warps": _WARP_GROUPS}
     if kernel == "linear_attention":
         return found | {"block_n": (16, max(16, min(given["pixels"], 128)))}
     if kernel == "axis_attention_short":

@@ -65,8 +65,13 @@ def pick_config(
         return LongConfig(32, 32, 8, 1)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
         if kind == "dbias":
-            return LongConfig(16, 32, 4, 1)
-        return LongConfig(32, 32, 8 if wide or kind == "dq" else 4, 1)
+            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
+        if wide and (kind == "dq" or (kind == "fwd" and (bias or rotary))):
+            return LongConfig(16, 16, 8, 1)
+        if wide and kind == "dkv":
+            return LongConfig(32, 32, 8, 1, 255)
+        more = wide or kind == "dq" or (kind == "fwd" and rotary)
+        return LongConfig(32, 32, 8 if more else 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
@@ -78,6 +83,17 @@ def pick_config(
             return LongConfig(32 if wide else 64, 64, 8, 1, 255)
         return LongConfig(64, 64, 8, 2)
     return LongConfig(64, 64, 8 if wide else 4, 2)
+
+
+@triton.jit
+def _block(n, outer, heads, BLOCK: tl.constexpr):
+    """What a program works on: its sequence (batch, outer, head), also taken apart, in int64, and
+    the first of its BLOCK rows there."""
+    blocks = tl.cdiv(n, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    sequence = pid // blocks
+    b, o, head = sequence // heads // outer, sequence // heads % outer, sequence % heads
+    return sequence, b, o, head, (pid % blocks).to(tl.int32) * BLOCK
 
 
 @triton.jit
@@ -168,13 +184,7 @@ def _long_fwd_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, BM)
-    pid = tl.program_id(0).to(tl.int64)
-    sequence = pid // blocks  # (batch, outer, head)
-    start_m = (pid % blocks).to(tl.int32) * BM
-    head = sequence % heads
-    o = sequence // heads % outer
-    b = sequence // heads // outer
+    sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
     base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
     out_base = out_ptr + b * out_b + o * out_o + head * D
@@ -253,13 +263,7 @@ def _long_bwd_dq_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, BM)
-    pid = tl.program_id(0).to(tl.int64)
-    sequence = pid // blocks
-    start_m = (pid % blocks).to(tl.int32) * BM
-    head = sequence % heads
-    o = sequence // heads % outer
-    b = sequence // heads // outer
+    sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
     base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
     offs_m = start_m + tl.arange(0, BM)
@@ -320,13 +324,7 @@ def _long_bwd_dkv_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(n, BN)
-    pid = tl.program_id(0).to(tl.int64)
-    sequence = pid // blocks
-    start_n = (pid % blocks).to(tl.int32) * BN
-    head = sequence % heads
-    o = sequence // heads % outer
-    b = sequence // heads // outer
+    sequence, b, o, head, start_n = _block(n, outer, heads, BN)
     scale = tl.zeros([], ACC) + scale_high + scale_low
     base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
     do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
@@ -697,6 +695,11 @@ def aot_cases() -> list[AotCase]:
     found += [_case(kind, "bf16", 64, ("bias_ptr", "rot_ptr")) for kind in list(_KERNELS)[:4]]
     found += [_case(kind, "bf16", 128, ("bias_ptr", "rot_ptr")) for kind in ("dq", "dkv", "dbias")]
     found += [_case(kind, "fp32", 64, ("bias_ptr",)) for kind in list(_KERNELS)[:4]]
+    for d in (64, 128):  # what fp32 may carry without tables; with them see ops/axis_attention.py
+        options = ("bias_ptr", "rot_ptr", "focus_ptr")
+        found += [_case(kind, "fp32", d, options) for kind in list(_KERNELS)[:4]]
+    found += [_case(kind, "fp32", 128, ()) for kind in ("fwd", "dq", "dkv")]
+    found += [_case("fwd", "fp32", 128, ("bias_ptr",)), _case("fwd", "fp32", 64, ("rot_ptr",))]
     shaw = ("rel_k_ptr", "rel_v_ptr")
     found += [_case(kind, "bf16", 64, shaw) for kind in ("fwd", "dq", "dkv", "drel")]
     return found

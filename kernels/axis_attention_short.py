@@ -62,8 +62,10 @@ def pick_config(
         p = min(4, next_power_of_2(outer))
         return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
     heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
+    heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
     # 255: where ptxas would rather spill than give up a block.
-    return ShortConfig(1, 8 if heavy else 4, 255 if shaw and backward else None)
+    most = 255 if backward and (shaw or (heavy and itemsize > 2)) else None
+    return ShortConfig(1, 8 if heavy else 4, most)
 
 
 @triton.jit
@@ -433,5 +435,8 @@ def aot_cases() -> list[AotCase]:
         ("bf16", 32, 64, shaw),
         ("fp32", 16, 32, peers),
         ("fp32", 16, 64, shaw),
+        ("fp32", 16, 128, (*peers, "focus_ptr")),
+        ("fp32", 32, 64, (*peers, "focus_ptr")),
+        ("fp32", 32, 128, ("focus_ptr",)),
     ]
     return [_case(backward, *what) for what in wanted for backward in (False, True)]

@@ -7,9 +7,9 @@ x (B, F, H, W, C). A program holds P pixels with all their frames, padded to BN 
 rows of all C channels, and walks over the heads; the weights stream from the L2. 2*M*C*e bytes and
 8*M*C*inner + 4*M*F*inner FLOPs (M rows of x, inner = heads * D).
 
-The backward recomputes everything from x in one kernel: dx, the gradients of the norm, of the bias
-and of the Shaw tables leave one partial per program, summed in a fixed order (no atomics: two runs
-give the same bits). The gradients of the two projections are sums over every row of x of a matrix
+The backward recomputes everything from x in one kernel: dx; the gradients of the norm and of the
+bias leave one partial per program, summed in a fixed order (no atomics: two runs give the same
+bits). The gradients of the two projections are sums over every row of x of a matrix
 as large as the weights. Per-program partials of those would be 4*C*inner*4 bytes each, more than
 the rows a program owns. So the kernel stores xn, dq|dk|dv and the attention's output, in the dtype
 of the weights, and library GEMMs reduce them: only when the weights are trained, and only for the
@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.aot import AotCase
 from fastvdm.kernels import axis_attention
 from fastvdm.kernels.axis_attention_parts import (
     TIME,
     head_stride,
     program_budget,
-    roll_up,
     rotary_table,
     rotate,
     skew,
@@ -73,13 +73,15 @@ def pick_config(
 ) -> Config:
     """Pixels a tile: each tile streams all weights, so as many rows as the registers allow. The
     limits are those at which ptxas does not spill (``aot_cases``): ``tables`` are Shaw's, ``major``
-    is the device's compute capability; ``itemsize``, of x, tells measured tiles apart."""
+    is the device's compute capability, ``itemsize`` that of x. NOT MEASURED."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
-    rows = 128
-    if backward or (major < 9 and bc > 64):
+    wide, rows = itemsize > 2, 128
+    if backward or (major < 9 and (bc > 64 or (tables and (bd > 32 or bn > 16)))):
         rows = 32
-    elif (tables and bd > 32) or (bc == _REGISTER_CHANNELS and (bd > 32 or bn > 16)):
+    elif major < 9:
+        rows = 64 if wide and bd > 32 else 128
+    elif (tables and bd > 32) or (bc == _REGISTER_CHANNELS and (bd > 32 or wide or tables)):
         rows = 64
     p = min(rows // bn, next_power_of_2(pixels))
     return Config(p, bn, bc, bd, num_warps=8, num_stages=1)
@@ -347,18 +349,15 @@ def _add_partial(ptr, at, mask, value, fresh):
 @triton.jit
 def _bwd_kernel(
     dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
-    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
-    dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, dout_bias_ptr, dbias_ptr, drel_k_ptr, drel_v_ptr,
-    xn_ptr, dqkv_ptr, o_ptr,
+    bias_ptr, rot_ptr, focus_ptr,
+    dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, dbias_ptr, xn_ptr, dqkv_ptr, o_ptr,
     pixels, area, F, attended, heads, tiles, walkers, scale_high, scale_low, eps,
-    stride_rk, stride_rv,
     TRAIN: tl.constexpr, MASKED: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, and what else has a pointer: partials (walkers, ..) of the gradients of norm, out_bias,
-    bias and tables; per row of x: xn, dq|dk|dv (TRAIN; else per row of a scratch tile) and the
-    attention's output."""
+    """dx, and what else has a pointer: partials (walkers, ..) of the gradients of norm and bias;
+    xn, dq|dk|dv (TRAIN; else of a scratch tile) and the attention's output per row of x."""
     ROWS: tl.constexpr = P * BN
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -366,13 +365,9 @@ def _bwd_kernel(
     walker = tl.program_id(0).to(tl.int64)
     offs_c = tl.arange(0, BC)
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
-    distance, offs_d = tl.arange(0, 2 * BN)[:, None], tl.arange(0, BD)[None, :]
-    shift = tl.arange(0, ROWS) % BN - (F - 1)
     if dnorm_weight_ptr is not None:
         dnorm_weight = tl.zeros([BC], ACC)
         dnorm_bias = tl.zeros([BC], ACC)
-    if dout_bias_ptr is not None:
-        dout_bias = tl.zeros([BC], ACC)
 
     for tile in tl.range(walker, tiles, walkers):
         fresh = (tile == walker).to(tl.int32)
@@ -385,10 +380,7 @@ def _bwd_kernel(
         tl.debug_barrier()  # as in the forward
         x = _load_block(x_ptr, row, inside, C, 0, C, BC)
         xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
-        dy = _load_block(dy_ptr, row, inside, C, 0, C, BC)
-        if dout_bias_ptr is not None:
-            dout_bias += tl.sum(dy.to(ACC), 0)
-        dy = dy.to(low)
+        dy = _load_block(dy_ptr, row, inside, C, 0, C, BC).to(low)
         if xn_ptr is not None:
             _store_rows(xn_ptr, row, inside, C, xn, C, BC)
         if rot_ptr is not None:
@@ -400,18 +392,14 @@ def _bwd_kernel(
             q = _project(xn, w, qkv_bias_ptr, first, ROWS, D, BD, ACC)
             w = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
             k = _project(xn, w, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
-            q_plain = q.to(low)
             if rot_ptr is not None:
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             q, k = q.to(low), k.to(low)
-            rel_k = None
-            if rel_k_ptr is not None:
-                rel_k = _distances(rel_k_ptr, head, stride_rk, F, D, BN, BD)
             head_bias = None
             if bias_ptr is not None:
                 head_bias = bias_ptr + head * F * F
             p = _probabilities(
-                q, q_plain, k, rel_k, head_bias, focused, F, attended, scale,
+                q, q, k, None, head_bias, focused, F, attended, scale,
                 MASKED, P, BN, BD, ACC,
             )  # fmt: skip
             p_low = p.to(low)
@@ -423,26 +411,13 @@ def _bwd_kernel(
             do = dot_x3(dy, w, tl.zeros([ROWS, BD], ACC)).to(low)
             do3 = do.reshape(P, BN, BD)
             dp = dot_x3(do3, tl.trans(v3, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
-            if rel_v_ptr is not None:
-                rel_v = _distances(rel_v_ptr, head, stride_rv, F, D, BN, BD)
-                by_distance = dot_x3(do, tl.trans(rel_v), tl.zeros([ROWS, 2 * BN], ACC))
-                dp += skew(by_distance, shift, ROWS, BN).reshape(P, BN, BN)
-                spread = unskew(p.reshape(ROWS, BN), shift, ROWS, BN).to(low)
             if o_ptr is not None:
                 o = dot_x3(p_low, v3, tl.zeros([P, BN, BD], ACC)).reshape(ROWS, BD)
-                if rel_v_ptr is not None:
-                    o = dot_x3(spread, rel_v, o)
                 _store_rows(o_ptr + first, row, inside, inner, o, D, BD)
-            part = walker * heads + head
-            table = part * (2 * F - 1) * D + distance * D + offs_d
-            in_table = (distance < 2 * F - 1) & (offs_d < D)
-            if drel_v_ptr is not None:
-                grad = dot_x3(tl.trans(spread), do, tl.zeros([2 * BN, BD], ACC))
-                _add_partial(drel_v_ptr, table, in_table, grad, fresh)
 
             ds = p * (dp - tl.sum(p * dp, 2)[:, :, None])
             if dbias_ptr is not None:
-                at = part * F * F + i * F + j
+                at = (walker * heads + head) * F * F + i * F + j
                 _add_partial(dbias_ptr, at, (i < F) & (j < F), tl.sum(ds, 0), fresh)
             ds_low = ds.to(low)
             zero = tl.zeros([P, BN, BD], ACC)
@@ -451,12 +426,6 @@ def _bwd_kernel(
             dq = dot_x3(ds_low, k.reshape(P, BN, BD), zero).reshape(ROWS, BD)
             if rot_ptr is not None:
                 dq, dk = rotate(dq, cos, -sin), rotate(dk, cos, -sin)
-            if rel_k_ptr is not None:
-                spread = unskew(ds.reshape(ROWS, BN), shift, ROWS, BN).to(low)
-                dq = dot_x3(spread, rel_k, dq)
-                if drel_k_ptr is not None:
-                    grad = dot_x3(tl.trans(spread), q_plain, tl.zeros([2 * BN, BD], ACC)) * scale
-                    _add_partial(drel_k_ptr, table, in_table, grad, fresh)
             _store_rows(dqkv_ptr + first, keep, inside, 3 * inner, dq * scale, D, BD)
             _store_rows(dqkv_ptr + inner + first, keep, inside, 3 * inner, dk * scale, D, BD)
             _store_rows(dqkv_ptr + 2 * inner + first, keep, inside, 3 * inner, dv, D, BD)
@@ -482,15 +451,15 @@ def _bwd_kernel(
     if dnorm_weight_ptr is not None:
         tl.store(dnorm_weight_ptr + walker * C + offs_c, dnorm_weight, mask=offs_c < C)
         tl.store(dnorm_bias_ptr + walker * C + offs_c, dnorm_bias, mask=offs_c < C)
-    if dout_bias_ptr is not None:
-        tl.store(dout_bias_ptr + walker * C + offs_c, dout_bias, mask=offs_c < C)
 
 
-def fuse_backward(channels: int) -> bool:
+def fuse_backward(channels: int, frames: int, dim: int, *, tables: bool) -> bool:
     """Whether the backward is one kernel. Above 64 channels its two operands of all channels, xn
     and dy, leave no registers for the attention (ptxas: kilobytes of spills at 128), and the
-    recomputed products are large enough to run near the peak in library GEMMs."""
-    return channels <= 64
+    recomputed products are large enough to run near the peak in library GEMMs. At 64 channels the
+    gradients of 32 frames, of heads above 32 features or of Shaw tables spill, too: up to 2.5 KB.
+    """
+    return channels <= 64 and frames <= 16 and dim <= 32 and not tables
 
 
 def _backward_by_parts(
@@ -643,20 +612,19 @@ def temporal_block_bwd(
 ) -> tuple[Tensor, ...]:
     """As ``fastvdm::temporal_block_bwd``."""
     b, f, h, w, c = x.shape
-    if not fuse_backward(c):
+    dim, tables = qkv_weight.shape[0] // (3 * heads), rel_k is not None or rel_v is not None
+    if not fuse_backward(c, f, dim, tables=tables):
         return _backward_by_parts(
             *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
             *(heads, eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale),
             *(need_norm, need_qkv, need_out, need_bias, need_rel),
         )
-    dim, pixels, rows = qkv_weight.shape[0] // (3 * heads), b * h * w, b * f * h * w
+    pixels, rows = b * h * w, b * f * h * w
     inner, acc, device = heads * dim, acc_torch_dtype(x.dtype), x.device
     dx = torch.empty_like(x)
-    need_bias, need_k = need_bias and bias is not None, need_rel and rel_k is not None
-    need_v = need_rel and rel_v is not None
-    tables = rel_k is not None or rel_v is not None
+    need_bias = need_bias and bias is not None
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=tables, backward=True, major=_major(x)
+        f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=_major(x)
     )
     tiles = cdiv(pixels, config.P)
     walkers = min(tiles, program_budget(device))
@@ -668,22 +636,17 @@ def temporal_block_bwd(
         return torch.empty((rows, width), dtype=qkv_weight.dtype, device=device) if need else None
 
     dnorm_weight, dnorm_bias = partial(need_norm, c), partial(need_norm, c)
-    dout_bias = partial(need_out and out_bias is not None, c)
     dbias = partial(need_bias, heads, f, f)
-    drel_k = partial(need_k, heads, 2 * f - 1, dim)
-    drel_v = partial(need_v, heads, 2 * f - 1, dim)
     xn, o = per_row(need_qkv, c), per_row(need_out, inner)
     # Frozen, dq|dk|dv of a tile pass through the L2; trained, those of every row are kept.
     size = (rows if need_qkv else walkers * config.P * config.BN, 3 * inner)
     dqkv = torch.empty(size, dtype=qkv_weight.dtype, device=device)
-    long_k, long_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
     if tiles:
         _bwd_kernel[(walkers,)](
             *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight),
-            *(bias, long_k, long_v, rotary, _bytes(focus_mask)),
-            *(dx, dnorm_weight, dnorm_bias, dout_bias, dbias, drel_k, drel_v, xn, dqkv, o),
-            *(pixels, h * w, f, f - num_images, heads, tiles, walkers),
-            *(*split_scale(sm_scale), eps, head_stride(long_k), head_stride(long_v)),
+            *(bias, rotary, _bytes(focus_mask)),
+            *(dx, dnorm_weight, dnorm_bias, dbias, xn, dqkv, o),
+            *(pixels, h * w, f, f - num_images, heads, tiles, walkers, *split_scale(sm_scale), eps),
             TRAIN=need_qkv,
             MASKED=_masked(focus_mask, num_images),
             C=c,
@@ -703,10 +666,8 @@ def temporal_block_bwd(
             return x.new_empty((0,))
         return part.sum(0).to(like.dtype)
 
-    def table(part: Tensor | None, like: Tensor | None) -> Tensor:
-        if part is None or like is None:
-            return x.new_empty((0,))
-        return roll_up(part.sum(0), like).to(like.dtype)
+    def summed(per_row: Tensor, like: Tensor | None) -> Tensor:
+        return x.new_empty((0,)) if like is None else per_row.sum(0, dtype=acc).to(like.dtype)
 
     def product(left: Tensor | None, right: Tensor | None) -> Tensor:
         if left is None or right is None:
@@ -719,48 +680,50 @@ def temporal_block_bwd(
         reduced(dnorm_weight, norm_weight),
         reduced(dnorm_bias, norm_bias),
         product(dqkv, xn),
-        x.new_empty((0,))
-        if not need_qkv or qkv_bias is None
-        else dqkv.sum(0, dtype=acc).to(qkv_bias.dtype),
+        summed(dqkv, qkv_bias if need_qkv else None),
         product(low_dy, o),
-        reduced(dout_bias, out_bias),
+        # Not in the kernel, where its sums would spill: a rare parameter, one more read of dy.
+        summed(dy.reshape(rows, c), out_bias if need_out else None),
         reduced(dbias, bias),
-        table(drel_k, rel_k),
-        table(drel_v, rel_v),
+        *(x.new_empty((0,)) for _ in range(2)),  # no tables: those went by parts
     )
 
 
-def _aot_case(name: str, channels: int, dim: int, *, backward: bool, train: bool, archs: tuple):
-    """``name``: "peer" has rotary embedding, relative bias and the focus mask; "shaw" tables on
-    keys and values, the joint mask, and a bias on every projection."""
-    from fastvdm.aot import AotCase
-
+def _aot_case(
+    name: str,
+    channels: int,
+    dim: int,
+    frames: int,
+    x_type: str = "bf16",
+    *,
+    backward: bool = False,
+    train: bool = False,
+    archs: tuple,
+) -> AotCase:
+    """``name``: "peer" has rotary embedding and relative bias, "shaw" tables on keys and values;
+    both have the masks and a bias on everything, the most that such a call may ask for."""
     peer, major = name == "peer", archs[0] // 10
     config = pick_config.analytic(
-        16, channels, dim, 1 << 16, 2, tables=not peer, backward=backward, major=major
-    )
+        frames, channels, dim, 1 << 16, {"bf16": 2, "fp32": 4}[x_type],
+        tables=not peer, backward=backward, major=major,
+    )  # fmt: skip
     kernel = _bwd_kernel if backward else _fwd_kernel
     optional = dict(
-        norm_bias_ptr=not peer,
-        qkv_bias_ptr=not peer,
-        out_bias_ptr=not peer,
         bias_ptr=peer,
         rot_ptr=peer,
-        focus_ptr=peer,
         rel_k_ptr=not peer,
         rel_v_ptr=not peer,
         scratch_ptr=config.BC > _REGISTER_CHANNELS,
         dnorm_weight_ptr=train,
         dnorm_bias_ptr=train,
-        dout_bias_ptr=train and not peer,
-        dbias_ptr=train and peer,
-        drel_k_ptr=train and not peer,
-        drel_v_ptr=train and not peer,
+        dbias_ptr=train,
         xn_ptr=train,
         o_ptr=train,
     )
-    other = {"focus_ptr": "*u8", "rot_ptr": "*fp32", "bias_ptr": "*fp32"}
-    wide = ("dnorm", "dout_bias", "dbias", "drel")
+    types = {"focus_ptr": "*u8", "rot_ptr": "*fp32", "bias_ptr": "*fp32", "dbias_ptr": "*fp32"}
+    types |= {"dnorm_weight_ptr": "*fp32", "dnorm_bias_ptr": "*fp32"}
+    stream = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "norm_weight_ptr", "norm_bias_ptr")
+    types |= dict.fromkeys(stream, f"*{x_type}")
     signature: dict[str, str] = {}
     constexprs: dict[str, object] = dict(
         C=channels,
@@ -781,13 +744,13 @@ def _aot_case(name: str, channels: int, dim: int, *, backward: bool, train: bool
             is_float = argument in ("scale_high", "scale_low", "eps")
             signature[argument] = "fp32" if is_float else "i32"
         elif optional.get(argument, True):
-            kind = "*fp32" if argument.startswith(wide) else "*bf16"
-            signature[argument] = other.get(argument, kind)
+            signature[argument] = types.get(argument, "*bf16")
         else:
             constexprs[argument] = None
     way = "fwd" if not backward else "bwd" if train else "bwd_frozen"
+    what = f"{name}_c{channels}_d{dim}_f{frames}_{x_type}"
     return AotCase(
-        f"temporal_block_{way}/{name}_c{channels}_d{dim}_sm{'_'.join(map(str, archs))}",
+        f"temporal_block_{way}/{what}_sm{'_'.join(map(str, archs))}",
         kernel,
         signature,
         {k: v for k, v in constexprs.items() if k in kernel.arg_names},
@@ -799,14 +762,22 @@ def _aot_case(name: str, channels: int, dim: int, *, backward: bool, train: bool
     )
 
 
-def aot_cases():
-    """The fused widths of the peer, C = 64, 128, 256, 8 heads of 32, 16 frames, bf16, and the
-    paper's at C = 128. Its ("shaw", 256, 64) compiles with 16 bytes of spills for sm_90 and is left
-    out for that."""
-    found = [_aot_case("shaw", 128, 64, backward=False, train=False, archs=(90, 100))]
+def aot_cases() -> list[AotCase]:
+    """Every class of calls that ``pick_config`` and ``parts_reason`` tell apart, at its largest
+    width, head and length, with an fp32 stream as under autocast and without."""
+    found = []
+    sizes = ((64, 32, 16), (64, 64, 16), (64, 32, 32), (128, 32, 16), (128, 64, 16), (256, 32, 16))
     for archs in ((80,), (90, 100)):
-        for channels in (64, 128, 256):
-            found.append(_aot_case("peer", channels, 32, backward=False, train=False, archs=archs))
-        for train in (True, False):
-            found.append(_aot_case("peer", 64, 32, backward=True, train=train, archs=archs))
+        for x_type in ("bf16", "fp32"):
+            for name in ("peer", "shaw"):
+                for size in sizes:
+                    by_parts = size[0] == 256 and (x_type, name) != ("bf16", "peer")
+                    by_parts |= (x_type, name, size) == ("fp32", "shaw", (128, 64, 16))
+                    if not by_parts:
+                        found.append(_aot_case(name, *size, x_type, archs=archs))
+            for train in (True, False):
+                case = _aot_case(
+                    "peer", 64, 32, 16, x_type, backward=True, train=train, archs=archs
+                )
+                found.append(case)
     return found

@@ -116,6 +116,27 @@ def space_conv(shape, cout, kernel, c2=0) -> None:
                            True, x2 is not None, False, False)  # fmt: skip
 
 
+def norm_linear(shape, features, dtype=torch.bfloat16, bias=True) -> None:
+    from fastvdm.kernels import norm_linear as kernels
+
+    def make(*size, kind=torch.bfloat16):
+        return torch.empty(size, dtype=kind) if bias or len(size) > 1 else None
+
+    x = make(*shape, kind=dtype)
+    args = (x, torch.empty(shape[-1]), make(shape[-1]), make(features, shape[-1]), make(features))
+    y = kernels.norm_linear_fwd(*args, 1e-5)
+    kernels.norm_linear_bwd(y, *args, 1e-5, True, True, True, True)
+
+
+def linear_residual(rows, depth, features, dtype=torch.bfloat16, bias=True) -> None:
+    from fastvdm.kernels import linear_residual as kernels
+
+    x = torch.empty(rows, features, dtype=dtype)
+    o, weight = (torch.empty(n, depth, dtype=torch.bfloat16) for n in (rows, features))
+    b = torch.empty(features, dtype=torch.bfloat16) if bias else None
+    kernels.linear_residual_fwd(x, o, weight, b)
+
+
 ONE_NEED = [(True, False, False), (False, True, False), (False, False, True)]
 CALLS = {
     "axis_attention/short/every extent 1": lambda: axis_attention((1, 1, 1, 1, 1, 16)),
@@ -134,6 +155,16 @@ CALLS = {
     ),
     "temporal_block/fp32 stream, frozen": lambda: temporal_block(
         (1, 16, 2, 2, 64), 8, 32, torch.float32, False
+    ),
+    "norm_linear/every extent 1": lambda: norm_linear((1, 1, 1, 1, 1), 1),
+    "norm_linear/odd extents, no biases": lambda: norm_linear((1, 2, 3, 5, 17), 33, bias=False),
+    "norm_linear/fp32 stream, many rows": lambda: norm_linear(
+        (2, 16, 16, 16, 512), 1536, torch.float32
+    ),
+    "linear_residual/every extent 1": lambda: linear_residual(1, 1, 1),
+    "linear_residual/odd extents, no bias": lambda: linear_residual(30, 17, 33, bias=False),
+    "linear_residual/fp32 stream, many rows": lambda: linear_residual(
+        8192, 512, 512, torch.float32
     ),
     "linear_attention/every extent 1": lambda: linear_attention((1, 1, 1, 1, 3, 1, 16)),
     "norm_act/group/every extent 1": lambda: norm_act((1, 1, 1, 1, 1), 0, 0, ONE_NEED, True),

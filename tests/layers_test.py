@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.dispatch import INTERPRET
+from fastvdm.layers.attention import AxisAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 
@@ -98,6 +99,39 @@ def test_pre_norm_block_is_the_same_on_every_backend(resample):
         found.append((y, *torch.autograd.grad(y.square().mean(), leaves)))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def _attention(axis: str, channels: int) -> AxisAttention:
+    return AxisAttention(axis, Norm("layer", channels), 2, 16, bias=True)
+
+
+@pytest.mark.parametrize(("axis", "channels"), [("space", 24), ("time", 264)])
+def test_attention_with_layer_norm(axis, channels):
+    """The norm is in the first product, the residual in the second: three launches."""
+    seen = launches(_attention(axis, channels), torch.randn(1, 3, 2, 4, channels))
+    assert seen == {"norm_linear_fwd": 1, "axis_attention_fwd": 1, "linear_residual_fwd": 1}
+
+
+def test_an_adapter_keeps_its_place():
+    """What stands for a projection is called."""
+    block = _attention("space", 24)
+    block.qkv = torch.nn.Sequential(block.qkv)
+    seen = launches(block, torch.randn(1, 3, 2, 4, 24))
+    assert seen["norm_act_fwd"] == seen["axis_attention_fwd"] == 1 and "norm_linear_fwd" not in seen
+
+
+@pytest.mark.parametrize("axis", ["space", "time"])
+def test_attention_is_the_same_on_every_backend(axis):
+    block = _attention(axis, 264).to("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(2, 3, 2, 4, 264).to(block.out.weight.device)
+    found = []
+    for backend in (kernels_or_skip(), "reference"):
+        leaves = [x.clone().requires_grad_(), *block.parameters()]
+        with use_backend(backend):
+            y = block(leaves[0])
+        found.append((y, *torch.autograd.grad(y.square().mean(), leaves)))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_network_changes_layout_only_at_its_ends():

@@ -41,6 +41,11 @@ CASES = {
     "two_halves": dict(shape=(2, 17, 1, 1, 33), heads=2, d=24, tables=1, focus=True, images=3),
     "sixteen": dict(shape=(1, 16, 1, 3, 64), heads=1, d=32, rotary=32, bias=True),
     "wide": dict(shape=(1, 3, 1, 11, 136), heads=1, d=20, tables=1, **FULL),
+    "wide_bias": dict(shape=(1, 3, 1, 11, 136), heads=1, d=20, rotary=8, **FULL),
+    "wide_shaw": dict(shape=(1, 5, 1, 7, 136), heads=1, d=20, tables=1, biases=True),
+    "shaw": dict(
+        shape=(2, 7, 1, 5, 40), heads=2, d=16, tables=2, reach=9, focus=True, images=2, biases=True
+    ),
     "between": dict(shape=(1, 24, 1, 1, 72), heads=1, d=16, images=24, focus=True, **FULL),
 }
 
@@ -110,7 +115,7 @@ def test_parity(case, device, poison):
     _parity(case, torch.float64, device)
 
 
-@pytest.mark.parametrize("name", ["rotary_focus", "shaw_images", "wide", "between"])
+@pytest.mark.parametrize("name", ["rotary_focus", "shaw_images", "shaw", "wide_bias", "between"])
 def test_parity_fp16(name, device, poison):
     _parity(CASES[name], torch.float16, device)
 
@@ -320,6 +325,7 @@ PARTS = {
     "width": ((1, 3, 1, 2, 264), torch.float16),
     "length": ((1, 34, 1, 1, 24), torch.float16),
     "fp32": ((1, 3, 1, 2, 24), torch.float32),
+    "together": ((1, 3, 1, 2, 24), torch.float16),
 }
 
 
@@ -328,10 +334,34 @@ def test_parts(shape, dtype, device):
     """What does not fit is composed of the parts, on the same backend, with no fallback."""
     case = dict(CASES["plain"], shape=shape, biases=True, bias=True, tables=1)
     inputs, options = _inputs(case, dtype, device)
-    assert parts_reason("triton", inputs[0], inputs[2], 2) is not None
+    asked = dict(tables=True, turned=True)
+    assert parts_reason("triton", inputs[0], inputs[2], 2, **asked) is not None
     _parity(case, dtype, device)
-    with pytest.raises(FallbackError, match="is above|exceed"):
-        select("temporal_block", inputs[0].device, inputs[0], inputs[2], 2)
+    with pytest.raises(FallbackError, match="above|exceed"):
+        select("temporal_block", inputs[0].device, inputs[0], inputs[2], 2, **asked)
+
+
+LIMITS = [  # frames, channels, heads' features, stream, options; fused?
+    (16, 256, 32, torch.bfloat16, {}, True),
+    (16, 256, 32, torch.float32, {}, False),
+    (16, 256, 64, torch.bfloat16, {}, False),
+    (16, 256, 32, torch.bfloat16, dict(tables=True), False),
+    (17, 64, 32, torch.float32, {}, True),
+    (17, 64, 64, torch.bfloat16, {}, False),
+    (17, 72, 32, torch.bfloat16, {}, False),
+    (16, 128, 64, torch.float32, dict(turned=True), True),
+    (16, 128, 64, torch.float32, dict(tables=True), False),
+    (16, 128, 64, torch.bfloat16, dict(tables=True), True),
+    (16, 16, 16, torch.bfloat16, dict(tables=True, turned=True), False),
+]
+
+
+@pytest.mark.parametrize("frames, c, dim, dtype, options, fused", LIMITS)
+def test_limits_of_the_registers(frames, c, dim, dtype, options, fused):
+    x = torch.empty(0, frames, 1, 1, c, dtype=dtype)
+    weight = torch.empty(3 * 2 * dim, c, dtype=torch.bfloat16)
+    assert (parts_reason("triton", x, weight, 2, **options) is None) == fused
+    assert parts_reason("cpu", x, weight, 2, **options) is None
 
 
 def test_fp64_on_a_gpu_is_the_references():

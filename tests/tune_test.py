@@ -25,6 +25,8 @@ from fastvdm.kernels import (
     conv_group_norm_norm,
     guidance,
     linear_attention,
+    linear_residual,
+    norm_linear,
     temporal_block,
     tuned,
 )
@@ -154,6 +156,10 @@ ASKED = {
     "temporal": temporal_block.pick_config.choice(
         16, 64, 32, 4096, 2, tables=False, backward=False, major=9
     ),
+    "norm_linear": norm_linear.pick_config.choice(8192, 512, 768, 2, 2),
+    "norm_linear fp32": norm_linear.pick_config.choice(100, 512, 768, 4, 4),
+    "linear_residual": linear_residual.pick_config.choice(8192, 256, 512, 2, 2),
+    "linear_residual small": linear_residual.pick_config.choice(100, 256, 40, 2, 2),
     "guidance": guidance.pick_config.choice("seed", torch.float32),
     "conv": conv_group_norm_conv.pick_config.choice((192, 192), (64, 48), 2, True),
     "conv small": conv_group_norm_conv.pick_config.choice((64, 64), (8, 8), 2, True),
@@ -192,6 +198,7 @@ MAKERS = {
         tune_cases.linear: [{"backward": b} for b in (False, True)],
         tune_cases.over_time: [{"shaw": s, "backward": b} for s in (0, 1) for b in (False, True)],
         tune_cases.over_space: [{"backward": b} for b in (False, True)],
+        tune_cases.half: [{"first": f} for f in (False, True)],
         tune_cases.guided: [{"what": w} for w in ("seed", "update")],
         tune_cases.conv: [{}],
     }.items()

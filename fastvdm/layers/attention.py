@@ -12,6 +12,8 @@ from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear import Linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_projected import linear_attention_projected
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear, on_triton
 from fastvdm.ops.temporal_block import temporal_block
 
 if TYPE_CHECKING:
@@ -98,7 +100,9 @@ class AxisAttention(nn.Module):
             h = self.shards.to_pixels(self.norm(x))
             return x + self.shards.to_frames(self._attend(h, options), height, width)
         plain = type(self.qkv) is Linear and type(self.out) is Linear  # no adapter in their place
-        if self.axis == "time" and self.norm.kind == "layer" and plain:
+        plain = plain and self.norm.kind == "layer"
+        eps = 1e-5 if self.norm.eps is None else self.norm.eps
+        if self.axis == "time" and plain:
             return temporal_block(
                 x,
                 self.norm.weight,
@@ -108,9 +112,17 @@ class AxisAttention(nn.Module):
                 norm_bias=self.norm.bias,
                 qkv_bias=self.qkv.bias,
                 out_bias=self.out.bias,
-                eps=1e-5 if self.norm.eps is None else self.norm.eps,
+                eps=eps,
                 **options,
             )
+        if plain and on_triton(x.device):
+            norm, bias = self.norm, self.qkv.bias
+            qkv = norm_linear(
+                x, norm.weight, self.qkv.weight, norm_bias=norm.bias, bias=bias, eps=eps
+            )
+            qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
+            out = axis_attention(qkv, axis=self.axis, **options).flatten(-2)
+            return linear_residual(x, out, self.out.weight, self.out.bias)
         return x + self._attend(self.norm(x), options)
 
     def _attend(self, h: Tensor, options: dict[str, Any]) -> Tensor:

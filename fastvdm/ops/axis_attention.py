@@ -165,9 +165,15 @@ autograd(axis_attention_bwd, _no_double_backward)
 
 
 def unsupported(
-    backend: str, qkv: Tensor, axis: int, rel_k: Tensor | None, rel_v: Tensor | None
+    backend: str,
+    qkv: Tensor,
+    axis: int,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    turned: bool = False,
 ) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can."""
+    """Why ``backend`` cannot take this call; None when it can. ``turned``: there is a rotary
+    embedding or a bias."""
     d = qkv.shape[-1]
     if d > _MAX_DIM:
         return f"head dim {d} is above {_MAX_DIM}"
@@ -176,6 +182,15 @@ def unsupported(
     if backend == "triton" and qkv.dtype == torch.float64 and qkv.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         return ByDesign("fp64 runs on the torch reference")
+    if backend == "triton" and qkv.dtype == torch.float32 and qkv.is_cuda:
+        # No tile of what is refused compiles without spills (up to 8 KB; Triton 3.6, sm_90).
+        n, _ = sequence(qkv.shape, axis)
+        if rel_k is not None or rel_v is not None:
+            fits = not turned and ((n <= 16 and d <= 64) or (n > SHORT and d <= 32))
+        else:
+            fits = not (turned and 16 < n <= SHORT and d > 64)
+        if not fits:
+            return ByDesign(f"fp32 with these options at N = {n}, D = {d} exceeds the registers")
     return None
 
 
@@ -301,7 +316,8 @@ def axis_attention(
     rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     code = _AXES[axis]
-    backend = select("axis_attention", qkv.device, qkv, code, rel_k, rel_v)
+    turned = bias is not None or rotary is not None
+    backend = select("axis_attention", qkv.device, qkv, code, rel_k, rel_v, turned)
     if backend == "reference":
         return axis_attention_ref(
             qkv,

@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.library import custom_op
 
 from fastvdm import dispatch
 from fastvdm.ops import conv_group_norm_conv as conv_ops
 from fastvdm.ops import conv_group_norm_norm as norm_ops
 from fastvdm.ops.conv_group_norm_conv import space_conv, space_conv_bwd
 from fastvdm.ops.conv_group_norm_norm import norm_act, norm_act_bwd, norm_act_fwd
+from fastvdm.ops.define import autograd, define, fake
 
 _STEM = "conv_group_norm_prologue"
 _GROUP = norm_ops.KINDS["group"]
 
 
-@custom_op("fastvdm::norm_conv_fwd", mutates_args=())
+@define
 def norm_conv_fwd(
     x: Tensor,
     mean: Tensor,
@@ -45,7 +45,7 @@ def norm_conv_fwd(
     )
 
 
-@norm_conv_fwd.register_fake
+@fake(norm_conv_fwd)
 def _(x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, act, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -81,7 +81,7 @@ def _backward(ctx, dy):
     return (*(g if n else None for g, n in zip(found, need)), None, None)
 
 
-norm_conv_fwd.register_autograd(_backward, setup_context=_save)
+autograd(norm_conv_fwd, _backward, setup_context=_save)
 
 
 dispatch.register(

@@ -3,7 +3,7 @@
 Ho et al. 2022, "Video Diffusion Models", section 3. The fused kernel reads x once and writes y
 once; nothing but the inputs is saved for the backward, which recomputes from x. Where a kernel
 does not take the width or the length (``parts_reason``), the block is composed of the package's
-parts: norm_act, linear, axis_attention, linear.
+parts: norm_linear, axis_attention, linear_residual.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvdm.config import get_config
@@ -19,6 +18,8 @@ from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, sele
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -169,7 +170,15 @@ autograd(temporal_block_fwd, _backward, setup_context=_save)
 autograd(temporal_block_bwd, _no_double_backward)
 
 
-def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+def parts_reason(
+    backend: str,
+    x: Tensor,
+    qkv_weight: Tensor,
+    heads: int,
+    *,
+    tables: bool = False,
+    turned: bool = False,
+) -> str | None:
     """Why the block is better made of its parts than by ``backend``'s fused kernel, or None.
 
     The fused Triton program keeps one tile of rows, all C channels wide, and its fp32 accumulator
@@ -179,6 +188,11 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
     the sequence no longer fits one tile. In fp32 operands and split products take two to four times
     the registers: ptxas spills from 68 bytes at C = 64 to 76 KB at C = 256 (sm_90). fp64 would too,
     but is there for gradcheck alone.
+
+    Below these bounds what stands together decides: the classes of width, length, head, stream and
+    options of which some call spills, for one architecture, in the tiles that were tried. They are
+    coarse: a call without options may fit where its class does not. ``tables``: there are Shaw
+    tables; ``turned``: there is a rotary embedding or a bias.
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
@@ -191,15 +205,25 @@ def parts_reason(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str
             return f"F = {frames} is above 32"
         if dim > 64:
             return f"head dim {dim} is above 64"
+        if frames > 16 and (channels > 64 or dim > 32):
+            return f"F = {frames} is above 16 at C = {channels}, head dim {dim}"
+        wide = x.dtype == torch.float32
+        if channels > 128 and (dim > 32 or wide):
+            return f"C = {channels} is above 128 at head dim {dim}, {x.dtype}"
+        narrow = 64 if wide and dim > 32 else 128
+        if tables and (turned or channels > narrow):
+            return "the Shaw tables are above what the registers hold beside the rest"
     return None
 
 
-def unsupported(backend: str, x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+def unsupported(
+    backend: str, x: Tensor, qkv_weight: Tensor, heads: int, **options: bool
+) -> str | None:
     """Why ``backend`` cannot take this call; None when it can."""
     if x.dtype == torch.float64 and (backend == "cpu" or x.is_cuda):
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         return ByDesign("fp64 runs on the torch reference")
-    return parts_reason(backend, x, qkv_weight, heads)
+    return parts_reason(backend, x, qkv_weight, heads, **options)
 
 
 register(
@@ -271,13 +295,10 @@ def _parts(
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, **options
 ) -> Tensor:  # fmt: skip
     """The block as its parts, each choosing its own backend."""
-    from fastvdm.ops.conv_group_norm_norm import norm_act
-
-    normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
-    qkv = F.linear(normed.to(qkv_weight.dtype), qkv_weight, qkv_bias)
+    qkv = norm_linear(x, norm_weight, qkv_weight, norm_bias=norm_bias, bias=qkv_bias, eps=eps)
     dim = qkv_weight.shape[0] // (3 * heads)
     out = axis_attention(qkv.unflatten(-1, (3, heads, dim)), axis="time", **options)
-    return (x + F.linear(out.flatten(-2), out_weight, out_bias)).to(x.dtype)
+    return linear_residual(x, out.flatten(-2), out_weight, out_bias)
 
 
 def temporal_block(
@@ -333,13 +354,17 @@ def temporal_block(
         bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary, focus_mask=focus_mask,
         num_images=num_images, sm_scale=scale,
     )  # fmt: skip
+    asked = {
+        "tables": rel_k is not None or rel_v is not None,
+        "turned": rotary is not None or bias is not None,
+    }
     wanted = _fused_backend(x.device)
-    if wanted != "reference" and parts_reason(wanted, x, qkv_weight, heads) is not None:
+    if wanted != "reference" and parts_reason(wanted, x, qkv_weight, heads, **asked) is not None:
         return _parts(
             x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
             **options,
         )  # fmt: skip
-    backend = select("temporal_block", x.device, x, qkv_weight, heads)
+    backend = select("temporal_block", x.device, x, qkv_weight, heads, **asked)
     if backend == "reference":
         return temporal_block_ref(
             x, norm_weight, qkv_weight, out_weight, heads=heads, norm_bias=norm_bias,

@@ -1,0 +1,136 @@
+"""y = x + o Wᵀ + b: the second half of a block too wide for ``temporal_block``.
+
+o (rows, K), W (N, K), x and y (rows, N); x may be wider than o, as under autocast. The bias and the
+residual are added to the fp32 accumulator and y is rounded once. x is read and y written where the
+library's product, and a sum after it, would write, read twice and write again:
+rows*(K + 2*N)*e + N*K*e bytes, 2*rows*K*N FLOPs. Backward: two products by the library.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.aot import AotCase
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.linear_parts import (
+    LinearConfig,
+    product,
+    row_block,
+    tile_rows,
+    weight_block,
+)
+from fastvdm.kernels.tuned import tuned
+
+
+@tuned("linear_residual", rows=lambda n: min(1 << 17, next_power_of_2(n)))
+def pick_config(
+    rows: int, depth: int, features: int, x_itemsize: int, itemsize: int
+) -> LinearConfig:
+    """Tiles that compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``). NOT MEASURED.
+
+    Smaller ones where the large would leave multiprocessors without work. ``depth`` and
+    ``x_itemsize`` tell measured tiles apart.
+    """
+    if itemsize > 2:
+        return LinearConfig(64, 64, 32, 4, 3)
+    if cdiv(rows, 128) * cdiv(features, 128) < 128:
+        return LinearConfig(64, 64, 64, 4, 4)
+    return LinearConfig(128, 128, 64, 8, 3)
+
+
+@triton.jit
+def _linear_residual_kernel(
+    x_ptr, o_ptr, weight_ptr, bias_ptr, y_ptr, rows, K, N,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One tile; those of the same rows follow each other, so that o comes from the L2."""
+    columns = tl.cdiv(N, BN)
+    pid = tl.program_id(0)
+    first_row, row, exists = tile_rows(pid // columns, rows, BM)
+    o_ptr += first_row * K
+    x_ptr += first_row * N
+    y_ptr += first_row * N
+    offs_n = pid % columns * BN + tl.arange(0, BN)
+    feature = tl.minimum(offs_n, N - 1)
+    acc = tl.zeros([BM, BN], ACC)
+    for k in tl.range(0, K, BK):
+        o = row_block(o_ptr, row, k, K, BK)
+        w = weight_block(weight_ptr, feature, k, K, BK)
+        acc = dot_x3(o, w, acc)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + feature).to(ACC)[None, :]
+    at = row[:, None] * N + offs_n[None, :]
+    mask = exists[:, None] & (offs_n < N)[None, :]
+    acc += tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As ``fastvdm::linear_residual_fwd``."""
+    features, depth = weight.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel() == 0:
+        return y
+    rows = y.numel() // features
+    config = pick_config(rows, depth, features, x.element_size(), weight.element_size())
+    _linear_residual_kernel[(cdiv(rows, config.BM) * cdiv(features, config.BN),)](
+        *(x, o, weight, bias, y, rows, depth, features),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        ACC=acc_dtype(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def linear_residual_bwd(
+    dy: Tensor,
+    o: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_do: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``fastvdm::linear_residual_bwd``."""
+    do, dweight, dbias = (o.new_empty((0,)) for _ in range(3))
+    seeds = dy.view(-1, dy.shape[-1])
+    low = seeds.to(weight.dtype) if need_do or need_weight else seeds
+    if need_do:
+        do = product(low, weight).view(o.shape)
+    if need_weight:
+        dweight = product(low.t(), o.view(-1, o.shape[-1]))
+    if need_bias and bias is not None:
+        dbias = seeds.sum(0, dtype=acc_torch_dtype(dy.dtype)).to(bias.dtype)
+    return do, dweight, dbias
+
+
+def _case(rows: int, x_type: str, low: str) -> AotCase:
+    size = {"bf16": 2, "fp32": 4}
+    config = pick_config.analytic(rows, 512, 512, size[x_type], size[low])
+    types = {name: f"*{low}" for name in ("o_ptr", "weight_ptr", "bias_ptr")}
+    types |= {name: f"*{x_type}" for name in ("x_ptr", "y_ptr")}
+    constexprs = dict(BM=config.BM, BN=config.BN, BK=config.BK, ACC=tl.float32)
+    names = [a for a in _linear_residual_kernel.arg_names if a not in constexprs]
+    return AotCase(
+        f"linear_residual_fwd/{x_type}-{low}-{config.BM}x{config.BN}",
+        _linear_residual_kernel,
+        {name: types.get(name, "i32") for name in names},
+        constexprs,
+        divisible=("K", "N"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        uses_dot=True,
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Every tile of ``pick_config``: 16 bits throughout, an fp32 stream as under autocast, fp32."""
+    kinds = (("bf16", "bf16"), ("fp32", "bf16"))
+    found = [_case(rows, *kind) for kind in kinds for rows in (1 << 10, 1 << 16)]
+    return [*found, _case(1 << 16, "fp32", "fp32")]
