@@ -172,7 +172,7 @@ def norm_linear_bwd(
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (nothing() for _ in range(5))
     if need_dx or need_norm:
         dxn = product(seeds, weight).view(flat.shape)
-        dx, _, dnorm_weight, dnorm_bias, _, _ = norm_act_bwd(
+        dx, _, dnorm_weight, dnorm_bias, *_ = norm_act_bwd(
             dxn, flat, None, norm_weight, norm_bias, None, None, None, None, None,
             LAYER, 1, False, eps, False, need_dx, need_norm, False,
         )  # fmt: skip
