@@ -99,8 +99,12 @@ def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
 
 
 def _selected(item: pytest.Item, key: tuple) -> list[str]:
-    """The providers that this run will ask for in the same contest."""
-    return [i.callspec.params["provider"] for i in item.session.items if _key(i) == key]
+    """The providers that this run will ask for in the same contest; none that it will skip."""
+    return [
+        i.callspec.params["provider"]
+        for i in item.session.items
+        if _key(i) == key and i.get_closest_marker("skip") is None
+    ]
 
 
 def _key(item: Any) -> tuple | None:

@@ -91,7 +91,8 @@ class BuildPerISA(build_ext):
         kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
         rest = [s for s in ext.sources if s not in kernels]
         ext.depends = [*ext.depends, *kernels]
-        if not self.force and not newer_group(
+        variant = bool(SANITIZE) or EMULATE_AMX  # whose flags no time stamp shows
+        if not (self.force or variant) and not newer_group(
             [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
         ):
             return super().build_extension(ext)  # which finds it up to date and says so

@@ -481,7 +481,7 @@ def _backward_by_parts(
             *((bias, need_bias), (rel_k, need_rel), (rel_v, need_rel)),
         )
         zeros = [nothing() if t is None or not n else torch.zeros_like(t) for t, n in wanted]
-        return (torch.empty_like(x), *zeros)
+        return (torch.empty_like(x, memory_format=torch.contiguous_format), *zeros)
     rows, wide = x.reshape(-1, c), acc_torch_dtype(x.dtype)
     gain = norm_weight.to(x.dtype)
     shift = None if norm_bias is None else norm_bias.to(x.dtype)
@@ -550,7 +550,7 @@ def temporal_block_fwd(
     sm_scale: float,
 ) -> Tensor:
     """y as x."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     b, f, h, w, c = x.shape
     if y.numel() == 0:
         return y
@@ -621,7 +621,7 @@ def temporal_block_bwd(
         )
     pixels, rows = b * h * w, b * f * h * w
     inner, acc, device = heads * dim, acc_torch_dtype(x.dtype), x.device
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     need_bias = need_bias and bias is not None
     config = pick_config(
         f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=_major(x)

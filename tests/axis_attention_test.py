@@ -14,10 +14,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm import use_backend
-from fastvdm.dispatch import ByDesign, FallbackError, explain
+from fastvdm.dispatch import FallbackError, explain
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.ops import axis_attention as op
 from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost
@@ -489,29 +488,3 @@ def test_cost() -> None:
     assert forward == (4 * rows * 16 * 32, 4 * rows * 32 * 2)
     backward = axis_attention_cost((2, 16, 8, 8, 3, 8, 32), 2, "time", bias=True, backward=True)
     assert backward == (10 * rows * 16 * 32, 7 * rows * 32 * 2 + 2 * 8 * 256 * 4)
-
-
-FP32 = [  # N, D, Shaw tables, bias or rotary; does a tile fit the registers?
-    (16, 64, True, False, True),
-    (17, 64, True, False, False),
-    (16, 64, True, True, False),
-    (16, 65, True, False, False),
-    (33, 32, True, False, True),
-    (32, 32, True, False, False),
-    (32, 128, False, False, True),
-    (32, 128, False, True, False),
-    (16, 128, False, True, True),
-    (1024, 128, False, True, True),
-]
-
-
-@pytest.mark.parametrize("n, d, tables, turned, fits", FP32)
-def test_fp32_on_a_gpu_where_no_tile_fits(n, d, tables, turned, fits):
-    """The reference's by design: neither a warning nor an error."""
-    with FakeTensorMode():
-        qkv = torch.empty(1, n, 1, 1, 3, 2, d, device="cuda")
-        table = torch.empty(1, 3, d, device="cuda") if tables else None
-        reason = op.unsupported("triton", qkv, op.TIME, table, table, turned)
-        assert reason is None if fits else isinstance(reason, ByDesign)
-        assert op.unsupported("triton", qkv.half(), op.TIME, table, table, turned) is None
-        assert op.unsupported("cpu", qkv, op.TIME, table, table, turned) is None

@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _triton():
-    with use_backend("auto" if GPU else "triton"):
+    with use_backend("triton"):
         yield
 
 
@@ -151,6 +151,16 @@ def test_compile(device):
     outs = [grads(fn, inputs, inputs[0]) for fn in (compiled, linear_residual)]
     assert torch.equal(outs[0][0][0], outs[1][0][0])
     assert all(torch.equal(a, b) for a, b in zip(*(g for _, g in outs)) if a is not None)
+
+
+def test_autocast_casts_whatever_comes(device):
+    """As F.linear does, also where the weight already has autocast's type."""
+    low = torch.bfloat16 if GPU else torch.float16
+    x, o, weight, bias = _inputs(*CASES["narrow"], torch.float32, device)
+    with torch.autocast(device, low):
+        found = linear_residual(x, o, weight.to(low), bias)
+        expected = linear_residual(x, o.to(low), weight.to(low), bias.to(low))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_double_backward_is_refused(device):

@@ -46,7 +46,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _triton():
-    with use_backend("auto" if GPU else "triton"):
+    with use_backend("triton"):
         yield
 
 

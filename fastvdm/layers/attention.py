@@ -115,7 +115,7 @@ class AxisAttention(nn.Module):
                 eps=eps,
                 **options,
             )
-        if plain and on_triton(x.device):
+        if plain and on_triton():
             norm, bias = self.norm, self.qkv.bias
             qkv = norm_linear(
                 x, norm.weight, self.qkv.weight, norm_bias=norm.bias, bias=bias, eps=eps

@@ -179,6 +179,7 @@ class PreNormResnetBlock(nn.Module):
             conv2.weight,
             conv2.bias,
             per_frame=norm.per_frame,
+            eps=eps,
             scale=scale,
             shift=shift,
             residual=residual,

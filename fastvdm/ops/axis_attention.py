@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.reference.axis_attention import axis_attention_ref
 
 TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
@@ -153,27 +153,12 @@ def _backward(ctx, dout, _dlse):
     )
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "axis_attention has no double backward; for higher-order gradients run it under "
-        "fastvdm.use_backend('reference')"
-    )
-
-
 autograd(axis_attention_fwd, _backward, setup_context=_save)
-autograd(axis_attention_bwd, _no_double_backward)
+no_double_backward(axis_attention_bwd)
 
 
-def unsupported(
-    backend: str,
-    qkv: Tensor,
-    axis: int,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    turned: bool = False,
-) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can. ``turned``: there is a rotary
-    embedding or a bias."""
+def unsupported(backend: str, qkv: Tensor) -> str | None:
+    """Why ``backend`` cannot take this call; None when it can."""
     d = qkv.shape[-1]
     if d > _MAX_DIM:
         return f"head dim {d} is above {_MAX_DIM}"
@@ -182,15 +167,6 @@ def unsupported(
     if backend == "triton" and qkv.dtype == torch.float64 and qkv.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         return ByDesign("fp64 runs on the torch reference")
-    if backend == "triton" and qkv.dtype == torch.float32 and qkv.is_cuda:
-        # No tile of what is refused compiles without spills (up to 8 KB; Triton 3.6, sm_90).
-        n, _ = sequence(qkv.shape, axis)
-        if rel_k is not None or rel_v is not None:
-            fits = not turned and ((n <= 16 and d <= 64) or (n > SHORT and d <= 32))
-        else:
-            fits = not (turned and 16 < n <= SHORT and d > 64)
-        if not fits:
-            return ByDesign(f"fp32 with these options at N = {n}, D = {d} exceeds the registers")
     return None
 
 
@@ -316,8 +292,7 @@ def axis_attention(
     rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     code = _AXES[axis]
-    turned = bias is not None or rotary is not None
-    backend = select("axis_attention", qkv.device, qkv, code, rel_k, rel_v, turned)
+    backend = select("axis_attention", qkv.device, qkv)
     if backend == "reference":
         return axis_attention_ref(
             qkv,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvdm.ops.conv_group_norm_conv import (
     bias_is_apart,
+    check_conv,
     choose_conv,
     space_conv,
     space_conv_stats,
@@ -64,6 +65,7 @@ def conv_group_norm(
     job = "upsample" if upsample is not None else "conv" if x2 is None else "pair"
     x_bias = bias if bias is not None and bias_is_apart(job, x, weight) else None
     if x_bias is not None:
+        check_conv(x, x2, weight, bias, 1, None, upsample)  # nobody else sees this bias as one
         bias = None
     epilogue = choose_conv(job, x.shape[-1], x.device.type, x.dtype)
     # Triton's epilogue has the statistics for nothing

@@ -7,6 +7,8 @@ first: folded, the upsampled tensor is never made and 5/9 of the multiplications
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from fastvdm import dispatch
 from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import emulated
 from fastvdm.reference.conv_group_norm_conv import (
     group_stats_ref,
@@ -121,13 +123,6 @@ def _or_empty(t: Tensor, wanted: bool, shape: tuple[int, ...] | None = None) -> 
     if not wanted:
         return t.new_empty(0)
     return torch.empty_like(t) if shape is None else t.new_empty(shape)
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "fastvdm convolutions have no second derivative here; "
-        'use fastvdm.config.use_backend("reference") for it'
-    )
 
 
 @define
@@ -259,7 +254,7 @@ def _backward(ctx, dy, *_stats):
 
 autograd(space_conv_fwd, _backward, setup_context=_save)
 autograd(space_conv_stats_fwd, _backward, setup_context=_save)
-autograd(space_conv_bwd, _no_double_backward)
+no_double_backward(space_conv_bwd)
 
 
 def _save_transpose(ctx, inputs, output):
@@ -283,7 +278,7 @@ def _backward_transpose(ctx, dy):
 
 
 autograd(space_conv_transpose_fwd, _backward_transpose, setup_context=_save_transpose)
-autograd(space_conv_transpose_bwd, _no_double_backward)
+no_double_backward(space_conv_transpose_bwd)
 
 dispatch.register(
     "space_conv",
@@ -369,7 +364,7 @@ def check_conv(
         raise ValueError(f"residual must be {expected}, the output; got {tuple(residual.shape)}")
 
 
-def _cast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
     dtype = dispatch.autocast_dtype(x)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
@@ -437,7 +432,7 @@ def space_conv(
     if backend == "aten":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    inputs = _cast(x, x2, weight, bias, residual)
+    inputs = cast(x, x2, weight, bias, residual)
     return space_conv_fwd(*inputs, stride, backend)
 
 
@@ -469,7 +464,7 @@ def space_conv_stats(
     kind = "conv" if x2 is None else "pair"
     backend = _implementation("space_conv", kind, x, weight)
     if backend == "triton":
-        inputs = _cast(x, x2, weight, bias, residual)
+        inputs = cast(x, x2, weight, bias, residual)
         return space_conv_stats_fwd(*inputs, stride, groups, per_frame, eps, backend)
     y = space_conv(x, weight, bias, x2=x2, stride=stride, residual=residual)
     return y, *group_stats_ref(y.detach(), groups, per_frame, eps)
@@ -485,7 +480,7 @@ def _transpose(
         else:
             y = library.conv_transpose2d(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    return space_conv_transpose_fwd(*_cast(x, weight, bias, residual), backend)
+    return space_conv_transpose_fwd(*cast(x, weight, bias, residual), backend)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

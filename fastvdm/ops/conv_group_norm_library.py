@@ -119,9 +119,9 @@ def _conv3x3(
 
 
 def adds_bias_apart(x: Tensor, kernel: int) -> bool:
-    """Whether the bias of a convolution is a pass of its own. On CUDA a 1x1 is a GEMM, whose
-    epilogue adds it; larger kernels get none from cuDNN, which would add it in an unvectorised pass
-    (sgl-project/sglang#38650): a norm that follows takes it as ``x_bias``."""
+    """Whether the bias of a convolution is a pass of its own. On CUDA a 1x1 of stride 1 is a GEMM,
+    whose epilogue adds it; larger kernels get none from cuDNN, which would add it in an
+    unvectorised pass (sgl-project/sglang#38650): a norm that follows takes it as ``x_bias``."""
     return x.is_cuda and kernel > 1
 
 

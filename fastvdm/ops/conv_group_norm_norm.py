@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvdm.dispatch import ByDesign, autocast_on, launchers, register, select
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
@@ -169,14 +169,8 @@ def _backward(ctx, dy, dmean, drstd):
     return (*grads, dres, *(None,) * 9, dx_bias if need[16] else None)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        'norm_act has no second derivative; use `with use_backend("reference")` for one'
-    )
-
-
 autograd(norm_act_fwd, _backward, setup_context=_save)
-autograd(norm_act_bwd, _no_double_backward)
+no_double_backward(norm_act_bwd)
 
 
 def unsupported(backend: str, x: Tensor, kind: str, channels: int) -> str | None:

@@ -113,6 +113,7 @@ def norm_conv(
     bias: Tensor | None = None,
     *,
     per_frame: bool = False,
+    eps: float = 1e-5,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     act: bool = True,
@@ -124,6 +125,7 @@ def norm_conv(
         x: (B, F, H, W, C).
         stats: (mean, rstd) of x, each (B, groups), or (B*F, groups) ``per_frame``, as
             ``space_conv_stats`` gives them. Differentiated as functions of x.
+        eps: what is in that rstd.
         norm_weight, norm_bias: (C,), of any floating dtype. scale, shift: FiLM, (B, C).
         weight: (Cout, C, k, k), k odd; stride 1. bias: (Cout,).
         act: SiLU or nothing.
@@ -151,9 +153,10 @@ def norm_conv(
     if backend == "reference":
         h = norm_act(
             x, norm_weight, norm_bias, kind="group", groups=groups, per_frame=per_frame,
-            scale=scale, shift=shift, act=act, stats=stats,
+            eps=eps, scale=scale, shift=shift, act=act, stats=stats,
         )  # fmt: skip
         return space_conv(h, weight, bias, residual=residual)
+    x, weight, bias, residual = conv_ops.cast(x, weight, bias, residual)
     mean, rstd, norm_bias, bias, residual = (
         None if t is None else t.contiguous() for t in (*stats, norm_bias, bias, residual)
     )

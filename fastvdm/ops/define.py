@@ -49,25 +49,35 @@ def autograd(
     # The dispatcher takes off trailing arguments that equal their default.
     defaults = tuple(a.default_value for a in op._schema.arguments)
 
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                out = op(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, out)
-            return out
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = op(*inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, out)
+        return out
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # A profile shows this name with Backward behind it.
+    node: Any = type(op._opname + "_", (torch.autograd.Function,), methods)
 
     def run(*args: Any) -> Any:
         args += defaults[len(args) :]
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Node.apply(*args)
+            return node.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    Node.__name__ = Node.__qualname__ = f"{op._opname}_backward"  # what a profile shows
     _LIBRARY.impl(op._opname, run, "Autograd")
+
+
+def no_double_backward(op: OpOverload) -> None:
+    """Makes the gradient of the backward op ``op`` an error that says what to do."""
+    name = op._opname.removesuffix("_bwd")
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{name} has no double backward; for higher-order gradients run it under "
+            "fastvdm.use_backend('reference')"
+        )
+
+    autograd(op, refuse)

@@ -15,7 +15,7 @@ from fastvdm import _ext
 from fastvdm.config import get_config
 from fastvdm.dispatch import autocast_dtype, launchers
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 
 # Asked once, so that dynamo traces a comparison of constants.
 _EMULATED = tuple(
@@ -87,14 +87,8 @@ def _backward(ctx, dy):
     return *(g if n else None for g, n in zip(found, need)), None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        'linear has no double backward here; use fastvdm.use_backend("reference") for one'
-    )
-
-
 autograd(linear_fwd, _backward, setup_context=_save)
-autograd(linear_bwd, _no_double_backward)
+no_double_backward(linear_bwd)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

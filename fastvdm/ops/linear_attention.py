@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.reference.linear_attention import linear_attention_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -81,15 +81,8 @@ def _backward(ctx, dout, _dk_lse, _dcontext):
     return dqkv, None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "linear_attention has no double backward; for higher-order gradients run it under "
-        "fastvdm.use_backend('reference')"
-    )
-
-
 autograd(linear_attention_fwd, _backward, setup_context=_save)
-autograd(linear_attention_bwd, _no_double_backward)
+no_double_backward(linear_attention_bwd)
 
 
 def unsupported(backend: str, qkv: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from fastvdm.dispatch import (
     select,
 )
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention, linear_attention_cost
 from fastvdm.ops.linear_attention import unsupported as attention_unsupported
@@ -98,15 +98,8 @@ def _backward(ctx, dout, *_):
     return dx if need_dx else None, dweight if need_dweight else None, None, None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "linear_attention_projected has no double backward; for higher-order gradients run it "
-        "under fastvdm.use_backend('reference')"
-    )
-
-
 autograd(linear_attention_projected_fwd, _backward, setup_context=_save)
-autograd(linear_attention_projected_bwd, _no_double_backward)
+no_double_backward(linear_attention_projected_bwd)
 
 
 def unsupported(backend: str, x: Tensor, head_dim: int) -> str | None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.dispatch import ByDesign, autocast_dtype, autocast_on, launchers, register, select
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_linear import on_triton
 from fastvdm.reference.linear_residual import linear_residual_ref
@@ -71,15 +71,8 @@ def _backward(ctx, dy):
     return dy if need_x else None, *(g if n else None for g, n in zip(found, need)), None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "linear_residual has no double backward; for higher-order gradients run it under "
-        "fastvdm.use_backend('reference')"
-    )
-
-
 autograd(linear_residual_fwd, _backward, setup_context=_save)
-autograd(linear_residual_bwd, _no_double_backward)
+no_double_backward(linear_residual_bwd)
 
 
 def unsupported(backend: str, x: Tensor) -> str | None:
@@ -135,9 +128,9 @@ def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = 
     """
     _validate(x, o, weight, bias)
     low = autocast_dtype(weight)
-    if low == weight.dtype and o.dtype != low:
+    if o.dtype != weight.dtype and not autocast_on(x.device.type):
         raise TypeError(f"o is {o.dtype}, weight {weight.dtype}")
-    if not on_triton(x.device):
+    if not on_triton():
         return (x + linear(o, weight, bias)).to(x.dtype)
     backend = select("linear_residual", x.device, x)
     o, weight, bias = o.to(low), weight.to(low), None if bias is None else bias.to(low)

@@ -22,7 +22,7 @@ from fastvdm.dispatch import (
 )
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import linear
 from fastvdm.reference.norm_linear import norm_linear_ref
 
@@ -101,15 +101,8 @@ def _backward(ctx, dy):
     return *(g if n else None for g, n in zip(found, need)), None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "norm_linear has no double backward; for higher-order gradients run it under "
-        "fastvdm.use_backend('reference')"
-    )
-
-
 autograd(norm_linear_fwd, _backward, setup_context=_save)
-autograd(norm_linear_bwd, _no_double_backward)
+no_double_backward(norm_linear_bwd)
 
 
 def unsupported(backend: str, x: Tensor) -> str | None:
@@ -131,10 +124,16 @@ register(
 )
 
 
-def on_triton(device: torch.device) -> bool:
-    """Whether calls on ``device`` go to Triton, the only backend with kernels for the halves."""
-    forced = get_config().backend
-    return forced == "triton" or (forced == "auto" and device.type == "cuda")
+def on_triton() -> bool:
+    """Whether the halves run as kernels; elsewhere they are composed of the package's parts.
+
+    | device | choice       | why                                                                  |
+    |--------|--------------|----------------------------------------------------------------------|
+    | cuda   | composed     | NOT MEASURED against cuBLAS, which such wide products are bound by:  |
+    |        |              | taken only by name (FASTVDM_BACKEND=triton)                          |
+    | cpu    | composed     | no kernel                                                            |
+    """
+    return get_config().backend == "triton"
 
 
 def _validate(x, norm_weight, weight, norm_bias, bias, eps) -> None:
@@ -197,7 +196,7 @@ def norm_linear(
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
     _validate(x, norm_weight, weight, norm_bias, bias, eps)
-    if not on_triton(x.device):
+    if not on_triton():
         return _parts(x, norm_weight, weight, norm_bias, bias, eps)
     backend = select("norm_linear", x.device, x)
     low = autocast_dtype(weight)

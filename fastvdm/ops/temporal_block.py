@@ -17,7 +17,7 @@ from fastvdm.config import get_config
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
@@ -159,15 +159,8 @@ def _backward(ctx, dy):
     return tuple(grads[name] if name in grads and need[name] else None for name in _NAMES)
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "temporal_block has no double backward; for higher-order gradients run it under "
-        "fastvdm.use_backend('reference')"
-    )
-
-
 autograd(temporal_block_fwd, _backward, setup_context=_save)
-autograd(temporal_block_bwd, _no_double_backward)
+no_double_backward(temporal_block_bwd)
 
 
 def parts_reason(
