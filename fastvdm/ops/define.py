@@ -21,9 +21,8 @@ BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by i
 
 
 def define(body: Callable[..., Any]) -> OpOverload:
-    """The op ``fastvdm::<name of body>``: mutates nothing, returns nothing that aliases an input;
-    ``body``, which neither the compiler nor autograd looks into, runs it
-    on every device."""
+    """The op ``fastvdm::<name of body>``: mutates nothing, returns nothing that aliases an input.
+    ``body``, which neither the compiler nor autograd looks into, runs it on every device."""
     name = body.__name__
     schema = torch.library.infer_schema(body, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
