@@ -47,6 +47,7 @@ class AotCase:
         uses_dot: a matrix instruction must be in the PTX.
         uses_tma: cp.async.bulk.tensor must be in the PTX from sm_90 on.
         archs: where it ships; all three by default.
+        rare: of no size that bench/cases.py names; ``--common``, as in the tests, leaves it out.
     """
 
     name: str
@@ -60,6 +61,7 @@ class AotCase:
     uses_dot: bool = False
     uses_tma: bool = False
     archs: Sequence[int] = field(default=ARCHS)
+    rare: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ def _compile_one(job: tuple[str, int, int]) -> AotResult:
     return compile_case(cases(stem)[index], arch)
 
 
-def run(wanted: Iterable[str], archs: Sequence[int], jobs: int) -> list[AotResult]:
+def run(
+    wanted: Iterable[str], archs: Sequence[int], jobs: int, *, rare: bool = True
+) -> list[AotResult]:
     """Compile the cases of the wanted stems for ``archs`` in ``jobs`` processes."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -205,7 +209,7 @@ def run(wanted: Iterable[str], archs: Sequence[int], jobs: int) -> list[AotResul
         for stem in wanted
         for i, case in enumerate(cases(stem))
         for arch in archs
-        if arch in case.archs
+        if arch in case.archs and (rare or not case.rare)
     ]
     if jobs == 1:
         return [_compile_one(job) for job in todo]
@@ -233,9 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, choices=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="a list of objects, one per line")
+    parser.add_argument("--common", action="store_true", help="without the rare configurations")
     args = parser.parse_args(argv)
     wanted = [s for s in stems() if s.startswith(tuple(args.stems) or "")]
-    results = run(wanted, args.arch, args.jobs)
+    results = run(wanted, args.arch, args.jobs, rare=not args.common)
     if args.json:
         for r in results:
             print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))

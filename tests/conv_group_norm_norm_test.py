@@ -2,7 +2,7 @@
 
 Every case runs on the Triton kernels (under the interpreter without a GPU: fp32, fp16, fp64) and,
 where the extension is built, on the C++ ones. Left out as too slow under the interpreter: maps of
-more than a few thousand pixels; the chunking that they would show is forced by ``_programs``.
+more than a few thousand pixels; the chunking that they would show is forced by ``programs``.
 """
 
 from __future__ import annotations
@@ -295,9 +295,9 @@ def test_videos_do_not_depend_on_the_batch(lane):
 
 def test_chunks(device, monkeypatch):
     """More and fewer chunks than tiles, and a last chunk of one row: the same within rounding."""
-    kernels = pytest.importorskip("fastvdm.kernels.conv_group_norm_norm")
+    parts = pytest.importorskip("fastvdm.kernels.conv_group_norm_norm_parts")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(kernels, "_programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(parts, "programs", lambda device, warps, n=programs: n)
         case = ((1, 3, 11, 13, 5), 2, ("bias", "scale"), {"kind": "group", "groups": 7})
         check(case, torch.float32, ("triton", device))
         case = ((1, 2, 11, 3, 40), 0, ("bias", "scale"), {"kind": "layer"})

@@ -22,7 +22,8 @@ from fastvdm.kernels import (
     axis_attention_long,
     axis_attention_short,
     conv_group_norm_conv,
-    conv_group_norm_norm,
+    conv_group_norm_norm_group,
+    conv_group_norm_norm_row,
     guidance,
     linear_attention,
     linear_residual,
@@ -142,8 +143,8 @@ def test_the_shipped_files_belong_to_these_kernels() -> None:
 ASKED = {
     "linear": linear_attention.pick_config.choice(32, torch.bfloat16, 4096, backward=True),
     "linear small": linear_attention.pick_config.choice(128, torch.bfloat16, 20, backward=False),
-    "group": conv_group_norm_norm.pick_config.choice(96, 48, 2, "bwd"),
-    "row": conv_group_norm_norm.pick_row_config.choice(512, 0, 2, "fwd"),
+    "group": conv_group_norm_norm_group.pick_config.choice(96, 48, 2, "bwd"),
+    "row": conv_group_norm_norm_row.pick_row_config.choice(512, 0, 2, "fwd"),
     "short": axis_attention_short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False),
     "short one": axis_attention_short.pick_config.choice(32, 128, 2, 1, backward=True, shaw=True),
     **{
