@@ -469,7 +469,7 @@ def test_wide_heads_fall_back_with_a_reason(device) -> None:
     qkv = torch.randn(1, 3, 1, 2, 3, 1, 144, device=device)
     with use_backend("triton"), pytest.raises(FallbackError, match="head dim 144"):
         axis_attention(qkv, axis="time")
-    assert "144" in explain("axis_attention", qkv, op.TIME, None, None)["triton"]
+    assert "144" in explain("axis_attention", qkv)["triton"]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2, 2, 16), (2, 3, 0, 2, 2, 16), (2, 0, 2, 2, 2, 16)])
