@@ -6,6 +6,9 @@ pixels are normalised.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -336,6 +339,28 @@ def group_stats(
     return mean, rstd
 
 
+def _launch(
+    x: Tensor,
+    x2: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    groups: int,
+    per_frame: bool,
+    kind: str,
+    split: Callable[[torch.device, int, int, Config], tuple[int, int]],
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+    """(programs, the integers from L to chunks, tile) of a kernel whose pixels ``split`` cuts."""
+    n, length, c1, c2, frames = extents(x, x2, per_frame)
+    cfg = pick_config(c1, c2, x.element_size(), kind)
+    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
+    rows, chunks = split(x.device, n * blocks, length, cfg)
+    strides = (row_stride(params[2]), row_stride(params[3]))
+    counts = (length, c1, c2, (c1 + c2) // groups, groups, frames, *strides, rows, chunks)
+    tile: dict[str, Any] = dict(
+        BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps
+    )
+    return n * chunks * blocks, counts, tile
+
+
 def group_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -350,18 +375,10 @@ def group_fwd(
     act: bool,
 ) -> None:
     """y in one read and one write; ``params`` is (weight, bias, scale, shift)."""
-    n, length, c1, c2, frames = extents(x, x2, per_frame)
-    groups = mean.shape[1]
-    cfg = pick_config(c1, c2, x.element_size(), "fwd")
-    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
-    strides = (row_stride(params[2]), row_stride(params[3]))
-    _group_fwd_kernel[(n * chunks * blocks,)](
-        x, x2, y, mean, rstd, x_bias, *params, residual, drop, length, c1, c2,
-        (c1 + c2) // groups, groups, frames, *strides, rows, chunks,
-        ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype),
-        num_warps=cfg.num_warps,
-    )  # fmt: skip
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "fwd", split_for_map)
+    _group_fwd_kernel[(grid,)](
+        x, x2, y, mean, rstd, x_bias, *params, residual, drop, *counts, ACT=act, **tile
+    )
 
 
 def group_bwd_sums(
@@ -378,19 +395,12 @@ def group_bwd_sums(
     count: int,
 ) -> Tensor:
     """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
-    n, length, c1, c2, frames = extents(x, x2, per_frame)
-    c, groups = c1 + c2, mean.shape[1]
-    cfg = pick_config(c1, c2, x.element_size(), "bwd")
-    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
-    part = x.new_empty((n, chunks, count, c), dtype=acc_torch_dtype(x.dtype))
-    strides = (row_stride(params[2]), row_stride(params[3]))
-    _group_bwd_sums_kernel[(n * chunks * blocks,)](
-        dy, x, x2, part, mean, rstd, x_bias, *params, drop, length, c1, c2, c // groups, groups,
-        frames, *strides, rows, chunks,
-        SUMS=count, ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype),
-        num_warps=cfg.num_warps,
-    )  # fmt: skip
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_sums)
+    n, _, c1, c2, _ = extents(x, x2, per_frame)
+    part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
+    _group_bwd_sums_kernel[(grid,)](
+        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile
+    )
     return part
 
 
@@ -410,18 +420,10 @@ def group_bwd_dx(
     act: bool,
 ) -> None:
     """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
-    n, length, c1, c2, frames = extents(x, x2, per_frame)
-    c, groups = c1 + c2, mean.shape[1]
-    cfg = pick_config(c1, c2, x.element_size(), "bwd")
-    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_for_map(x.device, n * blocks, length, cfg)
-    strides = (row_stride(params[2]), row_stride(params[3]))
-    _group_bwd_dx_kernel[(n * chunks * blocks,)](
-        dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, length, c1, c2, c // groups,
-        groups, frames, *strides, rows, chunks,
-        ACT=act, BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype),
-        num_warps=cfg.num_warps,
-    )  # fmt: skip
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_map)
+    _group_bwd_dx_kernel[(grid,)](
+        dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
+    )
 
 
 def aot_cases() -> list[AotCase]:

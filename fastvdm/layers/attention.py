@@ -120,12 +120,14 @@ class AxisAttention(nn.Module):
             qkv = norm_linear(
                 x, norm.weight, self.qkv.weight, norm_bias=norm.bias, bias=bias, eps=eps
             )
-            qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
-            out = axis_attention(qkv, axis=self.axis, **options).flatten(-2)
-            return linear_residual(x, out, self.out.weight, self.out.bias)
+            return linear_residual(x, self._core(qkv, options), self.out.weight, self.out.bias)
         return x + self._attend(self.norm(x), options)
 
     def _attend(self, h: Tensor, options: dict[str, Any]) -> Tensor:
         """qkv, attention and output projection of the normalised input."""
-        qkv = self.qkv(h).unflatten(-1, (3, self.heads, self.head_dim))
-        return self.out(axis_attention(qkv, axis=self.axis, **options).flatten(-2))
+        return self.out(self._core(self.qkv(h), options))
+
+    def _core(self, qkv: Tensor, options: dict[str, Any]) -> Tensor:
+        """The attention between the two projections."""
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
+        return axis_attention(qkv, axis=self.axis, **options).flatten(-2)
