@@ -20,11 +20,11 @@ CHECKS = "address,undefined"
 TESTS = {
     "sanitize": (
         "cpu_test.py",
-        "linear_attention_projected_test.py",
+        "linear_attention_block_test.py",
         "guidance_test.py",
         "fuzz_test.py",
     ),
-    "amx": ("cpu_test.py", "fuzz_test.py"),
+    "amx": ("cpu_test.py", "linear_attention_block_test.py", "fuzz_test.py"),
 }
 PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 

@@ -18,7 +18,7 @@ from fastvdm.ops.axis_attention import axis_attention_cost
 from fastvdm.ops.conv_group_norm_conv import space_conv_cost, space_conv_transpose_cost
 from fastvdm.ops.conv_group_norm_norm import norm_act_cost
 from fastvdm.ops.cost import Cost
-from fastvdm.ops.linear_attention_projected import linear_attention_projected_cost
+from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.temporal_block import temporal_block_cost
 
 
@@ -70,6 +70,11 @@ def _temporal(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: 
     return temporal_block_cost(x.shape, k["heads"], dim, x.element_size())
 
 
+def _linear_block(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: Any) -> Cost:
+    dim = qkv_weight.shape[0] // (3 * k["heads"])
+    return linear_attention_block_cost(x.shape, k["heads"], dim, x.element_size())
+
+
 _OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
     (conv, "space_conv"): _conv,
     (conv, "space_conv_transpose"): lambda x, weight, bias=None: space_conv_transpose_cost(
@@ -81,9 +86,7 @@ _OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
     (attention, "axis_attention"): lambda qkv, *, axis, **k: axis_attention_cost(
         qkv.shape, qkv.element_size(), axis, bias=k.get("bias") is not None
     ),
-    (attention, "linear_attention_projected"): lambda x, weight, *, heads: (
-        linear_attention_projected_cost(x.shape, weight.shape[0], heads, x.element_size())
-    ),
+    (attention, "linear_attention_block"): _linear_block,
     (F, "linear"): _linear,
 }
 

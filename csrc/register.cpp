@@ -42,12 +42,14 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "linear_attention_bwd_cpu(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, "
       "float sm_scale) -> Tensor");
   m.def(
-      "linear_attention_projected_fwd_cpu(Tensor x, Tensor weight, int heads, float sm_scale) "
-      "-> (Tensor, Tensor, Tensor)");
+      "linear_attention_block_fwd_cpu(Tensor x, Tensor norm_weight, Tensor? norm_bias, "
+      "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, int heads, float eps, "
+      "float sm_scale) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "linear_attention_projected_bwd_cpu(Tensor dout, Tensor x, Tensor weight, "
-      "Tensor lse, Tensor ctx, int heads, float sm_scale, bool need_dx, bool need_dweight) "
-      "-> (Tensor, Tensor)");
+      "linear_attention_block_bwd_cpu(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, "
+      "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, Tensor g, Tensor lse, int heads, "
+      "float eps, float sm_scale, bool need_norm, bool need_qkv, bool need_out) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "guidance_seed_fwd_cpu(Tensor z, Tensor model_out, Tensor coef, Tensor? known, "
       "Tensor? slot, Tensor? low_res, Tensor? low_slot, Tensor? extra, bool clip) "
@@ -76,10 +78,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("temporal_block_bwd_cpu", TORCH_BOX(&fastvdm::temporal_block_bwd));
   m.impl("linear_attention_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_fwd));
   m.impl("linear_attention_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_bwd));
-  m.impl("linear_attention_projected_fwd_cpu",
-         TORCH_BOX(&fastvdm::linear_attention_projected_fwd));
-  m.impl("linear_attention_projected_bwd_cpu",
-         TORCH_BOX(&fastvdm::linear_attention_projected_bwd));
+  m.impl("linear_attention_block_fwd_cpu", TORCH_BOX(&fastvdm::linear_attention_block_fwd));
+  m.impl("linear_attention_block_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_block_bwd));
   m.impl("guidance_seed_fwd_cpu", TORCH_BOX(&fastvdm::guidance_seed_fwd));
   m.impl("guidance_update_fwd_cpu", TORCH_BOX(&fastvdm::guidance_update_fwd));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));

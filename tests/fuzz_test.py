@@ -22,7 +22,7 @@ from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm_conv import space_conv
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.guidance import guidance_seed, guidance_update
-from fastvdm.ops.linear_attention_projected import linear_attention_projected
+from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.testing import assert_close3, cpu_isas, grads
 
@@ -165,9 +165,22 @@ def linear_attentions(data, dtype, seed):
     torch.manual_seed(seed)
     shape, (c, heads, d) = extents(data.draw, 2, 4, 14, 14), extents(data.draw, 40, 4, 62)
     d += 8  # an average of one feature over many pixels is all cancellation
-    x = torch.randn(*shape, c).to(dtype)
-    weight = (torch.randn(3 * heads * d, c) / c**0.5).to(dtype)
-    check(lambda x, weight: linear_attention_projected(x, weight, heads=heads), [x, weight])
+    inner = heads * d
+    inputs = [
+        torch.randn(*shape, c),
+        1 + 0.1 * torch.randn(c),
+        torch.randn(3 * inner, c) / c**0.5,
+        torch.randn(c, inner) / inner**0.5,
+        torch.randn(c),
+        torch.randn(c),
+    ]
+
+    def fn(x, norm_weight, qkv, out, norm_bias, bias):
+        return linear_attention_block(
+            x, norm_weight, qkv, out, heads=heads, norm_bias=norm_bias, out_bias=bias
+        )
+
+    check(fn, [t.to(dtype) for t in inputs])
 
 
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS)

@@ -79,12 +79,24 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
     }
   }
   vf sum = {};
-  for (int j = 0; j < n; ++j) {
-    const vf s = load(p + j * VL);
-    vf e = vexp(s - m);
-    if (t.bias_t != nullptr) e = s < lowest ? vf{} : e;  // a bias of -inf masks exactly
-    sum += e;
-    store(p + j * VL, e);
+  if (t.bias_t == nullptr) {
+    sum = vexp_rows(p, VL, n, m);
+  } else {  // a bias of -inf masks exactly
+    constexpr int U = 4;
+    for (int j = 0; j < n; j += U) {
+      vf s[U], e[U];
+#pragma GCC unroll 4
+      for (int i = 0; i < U; ++i) {
+        s[i] = load(p + (j + i < n ? j + i : n - 1) * VL);
+        e[i] = s[i] - m;
+      }
+      vexp_each(e);
+      for (int i = 0; i < U && j + i < n; ++i) {
+        const vf kept = s[i] < lowest ? vf{} : e[i];
+        sum += kept;
+        store(p + (j + i) * VL, kept);
+      }
+    }
   }
   const vf inv = sum > 0.f || sum != sum ? 1.f / sum : vf{};
   for (int j = 0; j < n; ++j) store(p + j * VL, load(p + j * VL) * inv);

@@ -31,6 +31,4 @@ struct AttnPartials {
   std::vector<float> bias_data, rel_k_data, rel_v_data;
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 }  // namespace fastvdm

@@ -41,20 +41,15 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);
 
-// Of frames [first, first + frames) alone; qkv and dqkv hold only these, the others all frames.
-void linear_attention_frames(const Tensor& qkv, int64_t pixels, int64_t frames, int64_t first,
-                             int64_t heads, int64_t d, double sm_scale, const Tensor& out,
-                             const Tensor& lse, const Tensor& ctx);
-void linear_attention_frames_bwd(const Tensor& dout, const Tensor& qkv, int64_t pixels,
-                                 int64_t frames, int64_t first, int64_t heads, int64_t d,
-                                 double sm_scale, const Tensor& lse, const Tensor& ctx,
-                                 const Tensor& dqkv);
-std::tuple<Tensor, Tensor, Tensor> linear_attention_projected_fwd(Tensor x, Tensor weight,
-                                                                  int64_t heads, double sm_scale);
-std::tuple<Tensor, Tensor> linear_attention_projected_bwd(Tensor dout, Tensor x, Tensor weight,
-                                                          Tensor lse, Tensor ctx, int64_t heads,
-                                                          double sm_scale, bool need_dx,
-                                                          bool need_dweight);
+std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor norm_weight,
+                                                              OptTensor norm_bias,
+                                                              Tensor qkv_weight, Tensor out_weight,
+                                                              OptTensor out_bias, int64_t heads,
+                                                              double eps, double sm_scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_bwd(
+    Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+    Tensor out_weight, OptTensor out_bias, Tensor g, Tensor lse, int64_t heads, double eps,
+    double sm_scale, bool need_norm, bool need_qkv, bool need_out);
 
 std::tuple<Tensor, Tensor> guidance_seed_fwd(Tensor z, Tensor model_out, Tensor coef,
                                              OptTensor known, OptTensor slot, OptTensor low_res,
@@ -69,6 +64,5 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
                bool transposed, int64_t m);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
 Tensor linear_dx(Tensor dy, Tensor weight);
-void linear_into(const Tensor& a, const Tensor& b, const Tensor& out);  // out = a b
 
 }  // namespace fastvdm

@@ -27,11 +27,10 @@ void multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool
   a.w_n = weight.stride(transposed ? 1 : 0);
   a.x = input(x, "x", x.scalar_type(), x.numel());
   a.weight = weight.const_data_ptr();
-  std::vector<float> padded;
+  std::vector<float> wide_bias;
   if (bias.has_value()) {
-    padded = floats(*bias, "bias", n);
-    padded.resize(a.np, 0.f);
-    a.bias = padded.data();
+    wide_bias = padded(*bias, "bias", n, a.np);
+    a.bias = wide_bias.data();
   }
   input(y, "y", x.scalar_type(), a.rows * n);
   a.y = y.mutable_data_ptr();
@@ -68,10 +67,6 @@ Tensor linear_dx(Tensor dy, Tensor weight) {
   Tensor dx = result(dy, weight.size(1));
   multiply(dy, weight, std::nullopt, true, dx);
   return dx;
-}
-
-void linear_into(const Tensor& a, const Tensor& b, const Tensor& out) {
-  multiply(a, b, std::nullopt, true, out);
 }
 
 }  // namespace fastvdm

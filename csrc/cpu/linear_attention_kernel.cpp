@@ -36,13 +36,7 @@ template <class T>
 FASTVDM_INLINE void softmax_down(float* x, int d, int dp) {
   vf m = load(x);
   for (int c = 1; c < d; ++c) m = vmax(m, load(x + c * VL));
-  vf s = {};
-  for (int c = 0; c < d; ++c) {
-    const vf e = vexp<kDegree<T>>(load(x + c * VL) - m);
-    s += e;
-    store(x + c * VL, e);
-  }
-  const vf inv = 1.f / s;
+  const vf inv = 1.f / vexp_rows<kDegree<T>>(x, VL, d, m);
   for (int c = 0; c < d; ++c) store(x + c * VL, load(x + c * VL) * inv);
   for (int c = d; c < dp; ++c) store(x + c * VL, vf{});
 }
@@ -89,12 +83,7 @@ void fwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
             }
             store(mh + c, m);
           }
-          for (int i = 0; i < n; ++i) {
-            const vf e = vexp<kDegree<T>>(load(k + i * dp + c) - m);
-            s += e;
-            store(k + i * dp + c, e);
-          }
-          store(sh + c, s);
+          store(sh + c, s + vexp_rows<kDegree<T>>(k + c, dp, n, m));
         }
         gemm<true>(d, dp, n, k, dp, v, dp, ch, dp, true);
       }
@@ -195,9 +184,7 @@ void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
         gather<T>(a, frame, row, n, 1, head0 + h, k);
         gather<T>(a, frame, row, n, 2, head0 + h, v);
         const float *lse_h = lse + h * dp, *r_h = r + h * dp;
-        for (int i = 0; i < n; ++i)
-          for (int c = 0; c < dp; c += VL)
-            store(k + i * dp + c, vexp<kDegree<T>>(load(k + i * dp + c) - load(lse_h + c)));
+        for (int c = 0; c < dp; c += VL) vexp_rows<kDegree<T>>(k + c, dp, n, load(lse_h + c));
         gemm<false>(n, dp, d, k, dp, dctx + h * size, dp, o, dp, false);
         gemm<false>(n, dp, d, v, dp, dctx_t + h * size, dp, p, dp, false);
         // r is also Σ k' p over all pixels. Where these are all, that sum cancels better against p:

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention_options.h"
+#include "buffers.h"
 #include "launchers.h"
 #include "pack_tiles.h"
 
@@ -16,8 +17,9 @@ struct Plan {
   BlockArgs a{};
   AttnOptions options;
   int64_t heads = 0, d = 0;
-  std::vector<float> norm_weight, norm_bias, qkv_t, qkv_bias, out_t, out_bias, qkv, out;
-  std::vector<uint16_t> qkv_tiles, out_tiles, dout_tiles, dqkv_tiles;
+  std::vector<float> norm_weight, norm_bias, qkv_bias, out_bias;
+  Buffer<float> qkv_t, out_t, qkv, out;
+  Buffer<uint16_t> qkv_tiles, out_tiles, dout_tiles, dqkv_tiles;
 };
 
 // The same weights for bf16 products on tile registers; `plan` has them in fp32.
@@ -46,7 +48,7 @@ void make_tiles(Plan& plan, bool backward) {
     }
   });
   // k runs over all heads (and q, k, v) here, so the columns are shared out.
-  const auto deep = [&](int64_t parts, const float* from, std::vector<uint16_t>& to) {
+  const auto deep = [&](int64_t parts, const float* from, Buffer<uint16_t>& to) {
     torch::stable::parallel_for(0, cp / 16, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         pack_tiles(parts * dk, 16, to.data() + i * parts * dk * 16, [&](int64_t k, int64_t n) {
@@ -60,12 +62,6 @@ void make_tiles(Plan& plan, bool backward) {
   a.out_tiles = plan.out_tiles.data();
   a.dout_tiles = plan.dout_tiles.data();
   a.dqkv_tiles = plan.dqkv_tiles.data();
-}
-
-std::vector<float> padded(const Tensor& t, const char* name, int64_t n, int64_t np) {
-  std::vector<float> out = floats(t, name, n);
-  out.resize(np, 0.f);
-  return out;
 }
 
 void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
@@ -154,21 +150,6 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.out = plan.out.data();
   if (isa() == Isa::amx && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
 }
-
-// One buffer of `parts` rows of `size`, or none.
-struct Partial {
-  Partial(int64_t parts, int64_t size, bool wanted)
-      : size(wanted ? size : 0), parts(parts), data(parts * this->size, 0.f) {}
-  float* part(int64_t i) { return size ? data.data() + i * size : nullptr; }
-  std::vector<double> sum() const {
-    std::vector<double> out(size, 0.0);
-    for (int64_t p = 0; p < parts; ++p)
-      for (int64_t i = 0; i < size; ++i) out[i] += data[p * size + i];
-    return out;
-  }
-  int64_t size, parts;
-  std::vector<float> data;
-};
 
 }  // namespace
 

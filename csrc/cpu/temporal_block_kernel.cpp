@@ -3,7 +3,7 @@
 #include "temporal_block.h"
 
 #include "attention_kernel.h"
-#include "rows.h"
+#include "layer_norm.h"
 #include "tiles.h"
 
 namespace fastvdm {
@@ -36,33 +36,11 @@ FASTVDM_INLINE int64_t row_at(const BlockArgs& a, const Tile& t, int r) {
 template <class T>
 FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, float* hat,
                               float* rstd) {
-  const int C = a.channels, cp = a.cp;
+  const LayerNorm norm{a.channels, a.cp, a.eps, a.norm_weight, a.norm_bias};
   for (int r = 0; r < t.rows; ++r) {
-    float* row = xn + (int64_t)r * cp;
-    widen_row((const T*)a.x + row_at(a, t, r), row, C, cp);
-    vf s = {};
-    for (int c = 0; c < cp; c += VL) s += load(row + c);
-    const float mean = hsum(s) / (float)C;
-    vf q = {};
-    for (int c = 0; c < C; c += VL) {
-      vf d = load(row + c) - mean;
-      if (c + VL > C) {
-        float part[VL];
-        store(part, d);
-        for (int l = C - c; l < VL; ++l) part[l] = 0.f;
-        d = load(part);
-      }
-      store(row + c, d);
-      q += d * d;
-    }
-    const float inv = 1.f / __builtin_sqrtf(hsum(q) / (float)C + a.eps);
-    for (int c = 0; c < cp; c += VL) {
-      vf v = load(row + c) * inv;
-      if (hat != nullptr) store(hat + (int64_t)r * cp + c, v);
-      v = v * load(a.norm_weight + c);
-      if (a.norm_bias != nullptr) v += load(a.norm_bias + c);
-      store(row + c, v);
-    }
+    const int64_t at = (int64_t)r * a.cp;
+    const float inv = layer_norm(norm, (const T*)a.x + row_at(a, t, r), xn + at,
+                                 hat == nullptr ? nullptr : hat + at);
     if (rstd != nullptr) rstd[r] = inv;
   }
 }
@@ -89,14 +67,6 @@ FASTVDM_INLINE Operands operands(const BlockArgs& a, float* scratch, bool backwa
   }
 #endif
   return m;
-}
-
-// Rounds `rows` rows of fp32 of width np to bf16 at `to`, zero from np to kp.
-FASTVDM_INLINE void round_rows(const float* from, int rows, int np, bf16* to, int64_t ld, int kp) {
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < np; c += VL) store(to + r * ld + c, load(from + (int64_t)r * np + c));
-    if (np < kp) memset(to + r * ld + np, 0, sizeof(bf16) * (kp - np));
-  }
 }
 
 // One of q, k, v (which = 0, 1, 2) of a head: (rows, dp).
@@ -194,25 +164,8 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
 #endif
     for (int r = 0; r < t.rows; ++r) {
       const int64_t at = row_at(a, t, r);
-      const T* x = (const T*)a.x + at;
-      T* to = (T*)a.y + at;
-      const float* from = y + (int64_t)r * cp;
-      for (int c = 0; c < C; c += VL) {
-        const int n = C - c < VL ? C - c : VL;
-        vf s = FASTVDM_LOAD(x, c, n) + load(from + c);
-        if (a.out_bias != nullptr) s += load(a.out_bias + c);
-        FASTVDM_STORE(to, c, s, n);
-      }
+      add_residual((const T*)a.x + at, y + (int64_t)r * cp, a.out_bias, C, (T*)a.y + at);
     }
-  }
-}
-
-// sum[c] += Σ over rows of x (rows, width).
-FASTVDM_INLINE void add_columns(const float* x, int rows, int width, float* sum) {
-  for (int c = 0; c < width; c += VL) {
-    vf s = load(sum + c);
-    for (int r = 0; r < rows; ++r) s += load(x + (int64_t)r * width + c);
-    store(sum + c, s);
   }
 }
 
@@ -297,27 +250,11 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (m.xn != nullptr)
         tile_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.dqkv_tiles, dxn, cp);
 #endif
+      const LayerNorm norm{C, cp, a.eps, a.norm_weight, a.norm_bias};
       for (int r = 0; r < t.rows; ++r) {
-        float *d = dxn + (int64_t)r * cp, *x = hat + (int64_t)r * cp;
-        vf s1 = {}, s2 = {};
-        for (int c = 0; c < cp; c += VL) {
-          const vf raw = load(d + c), h = load(x + c);
-          if (g.norm_weight != nullptr)
-            store(g.norm_weight + c, load(g.norm_weight + c) + raw * h);
-          if (g.norm_bias != nullptr) store(g.norm_bias + c, load(g.norm_bias + c) + raw);
-          const vf e = raw * load(a.norm_weight + c);
-          s1 += e;
-          s2 += e * h;
-          store(d + c, e);
-        }
-        const float m1 = hsum(s1) / (float)C, m2 = hsum(s2) / (float)C;
-        T* to = (T*)a.y + row_at(a, t, r);
-        for (int c = 0; c < C; c += VL) {
-          const vf e = (load(d + c) - m1 - load(x + c) * m2) * rstd[r];
-          const vf sum = load(dy + (int64_t)r * cp + c) + e;
-          const int n = C - c < VL ? C - c : VL;
-          FASTVDM_STORE(to, c, sum, n);
-        }
+        const int64_t at = (int64_t)r * cp;
+        layer_norm_bwd(norm, dxn + at, hat + at, rstd[r], dy + at, g.norm_weight, g.norm_bias,
+                       (T*)a.y + row_at(a, t, r));
       }
     }
   }

@@ -91,15 +91,37 @@ struct TileScope {
 
 #endif
 
+// Packs `rows` rows of fp32 (zero from there to `depth`, a multiple of 32) and their n columns as B:
+// panels of 16 columns, `panel` elements apart, of pairs of rows.
+FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int depth, int n, bf16* to,
+                               int64_t panel) {
+  for (int column = 0; column < n; column += 16)
+    for (int r = 0; r < depth; r += 2)
+      for (int c = 0; c < 16; c += VL) {
+        const float* at = from + r * ld + column + c;
+        vu bits = {};
+        if (r < rows) bits = bf16_bits(load(at));
+        if (r + 1 < rows) bits |= bf16_bits(load(at + ld)) << 16;
+        memcpy(to + column / 16 * panel + 16 * r + 2 * c, &bits, sizeof(bits));
+      }
+}
+
 // One block of 16 MT x 16 NT of C = A B over `steps` tiles of k.
 template <int MT, int NT>
 FASTVDM_INLINE void tile_block(int steps, const bf16* A, int64_t lda, const bf16* B, int64_t next_b,
-                               float* C, int64_t ldc) {
+                               float* C, int64_t ldc, bool accumulate) {
   const int64_t row_a = 2 * lda, row_c = 4 * ldc;
-  tile_zero<0>();
-  if (NT > 1) tile_zero<1>();
-  if (MT > 1) tile_zero<2>();
-  if (MT > 1 && NT > 1) tile_zero<3>();
+  if (accumulate) {
+    tile_load<0>(C, row_c);
+    if (NT > 1) tile_load<1>(C + 16, row_c);
+    if (MT > 1) tile_load<2>(C + 16 * ldc, row_c);
+    if (MT > 1 && NT > 1) tile_load<3>(C + 16 * ldc + 16, row_c);
+  } else {
+    tile_zero<0>();
+    if (NT > 1) tile_zero<1>();
+    if (MT > 1) tile_zero<2>();
+    if (MT > 1 && NT > 1) tile_zero<3>();
+  }
   for (int s = 0; s < steps; ++s) {
     tile_load<6>(B + s * kTileWords, 64);
     if (NT > 1) tile_load<7>(B + next_b + s * kTileWords, 64);
@@ -118,25 +140,25 @@ FASTVDM_INLINE void tile_block(int steps, const bf16* A, int64_t lda, const bf16
   if (MT > 1 && NT > 1) tile_store<3>(C + 16 * ldc + 16, row_c);
 }
 
-// C (M, N) = A (M, K) B. M, N are rounded up to 16 and K to 32 in memory: A has zeros, or B
+// C (M, N) = or += A (M, K) B. M, N are rounded up to 16 and K to 32 in memory: A has zeros, or B
 // has, beyond K, and all rows of A and C exist. B is packed by pack_tiles.h. Inside a TileScope.
 FASTVDM_NOINLINE void tile_gemm(int M, int N, int K, const bf16* A, int64_t lda, const bf16* B,
-                                float* C, int64_t ldc) {
+                                float* C, int64_t ldc, bool accumulate = false) {
   const int steps = (K + kTileK - 1) / kTileK;
   const int64_t panel = (int64_t)steps * kTileWords;
   int n = 0;
   for (; n + 32 <= N; n += 32, B += 2 * panel) {
     int m = 0;
     for (; m + 16 < M; m += 32)
-      tile_block<2, 2>(steps, A + m * lda, lda, B, panel, C + m * ldc + n, ldc);
+      tile_block<2, 2>(steps, A + m * lda, lda, B, panel, C + m * ldc + n, ldc, accumulate);
     if (m < M)
-      tile_block<1, 2>(steps, A + m * lda, lda, B, panel, C + m * ldc + n, ldc);
+      tile_block<1, 2>(steps, A + m * lda, lda, B, panel, C + m * ldc + n, ldc, accumulate);
   }
   if (n < N) {
     int m = 0;
     for (; m + 16 < M; m += 32)
-      tile_block<2, 1>(steps, A + m * lda, lda, B, 0, C + m * ldc + n, ldc);
-    if (m < M) tile_block<1, 1>(steps, A + m * lda, lda, B, 0, C + m * ldc + n, ldc);
+      tile_block<2, 1>(steps, A + m * lda, lda, B, 0, C + m * ldc + n, ldc, accumulate);
+    if (m < M) tile_block<1, 1>(steps, A + m * lda, lda, B, 0, C + m * ldc + n, ldc, accumulate);
   }
 }
 

@@ -87,6 +87,12 @@ std::vector<float> floats(const Tensor& given, const char* name, int64_t numel) 
   return out;
 }
 
+std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, int64_t size) {
+  std::vector<float> out = floats(given, name, numel);
+  out.resize(size, 0.f);
+  return out;
+}
+
 Tensor from_doubles(const std::vector<double>& values, const Tensor& like) {
   Tensor out = empty(like, sizes_of(like), like.scalar_type());
   STD_TORCH_CHECK(out.numel() == static_cast<int64_t>(values.size()), "fastvdm_C: size mismatch");

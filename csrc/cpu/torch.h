@@ -28,9 +28,12 @@ std::vector<int64_t> sizes_of(const Tensor& x);
 // Values of a small tensor of any floating type and strides, in fp32; throws unless it has `numel`
 // elements.
 std::vector<float> floats(const Tensor& given, const char* name, int64_t numel);
+// The same, zero up to `size`.
+std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, int64_t size);
 // Writes fp32 (or fp64) values into a new tensor shaped and typed as `like`.
 Tensor from_doubles(const std::vector<double>& values, const Tensor& like);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 }  // namespace fastvdm

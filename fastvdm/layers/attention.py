@@ -11,7 +11,7 @@ from fastvdm.layers.position import ShawTable
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear import Linear
 from fastvdm.ops.linear_attention import linear_attention
-from fastvdm.ops.linear_attention_projected import linear_attention_projected
+from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear, on_triton
 from fastvdm.ops.temporal_block import temporal_block
@@ -34,6 +34,17 @@ class TimeContext(NamedTuple):
     num_images: int = 0
 
 
+def _plain(layer: LinearAttention | AxisAttention) -> bool:
+    """Whether the fused ops describe the layer: a LayerNorm, and no adapter in the place of a
+    projection, whose forward they would not call."""
+    projections = type(layer.qkv) is Linear and type(layer.out) is Linear
+    return projections and layer.norm.kind == "layer"
+
+
+def _eps(norm: Norm) -> float:
+    return 1e-5 if norm.eps is None else norm.eps
+
+
 class LinearAttention(nn.Module):
     """x + out(linear attention over the pixels of each frame (norm(x)))."""
 
@@ -45,12 +56,19 @@ class LinearAttention(nn.Module):
         self.out = Linear(heads * head_dim, norm.channels)
 
     def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
-        h = self.norm(x)
-        if type(self.qkv) is Linear:
-            out = linear_attention_projected(h, self.qkv.weight, heads=self.heads)
-        else:  # a layer that was put in its place, such as an adapter
-            out = linear_attention(self.qkv(h).unflatten(-1, (3, self.heads, self.head_dim)))
-        return x + self.out(out.flatten(-2))
+        if _plain(self):
+            return linear_attention_block(
+                x,
+                self.norm.weight,
+                self.qkv.weight,
+                self.out.weight,
+                heads=self.heads,
+                norm_bias=self.norm.bias,
+                out_bias=self.out.bias,
+                eps=_eps(self.norm),
+            )
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        return x + self.out(linear_attention(qkv).flatten(-2))
 
 
 class AxisAttention(nn.Module):
@@ -99,9 +117,7 @@ class AxisAttention(nn.Module):
             height, width = x.shape[2:4]
             h = self.shards.to_pixels(self.norm(x))
             return x + self.shards.to_frames(self._attend(h, options), height, width)
-        plain = type(self.qkv) is Linear and type(self.out) is Linear  # no adapter in their place
-        plain = plain and self.norm.kind == "layer"
-        eps = 1e-5 if self.norm.eps is None else self.norm.eps
+        plain, eps = _plain(self), _eps(self.norm)
         if self.axis == "time" and plain:
             return temporal_block(
                 x,

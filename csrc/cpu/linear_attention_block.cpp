@@ -1,0 +1,287 @@
+// Launchers of linear_attention_block; the contract is in fastvdm/ops/linear_attention_block.py.
+// Frames go through in chunks that bound the memory of their matrices.
+#include "linear_attention_block.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "buffers.h"
+#include "launchers.h"
+
+namespace fastvdm {
+namespace {
+
+constexpr int64_t kFrameBytes = 64 << 20;  // of one chunk's matrices
+
+struct Plan {
+  LinearBlockArgs a{};
+  int64_t inner = 0, all_frames = 0;
+  std::vector<float> norm_weight, norm_bias, out_bias;
+  Buffer<float> qk, v, out, v_t, out_t;
+  Buffer<uint16_t> qk_tiles, q_up, k_up;
+  std::optional<Tensor> frames;  // the matrices of a chunk of frames
+};
+
+uint16_t bits(float x) { return c10::BFloat16(x).x; }
+
+// The projections of q and k as left operands of tile products; `plan` has them in fp32.
+void make_tiles(Plan& plan, bool backward) {
+  LinearBlockArgs& a = plan.a;
+  const int64_t kp = round_up(a.channels, 32), dk = round_up(a.dp, 32), depth = a.heads * dk;
+  a.kp = static_cast<int>(kp);
+  a.dk = static_cast<int>(dk);
+  plan.qk_tiles.assign(2 * a.heads * a.dp * kp, 0);
+  if (backward) {
+    plan.q_up.assign(a.cp * depth, 0);
+    plan.k_up.assign(a.cp * depth, 0);
+  }
+  torch::stable::parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t which = 0; which < 2; ++which)
+      for (int64_t h = begin; h < end; ++h)
+        for (int64_t c = 0; c < a.d; ++c)
+          for (int64_t k = 0; k < a.channels; ++k) {
+            const int64_t row = (which * a.heads + h) * a.dp + c;
+            const uint16_t value = bits(plan.qk[row * a.cp + k]);
+            plan.qk_tiles[row * kp + k] = value;
+            if (backward) (which == 0 ? plan.q_up : plan.k_up)[k * depth + h * dk + c] = value;
+          }
+  });
+  a.qk_tiles = plan.qk_tiles.data();
+  a.q_up = plan.q_up.data();
+  a.k_up = plan.k_up.data();
+}
+
+void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
+               const Tensor& qkv_weight, const Tensor& out_weight, const OptTensor& out_bias,
+               int64_t heads, double eps, double sm_scale, bool backward) {
+  STD_TORCH_CHECK(x.dim() == 5 && qkv_weight.dim() == 2 && out_weight.dim() == 2,
+                  "linear_attention_block: x must be (B, F, H, W, C), the weights matrices");
+  LinearBlockArgs& a = plan.a;
+  const int64_t C = x.size(4), features = qkv_weight.size(0);
+  STD_TORCH_CHECK(heads > 0 && features > 0 && features % (3 * heads) == 0 && C > 0 &&
+                      C < (1 << 20) && features < (1 << 24),
+                  "linear_attention_block: qkv_weight must be (3 * heads * D, C)");
+  const int64_t d = features / (3 * heads), inner = plan.inner = heads * d;
+  const int64_t cp = round_up(C, 16), dp = round_up(d, 16), panel = dp * cp;
+  input(x, "x", x.scalar_type(), x.numel());
+  a.dtype = static_cast<int>(dtype_of(x));
+  a.heads = static_cast<int>(heads);
+  a.d = static_cast<int>(d);
+  a.dp = static_cast<int>(dp);
+  a.channels = static_cast<int>(C);
+  a.cp = static_cast<int>(cp);
+  a.eps = static_cast<float>(eps);
+  a.scale = static_cast<float>(sm_scale);
+  a.pixels = x.size(2) * x.size(3);
+  plan.all_frames = x.size(0) * x.size(1);
+  a.rows = 96;  // whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2
+  // Enough items for 32 threads, whatever the machine has: the result does not depend on it.
+  const int64_t wanted = ceil_div(32, std::max<int64_t>(1, plan.all_frames));
+  a.span = std::max<int64_t>(round_up(ceil_div(a.pixels, wanted), a.rows), 2 * a.rows);
+  a.splits = std::max<int64_t>(1, ceil_div(a.pixels, a.span));
+
+  plan.norm_weight = padded(norm_weight, "norm_weight", C, cp);
+  a.norm_weight = plan.norm_weight.data();
+  if (norm_bias.has_value()) {
+    plan.norm_bias = padded(*norm_bias, "norm_bias", C, cp);
+    a.norm_bias = plan.norm_bias.data();
+  }
+  if (out_bias.has_value()) {
+    plan.out_bias = padded(*out_bias, "out_bias", C, cp);
+    a.out_bias = plan.out_bias.data();
+  }
+  const std::vector<float> wq = floats(qkv_weight, "qkv_weight", 3 * inner * C);
+  const std::vector<float> wo = floats(out_weight, "out_weight", inner * C);
+  plan.qk.assign(2 * heads * panel, 0.f);
+  plan.v.assign(heads * panel, 0.f);
+  plan.out.assign(heads * panel, 0.f);
+  plan.v_t.assign(heads * C * dp, 0.f);
+  if (backward) plan.out_t.assign(heads * C * dp, 0.f);
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h)
+      for (int64_t c = 0; c < d; ++c) {
+        const int64_t feature = h * d + c, row = (h * dp + c) * cp;
+        const float* v = wq.data() + (2 * inner + feature) * C;
+        std::copy_n(wq.data() + feature * C, C, plan.qk.data() + row);
+        std::copy_n(wq.data() + (inner + feature) * C, C, plan.qk.data() + heads * panel + row);
+        std::copy_n(v, C, plan.v.data() + row);
+        for (int64_t k = 0; k < C; ++k) {
+          const float w = wo[k * inner + feature];
+          plan.v_t[(h * C + k) * dp + c] = v[k];
+          plan.out[row + k] = w;
+          if (backward) plan.out_t[(h * C + k) * dp + c] = w;
+        }
+      }
+  });
+  a.qk = plan.qk.data();
+  a.v = plan.v.data();
+  a.out = plan.out.data();
+  a.v_t = plan.v_t.data();
+  a.out_t = plan.out_t.data();
+  if (isa() == Isa::amx && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
+
+  // One buffer for the matrices of as many frames as the bound allows.
+  const int64_t rows = heads * dp, wide = heads * panel, split = a.splits;
+  const bool tiles = a.qk_tiles != nullptr;
+  const int64_t left = tiles ? rows * a.kp / 2 : 0, turned = tiles ? cp * heads * a.dk / 2 : 0;
+  std::vector<std::pair<float**, int64_t>> parts{{&a.g, split * wide}, {&a.m, wide}};
+  float *m_tiles, *m_up, *dg_tiles, *dg_up;
+  parts.insert(parts.end(), {{&m_tiles, left}, {&m_up, turned}});
+  if (backward) {
+    parts.insert(parts.end(), {{&a.ctx, rows * dp}, {&a.dm, split * wide}, {&a.dg, wide}});
+    parts.insert(parts.end(), {{&a.r, rows}, {&a.dxn, a.pixels * cp}});
+    parts.insert(parts.end(), {{&dg_tiles, left}, {&dg_up, turned}});
+  } else {
+    parts.insert(parts.end(), {{&a.max, split * rows}, {&a.sum, split * rows}});
+  }
+  int64_t words = 0;
+  for (const auto& part : parts) words += part.second;
+  a.frames = std::clamp<int64_t>(kFrameBytes / (4 * words), 1, std::max<int64_t>(1, plan.all_frames));
+  plan.frames = empty(x, {a.frames * words}, ScalarType::Float);
+  float* next = static_cast<float*>(plan.frames->mutable_data_ptr());
+  for (const auto& part : parts) {
+    *part.first = next;
+    next += a.frames * part.second;
+  }
+  if (!tiles) return;
+  a.m_tiles = reinterpret_cast<uint16_t*>(m_tiles);
+  a.m_up = reinterpret_cast<uint16_t*>(m_up);
+  if (backward) {
+    a.dg_tiles = reinterpret_cast<uint16_t*>(dg_tiles);
+    a.dg_up = reinterpret_cast<uint16_t*>(dg_up);
+  }
+}
+
+// Calls body(args) for each chunk of frames, its pointers into the tensors moved along.
+template <class Body>
+void each_chunk(const Plan& plan, const Tensor& x, const void* dy, const Tensor& y, const Tensor& g,
+                const Tensor& lse, const Body& body) {
+  const int64_t bytes = plan.a.pixels * plan.a.channels * x.element_size();
+  const int64_t rows = plan.inner;
+  for (int64_t first = 0; first < plan.all_frames; first += plan.a.frames) {
+    LinearBlockArgs a = plan.a;
+    a.frames = std::min(a.frames, plan.all_frames - first);
+    a.x = static_cast<const char*>(x.const_data_ptr()) + first * bytes;
+    if (dy != nullptr) a.dy = static_cast<const char*>(dy) + first * bytes;
+    a.y = static_cast<char*>(y.mutable_data_ptr()) + first * bytes;
+    a.g_out = static_cast<float*>(g.mutable_data_ptr()) + first * rows * a.channels;
+    a.lse = static_cast<float*>(lse.mutable_data_ptr()) + first * rows;
+    body(a);
+  }
+}
+
+template <class Kernel>
+void run(const LinearBlockArgs& a, int64_t items, Kernel kernel) {
+  const int64_t bytes = linear_block_scratch(a) * sizeof(float);
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, static_cast<float*>(scratch(bytes)));
+  });
+}
+
+// Panels (heads) of the sums to rows of the packed weight, or, turned, to its columns.
+void unpack(const LinearBlockArgs& a, const double* panels, bool turned, double* to) {
+  const int64_t inner = static_cast<int64_t>(a.heads) * a.d;
+  for (int64_t h = 0; h < a.heads; ++h)
+    for (int64_t c = 0; c < a.d; ++c) {
+      const double* from = panels + (h * a.dp + c) * a.cp;
+      const int64_t feature = h * a.d + c;
+      if (!turned) std::copy_n(from, a.channels, to + feature * a.channels);
+      for (int64_t k = 0; turned && k < a.channels; ++k) to[k * inner + feature] = from[k];
+    }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor norm_weight,
+                                                              OptTensor norm_bias,
+                                                              Tensor qkv_weight, Tensor out_weight,
+                                                              OptTensor out_bias, int64_t heads,
+                                                              double eps, double sm_scale) {
+  Plan plan;
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale,
+            false);
+  const int64_t b = x.size(0), f = x.size(1), d = plan.a.d;
+  Tensor y = empty(x, sizes_of(x), x.scalar_type());
+  Tensor g = empty(x, {b, f, heads, d, x.size(4)}, ScalarType::Float);
+  Tensor lse = empty(x, {b, f, heads, d}, ScalarType::Float);
+  if (x.numel() == 0) return {y, g, lse};
+  const auto sum = FASTVDM_PICK(linear_block_sum), fold = FASTVDM_PICK(linear_block_fold);
+  const auto apply = FASTVDM_PICK(linear_block_apply);
+  each_chunk(plan, x, nullptr, y, g, lse, [&](const LinearBlockArgs& a) {
+    run(a, a.frames * a.splits, sum);
+    run(a, a.frames, fold);
+    run(a, a.frames * a.splits, apply);
+  });
+  return {y, g, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_bwd(
+    Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+    Tensor out_weight, OptTensor out_bias, Tensor g, Tensor lse, int64_t heads, double eps,
+    double sm_scale, bool need_norm, bool need_qkv, bool need_out) {
+  Plan plan;
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale,
+            true);
+  LinearBlockArgs& p = plan.a;
+  const int64_t C = x.size(4), cp = p.cp, inner = plan.inner;
+  const int64_t wide = heads * linear_block_panel(p), frames = plan.all_frames;
+  const void* gradient = input(dy, "dy", x.scalar_type(), x.numel());
+  input(g, "g", ScalarType::Float, frames * inner * C);
+  input(lse, "lse", ScalarType::Float, frames * inner);
+  Tensor dx = empty(x, sizes_of(x), x.scalar_type());
+
+  // Partial sums: at most some 128 MB, and never as many as would cost more to add than to make.
+  const bool sums = need_norm || need_qkv || need_out;
+  const int64_t words = (need_qkv ? 3 * wide : 0) + (need_out ? wide : 0) + 3 * cp;
+  const int64_t items = x.numel() == 0 ? 0 : p.frames * p.splits;
+  p.parts = sums ? std::min<int64_t>({items, 32, std::max<int64_t>(1, (32 << 20) / words)}) : items;
+  Partial dnw(p.parts, cp, need_norm), dnb(p.parts, cp, need_norm && norm_bias.has_value());
+  Partial dqk(p.parts, 2 * wide, need_qkv), dv(p.parts, wide, need_qkv);
+  Partial dout(p.parts, wide, need_out), dob(p.parts, cp, need_out && out_bias.has_value());
+  std::vector<LinearBlockGrads> grads(p.parts);
+  for (int64_t i = 0; i < p.parts; ++i)
+    grads[i] = {dnw.part(i), dnb.part(i), dob.part(i), dqk.part(i), dv.part(i), dout.part(i)};
+  p.grads = grads.data();
+  const auto unfold = FASTVDM_PICK(linear_block_unfold), bwd_q = FASTVDM_PICK(linear_block_bwd_q);
+  const auto fold = FASTVDM_PICK(linear_block_bwd_fold), bwd_k = FASTVDM_PICK(linear_block_bwd_k);
+  if (items > 0)
+    each_chunk(plan, x, gradient, dx, g, lse, [&](const LinearBlockArgs& a) {
+      run(a, a.frames, unfold);
+      run(a, a.parts, bwd_q);
+      run(a, a.parts, fold);
+      run(a, a.parts, bwd_k);
+    });
+
+  const auto none = [&] { return empty(x, {0}, x.scalar_type()); };
+  const auto channels = [&](const Partial& part, const OptTensor& like, bool need) {
+    if (!need || !like.has_value()) return none();
+    std::vector<double> sum = part.sum();
+    sum.resize(C);
+    return from_doubles(sum, *like);
+  };
+  Tensor dqkv_weight = none(), dout_weight = none();
+  if (need_qkv) {
+    const std::vector<double> qk = dqk.sum(), v = dv.sum();
+    std::vector<double> w(3 * inner * C);
+    unpack(p, qk.data(), false, w.data());
+    unpack(p, qk.data() + wide, false, w.data() + inner * C);
+    unpack(p, v.data(), false, w.data() + 2 * inner * C);
+    dqkv_weight = from_doubles(w, qkv_weight);
+  }
+  if (need_out) {
+    const std::vector<double> sum = dout.sum();
+    std::vector<double> w(inner * C);
+    unpack(p, sum.data(), true, w.data());
+    dout_weight = from_doubles(w, out_weight);
+  }
+  return {dx,
+          channels(dnw, norm_weight, need_norm),
+          channels(dnb, norm_bias, need_norm),
+          dqkv_weight,
+          dout_weight,
+          channels(dob, out_bias, need_out)};
+}
+
+}  // namespace fastvdm

@@ -1,0 +1,220 @@
+// What the forward and the backward kernels of linear_attention_block share: a chunk of pixels and
+// the three products that everything is made of, in fp32 or, for bf16, on tile registers.
+//
+// Per head, features run down and pixels across, (dp, rows): a projection is then W x̂ᵀ with the
+// weight as it lies, and both softmaxes, over the features of q and over the pixels of k, need no
+// transposition.
+#pragma once
+
+#include "gemm.h"
+#include "layer_norm.h"
+#include "linear_attention_block.h"
+#include "tiles.h"
+
+namespace fastvdm {
+namespace FASTVDM_ISA {
+namespace {
+
+// A (pixels, channels) operand of a chunk, (rows, cp), and its transpose (cp, rows); on tiles both
+// also as right operands.
+struct Operand {
+  float *rows, *across;
+  bf16 *rows_tiles, *across_tiles;
+};
+
+struct Scratch {
+  Operand x, dy;
+  float *hat, *inv;       // of the norm: x_hat (rows, cp), 1/σ (rows)
+  float *t, *u;           // (dp, rows): of one head
+  bf16 *left;             // (dp, rows): t or u as a left operand
+  bf16 *all, *all2;       // (heads dk, rows): of all heads as a right operand
+};
+
+template <class T>
+FASTVDM_INLINE Scratch scratch_of(const LinearBlockArgs& a, float* memory) {
+  const int64_t rows = a.rows, wide = rows * a.cp, head = rows * a.dp;
+  Scratch s{};
+#if FASTVDM_TILES
+  if (sizeof(T) == 2 && a.qk_tiles != nullptr) {
+    const int64_t deep = rows * a.kp, heads = rows * a.heads * a.dk;
+    s.x.rows_tiles = (bf16*)memory;
+    s.x.across_tiles = s.x.rows_tiles + deep;
+    s.dy.rows_tiles = s.x.across_tiles + deep;
+    s.dy.across_tiles = s.dy.rows_tiles + deep;
+    s.left = s.dy.across_tiles + deep;
+    s.all = s.left + head;
+    s.all2 = s.all + heads;
+  }
+#endif
+  memory += linear_block_tile_scratch(a);
+  s.x.rows = memory;
+  s.x.across = s.x.rows + wide;
+  s.dy.rows = s.x.across + wide;
+  s.dy.across = s.dy.rows + wide;
+  s.hat = s.dy.across + wide;
+  s.t = s.hat + wide;
+  s.u = s.t + head;
+  s.inv = s.u + head;
+  return s;
+}
+
+struct Part {
+  int64_t frame, begin, end;  // pixels
+};
+
+FASTVDM_INLINE Part part_of(const LinearBlockArgs& a, int64_t item) {
+  Part p;
+  p.frame = item / a.splits;
+  p.begin = item % a.splits * a.span;
+  p.end = p.begin + a.span < a.pixels ? p.begin + a.span : a.pixels;
+  return p;
+}
+
+// to (columns, ldt) = the transpose of from (rows, ldf); both extents multiples of VL.
+FASTVDM_INLINE void transpose(const float* from, int rows, int columns, int64_t ldf, float* to,
+                              int64_t ldt) {
+  for (int r = 0; r < rows; r += VL)
+    for (int c = 0; c < columns; c += VL)
+      transpose_block(from + r * ldf + c, ldf, to + c * ldt + r, ldt);
+}
+
+// Completes an operand of n pixels: zero rows up to the chunk's, the transpose, the tiles.
+FASTVDM_INLINE void finish(const LinearBlockArgs& a, const Operand& o, int n) {
+  memset(o.rows + (int64_t)n * a.cp, 0, sizeof(float) * (a.rows - n) * a.cp);
+  transpose(o.rows, a.rows, a.cp, a.cp, o.across, a.rows);
+#if FASTVDM_TILES
+  if (o.rows_tiles == nullptr) return;
+  pack_pairs(o.rows, a.cp, a.rows, a.rows, a.cp, o.rows_tiles, (int64_t)16 * a.rows);
+  pack_pairs(o.across, a.rows, a.cp, a.kp, a.rows, o.across_tiles, (int64_t)16 * a.kp);
+#endif
+}
+
+// The normalised x of n pixels from `row` on; `hat` and `inv` for the backward where asked for.
+template <class T>
+FASTVDM_INLINE void load_x(const LinearBlockArgs& a, const Scratch& s, int64_t frame, int64_t row,
+                           int n, bool backward) {
+  const LayerNorm norm{a.channels, a.cp, a.eps, a.norm_weight, a.norm_bias};
+  const T* x = (const T*)a.x + (frame * a.pixels + row) * a.channels;
+  for (int r = 0; r < n; ++r) {
+    const int64_t at = (int64_t)r * a.cp;
+    const float inv = layer_norm(norm, x + (int64_t)r * a.channels, s.x.rows + at,
+                                 backward ? s.hat + at : nullptr);
+    if (backward) s.inv[r] = inv;
+  }
+  finish(a, s.x, n);
+}
+
+template <class T>
+FASTVDM_INLINE void load_dy(const LinearBlockArgs& a, const Scratch& s, int64_t frame, int64_t row,
+                            int n) {
+  const T* dy = (const T*)a.dy + (frame * a.pixels + row) * a.channels;
+  for (int r = 0; r < n; ++r)
+    widen_row(dy + (int64_t)r * a.channels, s.dy.rows + (int64_t)r * a.cp, a.channels, a.cp);
+}
+
+// t (dp, rows) = w oᵀ, w a panel.
+FASTVDM_INLINE void down(const LinearBlockArgs& a, const float* w, const uint16_t* w_tiles,
+                         const Operand& o, float* t) {
+#if FASTVDM_TILES
+  if (o.across_tiles != nullptr) {
+    tile_gemm(a.dp, a.rows, a.channels, (const bf16*)w_tiles, a.kp, o.across_tiles, t, a.rows);
+    return;
+  }
+#endif
+  gemm<false>(a.d, a.rows, a.channels, w, a.cp, o.across, a.rows, t, a.rows, false);
+}
+
+// panel += t o over n pixels; o is zero beyond them.
+FASTVDM_INLINE void outer(const LinearBlockArgs& a, const Scratch& s, const float* t, int n,
+                          const Operand& o, float* panel) {
+#if FASTVDM_TILES
+  if (o.rows_tiles != nullptr) {
+    round_rows(t, a.dp, a.rows, s.left, a.rows, a.rows);
+    tile_gemm(a.dp, a.cp, a.rows, s.left, a.rows, o.rows_tiles, panel, a.cp, true);
+    return;
+  }
+#endif
+  gemm<false>(a.d, a.cp, n, t, a.rows, o.rows, a.cp, panel, a.cp, true);
+}
+
+// y (n, cp) = or += tᵀ w of one head, w a panel. On tiles it only notes t in `all`; `up_all`, once
+// behind the heads, multiplies.
+FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n, const float* w,
+                       float* y, bool accumulate, bf16* all) {
+#if FASTVDM_TILES
+  if (all != nullptr) {
+    pack_pairs(t, a.rows, a.d, a.dk, a.rows, all + (int64_t)16 * head * a.dk,
+               (int64_t)16 * a.heads * a.dk);
+    return;
+  }
+#endif
+  gemm<true>(n, a.cp, a.d, t, a.rows, w, a.cp, y, a.cp, accumulate);
+}
+
+// On tiles: y (n, cp) = or += the product of `all` with left operands (cp, heads dk), and `all2`
+// with left2 where given. work: (cp, rows) and (rows, cp).
+FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* left,
+                           const bf16* all2, const uint16_t* left2, int n, float* work,
+                           float* turned, float* y, bool accumulate) {
+#if FASTVDM_TILES
+  if (all == nullptr) return;
+  const int depth = a.heads * a.dk;
+  tile_gemm(a.cp, a.rows, depth, (const bf16*)left, depth, all, work, a.rows);
+  if (all2 != nullptr)
+    tile_gemm(a.cp, a.rows, depth, (const bf16*)left2, depth, all2, work, a.rows, true);
+  transpose(work, a.cp, a.rows, a.rows, turned, a.cp);
+  for (int64_t i = 0; i < (int64_t)n * a.cp; i += VL)
+    store(y + i, accumulate ? load(y + i) + load(turned + i) : load(turned + i));
+#endif
+}
+
+// The softmax over the features of q, in place: t (dp, rows), zero beyond d.
+template <class T>
+FASTVDM_INLINE void softmax_features(const LinearBlockArgs& a, float* t) {
+  const int64_t ld = a.rows;
+  for (int n = 0; n < a.rows; n += VL) {
+    float* x = t + n;
+    vf m = load(x);
+    for (int c = 1; c < a.d; ++c) m = vmax(m, load(x + c * ld));
+    const vf inv = 1.f / vexp_rows<kDegree<T>>(x, ld, a.d, m);
+    for (int c = 0; c < a.d; ++c) store(x + c * ld, load(x + c * ld) * inv);
+    for (int c = a.d; c < a.dp; ++c) store(x + c * ld, vf{});
+  }
+}
+
+// From pixel n to the end of the chunk, and from feature d to dp: zero.
+FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
+  for (int c = 0; c < a.d && n < a.rows; ++c)
+    memset(t + (int64_t)c * a.rows + n, 0, sizeof(float) * (a.rows - n));
+  memset(t + (int64_t)a.d * a.rows, 0, sizeof(float) * (a.dp - a.d) * a.rows);
+}
+
+// The two forms in which a frame's panels are left operands: as they are, and turned, (cp, heads dk).
+FASTVDM_INLINE void make_left(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
+                              uint16_t* turned) {
+#if FASTVDM_TILES
+  const int64_t panel = linear_block_panel(a), depth = (int64_t)a.heads * a.dk;
+  memset(turned, 0, sizeof(bf16) * a.cp * depth);
+  for (int h = 0; h < a.heads; ++h) {
+    round_rows(panels + h * panel, a.dp, a.cp, (bf16*)tiles + (int64_t)h * a.dp * a.kp, a.kp, a.kp);
+    for (int c = 0; c < a.d; ++c)
+      for (int k = 0; k < a.cp; ++k)
+        put((bf16*)turned + k * depth + (int64_t)h * a.dk + c, panels[h * panel + c * a.cp + k]);
+  }
+#endif
+}
+
+// ctx (dp, dp) = scale g vᵀ and m = ctx outᵀ of one head, g a panel.
+FASTVDM_INLINE void fold_head(const LinearBlockArgs& a, int head, const float* g, float* ctx,
+                              float* m) {
+  const int64_t panel = linear_block_panel(a);
+  gemm<false>(a.d, a.dp, a.channels, g, a.cp, a.v_t + (int64_t)head * a.channels * a.dp, a.dp, ctx,
+              a.dp, false);
+  for (int64_t i = 0; i < (int64_t)a.d * a.dp; i += VL) store(ctx + i, load(ctx + i) * a.scale);
+  gemm<false>(a.d, a.cp, a.d, ctx, a.dp, a.out + head * panel, a.cp, m, a.cp, false);
+  memset(m + (int64_t)a.d * a.cp, 0, sizeof(float) * (a.dp - a.d) * a.cp);
+}
+
+}  // namespace
+}  // namespace FASTVDM_ISA
+}  // namespace fastvdm
