@@ -25,9 +25,11 @@ def steps(only: str | None, extra: list[str]) -> list[tuple[str, list[str]]]:
     ]
     info = [("fastvdm info", [*PYTHON, "fastvdm.info"])]
     workers = str(min(4, os.cpu_count() or 1))
-    # loadfile: the tests of one file share their compiled functions.
+    # loadfile: the tests of one file share their compiled functions. The longest files come first
+    # (tests/conftest.py), where xdist would begin with those of many tests.
     pytest = [*PYTHON, "pytest", "tests", "-q", "-n", workers, "--dist", "loadfile"]
-    tests = [("pytest", [*pytest, "--durations=15", *extra])]
+    pytest += ["--no-loadscope-reorder", "--durations=15"]
+    tests = [("pytest", [*pytest, *extra])]
     return lint if only == "lint" else info + lint + tests
 
 

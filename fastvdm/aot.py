@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class AotCase:
         uses_dot: a matrix instruction must be in the PTX.
         uses_tma: cp.async.bulk.tensor must be in the PTX from sm_90 on.
         archs: where it ships; all three by default.
-        rare: of no size that bench/cases.py names; ``--common``, as in the tests, leaves it out.
+        rare: of no size that bench/cases.py names; ``--common`` leaves it out.
     """
 
     name: str
@@ -198,10 +198,28 @@ def _compile_one(job: tuple[str, int, int]) -> AotResult:
     return compile_case(cases(stem)[index], arch)
 
 
+def heaviest(results: Sequence[AotResult]) -> set[str]:
+    """Names of the cases with most registers and with most shared memory of each kernel, with and
+    without matrix instructions and bulk copies: what another architecture would refuse first."""
+    found: dict[tuple, AotResult] = {}
+    for r in results:
+        for resource in ("registers", "shared"):
+            key = r.name.split("/")[0], r.uses_dot, r.uses_tma, resource
+            if key not in found or getattr(r, resource) > getattr(found[key], resource):
+                found[key] = r
+    return {r.name for r in found.values()}
+
+
 def run(
-    wanted: Iterable[str], archs: Sequence[int], jobs: int, *, rare: bool = True
+    wanted: Iterable[str],
+    archs: Sequence[int],
+    jobs: int,
+    *,
+    rare: bool = True,
+    names: Container[str] | None = None,
 ) -> list[AotResult]:
-    """Compile the cases of the wanted stems for ``archs`` in ``jobs`` processes."""
+    """Compile the cases of the wanted stems, or of those the named ones, for ``archs`` in ``jobs``
+    processes."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     todo = [
@@ -210,6 +228,7 @@ def run(
         for i, case in enumerate(cases(stem))
         for arch in archs
         if arch in case.archs and (rare or not case.rare)
+        if names is None or case.name in names
     ]
     if jobs == 1:
         return [_compile_one(job) for job in todo]
@@ -237,10 +256,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, choices=ARCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="a list of objects, one per line")
-    parser.add_argument("--common", action="store_true", help="without the rare configurations")
+    parser.add_argument(
+        "--common", action="store_true",
+        help="without the rare configurations, and of each kernel the heaviest alone for all but "
+        "one architecture; the tests' choice",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     wanted = [s for s in stems() if s.startswith(tuple(args.stems) or "")]
-    results = run(wanted, args.arch, args.jobs, rare=not args.common)
+    if args.common:
+        whole = 90 if 90 in args.arch else args.arch[0]
+        results = run(wanted, [whole], args.jobs, rare=False)
+        first = {r.name: r for r in results}
+        for arch in (a for a in args.arch if a != whole):
+            ships = [c.name for stem in wanted for c in cases(stem) if arch in c.archs]
+            names = heaviest([first[n] for n in ships if n in first])
+            results += run(wanted, [arch], args.jobs, rare=False, names=names)
+    else:
+        results = run(wanted, args.arch, args.jobs)
     if args.json:
         for r in results:
             print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -20,7 +21,56 @@ import pytest  # noqa: E402
 from fastvdm.testing import poison_empty  # noqa: E402
 
 
+def _patch_once_a_launch() -> None:
+    """Triton's interpreter searches its whole language for what to patch in every call of a device
+    function, which takes as long as the arithmetic of a small tile. Within a launch the second
+    search finds everything patched, so it is left out."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another version of Triton
+    search, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_lang(fn):
+        seen = {m.__name__ for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if seen <= patched:
+            return interpreter._LangPatchScope()
+        scope = search(fn)
+        patched.update(seen)
+        return scope
+
+    def call(self, *args, **kwargs):
+        patched.clear()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
+
+
+if not GPU and importlib.util.find_spec("triton"):
+    _patch_once_a_launch()
+
+
+# The files that take longest, in falling order: they start first, so that none is left alone at the
+# end. ``.ci/check.py`` keeps xdist from putting those with few tests last.
+LONGEST = (
+    "aot", "axis_attention", "conv_group_norm_conv", "export", "conv_group_norm_norm",
+    "conv_group_norm_bias", "parallel", "compile", "temporal_block", "conv_group_norm_prologue",
+    "packaging", "trainers", "training", "unet", "linear_residual", "norm_linear", "guidance",
+)  # fmt: skip
+
+
+def _place(item: pytest.Item) -> int:
+    stem = item.path.stem.removesuffix("_test")
+    return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords and not GPU:

@@ -51,7 +51,7 @@ TMA_CASES = {  # widths that are multiples of 8; of 16 and even extents with str
     "pair": ((2, 2, 3, 5, 24), 8, 16, 3, {}),
     "pair_1x1": ((1, 2, 3, 5, 8), 40, 16, 1, {"residual": True}),
     "one_pixel": ((2, 3, 1, 1, 16), 0, 8, 3, {}),
-    "down": ((1, 3, 10, 14, 16), 0, 72, 4, {"stride": 2, "residual": True}),
+    "down": ((1, 2, 10, 14, 16), 0, 72, 4, {"stride": 2, "residual": True}),
     "down_pair": ((2, 1, 6, 4, 48), 32, 16, 4, {"stride": 2}),
     "down_3x3": ((1, 2, 6, 8, 32), 0, 16, 3, {"stride": 2}),
     "down_one_pixel": ((2, 1, 2, 2, 16), 0, 8, 4, {"stride": 2}),
