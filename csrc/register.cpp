@@ -6,6 +6,8 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("set_cpu_isa(str name) -> str");
   m.def("cpu_isa() -> str");
   m.def("cpu_has_native(bool bf16) -> bool");
+  m.def("set_packed_weights_limit(int bytes) -> int");
+  m.def("packed_weights_state() -> (int, int, int, int)");
   m.def("linear_fwd_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
   m.def(
@@ -67,6 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
   m.impl("set_cpu_isa", TORCH_BOX(&fastvdm::set_cpu_isa));
   m.impl("cpu_isa", TORCH_BOX(&fastvdm::cpu_isa));
   m.impl("cpu_has_native", TORCH_BOX(&fastvdm::cpu_has_native));
+  m.impl("set_packed_weights_limit", TORCH_BOX(&fastvdm::set_packed_weights_limit));
+  m.impl("packed_weights_state", TORCH_BOX(&fastvdm::packed_weights_state));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {

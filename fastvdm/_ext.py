@@ -22,6 +22,7 @@ def _load() -> str | None:
         return f"{found[0].name} failed to load: {error}"
     # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
     torch.ops.fastvdm_C.set_cpu_isa(get_config().cpu_isa)
+    torch.ops.fastvdm_C.set_packed_weights_limit(get_config().packed_weights_mb << 20)
     return None
 
 

@@ -25,6 +25,13 @@ def _flag(name: str) -> bool:
     return value in ("1", "true")
 
 
+def _count(name: str, default: int) -> int:
+    value = os.environ.get(name, "") or str(default)
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Config:
     """One immutable snapshot of the settings; ENVS.md describes each variable."""
@@ -32,6 +39,7 @@ class Config:
     backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
     cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
+    packed_weights_mb: int = 1024  # FASTVDM_PACKED_WEIGHTS_MB: the C++ backend's weight cache
 
     @staticmethod
     def from_env() -> Config:
@@ -39,6 +47,7 @@ class Config:
             backend=_choice("FASTVDM_BACKEND", BACKENDS),
             strict=_flag("FASTVDM_STRICT"),
             cpu_isa=_choice("FASTVDM_CPU_ISA", CPU_ISAS),
+            packed_weights_mb=_count("FASTVDM_PACKED_WEIGHTS_MB", 1024),
         )
 
 

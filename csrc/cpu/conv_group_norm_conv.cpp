@@ -58,11 +58,20 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   if (a.tiles == 0) return y;
 
   const int64_t points = (m + 2) * (m + 2);
-  Tensor u = empty(x, {points, cin, a.outp}, ScalarType::Float);
+  // The points are a line more than a power of two apart: a step touches one line of each, and all
+  // of them would share few sets of the L1.
+  a.u_point = cin * a.outp + 16;
+  const Tensor u = packed_weights(weight, 2 * m + transposed, [&] {
+    Tensor made = empty(x, {points, a.u_point}, ScalarType::Float);
+    WinogradArgs to = a;
+    to.u = static_cast<float*>(made.mutable_data_ptr());
+    const auto prepare = FASTVDM_PICK(winograd_weights);
+    torch::stable::parallel_for(0, cin, 16, [&](int64_t begin, int64_t end) {
+      prepare(to, begin, end);
+    });
+    return made;
+  });
   a.u = static_cast<float*>(u.mutable_data_ptr());
-  const auto prepare = FASTVDM_PICK(winograd_weights);
-  torch::stable::parallel_for(0, cin, 8,
-                              [&](int64_t begin, int64_t end) { prepare(a, begin, end); });
   // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
   // stream past once per block, so the block is as large as the threads leave it. The result does
   // not depend on it: every tile is summed in the same order.
@@ -73,6 +82,8 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
     block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
   }
   a.block = static_cast<int>(block);
+  a.v_point = block * a.cinp + 16;
+  a.m_point = block * a.outp + 16;
   const auto kernel = FASTVDM_PICK(winograd_conv);
   torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));

@@ -13,6 +13,7 @@ struct WinogradArgs {
   int m;             // outputs of a tile in each direction: 2 or 4
   int c1, c2, out;   // channels of x, x2, y
   int cinp, outp;    // c1 + c2 and out, rounded up to 16
+  int64_t v_point, m_point, u_point;  // floats from one point to the next in v, m and u
   bool turned;       // the gradient with respect to x: the filters turned by 180 degrees
   int64_t w_in, w_out, w_row, w_column;  // strides of weight: by input and output channel, taps
   int64_t images, h, w;
@@ -21,12 +22,12 @@ struct WinogradArgs {
   const void *x, *x2, *weight, *residual;
   void* y;
   const float* bias;  // (outp), or null
-  float* u;           // ((m + 2)², c1 + c2, outp): the transformed weights
+  float* u;           // ((m + 2)², c1 + c2, outp): the transformed weights, in gemm.h's panels
 };
 
 inline int64_t winograd_scratch(const WinogradArgs& a) {
   const int64_t points = static_cast<int64_t>(a.m + 2) * (a.m + 2);
-  return points * a.block * (static_cast<int64_t>(a.cinp) + a.outp) + 64;
+  return points * (a.v_point + a.m_point) + 64;
 }
 
 // Of input channels [begin, end).

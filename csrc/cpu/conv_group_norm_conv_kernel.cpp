@@ -74,25 +74,52 @@ FASTVDM_INLINE void weight_1d(const vf* g, int gs, vf* u, int us) {
   }
 }
 
+// A step's filters, kStep input channels of kLanes output channels, are first copied together: those
+// of neighbouring outputs may lie a multiple of 4 KiB apart, where few of them share the L1.
+constexpr int kStep = 16, kLanes = VL < 16 ? 2 * VL : 16;  // no panel starts within kLanes
+static_assert(kStep * 9 % VL == 0);
+
 template <class W, int M>
 void weights(const WinogradArgs& a, int64_t begin, int64_t end) {
   constexpr int N = M + 2;
   const int cin = a.c1 + a.c2;
   const W* weight = (const W*)a.weight;
-  for (int co = 0; co < a.outp; co += VL)  // outside: the lines of VL filters then stay in L1
-    for (int64_t ci = begin; ci < end; ++ci) {
-      float raw[9][VL] = {};
-      for (int l = 0; l < VL && co + l < a.out; ++l) {
-        const W* from = weight + (co + l) * a.w_out + ci * a.w_in;
-        for (int k = 0; k < 9; ++k)
-          raw[a.turned ? 8 - k : k][l] = to_f32(from[k / 3 * a.w_row + k % 3 * a.w_column]);
+  const bool dense = a.w_column == 1 && a.w_row == 3;  // the nine taps
+  float raw[kLanes][kStep * 9] = {}, taps[kStep * 9][kLanes];
+  for (int co = 0, panel = 0, width = panel_width(a.outp, 0); co < a.outp; co += kLanes) {
+    if (co == panel + width) width = panel_width(a.outp, panel = co);
+    for (int64_t first = begin; first < end; first += kStep) {
+      const int count = end - first < kStep ? (int)(end - first) : kStep;
+      for (int l = 0; l < kLanes; ++l) {
+        if (co + l >= a.out) {
+          for (int k = 0; k < count * 9; ++k) raw[l][k] = 0.f;
+          continue;
+        }
+        const W* from = weight + (co + l) * a.w_out + first * a.w_in;
+        if (dense && a.w_in == 9) {
+          int k = 0;
+          for (; k + VL <= count * 9; k += VL) store(raw[l] + k, load(from + k));
+          for (; k < count * 9; ++k) raw[l][k] = to_f32(from[k]);
+        } else {
+          for (int i = 0; i < count; ++i)
+            for (int k = 0; k < 9; ++k)
+              raw[l][i * 9 + k] = to_f32(from[i * a.w_in + k / 3 * a.w_row + k % 3 * a.w_column]);
+        }
       }
-      vf g[9], half[3 * N], u[N * N];
-      for (int k = 0; k < 9; ++k) g[k] = load(raw[k]);
-      for (int c = 0; c < 3; ++c) weight_1d<M>(g + c, 3, half + c, 3);
-      for (int r = 0; r < N; ++r) weight_1d<M>(half + 3 * r, 1, u + N * r, 1);
-      for (int p = 0; p < N * N; ++p) store(a.u + ((int64_t)p * cin + ci) * a.outp + co, u[p]);
+      for (int l = 0; l < kLanes; l += VL)
+        for (int k = 0; k < count * 9; k += VL)
+          transpose_block(raw[l] + k, kStep * 9, taps[k] + l, kLanes);
+      float* to = a.u + (int64_t)panel * cin + first * width + (co - panel);
+      for (int i = 0; i < count; ++i, to += width)
+        for (int l = 0; l < kLanes; l += VL) {
+          vf g[9], half[3 * N], u[N * N];
+          for (int k = 0; k < 9; ++k) g[k] = load(taps[i * 9 + (a.turned ? 8 - k : k)] + l);
+          for (int c = 0; c < 3; ++c) weight_1d<M>(g + c, 3, half + c, 3);
+          for (int r = 0; r < N; ++r) weight_1d<M>(half + 3 * r, 1, u + N * r, 1);
+          for (int p = 0; p < N * N; ++p) store(to + p * a.u_point + l, u[p]);
+        }
     }
+  }
 }
 
 // Transforms the (m + 2)² patch at (y0, x0) of an image of c channels into v, at points `stride`
@@ -132,7 +159,7 @@ template <class T, int M>
 void conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratch) {
   constexpr int N = M + 2;
   const int cin = a.c1 + a.c2;
-  const int64_t vs = (int64_t)a.block * a.cinp, ms = (int64_t)a.block * a.outp;
+  const int64_t vs = a.v_point, ms = a.m_point;
   float *v = scratch, *m = v + N * N * vs;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * a.block;
@@ -147,8 +174,7 @@ void conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratch) {
         input_tile<T, M>((const T*)a.x2 + pixels * a.c2, a.h, a.w, a.c2, y0, x0, to + a.c1, vs);
     }
     for (int p = 0; p < N * N; ++p)
-      gemm<false>(count, a.outp, cin, v + p * vs, a.cinp, a.u + (int64_t)p * cin * a.outp, a.outp,
-                  m + p * ms, a.outp, false);
+      gemm_panels(count, a.outp, cin, v + p * vs, a.cinp, a.u + p * a.u_point, m + p * ms, a.outp);
     for (int i = 0; i < count; ++i) {
       const int64_t image = (first + i) / a.tiles_image, tile = (first + i) % a.tiles_image;
       const int64_t y0 = tile / a.tiles_w * M, x0 = tile % a.tiles_w * M;

@@ -79,6 +79,37 @@ FASTVDM_INLINE void gemm(int M, int N, int K, const float* A, int64_t lda, const
   if (n < N) gemm_panel<1, KM, kTileM1>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
 }
 
+// As above with B in panels, in which it is read from end to end: columns [n, n + w) of every row, w
+// = panel_width(N, n), lie together at B + n * K. Rows of a wide B lie 4 KiB and more apart, where
+// neither the caches' sets nor the prefetchers serve a product well.
+FASTVDM_INLINE int panel_width(int N, int n) {
+#if defined(__AVX512F__)
+  if (N % (4 * VL) == 0) return 4 * VL;
+  return N - n < 3 * VL ? N - n : 3 * VL;
+#else
+  return N - n < 2 * VL ? N - n : 2 * VL;
+#endif
+}
+
+FASTVDM_INLINE void gemm_panels(int M, int N, int K, const float* A, int64_t lda, const float* B,
+                                float* C, int64_t ldc) {
+  for (int n = 0, w; n < N; n += w) {
+    w = panel_width(N, n);
+    const float* b = B + (int64_t)n * K;
+#if defined(__AVX512F__)
+    if (w == 4 * VL)
+      gemm_panel<4, false, kTileM4>(M, K, A, lda, b, w, C + n, ldc, false);
+    else if (w == 3 * VL)
+      gemm_panel<3, false, kTileM3>(M, K, A, lda, b, w, C + n, ldc, false);
+    else
+#endif
+        if (w == 2 * VL)
+      gemm_panel<2, false, kTileM2>(M, K, A, lda, b, w, C + n, ldc, false);
+    else
+      gemm_panel<1, false, kTileM1>(M, K, A, lda, b, w, C + n, ldc, false);
+  }
+}
+
 // to[c][r] = from[r][c] for a VL x VL block.
 FASTVDM_INLINE void transpose_block(const float* from, int64_t ldf, float* to, int64_t ldt) {
   vf r[VL];

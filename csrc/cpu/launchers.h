@@ -1,9 +1,18 @@
 // Every op of the CPU backend, as register.cpp binds them. Contracts: fastvdm/ops/<stem>.py.
 #pragma once
 
+#include <functional>
+
 #include "torch.h"
 
 namespace fastvdm {
+
+// pack(), the weight in one of a kernel's forms; kept from the second call on that finds the content
+// which the one before it found, and as long as it does.
+Tensor packed_weights(const Tensor& weight, int64_t form, const std::function<Tensor()>& pack);
+int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the limit before
+// Bytes kept, entries kept, weights known, calls served.
+std::tuple<int64_t, int64_t, int64_t, int64_t> packed_weights_state();
 
 std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, Tensor weight,
                                                 OptTensor bias, OptTensor scale, OptTensor shift,

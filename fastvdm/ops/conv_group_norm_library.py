@@ -70,16 +70,21 @@ def own_tile(x: Tensor, weight: Tensor, stride: int) -> int:
     """The Winograd tile, 2 or 4, with which the C++ backend takes this convolution; 0: it does not.
 
     F(2x2) in fp32 errs no more than the direct sum; F(4x4), 1e-6 to 3e-6 of the largest output, is
-    for 16-bit storage only. Time of F(2x2) against oneDNN in fp32 (16 images, one thread of a Xeon
-    with AVX-512, 2026-11): 0.65 at 64x64x64, 0.61 at 32x32x128, 0.74 at 16x16x256, 0.90 at 8x8x512,
-    1.3 at 8x8x1024, where transforming the weights costs more than it saves: hence the bounds on
-    the pixels. F(4x4) has over twice as many weights to transform: 1.6 at 8x8x512.
+    for 16-bit storage only. The extension keeps the transformed weights from the second call with
+    the same content on (csrc/cpu/packed_weights.cpp); a training step transforms them every time.
+    The choice depends on sizes alone, so that the bits of a result never depend on the cache.
+
+    Time of F(2x2) against oneDNN in fp32, weights kept / transformed at every call (two threads of
+    an EPYC Zen 3 with AVX2, 2026-11): 0.66 / 0.66 for 16 images of 64x64x64, 0.49 / 0.53 at
+    16x16x512, 0.37 / 0.44 at 8x8x1024; for one image 0.32 / 0.38 at 8x8x512, 0.21 / 0.44 at
+    8x8x1024. F(4x4) has over twice as many weights to transform and to read; against F(2x2): 0.75 /
+    1.03 for 16 images of 8x8x1024, 0.73 / 1.29 for 9, 1.0 / 1.6 for 4, 1.1 / 1.9 for one.
     """
     if not has_own_kernel(x.device, weight, stride, x.dtype):
         return 0
     pixels = x.numel() // max(x.shape[-1], 1)
     widest = max(weight.shape[:2])
-    return _TILES[x.dtype] if pixels >= 8 * widest else 2 if pixels >= 2 * widest else 0
+    return 2 if pixels < widest else _TILES[x.dtype]
 
 
 def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
