@@ -270,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arch in (a for a in args.arch if a != whole):
             ships = [c.name for stem in wanted for c in cases(stem) if arch in c.archs]
             names = heaviest([first[n] for n in ships if n in first])
+            names |= {n for n in ships if n not in first}  # its own, which nothing stands for
             results += run(wanted, [arch], args.jobs, rare=False, names=names)
     else:
         results = run(wanted, args.arch, args.jobs)

@@ -76,7 +76,8 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.scale = static_cast<float>(sm_scale);
   a.pixels = x.size(2) * x.size(3);
   plan.all_frames = x.size(0) * x.size(1);
-  a.rows = 96;  // whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2
+  // 96: whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2.
+  a.rows = static_cast<int>(std::clamp<int64_t>(round_up(a.pixels, 32), 32, 96));
   // Enough items for 32 threads, whatever the machine has: the result does not depend on it.
   const int64_t wanted = ceil_div(32, std::max<int64_t>(1, plan.all_frames));
   a.span = std::max<int64_t>(round_up(ceil_div(a.pixels, wanted), a.rows), 2 * a.rows);
@@ -103,15 +104,18 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
     for (int64_t h = begin; h < end; ++h)
       for (int64_t c = 0; c < d; ++c) {
         const int64_t feature = h * d + c, row = (h * dp + c) * cp;
-        const float* v = wq.data() + (2 * inner + feature) * C;
         std::copy_n(wq.data() + feature * C, C, plan.qk.data() + row);
         std::copy_n(wq.data() + (inner + feature) * C, C, plan.qk.data() + heads * panel + row);
-        std::copy_n(v, C, plan.v.data() + row);
-        for (int64_t k = 0; k < C; ++k) {
-          const float w = wo[k * inner + feature];
-          plan.v_t[(h * C + k) * dp + c] = v[k];
-          plan.out[row + k] = w;
-          if (backward) plan.out_t[(h * C + k) * dp + c] = w;
+        std::copy_n(wq.data() + (2 * inner + feature) * C, C, plan.v.data() + row);
+      }
+    for (int64_t h = begin; h < end; ++h)
+      for (int64_t k = 0; k < C; ++k) {
+        const float* out = wo.data() + k * inner + h * d;
+        if (backward) std::copy_n(out, d, plan.out_t.data() + (h * C + k) * dp);
+        for (int64_t c = 0; c < d; ++c) {
+          const int64_t row = (h * dp + c) * cp;
+          plan.v_t[(h * C + k) * dp + c] = plan.v[row + k];
+          plan.out[row + k] = out[c];
         }
       }
   });
