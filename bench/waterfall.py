@@ -95,7 +95,7 @@ def _machine_lines(machine: dict[str, Any]) -> list[str]:
     if limits:
         lines += [
             f"The floor of this machine, measured in the same run: {', '.join(limits)} (a large "
-            f"matrix product), {machine.get('limit_gbs')} GB/s (a large copy).",
+            f"matrix product or convolution), {machine.get('limit_gbs')} GB/s (a large copy).",
             "",
         ]
     return lines
