@@ -17,14 +17,13 @@ from torch import Tensor
 
 from fastvdm.config import get_config
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.ops.attention_block import check_block
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.linear_attention_block import linear_attention_block_ref
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @define
@@ -141,44 +140,6 @@ register(
 )
 
 
-def _validate(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps) -> None:
-    if x.ndim != 5:
-        raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
-    channels = x.shape[4]
-    if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
-        raise ValueError(
-            f"qkv_weight must be (3 * heads * D, C) with heads = {heads}, "
-            f"got {tuple(qkv_weight.shape)}"
-        )
-    features = qkv_weight.shape[0]
-    for name, t, shape in (
-        ("norm_weight", norm_weight, (channels,)),
-        ("norm_bias", norm_bias, (channels,)),
-        ("qkv_weight", qkv_weight, (features, channels)),
-        ("out_weight", out_weight, (channels, features // 3)),
-        ("out_bias", out_bias, (channels,)),
-    ):
-        if t is None:
-            continue
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x must be fp32, fp16, bf16 or fp64, got {x.dtype}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    if out_weight.dtype != qkv_weight.dtype:
-        raise TypeError(
-            f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
-            f"got {out_weight.dtype}"
-        )
-    if (x.dtype == torch.float64) != (qkv_weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, qkv_weight {qkv_weight.dtype}")
-
-
 def linear_attention_block(
     x: Tensor,
     norm_weight: Tensor,
@@ -207,7 +168,7 @@ def linear_attention_block(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    _validate(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps)
+    check_block(x, norm_weight, norm_bias, qkv_weight, None, out_weight, out_bias, heads, eps)
     low = autocast_dtype(qkv_weight)
     qkv_weight, out_weight = qkv_weight.to(low), out_weight.to(low)
     out_bias = None if out_bias is None else out_bias.to(low)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from fastvdm.config import get_config
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.ops.attention_block import check_block
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @define
@@ -228,54 +227,6 @@ register(
 )
 
 
-def _want(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    if t is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-
-
-def _validate(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
-    bias, rel_k, rel_v, rotary, focus_mask, num_images,
-) -> None:  # fmt: skip
-    if x.ndim != 5:
-        raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
-    channels = x.shape[4]
-    if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
-        raise ValueError(
-            f"qkv_weight must be (3 * heads * D, C) with heads = {heads}, "
-            f"got {tuple(qkv_weight.shape)}"
-        )
-    inner = qkv_weight.shape[0] // 3
-    _want("norm_weight", norm_weight, (channels,))
-    _want("norm_bias", norm_bias, (channels,))
-    _want("qkv_weight", qkv_weight, (3 * inner, channels))
-    _want("qkv_bias", qkv_bias, (3 * inner,))
-    _want("out_weight", out_weight, (channels, inner))
-    _want("out_bias", out_bias, (channels,))
-    shape = (*x.shape[:4], 3, heads, inner // heads)
-    check_options(x, shape, "time", bias, rel_k, rel_v, rotary, focus_mask, num_images)
-    for name, t in (
-        ("x", x), ("norm_weight", norm_weight), ("norm_bias", norm_bias),
-        ("qkv_weight", qkv_weight), ("qkv_bias", qkv_bias), ("out_weight", out_weight),
-        ("out_bias", out_bias),
-    ):  # fmt: skip
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    if out_weight.dtype != qkv_weight.dtype:
-        raise TypeError(
-            f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
-            f"got {out_weight.dtype}"
-        )
-    if (x.dtype == torch.float64) != (qkv_weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, qkv_weight {qkv_weight.dtype}")
-
-
 def _fused_backend(device: torch.device) -> str:
     """Whose limits decide between the fused kernel and the parts."""
     forced = get_config().backend
@@ -333,10 +284,9 @@ def temporal_block(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    _validate(
-        x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
-        bias, rel_k, rel_v, rotary, focus_mask, num_images,
-    )  # fmt: skip
+    check_block(x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps)
+    shape = (*x.shape[:4], 3, heads, qkv_weight.shape[0] // (3 * heads))
+    check_options(x, shape, "time", bias, rel_k, rel_v, rotary, focus_mask, num_images)
     low = autocast_dtype(qkv_weight)
     qkv_weight, out_weight = qkv_weight.to(low), out_weight.to(low)
     qkv_bias, out_bias, rel_k, rel_v = (
