@@ -22,19 +22,19 @@ from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.temporal_block import temporal_block
-from fastvdm.testing import assert_close3, assert_parity, cpu_isas, make_exact_operand, max_error
+from fastvdm.testing import (
+    assert_close3,
+    assert_parity,
+    cpu_isas,
+    make_exact_operand,
+    max_error,
+    use_cpu_isa,
+)
 
 pytestmark = pytest.mark.skipif(
     _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
 )
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=cpu_isas() or ["none"])
-def isa(request):
-    assert _ext.set_cpu_isa(request.param) == request.param
-    yield request.param
-    _ext.set_cpu_isa("auto")
 
 
 def _reference(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -353,9 +353,8 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
 def test_instruction_sets_agree():
     results = {}
     for name in cpu_isas():
-        _ext.set_cpu_isa(name)
-        results[name] = _all_ops(torch.float32)
-    _ext.set_cpu_isa("auto")
+        with use_cpu_isa(name):
+            results[name] = _all_ops(torch.float32)
     best = results.pop(next(iter(results)))
     for other in results.values():
         for left, right in zip(best, other):
