@@ -173,8 +173,8 @@ class _Nudged(TorchDispatchMode):
     def nudge(self, t: Tensor) -> Tensor:
         if t.dtype != torch.float64:
             return t
-        sign = torch.randint(0, 2, t.shape, generator=self.generator).to(t.device) * 2 - 1
-        return t * (1 + _NUDGE * sign)
+        up = torch.randint(0, 2, t.shape, generator=self.generator, dtype=torch.float64)
+        return t * (1 + _NUDGE * (2 * up - 1).to(t.device))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not (func.is_view or func._schema.is_mutable):

@@ -415,7 +415,7 @@ def test_forked_dataloader_workers():
     """Ops ran in the parent, then run in forked workers, whose thread pool is gone."""
     expected = torch.stack([_in_worker(i) for i in range(4)])
     loader = torch.utils.data.DataLoader(
-        _Items(), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60
+        _Items(), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=1800
     )
     found = torch.cat(list(loader))
     assert torch.equal(found, expected)
