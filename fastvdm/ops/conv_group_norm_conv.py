@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastvdm import dispatch
-from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
@@ -58,7 +57,7 @@ def choose_conv(
     CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; time relative
     to the other choice, forward, 16 frames of 8x8 to 32x32.
     """
-    backend = backend or get_config().backend
+    backend = backend or dispatch.backend_in_force()
     if backend in ("reference", "triton"):
         return backend
     if kind == "pair":
@@ -420,7 +419,7 @@ def space_conv(
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
     if upsample is not None:
-        if get_config().backend == "reference":
+        if dispatch.backend_in_force() == "reference":
             return space_conv_ref(x, weight, bias, None, 1, residual, upsample)
         if fold:
             return _transpose(x, fold_upsample_weight(weight), bias, residual, "upsample")

@@ -15,8 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.config import get_config
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    backend_in_force,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.attention_block import check_block
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
@@ -174,7 +180,7 @@ def linear_attention_block(
     out_bias = None if out_bias is None else out_bias.to(low)
     d = qkv_weight.shape[0] // (3 * heads)
     scale = d**-0.5 if sm_scale is None else float(sm_scale)
-    forced = get_config().backend
+    forced = backend_in_force()
     fused = x.device.type == "cpu" and forced in ("auto", "cpu")
     backend = select("linear_attention_block", x.device, x) if fused else forced
     if backend == "cpu":

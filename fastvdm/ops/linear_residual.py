@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, autocast_on, launchers, register, select
+from fastvdm.ops.attention_block import check_dtypes
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import linear
@@ -108,15 +109,14 @@ def _validate(x, o, weight, bias) -> None:
             raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, weight {weight.dtype}")
+    check_dtypes(x, "weight", weight, {"bias": bias})
 
 
 def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x + o weightᵀ + bias.
 
     Args:
-        x: (..., N), of any dtype that may be wider than that of ``o``.
+        x: (..., N), in the dtype of ``o`` or, over a 16-bit one, in fp32.
         o: (..., K), in the dtype of ``weight`` outside autocast.
         weight, bias: (N, K) and (N,).
 

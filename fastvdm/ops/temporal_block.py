@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.config import get_config
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    backend_in_force,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.attention_block import check_block
 from fastvdm.ops.axis_attention import axis_attention, check_options
 from fastvdm.ops.cost import Cost
@@ -229,7 +235,7 @@ register(
 
 def _fused_backend(device: torch.device) -> str:
     """Whose limits decide between the fused kernel and the parts."""
-    forced = get_config().backend
+    forced = backend_in_force()
     if forced != "auto":
         return forced
     return "triton" if device.type == "cuda" else "cpu"
