@@ -8,6 +8,8 @@ every call, fp32 too, on any machine.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from fastvdm.dispatch import (
 )
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops, flops_of_launcher
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Asked once, so that dynamo traces a comparison of constants.
@@ -166,20 +169,21 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def linear_cost(
-    rows: int,
-    k: int,
-    n: int,
-    itemsize: int,
-    *,
-    backward: bool = False,
-    need_dx: bool = True,
-    need_dw: bool = True,
-) -> Cost:
-    """Of one forward call: x and the weight read, y written; of the backward alone: dy read and
-    what is wanted written, of the other of x and weight."""
-    product, inputs, weights = 2 * rows * k * n, rows * k, k * n
-    if not backward:
-        return Cost(product, (inputs + weights + rows * n) * itemsize)
-    moved = rows * n + (need_dx + need_dw) * (inputs + weights)
-    return Cost((need_dx + need_dw) * product, moved * itemsize)
+def linear_cost(rows: int, k: int, n: int, itemsize: int) -> Cost:
+    """Of one forward call: x and the weight read, y written. Each gradient is as many FLOPs."""
+    return Cost(flops=2 * rows * k * n, bytes=(rows * (k + n) + k * n) * itemsize)
+
+
+@flops(linear_fwd)
+def _(*, x, weight, **_):
+    return linear_cost(prod(x[:-1]), *reversed(weight), 4)
+
+
+@flops(linear_bwd)
+def _(*, x, weight, need_dx, need_dw, **_):
+    return (need_dx + need_dw) * linear_cost(prod(x[:-1]), *reversed(weight), 4).flops
+
+
+@flops_of_launcher("linear_dx_cpu")
+def _(*, dy, weight, **_):
+    return linear_cost(prod(dy[:-1]), *weight, 4)

@@ -7,6 +7,8 @@ Where there is no such kernel it is ``linear``, then a sum.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fastvdm.dispatch import ByDesign, autocast_dtype, autocast_on, launchers, r
 from fastvdm.ops.attention_block import check_dtypes
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_linear import on_triton
 from fastvdm.reference.linear_residual import linear_residual_ref
@@ -162,3 +165,14 @@ def linear_residual_cost(
         moved = rows * (features * wide + 2 * depth * itemsize)
         return Cost(2 * product, moved + 2 * weight)
     return Cost(product, rows * (2 * features * wide + depth * itemsize) + weight)
+
+
+@flops(linear_residual_fwd)
+def _(*, o, weight, **_):
+    return linear_residual_cost(prod(o[:-1]), *reversed(weight), 4)
+
+
+@flops(linear_residual_bwd)
+def _(*, o, weight, need_do, need_weight, **_):
+    one = linear_residual_cost(prod(o[:-1]), *reversed(weight), 4)
+    return (need_do + need_weight) * one.flops

@@ -8,6 +8,8 @@ such kernel it is ``norm_act``, then ``linear``.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from fastvdm.ops.attention_block import check_dtypes
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear
 from fastvdm.reference.norm_linear import norm_linear_ref
 
@@ -232,3 +235,14 @@ def norm_linear_cost(
     if backward:
         return Cost(2 * product, moved + rows * channels * wide + 2 * weight)
     return Cost(product, moved + weight)
+
+
+@flops(norm_linear_fwd)
+def _(*, x, weight, **_):
+    return norm_linear_cost(prod(x[:-1]), *reversed(weight), 4)
+
+
+@flops(norm_linear_bwd)
+def _(*, x, weight, need_dx, need_norm, need_weight, **_):
+    products = (need_dx or need_norm) + need_weight
+    return products * norm_linear_cost(prod(x[:-1]), *reversed(weight), 4).flops
