@@ -10,9 +10,7 @@ from fastvdm.dispatch import autocast_on
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_dtypes(
-    x: Tensor, name: str, weight: Tensor, biases: dict[str, Tensor | None]
-) -> None:
+def check_dtypes(x: Tensor, name: str, weight: Tensor, biases: dict[str, Tensor | None]) -> None:
     """Raises TypeError unless the residual stream ``x`` has the dtype of the projection ``weight``,
     or is fp32 over a 16-bit one, and the biases have its dtype. Under autocast all but fp64 mix."""
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
