@@ -176,14 +176,14 @@ def linear_cost(rows: int, k: int, n: int, itemsize: int) -> Cost:
 
 @flops(linear_fwd)
 def _(*, x, weight, **_):
-    return linear_cost(prod(x[:-1]), *reversed(weight), 4)
+    return linear_cost(prod(x[:-1]), weight[1], weight[0], 4)
 
 
 @flops(linear_bwd)
 def _(*, x, weight, need_dx, need_dw, **_):
-    return (need_dx + need_dw) * linear_cost(prod(x[:-1]), *reversed(weight), 4).flops
+    return (need_dx + need_dw) * linear_cost(prod(x[:-1]), weight[1], weight[0], 4).flops
 
 
 @flops_of_launcher("linear_dx_cpu")
 def _(*, dy, weight, **_):
-    return linear_cost(prod(dy[:-1]), *weight, 4)
+    return linear_cost(prod(dy[:-1]), weight[0], weight[1], 4)

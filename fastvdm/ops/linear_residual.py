@@ -169,10 +169,10 @@ def linear_residual_cost(
 
 @flops(linear_residual_fwd)
 def _(*, o, weight, **_):
-    return linear_residual_cost(prod(o[:-1]), *reversed(weight), 4)
+    return linear_residual_cost(prod(o[:-1]), weight[1], weight[0], 4)
 
 
 @flops(linear_residual_bwd)
 def _(*, o, weight, need_do, need_weight, **_):
-    one = linear_residual_cost(prod(o[:-1]), *reversed(weight), 4)
+    one = linear_residual_cost(prod(o[:-1]), weight[1], weight[0], 4)
     return (need_do + need_weight) * one.flops

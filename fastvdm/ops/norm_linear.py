@@ -239,10 +239,10 @@ def norm_linear_cost(
 
 @flops(norm_linear_fwd)
 def _(*, x, weight, **_):
-    return norm_linear_cost(prod(x[:-1]), *reversed(weight), 4)
+    return norm_linear_cost(prod(x[:-1]), weight[1], weight[0], 4)
 
 
 @flops(norm_linear_bwd)
 def _(*, x, weight, need_dx, need_norm, need_weight, **_):
     products = (need_dx or need_norm) + need_weight
-    return products * norm_linear_cost(prod(x[:-1]), *reversed(weight), 4).flops
+    return products * norm_linear_cost(prod(x[:-1]), weight[1], weight[0], 4).flops
