@@ -61,4 +61,4 @@ def probability_mask(batch: int, prob: float, device: torch.device) -> Tensor | 
         return None
     if prob >= 1:
         return torch.ones(batch, device=device, dtype=torch.bool)
-    return torch.zeros(batch, device=device).uniform_(0, 1) < prob
+    return torch.rand(batch, device=device) < prob  # not in place: vmap can draw it per sample
