@@ -133,6 +133,9 @@ def convolve(
 ) -> Tensor:
     """conv([x, x2]) + residual, ``upsample`` doubling height and width first: one op of a plain
     ``SpaceConv``; anything else is called on the one tensor that it would see in a plain network.
+
+    Raises:
+        ValueError: DoRA, whose convolution takes channels on axis 1 of whatever comes.
     """
     if is_plain(conv, SpaceConv):
         assert isinstance(conv, SpaceConv)
@@ -144,6 +147,11 @@ def convolve(
             stride=conv.stride[0],
             residual=residual,
             upsample="nearest" if upsample else None,
+        )
+    if getattr(conv, "lora_magnitude_vector", None):
+        raise ValueError(
+            "DoRA on a convolution takes channels on axis 1, here they come last: use LoRA there, "
+            "and DoRA on linear layers"
         )
     x = join(x, x2)
     y = conv(nearest_up(x) if upsample else x)

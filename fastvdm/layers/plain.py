@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` is what ``kind`` does with its parameters, and no more.
@@ -22,12 +20,18 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     parameters are plain tensors (a quantised or a distributed one is a subclass that knows only
     torch's own ops).
     """
-    if type(module) is not kind or _has_any_global_hook():
+    own = module.__dict__  # __getattr__ of a module costs more than all that is asked here
+    if (
+        type(module) is not kind
+        or own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+        or _has_any_global_hook()
+    ):
         return False
-    own = module.__dict__
-    if "forward" in own or any(own[name] for name in _HOOKS):
-        return False
-    return all(
-        type(p) is nn.Parameter or p is None or not is_traceable_wrapper_subclass(p)
-        for p in own["_parameters"].values()
-    )
+    for p in own["_parameters"].values():
+        if type(p) is not nn.Parameter and p is not None and is_traceable_wrapper_subclass(p):
+            return False
+    return True

@@ -89,7 +89,7 @@ class Level(nn.Module):
         assert self.resample is not None
         if isinstance(self.resample, PreNormResnetBlock):
             return self.resample(x, emb)
-        return convolve(self.resample, x, upsample=True) if self.upsample else self.resample(x)
+        return convolve(self.resample, x, upsample=self.upsample)
 
 
 class PeerHead(nn.Module):
@@ -100,7 +100,7 @@ class PeerHead(nn.Module):
         self.block, self.conv = block, conv
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.conv(self.block(x, None, skip))
+        return convolve(self.conv, self.block(x, None, skip))
 
 
 class PaperHead(nn.Module):
@@ -111,4 +111,4 @@ class PaperHead(nn.Module):
         self.norm, self.conv = norm, conv
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.conv(normalise(self.norm, x, skip, act=True))
+        return convolve(self.conv, normalise(self.norm, x, skip, act=True))

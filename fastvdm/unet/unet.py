@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvdm.layers.attention import AxisAttention, TimeContext
-from fastvdm.layers.conv import SpaceConv
+from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
@@ -364,7 +364,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         )
         emb = self._embed(time, cond, drop)
         x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
-        x = self.stem(x)
+        x = convolve(self.stem, x)
         if self.stem_attention is not None:
             unmasked = context._replace(focus_mask=None, num_images=0)
             x = attend(self.stem_attention, x, context if self.mask_stem_attention else unmasked)
