@@ -1,4 +1,4 @@
-"""Adapters and quantised weights: in a layer's place, with the effect that they have in the peer."""
+"""Adapters and quantised weights: in a layer's place, with the effect they have in the peer."""
 
 from __future__ import annotations
 

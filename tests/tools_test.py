@@ -335,11 +335,12 @@ def test_offloaded_weights(name):
     """Every weight is on no device until its module is called."""
     accelerate = pytest.importorskip("accelerate")
     model = UNet3D(**NETWORKS[name]).eval()
+    guided = lambda: model.forward_with_cond_scale(X, TIME, COND, cond_scale=3.0)  # noqa: E731
     with torch.no_grad():
-        want = run(model)
+        want = run(model), guided()
         accelerate.cpu_offload(model, torch.device("cpu"))
         assert all(p.is_meta for p in model.parameters())
-        assert max_error(run(model), want) < 1e-5
+        assert max_error(run(model), want[0]) < 1e-5 and max_error(guided(), want[1]) < 1e-5
     with pytest.raises(ValueError, match="x is on meta, the network on cpu"):
         UNet3D(**NETWORKS["rms"])(X.to("meta"), TIME.to("meta"))
 

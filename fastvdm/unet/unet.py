@@ -334,6 +334,11 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         if cond_scale == 1 or not self.has_cond:
             return self._denoise(x, time, cond, None, focus, num_images)
         assert cond is not None
+        if "forward" in self.__dict__:  # replaced, as offloading does: then it brings the weights
+            conditional, null = (
+                self.forward(x, time, cond, p, focus, num_images=num_images) for p in (0.0, 1.0)
+            )
+            return null + (conditional - null) * cond_scale
         drop = torch.arange(2 * batch, device=x.device) >= batch
         both = self._denoise(
             x.repeat(2, 1, 1, 1, 1),
