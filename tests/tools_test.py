@@ -17,8 +17,12 @@ from torch.nn.modules import module as hooks
 from torch.nn.utils import prune
 
 from fastvdm import UNet3D, use_backend
+from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.conv import SpaceConv
+from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 from fastvdm.parallel import frame_parallel
 from fastvdm.testing import max_error
+from fastvdm.unet.blocks import Unit
 from fastvdm.unet.peer import parameter_order
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, cond_dim=3)
@@ -309,6 +313,20 @@ def test_no_attention():
     own.stem_attention = own.middle[0].spatial = nn.Identity()
     own.downs[0].units[0].spatial = own.ups[0].units[0].temporal = nn.Identity()
     assert max_error(run(own), run(peer)) < 1e-4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_wrappers_around_blocks(name):
+    """Recomputation wraps whatever it is given, blocks and attentions too."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as checkpoints
+
+    model = UNet3D(**NETWORKS[name]).eval()
+    want = run(model)
+    wrapped = (Unit, ResnetBlock, PreNormResnetBlock, AxisAttention, SpaceConv)
+    checkpoints.apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, wrapped))
+    y = run(model)
+    y.sum().backward()
+    assert max_error(y, want) < 1e-5
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -64,6 +64,7 @@ class Level(nn.Module):
         super().__init__()
         self.units = nn.ModuleList(units)
         self.resample, self.upsample = resample, upsample
+        self.resample_takes_emb = isinstance(resample, PreNormResnetBlock)
 
     def down(
         self, x: Tensor, emb: Tensor, time: TimeContext, push_resampled: bool
@@ -87,7 +88,7 @@ class Level(nn.Module):
 
     def _change_resolution(self, x: Tensor, emb: Tensor) -> Tensor:
         assert self.resample is not None
-        if isinstance(self.resample, PreNormResnetBlock):
+        if self.resample_takes_emb:
             return self.resample(x, emb)
         return convolve(self.resample, x, upsample=self.upsample)
 
