@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvdm.layers.attention import AxisAttention, TimeContext
-from fastvdm.layers.conv import SpaceConv
+from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
 from fastvdm.unet import peer
-from fastvdm.unet.blocks import Level, Unit
+from fastvdm.unet.blocks import Level, Unit, attend
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
 from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
 
@@ -334,6 +334,11 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         if cond_scale == 1 or not self.has_cond:
             return self._denoise(x, time, cond, None, focus, num_images)
         assert cond is not None
+        if "forward" in self.__dict__:  # replaced, as offloading does: then it brings the weights
+            conditional, null = (
+                self.forward(x, time, cond, p, focus, num_images=num_images) for p in (0.0, 1.0)
+            )
+            return null + (conditional - null) * cond_scale
         drop = torch.arange(2 * batch, device=x.device) >= batch
         both = self._denoise(
             x.repeat(2, 1, 1, 1, 1),
@@ -364,10 +369,10 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         )
         emb = self._embed(time, cond, drop)
         x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
-        x = self.stem(x)
+        x = convolve(self.stem, x)
         if self.stem_attention is not None:
             unmasked = context._replace(focus_mask=None, num_images=0)
-            x = self.stem_attention(x, context if self.mask_stem_attention else unmasked)
+            x = attend(self.stem_attention, x, context if self.mask_stem_attention else unmasked)
 
         skips = [x]
         for level in self.downs:
@@ -456,7 +461,10 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
                 f"num_images must lie in [0, {frames * shards - 1}] for {frames * shards} frames, "
                 f"got {num_images}"
             )
-        device = self.stem.weight.device
+        weight = getattr(self.stem, "weight", None)
+        if weight is None or (weight.is_meta and "forward" in self.stem.__dict__):
+            return  # replaced, or offloaded until it is called: its device is its own affair
+        device = weight.device
         for name, t in {"x": x, "time": time, "cond": cond, "focus_present_mask": focus}.items():
             if t is not None and t.device != device:
                 raise ValueError(f"{name} is on {t.device}, the network on {device}")
