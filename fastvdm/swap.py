@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from fastvdm.unet import UNet3D
 from fastvdm.unet.peer import parameter_order
@@ -61,9 +60,11 @@ def accelerate(
     for path, network in places:
         above = chain(model, path)[:-1]
         new = swapped[id(network)]
-        while above and isinstance(above[-1], OptimizedModule):
-            new = swapped.setdefault(id(above[-1]), OptimizedModule(new, above[-1].dynamo_ctx))
-            above.pop()
+        while above and _is_compiled(above[-1]):  # it would go on with the old one's forward
+            outer = above.pop()
+            if id(outer) not in swapped:
+                swapped[id(outer)] = type(outer)(new, outer.dynamo_ctx)
+            new = swapped[id(outer)]
             path = path.rpartition(".")[0]
         if not above:
             return new
@@ -86,6 +87,10 @@ def _convert(network: nn.Module, exact: bool, check: bool, overrides: dict[str, 
     return new.train(network.training)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return is_a(module, {"OptimizedModule"})  # without torch._dynamo, which is slow to import
+
+
 def _require_replaceable(model: nn.Module, path: str) -> None:
     """
     Raises:
@@ -99,7 +104,7 @@ def _require_replaceable(model: nn.Module, path: str) -> None:
                 f"{type(m).__name__} would go on reducing the gradients of the old parameters: "
                 "call accelerate before wrapping"
             )
-    compiled = [m for m in above if isinstance(m, OptimizedModule)]
+    compiled = [m for m in above if _is_compiled(m)]
     for name, m in [("", m) for m in compiled] + list(network.named_modules()):
         lost = [kind for kind in _HOOKS if getattr(m, kind, None)]
         lost += [k for k in ("forward", "forward_with_cond_scale") if k in vars(m)]

@@ -98,6 +98,8 @@ def test_chosen_skip_is_the_only_one_compared():
         accelerate(network, stem_skip="after")
     assert accelerate(network, stem_skip="before").stem_skip == "before"
     assert accelerate(network, stem_skip="after", check=False).stem_skip == "after"
+    with pytest.raises(ValueError, match="drop the overrides if they change"):
+        accelerate(network, norm_per_frame=True)
     with pytest.raises(ValueError, match="stem_skip must be one of None, after, before, got 'mid'"):
         UNet3D(**SMALL, stem_skip="mid")
     with pytest.raises(ValueError, match="layout='paper'"):
@@ -241,6 +243,14 @@ def test_an_attention_with_a_bias_of_its_own_is_no_network():
     model = nn.ModuleList([Attention(), peer_or_skip().Unet3D(**SMALL)])
     accelerate(model)
     assert isinstance(model[0], Attention) and isinstance(model[1], UNet3D)
+
+
+def test_keys_of_a_changed_network_do_not_fit():
+    state = edited(lambda n: setattr(n, "second", copy.deepcopy(n.mid_block1))).state_dict()
+    with pytest.raises(ValueError, match="unexpected keys: second.block1.norm.bias"):
+        UNet3D(**SMALL, stem_skip="after").load_state_dict(state)
+    with pytest.raises(ValueError, match="10 keys more .second.block1.norm.bias"):
+        UNet3D.from_unet3d(state, stem_skip="after")
 
 
 # -- the comparison leaves no trace ---------------------------------------------------------------

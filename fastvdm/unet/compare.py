@@ -97,21 +97,27 @@ def _inputs(model: UNet3D) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
     size = 2**model.levels
     x = torch.randn(1, model.channels, FRAMES, size, size // 2, generator=random, device="cpu")
-    inputs = {"x": x, "time": torch.tensor([500.0], device="cpu")}
+    inputs = {"x": x}
     if model.cond_dim is not None:
         inputs["cond"] = torch.randn(1, model.cond_dim, generator=random, device="cpu")
-    return {name: t.to(device, dtype) for name, t in inputs.items()}
+    inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
+    # An index as in training; the peer's embedding of one would be fp32 in an fp64 network.
+    index = torch.int64 if dtype == torch.float32 else dtype
+    return inputs | {"time": torch.full((1,), 500, device=device, dtype=index)}
 
 
 def _run(network: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """What training calls, and what sampling calls: with a condition, the null one's part too."""
     x, time, cond = inputs["x"], inputs["time"], inputs.get("cond")
     outputs = [network(x, time, cond=cond)]
-    if hasattr(network, "forward_with_cond_scale"):
-        outputs.append(network.forward_with_cond_scale(x, time, cond=cond, cond_scale=2.0))
+    guided: Any = getattr(network, "forward_with_cond_scale", None)
+    if guided is not None:
+        outputs.append(guided(x, time, cond=cond, cond_scale=2.0))
     for out in outputs:
         if not isinstance(out, Tensor):
             raise TypeError(f"its output is a {type(out).__name__}, not a tensor")
+        if out.shape[2:] != x.shape[2:]:
+            raise ValueError(f"its output is {tuple(out.shape)} for {tuple(x.shape)}")
     return outputs
 
 

@@ -338,6 +338,8 @@ def require_same_keys(model: UNet3D, state: Mapping[str, Any]) -> None:
 
 
 def dtypes(model: UNet3D, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Of our parameters, as the tensors of a state_dict under either's names have them."""
-    peer = is_peer_state(state)
-    return {e.own: state[e.peer if peer else e.own].dtype for e in _entries(model)}
+    """Under our names, of the tensors of a state_dict under either's."""
+    names = (
+        [(e.peer, e.own) for e in _entries(model)] if is_peer_state(state) else zip(state, state)
+    )
+    return {own: t.dtype for key, own in names if isinstance(t := state[key], Tensor)}

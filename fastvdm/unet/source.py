@@ -24,9 +24,11 @@ def _has(module: nn.Module, path: str) -> bool:
     """``get_submodule`` without ``__getattr__``, through which a compiled module shows the children
     of the one inside it."""
     for name in path.split("."):
-        if name not in module._modules:
+        children = module._modules  # TorchScript's has no get
+        child = children[name] if name in children else None  # noqa: SIM401
+        if child is None:
             return False
-        module = module._modules[name]  # type: ignore[assignment]
+        module = child
     return True
 
 
@@ -186,7 +188,7 @@ def load(
         config: Any = model._hub_mixin_config
         config["stem_skip"] = choose_stem_skip(network, model, chosen)
     for name, p in model.named_parameters():
-        p.data = p.data.to(dtypes[name])
+        p.data = p.data.to(dtypes.get(name, p.dtype))
     return model
 
 

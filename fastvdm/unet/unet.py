@@ -267,7 +267,9 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             arguments = peer.infer_arguments(state)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
-        return modules.load(cls, arguments | overrides, state, network if check else None)
+        if type(network) is cls or not check:  # ours tells its arguments
+            network = None
+        return modules.load(cls, arguments | overrides, state, network)
 
     # -- checkpoints ----------------------------------------------------------------------------
 
