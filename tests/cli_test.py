@@ -189,7 +189,7 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
 def test_a_mistyped_path_is_not_a_mystery(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    def offline(name):
+    def offline(name, **options):
         raise OSError("cannot reach the hub\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +15,7 @@ from fastvdm.layers.conv import SpaceConv
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet import folder as folders
 from fastvdm.unet import peer
 from fastvdm.unet.blocks import Level, Unit
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from fastvdm.layers.shards import FrameShards
 
 
-class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="mit"):
+class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit"):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
     The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.6 and 0.7, with
@@ -215,29 +214,42 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         cls,
         source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
         *,
-        ema: bool = False,
+        ema: bool | None = False,
         exact: bool = False,
+        prefix: str | None = None,
         **overrides: Any,
     ) -> UNet3D:
         """The same network as a peer ``Unet3D``: its arguments are read off the weights.
 
         Args:
-            source: the module, its state_dict, a ``GaussianDiffusion`` or ``Trainer`` state, or the
-                path of such a file (loaded with ``weights_only=True``). Also what the peer's
-                ``Trainer`` saved of a ``UNet3D`` with the peer's arguments.
-            ema: take the averaged weights of a ``Trainer`` file.
+            source: the module, its state_dict, or a checkpoint of any wrapper that holds it under
+                some prefix (``GaussianDiffusion``, ``Trainer``, Lightning, EMA, DDP ...), as a
+                mapping or a file (nothing is unpickled). Also of a ``UNet3D`` in the peer's place,
+                with the config.json beside it where there is one.
+            ema: take the averaged weights; see ``fastvdm.unet.checkpoint.find_network``.
             exact: keep the peer's defects too (``mask_stem_attention=False``,
                 ``cond_drop_prob=0``), for runs that must be reproduced.
+            prefix: which network, where there are several: its dotted path or a part of it.
             overrides: constructor arguments. GroupNorm's groups cannot be read off a state_dict:
                 pass ``resnet_groups`` unless it is the default 8.
 
         Raises:
-            ValueError: the source holds no peer ``Unet3D``, or lacks keys.
+            ValueError: the source holds no peer ``Unet3D``, or lacks keys; or it is a bare state of
+                a ``UNet3D``, which does not tell its ``time_input``.
+
+        Warns:
+            UserWarning: groups of a GroupNorm, and order of the skips, that had to be assumed.
         """
-        state = files.find_unet_state(files.read_source(source), ema=ema)
-        arguments = peer.infer_arguments(state, source if isinstance(source, nn.Module) else None)
-        if exact:
-            arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
+        network = files.find_network(files.read_source(source), ema=ema, prefix=prefix)
+        state = network.state
+        arguments = folders.stored_arguments(source, network)
+        if arguments is None:
+            module = source if isinstance(source, nn.Module) else None
+            arguments = peer.infer_arguments(state, module)
+            if module is None:
+                folders.check_assumed(network, arguments, overrides)
+            if exact:
+                arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
         model = cls(**(arguments | overrides))
         model.load_state_dict(state)
         stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
@@ -246,15 +258,24 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
     # -- checkpoints ----------------------------------------------------------------------------
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        *,
+        ema: bool | None = False,
+        prefix: str | None = None,
     ) -> Any:
-        """Also takes a peer state_dict, bare or nested in a ``GaussianDiffusion`` or ``Trainer``
-        file (its "model" entry). Everything is checked before anything is copied.
+        """Also takes a peer state_dict, and either under any prefix and in any nested mapping, as
+        wrappers save it; ``ema`` and ``prefix`` as in ``from_unet3d``. Everything is checked before
+        anything is copied.
 
         Raises:
             ValueError: keys or shapes that do not fit; the model is then unchanged.
         """
-        state = peer.to_own_keys(self, files.find_unet_state(state_dict))
+        names = self.state_dict().keys()
+        network = files.find_network(state_dict, ema=ema, prefix=prefix, names=names)
+        state = peer.to_own_keys(self, network.state)
         files.check_state(self, state, strict=strict)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
@@ -265,9 +286,6 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             ValueError: the network has no peer equivalent (paper layout, other positions).
         """
         return peer.to_peer_keys(self)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        files.save_weights(self, save_directory)
 
     # -- forward --------------------------------------------------------------------------------
 
