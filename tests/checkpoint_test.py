@@ -239,6 +239,7 @@ def bad_file(kind, folder):
     return path
 
 
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -246,7 +247,7 @@ def bad_file(kind, folder):
         ("objects, old format", r"holds Python objects \(argparse.Namespace\)"),
         ("malicious", r"holds Python objects \(posix.system\)"),
         ("module", "holds Python objects .*torch.nn.modules.linear.Linear"),
-        ("script", "not a readable checkpoint"),  # torch: "TorchScript archives"
+        ("script", "not a readable checkpoint: a TorchScript archive"),
         ("cut", "not a readable checkpoint"),
         ("cut safetensors", "not a readable checkpoint"),
         ("empty", "not a readable checkpoint: it is empty"),

@@ -95,11 +95,8 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         names = _objects(path, str(error))
     except Exception as error:
-        reason = _first_line(error)
-        raise ValueError(
-            f"{path} is not a readable checkpoint"
-            + ("" if "weights_only" in reason else f": {reason}")
-        ) from None
+        reason = "a TorchScript archive" if "TorchScript" in str(error) else _first_line(error)
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
     if not names:
         raise ValueError(f"{path} is not a readable checkpoint: neither of torch nor safetensors")
     raise ValueError(
