@@ -22,7 +22,13 @@ from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule
 from fastvdm.unet import UNet3D
 from fastvdm.unet import checkpoint as files
 from fastvdm.unet.config import BERT_DIM
-from fastvdm.unet.folder import checkpoints, find_folder, read_config, read_settings
+from fastvdm.unet.folder import (
+    checkpoints,
+    find_folder,
+    read_config,
+    read_settings,
+    stored_arguments,
+)
 
 __all__ = ["Bundle", "Settings", "atomic_directory", "checkpoints", "make_text"]
 SCHEDULES = ("cosine", "discrete")
@@ -34,7 +40,8 @@ class Settings:
 
     num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on.
     schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
-    with ``betas`` of its own instead of its cosine.
+    with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
+    step indices and "cosine" for one that takes log-SNRs.
     num_steps, gamma, langevin and guidance_weight (w_r) are defaults for sampling (Appendix A has
     them for the paper's models).
     """
@@ -44,7 +51,7 @@ class Settings:
     frameskip: int = 1
     fps: float = 8.0
     prediction: str = "eps"
-    schedule: str = "cosine"
+    schedule: str | None = None
     timesteps: int = 1000
     betas: tuple[float, ...] | None = None
     text_encoder: str | None = None
@@ -57,7 +64,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in (None, *SCHEDULES):
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
@@ -81,10 +88,11 @@ class Settings:
         Raises:
             ValueError: "cosine" for a network that takes step indices.
         """
-        if self.schedule == "discrete":
+        index = time_input == "index"
+        if self.schedule == "discrete" or (self.schedule is None and index):
             betas = None if self.betas is None else torch.tensor(self.betas, dtype=torch.float64)
             return DiscreteSchedule(self.timesteps, betas=betas, time_input=time_input)
-        if time_input == "index":
+        if index:
             raise ValueError("this network takes step indices: its schedule is 'discrete'")
         return CosineSchedule(time_input=time_input)
 
@@ -94,6 +102,7 @@ class Bundle:
 
     def __init__(self, unet: Any, settings: Settings, text: Any = None) -> None:
         self.unet, self.settings, self.text = unet, settings, text
+        settings.make_schedule(unet.time_input)  # raises where the two do not fit
         # The text conditioner is not the network's: saved alone, it takes vectors.
         kept = {k: v for k, v in asdict(settings).items() if not k.startswith("text_")}
         unet.settings = kept
@@ -114,8 +123,8 @@ class Bundle:
         """The conditioning (batch, cond_dim), from captions (one for all, or one for each) or from
         ``vectors`` (cond_dim,), (1, cond_dim) or (batch, cond_dim).
 
-        A network of width 768 without a text encoder of its own takes captions as
-        video-diffusion-pytorch does: bert-base-cased, the mean of its token states.
+        A network of video-diffusion-pytorch of width 768 takes captions as that does:
+        bert-base-cased, the mean of its token states.
 
         Raises:
             ValueError: something for an unconditional model, nothing or both for a conditional one,
@@ -138,7 +147,8 @@ class Bundle:
             if not rows.isfinite().all():
                 raise ValueError("cond has NaN or infinite values")
             return rows.to(self.unet.stem.weight).expand(batch, -1)
-        if self.text is None and captions and dim == BERT_DIM:
+        mean = self.settings.text_pooling == "mean"  # has no weights that could be missing
+        if self.text is None and captions and dim == BERT_DIM and mean:
             self.text = _peer_text(self.settings).to(self.unet.stem.weight.device)
         if self.text is None:
             raise ValueError(
@@ -204,7 +214,7 @@ class Bundle:
                 bundle, told = _read_folder(path, None, overrides), True
             else:
                 found = files.find_network(state, ema=None if ema else False, prefix=prefix)
-                told = found.is_own and (path.parent / "config.json").is_file()
+                told = stored_arguments(path, found) is not None
                 bundle = (
                     _read_folder(path.parent, found.state, overrides)
                     if told
@@ -222,8 +232,7 @@ def _read_folder(
 ) -> Bundle:
     """What ``Bundle.save`` or ``save_pretrained`` wrote, or other weights of that network."""
     unet = UNet3D(**read_config(folder))
-    stored = {"schedule": _usual_schedule(unet)} | read_settings(folder) | overrides
-    settings = _settings(stored, unet)
+    settings = _settings(read_settings(folder) | overrides)
     text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
     weights = files.read_source(folder / "model.safetensors") if weights is None else weights
     unet.load_state_dict(weights)
@@ -234,10 +243,6 @@ def _read_folder(
 def _load_text(text: Any, folder: Path) -> None:
     if text is not None and text.state_dict():
         text.load_state_dict(files.read_source(folder / "text.safetensors"))
-
-
-def _usual_schedule(unet: UNet3D) -> str:
-    return "discrete" if unet.time_input == "index" else "cosine"
 
 
 def _of_peer(
@@ -251,31 +256,26 @@ def _of_peer(
         state, ema=None if ema else False, prefix=found.path, exact=True, **network
     )
     stored: dict[str, Any] = {"text_pooling": "mean", "text_max_length": 512}
-    stored["schedule"] = _usual_schedule(unet)
     betas = found.beside("betas")
     if isinstance(betas, Tensor):
-        schedule = DiscreteSchedule.from_state_dict({"betas": betas})
-        stored["timesteps"] = schedule.timesteps
-        if overrides.get("timesteps", schedule.timesteps) != schedule.timesteps:
-            raise ValueError(f"it was trained with {schedule.timesteps} timesteps")
-        if not torch.equal(schedule.betas, DiscreteSchedule(schedule.timesteps).betas):
-            stored["betas"] = schedule.betas.tolist()
-    settings = _settings(stored | overrides, unet)
+        steps = stored["timesteps"] = len(betas)
+        if overrides.get("timesteps", steps) != steps:
+            raise ValueError(f"it was trained with {steps} timesteps")
+        if not torch.equal(DiscreteSchedule(steps).betas.to(betas), betas):
+            stored["betas"] = betas.tolist()
+    settings = _settings(stored | overrides)
     text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
     return Bundle(unet.eval(), settings, text)
 
 
-def _settings(stored: dict[str, Any], unet: UNet3D) -> Settings:
-    """Raises ValueError for unknown fields, and for a schedule that the network cannot take."""
+def _settings(stored: dict[str, Any]) -> Settings:
     unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}")
     for name in ("image_size", "betas"):
         if stored.get(name) is not None:
             stored[name] = tuple(stored[name])
-    settings = Settings(**stored)
-    settings.make_schedule(unet.time_input)
-    return settings
+    return Settings(**stored)
 
 
 def make_text(settings: Settings, cond_dim: int | None) -> Any:
@@ -293,9 +293,8 @@ def _peer_text(settings: Settings) -> Any:
         f"captions go through {name}, as in video-diffusion-pytorch; text_encoder names another",
         stacklevel=3,
     )
-    peer = replace(settings, text_encoder=name, text_pooling="mean", text_max_length=512)
     try:
-        return make_text(peer, BERT_DIM)
+        return make_text(replace(settings, text_encoder=name), BERT_DIM)
     except ValueError as error:
         raise ValueError(
             f"{name}, which makes captions {BERT_DIM} numbers, is not at hand: name a folder that "

@@ -135,7 +135,7 @@ class Run:
     """A model ready to sample: everything that can be wrong is found here, before any step."""
 
     def __init__(self, model: str, outputs: list[Path], options: Options) -> None:
-        from fastvdm.diffusion import DDIM, Ancestral, Langevin
+        from fastvdm.diffusion import DDIM, Ancestral, DiscreteSchedule, Langevin
 
         self.given = options
         check_positive(steps=options.steps, size=options.size, fps=options.fps)
@@ -144,8 +144,8 @@ class Run:
         vectors = None if options.cond is None else read_cond(options.cond)
         self.bundle = load_model(model, **{name: getattr(options, name) for name in _OF_THE_MODEL})
         settings = self.settings = self.bundle.settings
-        if options.timesteps is not None and settings.schedule != "discrete":
-            raise ValueError(f"timesteps belong to schedule discrete, this is {settings.schedule}")
+        if options.timesteps is not None and not isinstance(self.bundle.schedule, DiscreteSchedule):
+            raise ValueError("timesteps belong to the discrete schedule, the model's is the cosine")
         if self.unet.channels not in (1, 3) or self.unet.out_dim != self.unet.channels:
             raise ValueError(
                 f"the model takes {self.unet.channels} channels and gives {self.unet.out_dim}: a "

@@ -18,6 +18,7 @@ from peer import peer_or_skip  # noqa: E402
 from fastvdm import UNet3D  # noqa: E402
 from fastvdm.bundle import Bundle, Settings  # noqa: E402
 from fastvdm.cli import main  # noqa: E402
+from fastvdm.diffusion import DiscreteSchedule  # noqa: E402
 from fastvdm.video import read_video, write_video  # noqa: E402
 
 TINY = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
@@ -158,7 +159,7 @@ def test_the_weights_in_a_folder_are_the_model(tmp_path, drawn, capsys):
     capsys.readouterr()
     arguments = ["sample", str(folder / "model.safetensors"), str(tmp_path / "2.mp4"), *SMALL]
     assert main(arguments) == 1
-    assert "there is no config.json beside them" in capsys.readouterr().err
+    assert "there is no config.json of it beside them" in capsys.readouterr().err
     assert len(drawn) == 2
 
 
@@ -307,6 +308,10 @@ def test_another_schedule_than_the_cosine_is_kept(tmp_path):
     loaded.save(tmp_path / "again")
     for bundle in (loaded, Bundle.load(tmp_path / "again")):
         assert torch.equal(bundle.schedule.betas.float(), betas)
+    betas = DiscreteSchedule(10).betas.bfloat16()  # of a network in half precision
+    torch.save({"model": {f"denoise_fn.{k}": v for k, v in state.items()} | {"betas": betas}},
+               tmp_path / "w.pt")  # fmt: skip
+    assert torch.equal(Bundle.load(tmp_path / "w.pt").schedule.betas, DiscreteSchedule(10).betas)
     with pytest.raises(ValueError, match="trained with 10 timesteps"):
         Bundle.load(tmp_path / "w.pt", timesteps=20)
 

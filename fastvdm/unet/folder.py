@@ -8,13 +8,16 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from fastvdm.unet import checkpoint as files
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # What is read of a model, at most; in a training run two such folders for each checkpoint.
 _FILES = ("config.json", "settings.json", "model.safetensors", "text.safetensors")
@@ -85,9 +88,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if "save_every" in config:  # fields of TrainConfig
         raise ValueError(f"{folder} is a training run that has no checkpoint yet")
-    if "dim" not in config:
+    if not _is_network(config):
         raise ValueError(f"{folder / 'config.json'} does not hold the arguments of a UNet3D")
     return config
+
+
+def _is_network(config: Mapping[str, Any]) -> bool:
+    return "dim" in config
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -105,8 +112,9 @@ def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | No
         module = dict(source.named_modules()).get(network.path)
         config = getattr(module, "_hub_mixin_config", None)
         return dict(config) if config else None
-    folder = Path(source).parent
-    return read_config(folder) if (folder / "config.json").is_file() else None
+    file = Path(source).parent / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return config if _is_network(config) else None
 
 
 def check_assumed(
@@ -121,8 +129,8 @@ def check_assumed(
     if network.is_own and "time_input" not in given and network.beside("betas") is None:
         raise ValueError(
             "weights of a UNet3D do not say whether it takes the step index or the log-SNR, and "
-            "there is no config.json beside them: pass time_input, or build the network and use "
-            "load_state_dict"
+            "there is no config.json of it beside them: pass time_input, or build the network and "
+            "use load_state_dict"
         )
     if arguments.get("norm") == "group" and "resnet_groups" not in given:
         warnings.warn(
@@ -154,7 +162,7 @@ class Pretrained(PyTorchModelHubMixin):
         force_download: bool = False,
         local_files_only: bool = False,
         **overrides: Any,
-    ) -> Any:
+    ) -> Self:
         """A network that ``save_pretrained`` or a training run wrote, in evaluation mode.
 
         How it has to be sampled, where the folder says so (settings.json), is in ``settings``, and
