@@ -15,6 +15,7 @@ from torch import nn
 from fastvdm import UNet3D
 from fastvdm.bundle import Bundle, Settings
 from fastvdm.diffusion import sample
+from fastvdm.unet.checkpoint import save_tensors
 
 TINY = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8, "norm": "rms"}
 X, TIME = torch.randn(1, 3, 2, 4, 6), torch.tensor([7])
@@ -344,3 +345,8 @@ def test_only_what_is_read_comes_from_the_hub(tmp_path, monkeypatch):
              "checkpoints/step-1/ema/model.safetensors", "checkpoints/step-1/state.pt"]  # fmt: skip
     kept = [n for n in there if any(fnmatch.fnmatch(n, p) for p in patterns)]
     assert kept == ["config.json", "model.safetensors", there[5]]
+
+
+def test_weights_that_cannot_be_written_are_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*absent"):
+        save_tensors({"a": torch.zeros(4)}, tmp_path / "absent" / "w.safetensors")
