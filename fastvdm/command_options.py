@@ -183,8 +183,9 @@ class Run:
         return self.settings.num_frames if asked is None else asked
 
     def guidance(self, method: str, weight: float | None) -> dict[str, Any]:
-        own = self.settings.guidance_weight
-        return {"method": method, "guidance_weight": weight if weight is not None else own or 1.0}
+        usual = self.settings.guidance_weight
+        usual = 1.0 if usual is None else usual
+        return {"method": method, "guidance_weight": usual if weight is None else weight}
 
     def read(
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-PEER_MARK = "time_rel_pos_bias.relative_attention_bias.weight"  # in every peer state_dict
-OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # in every one of ours
+from fastvdm.unet.peer import is_peer_state
+
+OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # in every state_dict of a UNet3D
 _AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
 
 
@@ -132,21 +133,17 @@ def _mappings(
 
 def _prefixes(state: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Under which prefixes a mapping holds a network: by the marks, or by any of ``names``."""
-    found: dict[str, None] = {}
-    for key in state:
-        if not isinstance(key, str):
-            continue
-        starts = [0, *(m.end() for m in re.finditer(r"\.", key))]
-        for i in starts:
-            prefix, name = key[:i], key[i:]
-            if (
-                name in names
-                if names
-                else name == PEER_MARK or (name == OWN_MARKS[0] and prefix + OWN_MARKS[1] in state)
-            ):
-                found[prefix] = None
-                break
-    return list(found)
+    every = {
+        key[:i]: None
+        for key in state
+        if isinstance(key, str)
+        for i in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+    }
+    if names:
+        return [p for p in every if any(p + name in state for name in names)]
+    return [
+        p for p in every if is_peer_state(state, p) or all(p + mark in state for mark in OWN_MARKS)
+    ]
 
 
 def _networks(state: Mapping[str, Any], names: Collection[str] = ()) -> list[Network]:

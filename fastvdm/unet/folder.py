@@ -182,7 +182,10 @@ class Pretrained(PyTorchModelHubMixin):
             source, ema=ema, revision=revision, token=token, cache_dir=cache_dir,
             force_download=force_download, local_files_only=local_files_only,
         )  # fmt: skip
-        model: Any = cls(**(read_config(folder) | overrides))
+        try:
+            model: Any = cls(**(read_config(folder) | overrides))
+        except TypeError as error:  # a field that this version does not have
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
         model.load_state_dict(files.read_source(folder / "model.safetensors"), strict=strict)
         model.settings = read_settings(folder)
         return model.to(map_location).eval()
