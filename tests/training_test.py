@@ -16,8 +16,8 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from fastvdm import UNet3D, training
 from fastvdm import bundle as bundles
-from fastvdm import training
 from fastvdm.bundle import Bundle, checkpoints
 from fastvdm.cli import main
 from fastvdm.train_config import TRAINING, TrainConfig
@@ -327,6 +327,14 @@ def test_bad_data_is_found_and_nothing_is_written(tmp_path):
     assert not output.exists()
 
 
+def test_a_run_without_a_checkpoint_is_no_model_yet(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"output": "x", "save_every": 2}))
+    with pytest.raises(ValueError, match="a training run that has no checkpoint yet"):
+        UNet3D.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a training run that has no checkpoint yet"):
+        Bundle.load(tmp_path)
+
+
 def test_a_run_is_never_overwritten(tmp_path):
     output = tmp_path / "run"
     train(config(output, steps=2), dataset=noise_clips())
@@ -338,6 +346,9 @@ def test_a_run_is_never_overwritten(tmp_path):
     with pytest.raises(ValueError, match="videos 5, now 4"):
         train(config(output), dataset=noise_clips(4), resume=True)
     assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    (output / "checkpoints" / "step-00000002" / "state.pt").write_bytes(b"\x80\x02cos\nsystem\n.")
+    with pytest.raises(ValueError, match=r"state.pt holds Python objects \(os.system\)"):
+        train(config(output), dataset=noise_clips(), resume=True)
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
@@ -378,6 +389,7 @@ def test_configuration_errors():
         ({"prediction": "y"}, "prediction"),
         ({"preset": "none"}, "preset must be one of"),
         ({"lr": 0}, "lr > 0"),
+        ({"fps": 0}, "fps must be positive"),
         ({"image_source": "batch", "image_cond": "own"}, "image_cond"),
     ]:
         with pytest.raises(ValueError, match=message):

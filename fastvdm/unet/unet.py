@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +15,7 @@ from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet import folder as folders
 from fastvdm.unet import peer
 from fastvdm.unet import source as modules
 from fastvdm.unet.blocks import Level, Unit, attend
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from fastvdm.layers.shards import FrameShards
 
 
-class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="mit"):
+class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit"):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
     The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, with
@@ -226,7 +225,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         cls,
         source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
         *,
-        ema: bool = False,
+        ema: bool | None = False,
         prefix: str | None = None,
         exact: bool = False,
         check: bool = True,
@@ -240,11 +239,13 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         given.
 
         Args:
-            source: the module or one that holds it, its state_dict, a ``GaussianDiffusion`` or
-                ``Trainer`` state, or the path of such a file (loaded with ``weights_only=True``).
-                Also what the peer's ``Trainer`` saved of a ``UNet3D`` with the peer's arguments.
-            ema: take the averaged weights of a ``Trainer`` file, or of a module the network whose
-                path says "ema", "averaged" or "swa".
+            source: the module or one that holds it; its state_dict or a checkpoint of any wrapper
+                that has it under some prefix (``GaussianDiffusion``, ``Trainer``, Lightning, EMA,
+                DDP ...), as a mapping or a file (nothing is unpickled). Also of a ``UNet3D`` in the
+                peer's place, with the config.json beside it where there is one.
+            ema: take the averaged weights: of a state see
+                ``fastvdm.unet.checkpoint.find_network``, of a module the network whose path says
+                "ema", "averaged" or "swa".
             prefix: which network, where there are several: its dotted path or a part of it.
             exact: keep the peer's defects too (``mask_stem_attention=False``,
                 ``cond_drop_prob=0``), for runs that must be reproduced.
@@ -254,17 +255,23 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
 
         Raises:
             ValueError: the source holds no peer ``Unet3D``, or several, or has other keys; a module
-                computes something else than its ``UNet3D``, or cannot be run.
+                computes something else than its ``UNet3D``, or cannot be run; a bare state of a
+                ``UNet3D``, which does not tell its ``time_input``.
+
+        Warns:
+            UserWarning: what had to be assumed: where the outermost skip leaves, and the groups.
         """
         network: nn.Module | None = None
         if isinstance(source, nn.Module):
             network, arguments = modules.read_module(source, prefix=prefix, ema=ema)
-            state = network.state_dict()
+            state: Mapping[str, Any] = network.state_dict()
         else:
-            if prefix is not None:
-                raise ValueError("prefix chooses a network inside a module")
-            state = files.find_unet_state(files.read_source(source), ema=ema)
-            arguments = peer.infer_arguments(state)
+            found = files.find_network(files.read_source(source), ema=ema, prefix=prefix)
+            state = found.state
+            stored = folders.stored_arguments(source, found)
+            arguments = peer.infer_arguments(state) if stored is None else stored
+            if stored is None and found.is_own:
+                folders.check_assumed(found, arguments, overrides)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
         if type(network) is cls or not check:  # ours tells its arguments
@@ -274,16 +281,25 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
     # -- checkpoints ----------------------------------------------------------------------------
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        *,
+        ema: bool | None = False,
+        prefix: str | None = None,
     ) -> Any:
-        """Also takes a peer state_dict, bare or nested in a ``GaussianDiffusion`` or ``Trainer``
-        file (its "model" entry). Everything is checked before anything is copied. One of the peer's
-        GroupNorm era warns where this network was built without ``stem_skip``.
+        """Also takes a peer state_dict, and either under any prefix and in any nested mapping, as
+        wrappers save it; ``ema`` and ``prefix`` as in ``from_unet3d``. Everything is checked before
+        anything is copied. One of the peer's GroupNorm era warns where this network was built
+        without ``stem_skip``.
 
         Raises:
             ValueError: keys or shapes that do not fit; the model is then unchanged.
         """
-        state = peer.to_own_keys(self, files.find_unet_state(state_dict))
+        names = self.state_dict().keys()
+        network = files.find_network(state_dict, ema=ema, prefix=prefix, names=names)
+        state = peer.to_own_keys(self, network.state)
         files.check_state(self, state, strict=strict)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
@@ -295,9 +311,6 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             ValueError: the network has no peer equivalent (paper layout, other positions).
         """
         return peer.to_peer_keys(self)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        files.save_weights(self, save_directory)
 
     # -- forward --------------------------------------------------------------------------------
 
