@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,7 +179,8 @@ class BuildPerISA(build_ext):
             ext.sources, ext.extra_objects = [], [*ext.extra_objects, *objects]
             super().build_extension(ext)
         except (CCompilerError, ExecError) as error:
-            raise SetupError(f"the C++ kernels did not compile: {error}\n{REMEDY}") from error
+            why = textwrap.shorten(str(error), 200)  # the compiler's own words are above
+            raise SetupError(f"the C++ kernels did not compile: {why}\n{REMEDY}") from error
 
 
 def build_arguments(sources: list[str]) -> dict[str, Any]:

@@ -132,10 +132,6 @@ def _fallback(op: str, backend: str, off: str | None, reason: str | None) -> Non
         raise FallbackError(f"{op} fell back to the reference: {off or f'{backend}: {reason}'}")
     if off is not None:  # of every op, so it is said once
         _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
-    elif torch.compiler.is_compiling():  # the reason may name sizes, which must stay symbols
-        _warn(
-            f"fastvdm.{op} uses the torch reference: {backend} refuses a call of a compiled graph"
-        )
     else:
         _warn(f"fastvdm.{op} uses the torch reference: {backend}: {reason}")
 

@@ -79,8 +79,9 @@ def _op_table() -> dict[str, dict[str, str | None]]:
     table = {}
     for op in sorted(dispatch.registered_ops()):
         table[op] = dict(dispatch.explain(op))
-        if table[op]["triton"] is None and not (dispatch.INTERPRET or torch.cuda.is_available()):
-            table[op]["triton"] = "no CUDA device"
+        nowhere = not (dispatch.INTERPRET or torch.cuda.is_available())
+        if nowhere and table[op]["triton"] != dispatch.NO_KERNEL:
+            table[op]["triton"] = "no CUDA device"  # Triton may be missing, too, and is no loss
     return table
 
 
