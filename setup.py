@@ -1,6 +1,7 @@
-"""Build of fastvdm. The C++ extension is optional: a failed compile leaves a working package.
+"""Build of fastvdm, with the C++ extension where there is a compiler.
 
-FASTVDM_BUILD_CPP=0 skips the CPU extension, =1 makes its failure an error; unset tries it.
+FASTVDM_BUILD_CPP=0 leaves the extension out; =1 makes a missing compiler an error too. An sdist or
+metadata alone need neither torch nor a compiler.
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from csrc.build import WITH_KERNELS, build_arguments, compiler  # noqa: E402
 
 
 def extension() -> dict:
-    """The libtorch stable-ABI extension, or nothing where torch or a compiler is missing."""
-    wanted = os.environ.get("FASTVDM_BUILD_CPP", "auto")
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
-    if wanted == "0" or not sources:
+    """The arguments of ``setup()`` for the extension; none where it is left out."""
+    wanted = os.environ.get("FASTVDM_BUILD_CPP") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTVDM_BUILD_CPP must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
         return {}
-    try:
-        from csrc.build import build_arguments
-    except ImportError as error:
-        if wanted == "1":
-            raise
-        print(f"fastvdm: building without the C++ extension ({error})", file=sys.stderr)
+    if wanted == "auto" and compiler() is None:
+        print(
+            "fastvdm: no C++ compiler, so a package without the C++ kernels. With a compiler:\n"
+            f"    {WITH_KERNELS}",
+            file=sys.stderr,
+        )
         return {}
-    return build_arguments(sources, required=wanted == "1")
+    return build_arguments(
+        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+    )
 
 
-sys.path.insert(0, str(ROOT))
 setup(**extension())

@@ -246,13 +246,9 @@ def need_kernel(op: str, device: str) -> None:
     reference against itself."""
     from fastvdm import dispatch
 
-    off = dispatch.explain(op)
-    if device.startswith("cuda"):
-        reasons = {b: off[b] for b in ("triton", "cuda")}
-    else:
-        reasons = {"cpu": off["cpu"]}
-    if all(reasons.values()):
-        raise Unavailable("; ".join(f"{b}: {r}" for b, r in reasons.items()))
+    backend = "triton" if device.startswith("cuda") else "cpu"
+    if reason := dispatch.explain(op)[backend]:
+        raise Unavailable(f"{backend}: {reason}")
 
 
 def grads_of(fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor):

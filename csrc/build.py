@@ -4,24 +4,47 @@
 the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace; which of them
 runs is decided at run time (``csrc/cpu/isa.cpp``). Every other source is compiled once, for the
 baseline of the platform, so that the library loads on any CPU. No ``-march=native`` anywhere.
+
+Of torch only headers and libtorch_cpu are needed, of any version since 2.11: it is looked for, and
+not imported. It is no build requirement, which would bring gigabytes into every isolated build.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, SetupError
 from setuptools.modified import newer_group
 
 # Torch 2.11: the oldest whose stable ABI has all that register.cpp calls.
+OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "0x020B000000000000"
+
+# What to type; fastvdm/_ext.py says the same at run time.
+WITH_KERNELS = (
+    'pip install "torch>=2.11" "setuptools>=77" && '
+    "FASTVDM_BUILD_CPP=1 pip install --no-build-isolation ."
+)
+REMEDY = f"""\
+To install with the C++ kernels, given a C++20 compiler (uv: the same with `uv pip`):
+    {WITH_KERNELS}
+To install without them, 2.5 times slower on a CPU:
+    FASTVDM_BUILD_CPP=0 pip install ."""
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -71,6 +94,52 @@ def isas() -> list[str]:
     return list(ISA_FLAGS) if x86 else ["portable"]
 
 
+def compiler() -> str | None:
+    """The C++ compiler that setuptools will call, or None. A Python may have been built with one
+    that this machine lacks: any other then takes its place."""
+    configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    found = shutil.which(shlex.split(configured)[0])
+    if found is None and "CXX" not in os.environ:
+        found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+        if found is not None:
+            os.environ["CXX"] = found
+    return found
+
+
+def _torches() -> Iterator[Path]:
+    """The folders of every torch in sight: of this interpreter, of the same one outside the
+    isolation that pip puts around a build (by PYTHONPATH, which -E ignores), of those on PATH."""
+    if (spec := importlib.util.find_spec("torch")) and spec.origin:
+        yield Path(spec.origin).parent
+    ask = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
+    on_path = (shutil.which("python3", path=folder) for folder in os.get_exec_path())
+    for python in dict.fromkeys(filter(None, (sys.executable, *on_path))):
+        done = subprocess.run([python, "-E", "-c", ask], capture_output=True, text=True, cwd="/")
+        if origin := done.stdout.strip():
+            yield Path(origin).parent
+
+
+def find_torch() -> Path:
+    """The folder of the first torch that is new enough.
+
+    Raises:
+        SetupError: there is none; names what was found, and what to type.
+    """
+    old = {}
+    for folder in _torches():
+        version = folder / "version.py"
+        text = version.read_text() if version.is_file() else ""
+        if found := re.search(r"""^__version__ = ['"]((\d+)\.(\d+)[^'"]*)""", text, re.MULTILINE):
+            if (int(found[2]), int(found[3])) >= OLDEST_TORCH:
+                return folder
+            old[f"{found[1]} in {folder}"] = None
+    seen = f"only {', '.join(old)}" if old else "none"
+    raise SetupError(
+        f"the C++ kernels of fastvdm need torch >= 2.11; found {seen}.\n"
+        f"(An isolated build sees that of its environment, not of another.)\n{REMEDY}"
+    )
+
+
 class BuildPerISA(build_ext):
     """``build_ext`` that compiles the kernels once per instruction set, the rest once, and all of
     it in parallel: the launchers' time is torch's headers."""
@@ -96,21 +165,27 @@ class BuildPerISA(build_ext):
             [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
         ):
             return super().build_extension(ext)  # which finds it up to date and says so
+        torch = find_torch()
+        print(f"compiling for the stable ABI of the torch in {torch}", flush=True)
+        ext.include_dirs, ext.library_dirs = [str(torch / "include")], [str(torch / "lib")]
         work = [(None, s) for s in rest] + [(isa, s) for isa in isas() for s in kernels]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in the compiler's processes
-            objects = [o for found in pool.map(compile, work) for o in found]
-        ext.sources, ext.extra_objects = [], [*ext.extra_objects, *objects]
-        super().build_extension(ext)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in other processes
+                try:
+                    objects = [o for found in pool.map(compile, work) for o in found]
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)  # or an error waits for all the rest
+                    raise
+            ext.sources, ext.extra_objects = [], [*ext.extra_objects, *objects]
+            super().build_extension(ext)
+        except (CCompilerError, ExecError) as error:
+            why = textwrap.shorten(str(error), 200)  # the compiler's own words are above
+            raise SetupError(f"the C++ kernels did not compile: {why}\n{REMEDY}") from error
 
 
-def build_arguments(sources: list[str], required: bool) -> dict[str, Any]:
-    """The keyword arguments of ``setup()``.
-
-    Args:
-        sources: the C++ files under ``csrc/``, relative to the repository root.
-        required: whether a failed compile is an error or leaves a package without the extension.
-    """
-    root = Path(torch.__file__).parent
+def build_arguments(sources: list[str]) -> dict[str, Any]:
+    """The keyword arguments of ``setup()``, of the C++ files under ``csrc/``, relative to the
+    repository root. Torch is looked for when the extension is built."""
     here = Path(__file__).parent
     macros = [
         ("TORCH_TARGET_VERSION", TARGET_VERSION),
@@ -121,14 +196,11 @@ def build_arguments(sources: list[str], required: bool) -> dict[str, Any]:
         "fastvdm._C",
         sources=sources,
         depends=[__file__, *(str(p) for p in sorted(here.glob("**/*.h")))],
-        include_dirs=[str(root / "include")],
-        library_dirs=[str(root / "lib")],
         libraries=["torch_cpu"],
         define_macros=macros,
         extra_compile_args=FLAGS,
         language="c++",
         py_limited_api=True,
-        optional=not required,
     )
     if sys.platform == "linux":
         extension.extra_link_args = ["-Wl,--no-undefined", "-Wl,--as-needed"]

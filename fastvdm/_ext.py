@@ -8,6 +8,18 @@ import torch
 
 from fastvdm.config import get_config
 
+# csrc/build.py says the same when it fails.
+WITH_KERNELS = (
+    'pip install "torch>=2.11" "setuptools>=77" && '
+    "FASTVDM_BUILD_CPP=1 pip install --no-build-isolation ."
+)
+_BUILD = f"with a C++20 compiler, in fastvdm's source folder: {WITH_KERNELS}"
+
+
+def lacks(name: str) -> str:
+    """The reason where an extension is there, but older than this package."""
+    return f"the C++ kernels are older than this package, {name} is not among them; {_BUILD}"
+
 
 def _load() -> str | None:
     """Load ``fastvdm/_C*.so``; returns why it is off, or None when it is loaded."""
@@ -15,11 +27,13 @@ def _load() -> str | None:
         Path(__file__).parent.glob("_C*.pyd")
     )
     if not found:
-        return "not built (pip install with a C++ compiler and FASTVDM_BUILD_CPP=1)"
+        return f"the C++ kernels are not built; {_BUILD}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} failed to load: {error}"
+        return f"{found[0].name} failed to load ({error}); {_BUILD}"
+    if not hasattr(torch.ops.fastvdm_C, "set_packed_weights_limit"):  # the latest addition
+        return lacks("set_packed_weights_limit")
     # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
     torch.ops.fastvdm_C.set_cpu_isa(get_config().cpu_isa)
     torch.ops.fastvdm_C.set_packed_weights_limit(get_config().packed_weights_mb << 20)

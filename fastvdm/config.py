@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-BACKENDS = ("auto", "reference", "triton", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "triton", "cpu")
 CPU_ISAS = ("auto", "amx", "avx512", "avx2", "portable")
 
 

@@ -7,12 +7,17 @@ op's opaque body asks ``launchers`` for the namespace that holds the kernels.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,17 +28,14 @@ from fastvdm.config import get_config
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# In order of preference. The Triton interpreter is a test device: only ever chosen by name.
-_AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-_DEVICES = {
-    "triton": ("cuda", "cpu") if INTERPRET else ("cuda",),
-    "cpu": ("cpu",),
-    "cuda": ("cuda",),
-}
+# The Triton interpreter is a test device: only ever chosen by name.
+_AUTO = {"cuda": "triton", "cpu": "cpu"}
+_DEVICES = {"triton": ("cuda", "cpu") if INTERPRET else ("cuda",), "cpu": ("cpu",)}
 
 
 class FallbackError(RuntimeError):
-    """A kernel exists for this device but cannot take the call, and FASTVDM_STRICT=1."""
+    """A kernel exists for this device but is not installed or cannot take the call, and
+    FASTVDM_STRICT=1."""
 
 
 class ByDesign(str):
@@ -49,8 +51,11 @@ class _Op:
     off: dict[str, str | None]  # backend -> why it is off, None when it can be used
 
 
+NO_KERNEL = ByDesign("no kernel for this op")
+NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
+
 _OPS: dict[str, _Op] = {}
-_warned: set[tuple[str, str]] = set()
+_warned: set[str] = set()
 
 
 def register(
@@ -66,16 +71,14 @@ def register(
     take this call, or None.
     """
     off: dict[str, str | None] = {}
-    for backend in ("triton", "cpu", "cuda"):
+    for backend in ("triton", "cpu"):
         if backend not in backends:
-            off[backend] = "no kernel for this op"
+            off[backend] = NO_KERNEL
         elif backend == "triton":
-            missing = importlib.util.find_spec("triton") is None
-            off[backend] = "triton is not installed" if missing else None
+            off[backend] = NO_TRITON if importlib.util.find_spec("triton") is None else None
         else:
-            reason = _ext.reason_off()
             absent = [n for n in names if not _ext.has_launcher(f"{n}_{backend}")]
-            off[backend] = reason or (f"the extension lacks {absent[0]}" if absent else None)
+            off[backend] = _ext.reason_off() or (_ext.lacks(absent[0]) if absent else None)
     _OPS[op] = _Op(stem, unsupported, off)
 
 
@@ -95,46 +98,102 @@ def backend_in_force() -> str:
     return get_config().backend
 
 
-def _candidates(device: torch.device) -> tuple[str, ...]:
+def wanted(device: torch.device) -> str:
+    """The backend that calls on ``device`` ask for: "triton", "cpu" or "reference"."""
     forced = backend_in_force()
-    if forced == "auto":
-        return _AUTO.get(device.type, ())
-    return () if forced == "reference" else (forced,)
+    return _AUTO.get(device.type, "reference") if forced == "auto" else forced
+
+
+def off_on(op: str, backend: str, device: torch.device) -> str | None:
+    """Why no call of ``op`` on ``device`` can run on ``backend``; None when some can."""
+    off = _OPS[op].off[backend]
+    if off is None and device.type not in _DEVICES[backend]:
+        hint = " without TRITON_INTERPRET=1" if backend == "triton" else ""
+        return f"{backend} does not run on {device.type}{hint}"
+    if off is None and backend == "triton" and not INTERPRET:
+        return no_launch()
+    return off
 
 
 def select(op: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
-    """The backend for this call: "triton", "cpu", "cuda" or "reference".
+    """The backend for this call: "triton", "cpu" or "reference".
 
     Raises:
-        FallbackError: a kernel is there but refuses the call, and FASTVDM_STRICT=1.
+        FallbackError: the kernel is missing or refuses the call, and FASTVDM_STRICT=1.
     """
-    entry = _OPS[op]
-    refusal = None
-    for backend in _candidates(device):
-        off = entry.off[backend]
-        if off is None and device.type not in _DEVICES[backend]:
-            off = f"no {device.type} device (the interpreter needs TRITON_INTERPRET=1)"
-        if off is not None:
-            # A backend asked for by name and missing is a fallback; a merely absent one is not.
-            refusal = refusal or (off if get_config().backend == backend else None)
-            continue
-        reason = entry.unsupported(backend, *args, **kwargs)
-        if reason is None:
-            return backend
-        if isinstance(reason, ByDesign) and get_config().backend != backend:
-            continue
-        refusal = refusal or f"{backend}: {reason}"
-    if refusal is not None:
-        _fallback(op, refusal)
+    backend = wanted(device)
+    if backend == "reference":
+        return backend
+    off = off_on(op, backend, device)
+    # Asked of a backend that is off, too: what it leaves to the reference by design is no loss.
+    reason = off
+    if not isinstance(off, ByDesign):
+        reason = _OPS[op].unsupported(backend, *args, **kwargs)
+    if off is None and reason is None:
+        return backend
+    if not isinstance(reason, ByDesign) or get_config().backend == backend:
+        _fallback(op, backend, off, reason)
     return "reference"
 
 
-def _fallback(op: str, reason: str) -> None:
+def missing_extension(op: str) -> None:
+    """For a call that the C++ kernels would take, and that ``select`` does not see: a fallback."""
+    _fallback(op, "cpu", _ext.reason_off() or _ext.lacks(op), None)
+
+
+def _fallback(op: str, backend: str, off: str | None, reason: str | None) -> None:
     if get_config().strict:
-        raise FallbackError(f"{op} fell back to the reference: {reason}")
-    if not torch.compiler.is_compiling() and (op, reason) not in _warned:
-        _warned.add((op, reason))
-        warnings.warn(f"fastvdm.{op} uses the torch reference: {reason}", stacklevel=4)
+        raise FallbackError(f"{op} fell back to the reference: {off or f'{backend}: {reason}'}")
+    if off is not None:  # of every op, so it is said once
+        _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
+    else:
+        _warn(f"fastvdm.{op} uses the torch reference: {backend}: {reason}")
+
+
+_MEANT = "if that is meant: FASTVDM_BACKEND=reference"
+
+
+def _warn(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=5)
+
+
+def _lacking() -> str | None:
+    """What the C of Triton's first launch lacks here, by triton/runtime/build.py of Triton 3.6."""
+    named = os.environ.get("CC")
+    if named is not None and shutil.which(named) is None:
+        return f"CC={named} is no program"
+    if named is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler: gcc, clang or what CC names"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    more = (os.environ.get(name, "").split(":") for name in ("CPATH", "C_INCLUDE_PATH"))
+    if not any(os.path.isfile(os.path.join(d, "Python.h")) for d in (include, *sum(more, []))):
+        return f"no Python.h in {include} (Debian's package python3-dev)"
+    return None
+
+
+@functools.cache
+def _probe() -> str | None:
+    lacking = _lacking() if sys.platform == "linux" else None  # Triton is built otherwise elsewhere
+    home = os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, "cache"))
+    if lacking is None or next(cache.glob("*/*_utils*.so"), None):
+        return None
+    return f"Triton cannot launch: {lacking}"
+
+
+def no_launch() -> str | None:
+    """Why Triton cannot launch kernels on a GPU here, or None. At its first launch it compiles C
+    against Python.h, unless its cache holds the result. Looked for in the same places, once, and
+    without importing or launching anything."""
+    return _probe()
+
+
+# Dynamo calls these while it traces, and traces nothing of them.
+for _f in (_warn, no_launch):
+    _f._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
@@ -142,6 +201,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     entry = _OPS[op]
     out = {}
     for backend, off in entry.off.items():
+        if off is None and backend == "triton" and not INTERPRET and torch.cuda.is_available():
+            off = no_launch()
         out[backend] = off
         if off is None and (args or kwargs):
             out[backend] = entry.unsupported(backend, *args, **kwargs)
@@ -153,16 +214,13 @@ def registered_ops() -> tuple[str, ...]:
 
 
 class _Extension:
-    """The C++ launchers of one backend, named as in ``kernels/``: ``x_fwd`` → ``x_fwd_cpu``."""
-
-    def __init__(self, backend: str) -> None:
-        self._suffix = backend
+    """The C++ launchers, named as in ``kernels/``: ``x_fwd`` → ``x_fwd_cpu``."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.fastvdm_C, f"{name}_{self._suffix}")
+        return getattr(torch.ops.fastvdm_C, f"{name}_cpu")
 
 
-_EXTENSIONS = {"cpu": _Extension("cpu"), "cuda": _Extension("cuda")}
+_EXTENSION = _Extension()
 
 
 class _OnDevice:
@@ -186,7 +244,7 @@ def launchers(stem: str, backend: str) -> Any:
     if backend == "triton":
         module = importlib.import_module(f"fastvdm.kernels.{stem}")
         return module if INTERPRET else _OnDevice(module)
-    return _EXTENSIONS[backend]
+    return _EXTENSION
 
 
 def autocast_on(device: str) -> bool:

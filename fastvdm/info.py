@@ -1,4 +1,4 @@
-"""What this installation can do: versions, devices, and for each op the backends, or why not.
+"""What this installation can do: versions, devices, and for each op what runs it, or why not.
 
 ``fastvdm info``, or ``python -m fastvdm.info`` (also with ``--json``); needs no optional package.
 """
@@ -20,6 +20,11 @@ import torch
 import fastvdm.ops
 from fastvdm import _ext, dispatch
 from fastvdm.config import get_config
+from fastvdm.ops import conv_group_norm_library as library
+from fastvdm.ops.conv_group_norm_conv import choose_conv
+from fastvdm.ops.conv_group_norm_prologue import takes_prologue
+from fastvdm.ops.linear import emulated
+from fastvdm.ops.norm_linear import on_triton
 
 _EXTRAS = {
     "triton": ("triton",),
@@ -29,7 +34,12 @@ _EXTRAS = {
     "text": ("transformers",),
     "metrics": ("torchmetrics", "scipy"),
 }
-_VARIABLES = ("FASTVDM_", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_VARIABLES = ("FASTVDM_", "TRITON_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+_KERNELS = {"cpu": "C++", "triton": "Triton"}
+_PARTS = "composed of other ops"
+_LIBRARY = {"cpu": "oneDNN", "cuda": "cuDNN"}
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SIZES = ((1, 1), (3, 1), (4, 2))  # of kernels that the networks have, and their strides
 
 
 def _version(package: str) -> str | None:
@@ -60,17 +70,71 @@ def _devices() -> list[str]:
     return devices
 
 
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def _op_table() -> dict[str, dict[str, str | None]]:
     """op → backend → why it is off here (None: on). The reference is always on."""
     table = {}
     for op in sorted(dispatch.registered_ops()):
-        reasons = dict(dispatch.explain(op))
-        for backend in ("triton", "cuda"):
-            if reasons[backend] is None and not torch.cuda.is_available():
-                interpreted = backend == "triton" and dispatch.INTERPRET
-                reasons[backend] = None if interpreted else "no CUDA device"
-        table[op] = reasons
+        table[op] = dict(dispatch.explain(op))
+        nowhere = not (dispatch.INTERPRET or torch.cuda.is_available())
+        if nowhere and table[op]["triton"] != dispatch.NO_KERNEL:
+            table[op]["triton"] = "no CUDA device"  # Triton may be missing, too, and is no loss
     return table
+
+
+def _on(op: str, backend: str, device: torch.device) -> str:
+    """What runs calls that ask for ``backend``."""
+    off = "" if backend == "reference" else dispatch.off_on(op, backend, device)
+    if off is None:
+        return _KERNELS[backend]
+    return _PARTS if isinstance(off, dispatch.ByDesign) else "torch reference"
+
+
+def _convolution(op: str, device: torch.device) -> str:
+    """By size and type, from the functions that choose."""
+    kind = "conv" if op == "space_conv" else "transpose"
+    found: dict[str, dict[str, list[str]]] = {}  # what runs → size → types
+    for kernel, stride in _SIZES if kind == "conv" else _SIZES[-1:]:
+        weight = torch.empty(8, 8, kernel, kernel, device="meta")
+        for name, dtype in _TYPES.items():
+            what = choose_conv(kind, 8, device.type, dtype)
+            runs = _LIBRARY[device.type] if what in ("aten", "library") else _on(op, what, device)
+            if (
+                runs == "oneDNN"
+                and kind == "conv"
+                and _ext.has_launcher("conv3x3_cpu")  # else the next would call it a fallback
+                and library.has_own_kernel(device, weight, stride, dtype)
+            ):
+                runs = _KERNELS["cpu"]
+            size = f"{kernel}x{kernel} at stride {stride}"
+            found.setdefault(runs, {}).setdefault(size, []).append(name)
+    if len(found) == 1:
+        return next(iter(found))
+    parts = [
+        f"{runs} for {size}{'' if len(types) == len(_TYPES) else ' in ' + ', '.join(types)}"
+        for runs, sizes in found.items()
+        for size, types in sizes.items()
+        if runs != _LIBRARY[device.type]
+    ]
+    return f"{', '.join(parts)}, {_LIBRARY[device.type]} for the rest"
+
+
+def _runs(op: str, device: torch.device) -> str:
+    """What runs calls of ``op`` on ``device`` under the configuration in force. Of an op that does
+    not leave the choice to ``dispatch`` alone, its own function is asked."""
+    if op in ("space_conv", "space_conv_transpose"):
+        return _convolution(op, device)
+    if op == "linear":
+        types = [name for name, dtype in _TYPES.items() if emulated(device, dtype)]
+        return f"C++ for {', '.join(types)}, torch for the rest" if types else "torch"
+    if op in ("norm_linear", "linear_residual") and not on_triton():
+        return _PARTS
+    if op == "norm_conv" and not takes_prologue(torch.empty(1, 1, 1, 1, 8, device=device)):
+        return _PARTS
+    return _on(op, dispatch.wanted(device), device)
 
 
 def collect() -> dict[str, Any]:
@@ -90,11 +154,17 @@ def collect() -> dict[str, Any]:
         "cpu_isa": None if _ext.reason_off() else _ext.set_cpu_isa(config.cpu_isa),
         "interpreter": dispatch.INTERPRET,
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k == "CC" or k.startswith(_VARIABLES)
+        },
         "extras": {
             extra: {p: _version(p) for p in packages} for extra, packages in _EXTRAS.items()
         },
         "ops": _op_table(),
+        "runs": {
+            op: {name: _runs(op, torch.device(name)) for name in _device_types()}
+            for op in sorted(dispatch.registered_ops())
+        },
         "broken": failed,
     }
 
@@ -117,13 +187,18 @@ def render(report: dict[str, Any]) -> str:
     for extra, packages in report["extras"].items():
         have = ", ".join(f"{p} {v}" for p, v in packages.items() if v)
         lack = [p for p, v in packages.items() if not v]
-        hint = f"missing {', '.join(lack)}: pip install fastvdm[{extra}]" if lack else ""
+        hint = f"missing {', '.join(lack)}: pip install 'fastvdm[{extra}]'" if lack else ""
         lines.append(f"  {extra:<12} {'; '.join(part for part in (have, hint) if part)}")
-    lines += ["", "ops (the torch reference is always there; `off` says why a kernel is not used)"]
-    for op, backends in report["ops"].items():
-        on = [b for b, reason in backends.items() if reason is None]
-        lines.append(f"  {op:<20} {', '.join([*on, 'reference'])}")
-        lines += [f"    {b:<10} off: {r}" for b, r in backends.items() if r is not None]
+    lines += ["", "ops, and what runs them"]
+    for op, runs in report["runs"].items():
+        lines.append(f"  {op:<22} {'; '.join(f'{d}: {what}' for d, what in runs.items())}")
+    reasons = {
+        (backend, reason): None
+        for backends in report["ops"].values()
+        for backend, reason in backends.items()
+        if reason not in (None, dispatch.NO_KERNEL)
+    }
+    lines += [f"  {_KERNELS[backend]} off: {reason}" for backend, reason in reasons]
     lines += [f"  {name}: failed to import: {why}" for name, why in report["broken"].items()]
     return "\n".join(lines)
 

@@ -56,6 +56,8 @@ def test_without(missing, tmp_path):
     )
     if missing != "triton":
         assert "not built" in out
+    if missing != "_C":
+        assert "triton is not installed" in out
 
 
 def test_backend_variable_is_checked():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import fastvdm
-from fastvdm import dispatch, info
+from fastvdm import _ext, dispatch, info, use_backend
+from fastvdm.ops import conv_group_norm_library as library
+from fastvdm.ops import linear as linear_ops
+from fastvdm.ops.conv_group_norm import space_conv
 
 BLOCKED = ("typer", "rich", "click", "av", "accelerate", "transformers", "torchmetrics")
 
@@ -31,14 +36,76 @@ def test_reasons_are_those_of_dispatch(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRET", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = info.collect()
-    assert set(report["ops"]) == set(dispatch.registered_ops())
+    assert set(report["ops"]) == set(report["runs"]) == set(dispatch.registered_ops())
+    text = info.render(report)
     for op, backends in report["ops"].items():
         explained = dispatch.explain(op)
         assert backends["cpu"] == explained["cpu"]
-        assert backends["triton"] == (explained["triton"] or "no CUDA device")
-        for backend, reason in backends.items():
-            if reason is not None:
-                assert f"{backend:<10} off: {reason}" in info.render(report)
+        none = explained["triton"] == dispatch.NO_KERNEL
+        assert backends["triton"] == (dispatch.NO_KERNEL if none else "no CUDA device")
+        for reason in backends.values():
+            assert reason in (None, dispatch.NO_KERNEL) or text.count(f" off: {reason}") == 1
+    assert dispatch.NO_KERNEL not in text
+
+
+@pytest.mark.skipif(_ext.reason_off() is not None, reason=f"C++ extension: {_ext.reason_off()}")
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+def test_what_runs_is_what_ran(backend, monkeypatch):
+    """Of every size and type of convolution that the line speaks of."""
+    cpu, ran = torch.device("cpu"), []
+    conv3x3 = library._conv3x3
+    monkeypatch.setattr(library, "_conv3x3", lambda *args: ran.append(1) or conv3x3(*args))
+    with use_backend(backend):
+        line = info._runs("space_conv", cpu)
+        for kernel, stride in info._SIZES:
+            for name, dtype in info._TYPES.items():
+                x = torch.zeros(1, 2, 5, 6, 7, dtype=dtype)
+                space_conv(x, torch.zeros(8, 7, kernel, kernel, dtype=dtype), stride=stride)
+                said = re.search(
+                    rf"C\+\+ for {kernel}x{kernel} at stride {stride}( in [^;]*)?", line
+                )
+                assert bool(ran) is (said is not None and name in (said[1] or name)), (line, name)
+                ran.clear()
+
+
+@pytest.mark.parametrize("types", [(), (torch.bfloat16,), (torch.bfloat16, torch.float16)])
+def test_what_runs_the_linear_layer(types, monkeypatch):
+    monkeypatch.setattr(linear_ops, "_EMULATED", types)
+    with use_backend("auto"):
+        line = info._runs("linear", torch.device("cpu"))
+    names = ", ".join(name for name, dtype in info._TYPES.items() if dtype in types)
+    assert line == (f"C++ for {names}, torch for the rest" if names else "torch")
+
+
+def test_what_runs_names_a_missing_extension(monkeypatch):
+    monkeypatch.setattr(_ext, "_reason", "not built; type this")
+    monkeypatch.setattr(library, "_HAS_CONV", False)
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    for entry in dispatch._OPS.values():
+        if entry.off["cpu"] is None:
+            monkeypatch.setitem(entry.off, "cpu", "not built; type this")
+    report = info.collect()
+    assert report["runs"]["norm_act"]["cpu"] == "torch reference"
+    assert report["runs"]["space_conv"]["cpu"] == "oneDNN"
+    text = info.render(report)
+    assert "C++ extension  off: not built" in text and text.count("C++ off: not built; type") == 1
+
+
+def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "_DEVICES", {"triton": ("cuda",), "cpu": ("cpu",)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info, "takes_prologue", lambda x: False)
+    monkeypatch.setattr(info.torch, "empty", lambda *shape, **_: None)
+    monkeypatch.setattr(library, "has_own_kernel", lambda *_: False)
+    for lacking in (None, "Triton cannot launch: no C compiler"):
+        monkeypatch.setattr(dispatch, "no_launch", lambda lacking=lacking: lacking)
+        report = info.collect()
+        runs = {op: devices["cuda"] for op, devices in report["runs"].items()}
+        assert runs["norm_act"] == ("torch reference" if lacking else "Triton")
+        assert runs["space_conv"] == runs["space_conv_transpose"] == "cuDNN"
+        assert runs["norm_conv"] == runs["linear_attention_block"] == "composed of other ops"
+        assert (f"Triton off: {lacking}" in info.render(report)) is (lacking is not None)
 
 
 def test_a_broken_op_is_reported_and_hides_nothing(monkeypatch, capsys):

@@ -1,20 +1,24 @@
 """The sdist and the wheel: what is in them, and that they work where nothing else of ours is.
 
-No network: what a build needs is already installed. Nothing is compiled again: the extension that
-the installation of this checkout built goes into the wheel.
+Built as a user does, isolated and in a fresh environment, but without a network: the installed
+setuptools is put back into a wheel. Nothing is compiled again: the extension that the installation
+of this checkout built goes into the wheel, and elsewhere a script stands in for the compiler.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import pytest
@@ -55,13 +59,67 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
     return done
 
 
-def build_wheel(source: Path, out: Path, ok: bool = True, **env: str):
-    """Built in a copy: what one build leaves under ``build/`` would go into the next wheel."""
-    copy = shutil.copytree(source, out / "source")
-    return run(
-        "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", out, copy,
-        env=env, ok=ok,
-    )  # fmt: skip
+NO_COMPILER = {"PATH": "/nowhere", "CXX": "/nowhere/c++"}
+BROKEN_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Path:
+    """A folder with what pyproject.toml says a build requires."""
+    folder = tmp_path_factory.mktemp("index")
+    installed = distribution("setuptools")
+    with zipfile.ZipFile(folder / f"setuptools-{installed.version}-py3-none-any.whl", "w") as out:
+        for file in installed.files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                out.write(str(installed.locate_file(file)), str(file))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def build_wheel(index):
+    """pip's isolated build of a folder or an sdist, for this environment or that of ``python``."""
+
+    def build(source: Path, out: Path, ok: bool = True, python: Path | None = None, **env: str):
+        if source.is_dir():  # what one build leaves under build/ would go into the next wheel
+            source = shutil.copytree(source, out / "source")
+        where = () if python is None else ("--python", python)
+        return run(
+            "-m", "pip", *where, "wheel", "-v", "--no-deps", "--no-index", "--no-cache-dir",
+            "--find-links", index, "-w", out, source, env=env, ok=ok,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """The Python of an environment without any package."""
+    venv.create(tmp_path / "fresh", symlinks=True)
+    return tmp_path / "fresh" / "bin" / "python"
+
+
+@pytest.fixture
+def compiler(tmp_path) -> Path:
+    """A compiler that notes its arguments and writes empty files."""
+    script = tmp_path / "c++"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/log\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def planted(source: Path) -> Path:
+    """``source`` with this checkout's extension where a build leaves it, newer than its sources:
+    build_ext leaves it alone."""
+    if _ext.reason_off() is not None:
+        pytest.skip(f"no compiler here: {_ext.reason_off()}")
+    built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/fastvdm"
+    (source / built).mkdir(parents=True)
+    for library in Path(_ext.__file__).parent.glob("_C*.so"):
+        shutil.copy(library, source / built)
+    return source
 
 
 def not_in_the_stable_abi(library: Path) -> list[str]:
@@ -82,37 +140,43 @@ def install(wheel: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """The sdist of a clean copy, unpacked."""
+def sdist(tmp_path_factory) -> Path:
+    """Of a clean copy, on a machine with neither torch nor a compiler."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*SKIPPED))
-    code = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
-    run("-c", code, cwd=folder / "copy")
-    (archive,) = folder.glob("fastvdm-*.tar.gz")
-    with tarfile.open(archive) as tar:
+    code = "import sys; sys.modules['torch'] = None; from setuptools import build_meta as b; "
+    code += "b.build_sdist('..'); b.prepare_metadata_for_build_wheel('../meta'); "
+    code += "b.prepare_metadata_for_build_editable('../meta')"
+    (folder / "meta").mkdir()
+    run("-c", code, cwd=folder / "copy", env={"FASTVDM_BUILD_CPP": "1", **NO_COMPILER})
+    assert list((folder / "meta").glob("*.dist-info/METADATA"))
+    return next(folder.glob("fastvdm-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def source(sdist, tmp_path_factory) -> Path:
+    """The sdist, unpacked."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(sdist) as tar:
         tar.extractall(folder)
-    return folder / archive.name.removesuffix(".tar.gz")
+    return folder / sdist.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    if _ext.reason_off() is not None:
-        pytest.skip(f"no compiler here: {_ext.reason_off()}")
+def wheel(source, build_wheel, tmp_path_factory) -> Path:
+    copy = planted(shutil.copytree(source, tmp_path_factory.mktemp("planted") / "source"))
     out = tmp_path_factory.mktemp("wheel")
-    built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/fastvdm"
-    (source / built).mkdir(parents=True)
-    for library in Path(_ext.__file__).parent.glob("_C*.so"):
-        shutil.copy(library, source / built)  # newer than its sources: build_ext leaves it alone
-    build_wheel(source, out, FASTVDM_BUILD_CPP="1", CC="/bin/false", CXX="/bin/false")
-    shutil.rmtree(source / "build")
+    build_wheel(copy, out, FASTVDM_BUILD_CPP="1", **BROKEN_COMPILER)
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def without_compiler_wheel(source, tmp_path_factory) -> Path:
+def without_compiler_wheel(source, build_wheel, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    build_wheel(source, out, CC="/bin/false", CXX="/bin/false")
-    return next(out.glob("*.whl"))
+    done = build_wheel(source, out, **NO_COMPILER)
+    log = done.stdout + done.stderr  # pip puts a build's words here or there
+    assert "no C++ compiler, so a package without" in log and _ext.WITH_KERNELS in log
+    return next(out.glob("*-py3-none-any.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +238,79 @@ def test_wheel_works_where_it_is_installed(wheel, tmp_path):
 def test_without_a_compiler_the_package_works_and_says_so(without_compiler, tmp_path):
     env = {"PYTHONPATH": str(without_compiler)}
     assert not list(without_compiler.rglob("*.so"))
-    out = run("-c", USE, without_compiler, env=env, cwd=tmp_path).stdout
-    assert "not built (pip install with a C++ compiler" in out
+    done = run("-c", USE, without_compiler, env=env, cwd=tmp_path)
+    assert "the C++ kernels are not built" in done.stdout and _ext.WITH_KERNELS in done.stdout
+    assert done.stderr.count("UserWarning") == 1 and _ext.WITH_KERNELS in done.stderr
+    done = run("-c", USE, without_compiler, env=env | {"FASTVDM_STRICT": "1"}, ok=False)
+    assert "FallbackError" in done.stderr and _ext.WITH_KERNELS in done.stderr
     report = run("-m", "fastvdm.info", env=env, cwd=tmp_path).stdout
-    assert "C++ extension  off: not built" in report
+    assert "C++ extension  off: the C++ kernels are not built" in report
+    assert _ext.WITH_KERNELS in report
     blocked = "import sys; sys.modules['triton'] = None\n" + USE
     run("-c", blocked, without_compiler, env=env, cwd=tmp_path)
 
 
-def test_asked_for_and_failing_is_an_error(source, tmp_path):
-    env = {"FASTVDM_BUILD_CPP": "1", "CC": "/bin/false", "CXX": "/bin/false"}
-    done = build_wheel(source, tmp_path, ok=False, **env)
-    assert done.returncode != 0 and "/bin/false" in done.stdout + done.stderr
-    assert not list(tmp_path.glob("*.whl"))
+def test_an_isolated_build_compiles_for_the_installed_torch(sdist, build_wheel, compiler, tmp_path):
+    build_wheel(sdist, tmp_path, CC=str(compiler), CXX=str(compiler))
+    assert re.fullmatch(r"fastvdm-[\d.]+-cp310-abi3-\w+\.whl", next(tmp_path.glob("*.whl")).name)
+    *compiled, linked = (tmp_path / "log").read_text().splitlines()
+    folder = Path(torch.__file__).parent
+    assert f"-L{folder}/lib" in linked and "-ltorch_cpu" in linked
+    for file in (ROOT / "csrc").rglob("*.cpp"):
+        lines = [line for line in compiled if f" csrc/{file.relative_to(ROOT / 'csrc')} " in line]
+        assert lines
+        assert file.name.endswith("_kernel.cpp") or f"-I{folder}/include" in lines[0]
+
+
+@pytest.mark.parametrize("old", [None, "2.9.1+cu128"])
+def test_a_build_that_sees_no_torch_says_what_to_type(
+    old, source, build_wheel, fresh, compiler, tmp_path
+):
+    if old is not None:
+        (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
+        (site / "torch").mkdir()
+        (site / "torch" / "__init__.py").write_text("raise RuntimeError('imported')")
+        (site / "torch" / "version.py").write_text(f"__version__ = '{old}'\n")
+    env = {"CC": str(compiler), "CXX": str(compiler), "PATH": "/nowhere"}
+    done = build_wheel(source, tmp_path, ok=False, python=fresh, **env)
+    out = done.stdout + done.stderr
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl")) and "Traceback" not in out
+    assert (
+        f"torch >= 2.11; found {'none.' if old is None else f'only {old} in {site}/torch.'}" in out
+    )
+    assert _ext.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
+    if old is None:
+        shutil.rmtree(tmp_path / "source")
+        build_wheel(source, tmp_path, python=fresh, FASTVDM_BUILD_CPP="0", **env)
+        assert list(tmp_path.glob("*-py3-none-any.whl"))
+
+
+@pytest.mark.parametrize("wanted, compiler", [("", BROKEN_COMPILER), ("1", NO_COMPILER)])
+def test_kernels_that_do_not_compile_are_an_error(wanted, compiler, source, build_wheel, tmp_path):
+    done = build_wheel(source, tmp_path, ok=False, FASTVDM_BUILD_CPP=wanted, **compiler)
+    out = done.stdout + done.stderr
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl")) and "Traceback" not in out
+    assert "the C++ kernels did not compile" in out and compiler["CXX"] in out
+    assert _ext.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
+
+
+def test_what_all_say_to_type_works(source, tmp_path):
+    """The build's error, the run-time warning and ``fastvdm info``: one command, typed here."""
+    spec = importlib.util.spec_from_file_location("build_of_fastvdm", ROOT / "csrc" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    assert build.WITH_KERNELS == _ext.WITH_KERNELS and build.WITH_KERNELS in build.REMEDY
+    assert _ext.WITH_KERNELS in (ROOT / "README.md").read_text()
+    first, second = (shlex.split(part) for part in _ext.WITH_KERNELS.split(" && "))
+    offline = ("--no-index", "--no-deps")
+    run("-m", *first, "--dry-run", *offline)
+    name, value = second.pop(0).split("=")
+    copy = planted(shutil.copytree(source, tmp_path / "source"))
+    site = tmp_path / "site"
+    env = {name: value, **BROKEN_COMPILER}
+    run("-m", *second, "--target", site, *offline, env=env, cwd=copy)
+    report = run("-m", "fastvdm.info", env={"PYTHONPATH": str(site)}, cwd=tmp_path).stdout
+    assert "C++ extension  loaded" in report
 
 
 def test_extras_are_those_that_the_messages_name():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvdm import _ext
+from fastvdm import _ext, dispatch
 from fastvdm.config import get_config
 from fastvdm.ops.linear import emulated
 
@@ -61,9 +61,13 @@ def has_own_kernel(device: torch.device, weight: Tensor, stride: int, dtype: tor
     multiplies bf16 sixteen times as fast as fp32, oneDNN's direct sum in it has less to do."""
     if AMX and dtype == torch.bfloat16:
         return False
-    if not _HAS_CONV or device.type != "cpu" or weight.shape[-1] != 3 or stride != 1:
+    if device.type != "cpu" or weight.shape[-1] != 3 or stride != 1:
         return False
-    return dtype in _TILES and get_config().backend in ("auto", "cpu")
+    if dtype not in _TILES or get_config().backend not in ("auto", "cpu"):
+        return False
+    if not _HAS_CONV:
+        dispatch.missing_extension("space_conv")
+    return _HAS_CONV
 
 
 def own_tile(x: Tensor, weight: Tensor, stride: int) -> int:
