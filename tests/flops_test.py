@@ -19,7 +19,9 @@ from fastvdm.layers.attention import AxisAttention, LinearAttention
 from fastvdm.ops import conv_group_norm_conv as conv
 from fastvdm.ops.axis_attention import axis_attention_bwd, axis_attention_fwd
 from fastvdm.ops.conv_group_norm_prologue import norm_conv_fwd
-from fastvdm.ops.define import BODIES
+from fastvdm.ops.cost import Cost
+from fastvdm.ops.define import BODIES, define, fake
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear_bwd, linear_fwd
 from fastvdm.ops.linear_attention import linear_attention_bwd, linear_attention_fwd
 from fastvdm.ops.linear_attention_block import (
@@ -155,8 +157,7 @@ def test_transposed_convolution():
 def test_attention(tables, images):
     """Tables with more rows than a query meets: then plain torch multiplies no more. A kernel makes
     the scores again in the backward, where plain torch kept them."""
-    b, f, h, w, heads, d = (2, 5 - images, 3, 1, 2, 7)
-    f += images
+    b, f, h, w, heads, d = 2, 5, 3, 1, 2, 7
     n, c, inner = f - images, 11, heads * d
     rel_k, rel_v = ((1, rows, d) if rows else None for rows in (*tables, 0, 0)[:2])
     scores = 2 * b * h * w * heads * n * n * d
@@ -267,18 +268,24 @@ def test_network_counts_as_the_peers():
     assert network_counts(model, x) == (forward, both)
 
 
-def test_import_order():
-    """Whichever comes first; and the counter, which would bring Triton, is not imported for it."""
-    check = (
-        "import torch\n"
-        "from torch.utils.flop_counter import FlopCounterMode\n"
-        "import fastvdm.ops.linear\n"
-        "with FlopCounterMode(display=False) as c:\n"
-        "    torch.ops.fastvdm.linear_fwd(torch.empty(3, 5, device='meta'),"
-        " torch.empty(7, 5, device='meta'), None, 'cpu')\n"
-        "assert c.get_total_flops() == 210, c.get_total_flops()\n"
-    )
-    first = "import sys, fastvdm\nassert 'torch.utils.flop_counter' not in sys.modules\n"
-    for code in (check, first + check):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+@define
+def flops_test_fwd(x: Tensor, factor: int = 3) -> Tensor:
+    return x.clone()
+
+
+@fake(flops_test_fwd)
+def _(x, factor=3):
+    return torch.empty_like(x)
+
+
+def test_whichever_is_imported_first():
+    """fastvdm was, for its ops; for this one the counter."""
+
+    @flops(flops_test_fwd)
+    def _(*, x, factor=3):
+        return Cost(factor * x[0], 0)
+
+    assert of_op(flops_test_fwd, (5, 2)) == 15 and of_op(flops_test_fwd, (5, 2), 7) == 35
+    code = "import sys, fastvdm; print('torch.utils.flop_counter' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr  # it would bring Triton
