@@ -192,8 +192,9 @@ def no_launch() -> str | None:
 
 
 # Dynamo calls these while it traces, and traces nothing of them.
-for _f in (_warn, no_launch):
-    _f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_traced_over: tuple[Any, ...] = (_warn, no_launch)
+for _f in _traced_over:
+    _f._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:

@@ -113,6 +113,16 @@ def test_the_reference_by_name_is_meant(no_extension):
         net()
 
 
+def test_an_extension_that_does_not_load_or_is_old_is_a_missing_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(_ext, "__file__", str(tmp_path / "_ext.py"))
+    assert _ext._load().startswith("the C++ kernels are not built; ")
+    (tmp_path / "_C.abi3.so").write_bytes(b"no library")
+    assert _ext._load().startswith("_C.abi3.so failed to load (")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "fastvdm_C", types.SimpleNamespace(), raising=False)
+    assert "older than this package" in _ext._load() and _ext._load().endswith(_ext.WITH_KERNELS)
+
+
 def test_a_compiled_call_warns_without_a_graph_break(no_extension):
     compiled = torch.compile(lambda: norm() + conv()[..., :8], fullgraph=True, backend="eager")
     with pytest.warns(UserWarning, match=MISSING) as seen:

@@ -241,7 +241,8 @@ def test_without_a_compiler_the_package_works_and_says_so(without_compiler, tmp_
     done = run("-c", USE, without_compiler, env=env, cwd=tmp_path)
     assert "the C++ kernels are not built" in done.stdout and _ext.WITH_KERNELS in done.stdout
     assert done.stderr.count("UserWarning") == 1 and _ext.WITH_KERNELS in done.stderr
-    done = run("-c", USE, without_compiler, env=env | {"FASTVDM_STRICT": "1"}, ok=False)
+    strict = env | {"FASTVDM_STRICT": "1"}
+    done = run("-c", USE, without_compiler, env=strict, cwd=tmp_path, ok=False)
     assert "FallbackError" in done.stderr and _ext.WITH_KERNELS in done.stderr
     report = run("-m", "fastvdm.info", env=env, cwd=tmp_path).stdout
     assert "C++ extension  off: the C++ kernels are not built" in report
