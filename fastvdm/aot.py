@@ -30,7 +30,7 @@ ARCHS = (80, 90, 100)
 # Guide, table "Technical Specifications per Compute Capability"; a block reserves 1 KiB more.
 _LIMITS = {80: (163, 164, 64), 90: (227, 228, 64), 100: (227, 228, 64)}
 _REGISTERS = 65536
-_MINMAX = re.compile(r"\s+(?:@!?%p\d+ )?((?:max|min)\.[\w.]*?(?:f16|f16x2|bf16|bf16x2|f32|f64))\s")
+_MINMAX = re.compile(r"\s+(?:@!?%p\d+ )?((?:max|min)\.[\w.]*?(?:f16|f16x2|bf16|bf16x2|f32))\s")
 _HELPERS = ("standard.py", "common.py")  # a minimum is told by the line that asks for it
 _MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
@@ -143,7 +143,8 @@ def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
     """(instruction, source line) of each floating-point minimum and maximum, each pair once.
 
     Without .NaN they return the operand that is a number (PTX ISA, "max"): a NaN is lost, which no
-    run under the interpreter shows, as NumPy keeps it.
+    run under the interpreter shows, as NumPy keeps it. Not those of fp64: it has no .NaN, and where
+    one is asked for a select follows.
     """
     folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
     found, line = set(), ""

@@ -350,6 +350,16 @@ def test_same_bits_for_any_number_of_threads(isa, dtype):
     assert _same(one, two)
 
 
+def test_asking_what_there_is_changes_nothing():
+    """FASTVDM_CPU_ISA stays in force; so does a choice inside another."""
+    best, lowest = cpu_isas()[0], cpu_isas()[-1]
+    with use_cpu_isa(lowest):
+        cpu_isas()
+        with use_cpu_isa(best):
+            assert torch.ops.fastvdm_C.cpu_isa() == best
+        assert torch.ops.fastvdm_C.cpu_isa() == lowest
+
+
 def test_instruction_sets_agree():
     results = {}
     for name in cpu_isas():
