@@ -35,11 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(show: Any) -> Any:
-    """Our own warnings without the place in the code that they come from."""
+    """Our own warnings without the place in the code that they come from: ours, or Typer's where
+    they name the caller."""
     package = str(Path(__file__).parent)
 
     def shown(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
-        if filename.startswith(package):
+        if filename.startswith(package) or "typer" in Path(filename).parts:
             print(f"fastvdm: warning: {message}", file=sys.stderr)
         else:
             show(message, category, filename, *rest, **more)

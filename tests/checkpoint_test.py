@@ -192,11 +192,16 @@ def test_the_time_of_bare_weights_is_not_guessed(tmp_path):
 
 def test_assumed_groups_are_a_warning():
     state = UNet3D(**TINY | {"norm": "group", "resnet_groups": 4}).to_peer_state_dict()
-    with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed"):
+    with pytest.warns(UserWarning, match="with 8 groups .*resnet_groups=8"):
         UNet3D.from_unet3d(state)
+    own = Diffusion(UNet3D(**TINY | {"norm": "group"})).state_dict()
+    with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed"):
+        UNet3D.from_unet3d(own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert UNet3D.from_unet3d(state, resnet_groups=4).downs[0].units[0].blocks[0].norm1.groups
+        for given in (state, own):
+            net = UNet3D.from_unet3d(given, resnet_groups=4, stem_skip="after")
+            assert net.downs[0].units[0].blocks[0].norm1.groups == 4
         UNet3D.from_unet3d(UNet3D(**TINY).to_peer_state_dict())
 
 

@@ -184,21 +184,21 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
                 "features; trained frequencies are not supported"
             )
     if kind == "group" and model.stem_skip is None:
-        _warn_of_skip()
+        _warn_of_era(model.get_submodule("head.block.norm1").groups)  # type: ignore[arg-type]
     return out
 
 
-def _warn_of_skip() -> None:
+def _warn_of_era(groups: int) -> None:
     """A UserWarning at the line that called into fastvdm (and torch, from a load hook)."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastvdm.", "torch.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        "these weights are of the peer's GroupNorm era, and a state_dict does not tell which "
-        "release's: they are taken for 0.6.0 to 0.6.3, stem_skip='after'. Releases up to 0.5.3, "
-        "and forks copied from them such as medicaldiffusion, need stem_skip='before' and come out "
-        "wrong otherwise. Pass stem_skip to UNet3D or from_unet3d, either value, to choose (and "
-        "resnet_groups, unless it is 8, which the weights do not tell either)",
+        "these weights are of the peer's GroupNorm era and do not tell which release's: they are "
+        f"taken for 0.6.0 to 0.6.3 with {groups} groups (stem_skip='after', resnet_groups={groups})"
+        ". Releases up to 0.5.3, and forks copied from them such as medicaldiffusion, need "
+        "stem_skip='before', and a network with other groups resnet_groups; they come out wrong "
+        "otherwise. To pass stem_skip, either value, silences this",
         UserWarning,
         stacklevel=level,
     )
