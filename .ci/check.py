@@ -37,6 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["lint"])
     args, extra = parser.parse_known_args()
+    if args.only is None and not extra:
+        print("Lint, types and about 2000 tests: some 20 minutes on two cores.", flush=True)
     # One thread per worker: the workers are the parallelism.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     rows = []

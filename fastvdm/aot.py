@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -29,6 +30,8 @@ ARCHS = (80, 90, 100)
 # Guide, table "Technical Specifications per Compute Capability"; a block reserves 1 KiB more.
 _LIMITS = {80: (163, 164, 64), 90: (227, 228, 64), 100: (227, 228, 64)}
 _REGISTERS = 65536
+_MINMAX = re.compile(r"\s+(?:@!?%p\d+ )?((?:max|min)\.[\w.]*?(?:f16|f16x2|bf16|bf16x2|f32))\s")
+_HELPERS = ("standard.py", "common.py")  # a minimum is told by the line that asks for it
 _MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 
@@ -67,7 +70,8 @@ class AotCase:
 @dataclass(frozen=True)
 class AotResult:
     """What the compiler made of a case for one architecture. shared and spills in bytes; blocks is
-    the occupancy in thread blocks per multiprocessor, warps the same in warps."""
+    the occupancy in thread blocks per multiprocessor, warps the same in warps; minmax as the
+    function of that name finds them."""
 
     name: str
     arch: int
@@ -80,6 +84,7 @@ class AotResult:
     tma: bool
     uses_dot: bool
     uses_tma: bool
+    minmax: Sequence[tuple[str, str]] = ()
     error: str = ""
 
     def faults(self) -> list[str]:
@@ -134,6 +139,25 @@ def _resources(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
+def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
+    """(instruction, source line) of each floating-point minimum and maximum, each pair once.
+
+    Without .NaN they return the operand that is a number (PTX ISA, "max"): a NaN is lost, which no
+    run under the interpreter shows, as NumPy keeps it. Not those of fp64: it has no .NaN, and where
+    one is asked for a select follows.
+    """
+    folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
+    found, line = set(), ""
+    for text in ptx.splitlines():
+        if ".loc" in text:
+            sites = re.findall(r"(\w+\.py):(\d+):\d+", text)
+            own = [s for s in sites if s[0] not in _HELPERS]
+            line = linecache.getline(str(folder / own[0][0]), int(own[0][1])).strip() if own else ""
+        elif instruction := _MINMAX.match(text):
+            found.add((instruction[1], line))
+    return tuple(sorted(found))
+
+
 def compile_case(case: AotCase, arch: int) -> AotResult:
     """Compile one case for one architecture; a compiler error becomes ``AotResult.error``."""
     import triton
@@ -175,6 +199,7 @@ def compile_case(case: AotCase, arch: int) -> AotResult:
         warps=blocks * case.num_warps,
         matrix=next((m for m in _MATRIX if m in ptx), ""),
         tma="cp.async.bulk.tensor" in ptx,
+        minmax=minmax(ptx),
     )
 
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvdm.diffusion.prediction import check_prediction
 from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule
 from fastvdm.unet import UNet3D
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet.config import BERT_DIM
+from fastvdm.unet.folder import (
+    checkpoints,
+    find_folder,
+    read_config,
+    read_settings,
+    stored_arguments,
+)
 
+__all__ = ["Bundle", "Settings", "atomic_directory", "checkpoints", "make_text"]
 SCHEDULES = ("cosine", "discrete")
 
 
@@ -28,7 +39,9 @@ class Settings:
     """What sampling must know of the training, and the sampling defaults of the model.
 
     num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on.
-    schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps.
+    schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
+    with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
+    step indices and "cosine" for one that takes log-SNRs.
     num_steps, gamma, langevin and guidance_weight (w_r) are defaults for sampling (Appendix A has
     them for the paper's models).
     """
@@ -38,8 +51,9 @@ class Settings:
     frameskip: int = 1
     fps: float = 8.0
     prediction: str = "eps"
-    schedule: str = "cosine"
+    schedule: str | None = None
     timesteps: int = 1000
+    betas: tuple[float, ...] | None = None
     text_encoder: str | None = None
     text_pooling: str = "attention"
     text_max_length: int = 128
@@ -50,15 +64,36 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in (None, *SCHEDULES):
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
 
+        for name in ("num_frames", "frameskip", "timesteps", "num_steps", "text_max_length"):
+            value = getattr(self, name)
+            if value is None and name == "num_steps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.betas is not None and len(self.betas) != self.timesteps:
+            raise ValueError(
+                f"timesteps is {self.timesteps}, but there are {len(self.betas)} betas"
+            )
+
     def make_schedule(self, time_input: str) -> CosineSchedule | DiscreteSchedule:
-        """The schedule, giving the network the time it takes ("logsnr" or "index")."""
-        if self.schedule == "discrete":
-            return DiscreteSchedule(self.timesteps, time_input=time_input)
+        """The schedule, giving the network the time it takes ("logsnr" or "index").
+
+        Raises:
+            ValueError: "cosine" for a network that takes step indices.
+        """
+        index = time_input == "index"
+        if self.schedule == "discrete" or (self.schedule is None and index):
+            betas = None if self.betas is None else torch.tensor(self.betas, dtype=torch.float64)
+            return DiscreteSchedule(self.timesteps, betas=betas, time_input=time_input)
+        if index:
+            raise ValueError("this network takes step indices: its schedule is 'discrete'")
         return CosineSchedule(time_input=time_input)
 
 
@@ -67,6 +102,10 @@ class Bundle:
 
     def __init__(self, unet: Any, settings: Settings, text: Any = None) -> None:
         self.unet, self.settings, self.text = unet, settings, text
+        settings.make_schedule(unet.time_input)  # raises where the two do not fit
+        # The text conditioner is not the network's: saved alone, it takes vectors.
+        kept = {k: v for k, v in asdict(settings).items() if not k.startswith("text_")}
+        unet.settings = kept
 
     @property
     def schedule(self) -> CosineSchedule | DiscreteSchedule:
@@ -78,17 +117,44 @@ class Bundle:
             self.text.to(device)
         return self
 
-    def cond(self, captions: list[str] | None, batch: int) -> Tensor | None:
-        """The conditioning (batch, cond_dim) of captions: one for all, or one for each.
+    def cond(
+        self, captions: list[str] | None, batch: int, vectors: Tensor | None = None
+    ) -> Tensor | None:
+        """The conditioning (batch, cond_dim), from captions (one for all, or one for each) or from
+        ``vectors`` (cond_dim,), (1, cond_dim) or (batch, cond_dim).
+
+        A network of video-diffusion-pytorch of width 768 takes captions as that does:
+        bert-base-cased, the mean of its token states.
 
         Raises:
-            ValueError: captions for an unconditional model, none for a conditional one, or a number
-                of them that is neither 1 nor ``batch``.
+            ValueError: something for an unconditional model, nothing or both for a conditional one,
+                a number or width that does not fit, or no encoder that makes captions a vector.
         """
-        if self.text is None:
-            if captions:
-                raise ValueError("captions were given, but this model has no text conditioning")
+        dim = self.unet.cond_dim
+        if dim is None:
+            if captions or vectors is not None:
+                given = "captions were" if captions else "a vector was"
+                raise ValueError(f"{given} given, but this model has no text conditioning")
             return None
+        if vectors is not None:
+            if captions:
+                raise ValueError("give captions or a vector (cond), not both")
+            rows = vectors[None] if vectors.ndim == 1 else vectors
+            if rows.ndim != 2 or rows.shape[1] != dim or len(rows) not in (1, batch):
+                raise ValueError(
+                    f"cond must be ({dim},) or ({batch}, {dim}), got {tuple(vectors.shape)}"
+                )
+            if not rows.isfinite().all():
+                raise ValueError("cond has NaN or infinite values")
+            return rows.to(self.unet.stem.weight).expand(batch, -1)
+        mean = self.settings.text_pooling == "mean"  # has no weights that could be missing
+        if self.text is None and captions and dim == BERT_DIM and mean:
+            self.text = _peer_text(self.settings).to(self.unet.stem.weight.device)
+        if self.text is None:
+            raise ValueError(
+                f"this model is conditioned on {dim} numbers: give them (--cond FILE), or a "
+                "caption and the text encoder that it was trained with (--text-encoder)"
+            )
         if not captions:
             raise ValueError("this model is conditioned on text: give a caption")
         if len(captions) not in (1, batch):
@@ -99,94 +165,116 @@ class Bundle:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """config.json, model.safetensors (``UNet3D.from_pretrained`` reads these two),
         settings.json, and text.safetensors where there is one."""
-        from safetensors.torch import save_file
-
         directory = Path(directory)
         self.unet.save_pretrained(directory)
         (directory / "settings.json").write_text(json.dumps(asdict(self.settings), indent=2))
         if self.text is not None and self.text.state_dict():
-            save_file(_contiguous(self.text), directory / "text.safetensors")
+            files.save_tensors(self.text.state_dict(), directory / "text.safetensors")
 
     def load_weights(self, directory: Path) -> None:
         """Load the weights that ``save`` wrote into this model's own modules."""
-        from safetensors.torch import load_file
-
-        self.unet.load_state_dict(load_file(directory / "model.safetensors"))
-        if self.text is not None and self.text.state_dict():
-            self.text.load_state_dict(load_file(directory / "text.safetensors"))
+        self.unet.load_state_dict(files.read_source(directory / "model.safetensors"))
+        _load_text(self.text, directory)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], *, ema: bool = True, **overrides: Any) -> Bundle:
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        ema: bool = True,
+        prefix: str | None = None,
+        network: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Bundle:
         """Read a model.
 
         Args:
             source: the output folder of a training run (its latest checkpoint), one of its
-                checkpoints, a folder written by ``save``, a ``Trainer`` or ``GaussianDiffusion``
-                file (.pt) of video-diffusion-pytorch, or a name on the Hugging Face hub.
+                checkpoints, a folder written by ``save`` or ``save_pretrained`` (or the weights in
+                it), a file of video-diffusion-pytorch in whatever wrapper
+                (``UNet3D.from_unet3d``), or a name on the Hugging Face hub.
             ema: the averaged weights, where there is a choice.
-            overrides: fields of ``Settings`` to replace.
+            prefix: which network of a file that holds several.
+            network: constructor arguments that a file's weights do not tell, e.g.
+                ``{"resnet_groups": 4}``.
+            overrides: fields of ``Settings`` to replace. Where the model does not say, the schedule
+                is the network's own: "discrete" for step indices, "cosine" for the log-SNR.
         Raises:
             FileNotFoundError: nothing is there. ValueError: it is no readable model.
         """
-        path = Path(source)
+        path, state = Path(source), None
         if path.is_file():
-            return _load_peer(path, ema, overrides)
-        if not path.is_dir() and str(source).count("/") == 1 and not path.is_absolute():
-            path = _from_hub(str(source))
-        path = _model_folder(path, ema)
+            state = files.read_source(path)
+        elif prefix is not None:
+            raise ValueError(f"prefix chooses among the networks of a file, {source} is none")
+        else:
+            path = find_folder(source, ema=ema)
         try:
-            unet = UNet3D(**json.loads((path / "config.json").read_text()))
-            settings = _read_settings(path, overrides)
-            text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
-            bundle = cls(unet.eval(), settings, text)
-            bundle.load_weights(path)
-        except (OSError, TypeError, ValueError) as error:
+            if state is None:
+                bundle, told = _read_folder(path, None, overrides), True
+            else:
+                found = files.find_network(state, ema=None if ema else False, prefix=prefix)
+                told = stored_arguments(path, found) is not None
+                bundle = (
+                    _read_folder(path.parent, found.state, overrides)
+                    if told
+                    else _of_peer(state, found, ema, dict(network or {}), overrides)
+                )
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read the model in {path}: {error}") from error
+        if network and told:
+            raise ValueError(f"{path}: config.json says {', '.join(network)}, not the caller")
         return bundle
 
 
-def _contiguous(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+def _read_folder(
+    folder: Path, weights: Mapping[str, Any] | None, overrides: dict[str, Any]
+) -> Bundle:
+    """What ``Bundle.save`` or ``save_pretrained`` wrote, or other weights of that network."""
+    unet = UNet3D(**read_config(folder))
+    settings = _settings(read_settings(folder) | overrides)
+    text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
+    weights = files.read_source(folder / "model.safetensors") if weights is None else weights
+    unet.load_state_dict(weights)
+    _load_text(text, folder)
+    return Bundle(unet.eval(), settings, text)
 
 
-def checkpoints(output: str | os.PathLike[str]) -> list[Path]:
-    """The complete checkpoints of a training run, oldest first."""
-    return sorted(p for p in Path(output).glob("checkpoints/step-*") if p.is_dir())
+def _load_text(text: Any, folder: Path) -> None:
+    if text is not None and text.state_dict():
+        text.load_state_dict(files.read_source(folder / "text.safetensors"))
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _of_peer(
+    state: Mapping[str, Any],
+    found: files.Network,
+    ema: bool,
+    network: dict[str, Any],
+    overrides: dict[str, Any],
+) -> Bundle:
+    unet = UNet3D.from_unet3d(
+        state, ema=None if ema else False, prefix=found.path, exact=True, **network
+    )
+    stored: dict[str, Any] = {"text_pooling": "mean", "text_max_length": 512}
+    betas = found.beside("betas")
+    if isinstance(betas, Tensor):
+        steps = stored["timesteps"] = len(betas)
+        if overrides.get("timesteps", steps) != steps:
+            raise ValueError(f"it was trained with {steps} timesteps")
+        if not torch.equal(DiscreteSchedule(steps).betas.to(betas), betas):
+            stored["betas"] = betas.tolist()
+    settings = _settings(stored | overrides)
+    text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
+    return Bundle(unet.eval(), settings, text)
 
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:  # a mistyped local path ends here too
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no model at {name}, and none on the hub: {reason}") from error
 
-
-def _model_folder(path: Path, ema: bool) -> Path:
-    if not path.is_dir():
-        raise FileNotFoundError(f"no model at {path}")
-    runs = checkpoints(path)
-    path = runs[-1] if runs else path
-    for inner in ("ema", "model") if ema else ("model", "ema"):
-        if (path / inner / "config.json").is_file():
-            return path / inner
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has neither a checkpoint nor a config.json")
-    return path
-
-
-def _read_settings(path: Path, overrides: dict[str, Any]) -> Settings:
-    file = path / "settings.json"
-    stored = json.loads(file.read_text()) if file.is_file() else {}
-    known = {f.name for f in fields(Settings)}
-    unknown = sorted((stored.keys() | overrides.keys()) - known)
+def _settings(stored: dict[str, Any]) -> Settings:
+    unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
     if unknown:
-        raise ValueError(f"{file}: unknown settings {', '.join(unknown)}")
-    stored |= overrides
-    if "image_size" in stored:
-        stored["image_size"] = tuple(stored["image_size"])
+        raise ValueError(f"unknown settings {', '.join(unknown)}")
+    for name in ("image_size", "betas"):
+        if stored.get(name) is not None:
+            stored[name] = tuple(stored[name])
     return Settings(**stored)
 
 
@@ -198,17 +286,20 @@ def make_text(settings: Settings, cond_dim: int | None) -> Any:
     return TextConditioner(encoder, cond_dim, pooling=settings.text_pooling)
 
 
-def _load_peer(path: Path, ema: bool, overrides: dict[str, Any]) -> Bundle:
+def _peer_text(settings: Settings) -> Any:
+    """The text conditioning of video-diffusion-pytorch: it has no weights of its own."""
+    name = "bert-base-cased"
+    warnings.warn(
+        f"captions go through {name}, as in video-diffusion-pytorch; text_encoder names another",
+        stacklevel=3,
+    )
     try:
-        state = files.read_source(path)
-    except ValueError as error:  # torch's own message is a page long
-        raise ValueError(str(error).splitlines()[0]) from error
-    ema = ema and "ema" in state
-    unet = UNet3D.from_unet3d(state, ema=ema, exact=True)
-    entry = state["ema" if ema else "model"] if "model" in state else state
-    steps = len(entry["betas"]) if "betas" in entry else 1000
-    settings = {"schedule": "discrete", "timesteps": steps, **overrides}
-    return Bundle(unet.eval(), _read_settings(path.parent / ".none", settings))
+        return make_text(replace(settings, text_encoder=name), BERT_DIM)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}, which makes captions {BERT_DIM} numbers, is not at hand: name a folder that "
+            f"has it (--text-encoder), or give the numbers (--cond FILE): {error}"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 # What a user can cause and mend: printed without a traceback.
 _EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
@@ -21,12 +24,27 @@ def main(arguments: list[str] | None = None) -> int:
             from fastvdm import info
 
             return info.main(arguments[1:])
-        return _typer(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line(warnings.showwarning)
+            return _typer(arguments)
     except _EXPECTED as error:
         if debug:
             raise
         print(f"fastvdm: {error}", file=sys.stderr)
         return 1
+
+
+def _one_line(show: Any) -> Any:
+    """Our own warnings without the place in the code that they come from."""
+    package = str(Path(__file__).parent)
+
+    def shown(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
+        if filename.startswith(package):
+            print(f"fastvdm: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *rest, **more)
+
+    return shown
 
 
 def _typer(arguments: list[str]) -> int:

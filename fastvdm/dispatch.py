@@ -82,9 +82,25 @@ def register(
     _OPS[op] = _Op(stem, unsupported, off)
 
 
+def backend_in_force() -> str:
+    """The configured backend, "auto" or a name; "reference" inside forward-mode autograd and the
+    transforms of ``torch.func`` (vmap, grad, vjp, jvp, ...), whatever was configured.
+
+    The kernels have neither tangents nor rules for batches, and would lose the former in silence;
+    plain torch has both. As with ``ByDesign`` this is no fallback: no warning, no error in strict
+    mode.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "reference"
+    # Dynamo folds it into a constant, behind a guard.
+    if torch._C._functorch.get_dynamic_layer_stack_depth():
+        return "reference"
+    return get_config().backend
+
+
 def wanted(device: torch.device) -> str:
     """The backend that calls on ``device`` ask for: "triton", "cpu" or "reference"."""
-    forced = get_config().backend
+    forced = backend_in_force()
     return _AUTO.get(device.type, "reference") if forced == "auto" else forced
 
 
@@ -105,8 +121,6 @@ def select(op: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
     Raises:
         FallbackError: the kernel is missing or refuses the call, and FASTVDM_STRICT=1.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "reference"  # a custom op loses the tangents of forward-mode autograd in silence
     backend = wanted(device)
     if backend == "reference":
         return backend

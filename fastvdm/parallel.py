@@ -60,6 +60,15 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
     return model
 
 
+def _from_all(mine: Any, mesh: DeviceMesh) -> list[Any]:
+    """What each rank has to say. None returns before all have it: on an error one may end its
+    process, and the others would find the connection closed."""
+    found: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(found, mine, group=mesh.get_group())
+    dist.barrier(mesh.get_group())
+    return found
+
+
 def _check_first_call(model: UNet3D, mesh: DeviceMesh) -> None:
     """Compare the ranks' arguments once, at the first call that is not being compiled: shares of
     different sizes end a process inside the collective, or never meet."""
@@ -74,8 +83,7 @@ def _check_first_call(model: UNet3D, mesh: DeviceMesh) -> None:
             for name, a in sorted(given.items())
             if isinstance(a, Tensor)
         ]
-        found: list[Any] = [None] * mesh.size()
-        dist.all_gather_object(found, mine, group=mesh.get_group())
+        found = _from_all(mine, mesh)
         for rank, theirs in enumerate(found):
             for a, b in zip(found[0], theirs):
                 if a != b:
@@ -97,8 +105,7 @@ def _check_ranks_agree(model: UNet3D, mesh: DeviceMesh) -> None:
         sums = torch.stack([t.detach().double().sum().cpu() for t in tensors.values()])
         weights = sums.numpy().tobytes()
     mine = (kinds, *(hashlib.sha256(b).hexdigest() for b in (layout.encode(), weights)))
-    found: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(found, mine, group=mesh.get_group())
+    found = _from_all(mine, mesh)
     for rank, theirs in enumerate(found):
         if theirs[0] != [mesh.device_type]:
             on = " and ".join(theirs[0])

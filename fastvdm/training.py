@@ -29,6 +29,7 @@ from fastvdm.bundle import Bundle, atomic_directory, checkpoints, make_text, rem
 from fastvdm.diffusion.joint import JointDataset, append_images, images_from_batch, joint_loss
 from fastvdm.train_config import TrainConfig
 from fastvdm.train_log import TrainLog, write_text
+from fastvdm.unet.checkpoint import read_source
 from fastvdm.video import VideoFolder
 
 _ORDER, _SAMPLE, _STEP, _INIT = range(4)  # streams of random numbers that must not meet
@@ -302,7 +303,7 @@ class Trainer:
         return target
 
     def _load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = read_source(folder / "state.pt")
         for name, now in self._identity().items():
             if state[name] != now:
                 raise ValueError(

@@ -49,6 +49,19 @@ def dot_x3(a, b, acc):
         return tl.dot(a, b, acc, input_precision="tf32x3", out_dtype=acc.dtype)
 
 
+@triton.jit
+def at_least(x, low):
+    """max(x, low), NaN where x is: PTX's plain max and min return the operand that is a number,
+    where torch and the interpreter keep the NaN. For every value, not for indices and counts."""
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, high):
+    """min(x, high), NaN where x is."""
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

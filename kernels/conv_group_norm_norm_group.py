@@ -109,8 +109,7 @@ def _stats_kernel(
         src += BLOCK_L * width
 
     # Chan's merge of the lanes. Means are summed as differences to the first: mean >> std needs it
-    count = ((size - offs_l + BLOCK_L - 1) // BLOCK_L).to(ACC)[:, None]
-    count = tl.maximum(count, 0.0)
+    count = tl.maximum((size - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)[:, None]
     shift = tl.sum(tl.where(offs_l[:, None] == 0, mean, 0.0), axis=0)
     centre = shift + tl.sum(count * (mean - shift[None, :]), axis=0) / size.to(ACC)
     apart = mean - centre[None, :]

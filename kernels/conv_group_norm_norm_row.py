@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.aot import AotCase
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, at_least, cdiv, next_power_of_2
 from fastvdm.kernels.conv_group_norm_norm_parts import (
     STAGES,
     Config,
@@ -59,7 +59,7 @@ def _row_norm(x, x2, mask, mask2, C, EPS: tl.constexpr, LAYER: tl.constexpr, TWO
         varies = square >= 0
     else:
         norm = tl.sqrt(square)
-        rstd = tl.sqrt(tl.cast(C, x.dtype)) / tl.maximum(norm, EPS)
+        rstd = tl.sqrt(tl.cast(C, x.dtype)) / at_least(norm, EPS)
         varies = norm >= EPS
     return x * rstd[:, None], x2 * rstd[:, None], rstd[:, None], varies[:, None]
 

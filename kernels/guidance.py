@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, cdiv
+from fastvdm.kernels.common import acc_dtype, at_least, at_most, cdiv
 from fastvdm.kernels.tuned import tuned
 
 
@@ -128,7 +128,7 @@ def _guidance_seed_kernel(
             m_at = m_ptr + m_offs + dh * stride_mh + dw * stride_mw
             x_hat = p_z * z + p_m * tl.load(m_at, mask=mask, other=0.0).to(ACC)
             if CLIP:
-                x_hat = tl.minimum(tl.maximum(x_hat, -1.0), 1.0)
+                x_hat = at_most(at_least(x_hat, -1.0), 1.0)
             total += x_hat
         place = tl.load(low_slot_ptr + f, mask=mask, other=-1).to(tl.int64)
         given = mask & (place >= 0)
@@ -150,7 +150,7 @@ def _guidance_seed_kernel(
         raw = p_z * z + p_m * tl.load(m_at, mask=mask, other=0.0).to(ACC)
         x_hat = raw
         if CLIP:
-            x_hat = tl.minimum(tl.maximum(raw, -1.0), 1.0)
+            x_hat = at_most(at_least(raw, -1.0), 1.0)
         r = r_low
         if HAS_KNOWN:
             x_a = tl.load(known_ptr + known_offs + at, mask=given, other=0.0).to(ACC)
@@ -238,9 +238,9 @@ def _guidance_update_kernel(
     if CLIP:
         if HAS_THRESHOLD:
             s = tl.load(threshold_ptr + b)
-            x = tl.minimum(tl.maximum(x, -s), s) / s
+            x = at_most(at_least(x, -s), s) / s
         else:
-            x = tl.minimum(tl.maximum(x, -1.0), 1.0)
+            x = at_most(at_least(x, -1.0), 1.0)
 
     n = tl.zeros((BLOCK,), dtype=ACC)
     if HAS_NOISE:
@@ -412,7 +412,7 @@ def aot_cases() -> list:
                         "HAS_KNOWN": True,
                         "HAS_LOW": low,
                         "HAS_EXTRA": False,
-                        "CLIP": False,
+                        "CLIP": low,
                         "FACTOR": 2 if low else 1,
                         "ACC": tl.float32,
                         "BLOCK": small.block if low else config.block,
@@ -432,13 +432,13 @@ def aot_cases() -> list:
                 "step": "i32",
                 **{f"stride_{t}{a}": "i32" for t in "xgs" for a in axes},
             }
-            pointers = {"noise_ptr": None, "threshold_ptr": None}
+            pointers = {"noise_ptr": None}
             if guided:
-                types |= {"grad_ptr": "*fp32", "seed_ptr": f"*{net}"}
+                types |= {"grad_ptr": "*fp32", "seed_ptr": f"*{net}", "threshold_ptr": "*fp32"}
                 types |= {"known_ptr": "*fp32", "slot_ptr": "*i32"}
             else:
-                absent = ("grad_ptr", "seed_ptr", "known_ptr", "slot_ptr")
-                pointers |= dict.fromkeys(absent)
+                unused = ("grad_ptr", "seed_ptr", "known_ptr", "slot_ptr", "threshold_ptr")
+                pointers |= dict.fromkeys(unused)
             cases.append(
                 AotCase(
                     f"guidance_update/{name}/{net}",
@@ -451,7 +451,7 @@ def aot_cases() -> list:
                         "HAS_KNOWN": guided,
                         "HAS_NOISE": False,
                         "RNG": 1,
-                        "HAS_THRESHOLD": False,
+                        "HAS_THRESHOLD": guided,
                         "CLIP": True,
                         "WANT_X": False,
                         "ACC": tl.float32,

@@ -24,7 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    at_least,
+    cdiv,
+    dot_x3,
+    next_power_of_2,
+)
 from fastvdm.kernels.tuned import tuned
 
 _SM_COUNT = 132  # H200; only decides how far to split, and stands in where there is no device
@@ -77,7 +84,7 @@ def _softmax_d(q, ACC: tl.constexpr):
     q = q.to(ACC)
     m = tl.max(q, 1)
     p = tl.exp(q - tl.where(m == float("-inf"), 0.0, m)[:, None])
-    return p / tl.maximum(tl.sum(p, 1), 1e-30)[:, None]
+    return p / at_least(tl.sum(p, 1), 1e-30)[:, None]
 
 
 @triton.jit

@@ -3,6 +3,7 @@ heaviest for sm_80 and sm_100, without spills. ``python -m fastvdm.aot`` takes a
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvdm.aot import ARCHS, AotResult, heaviest, occupancy, stems, table
+from fastvdm.aot import ARCHS, AotResult, heaviest, minmax, occupancy, stems, table
 
 pytest.importorskip("triton")
 
@@ -64,6 +65,58 @@ def test_heavier_matrix_instructions_where_tiles_allow(compiled) -> None:
     """The online-softmax kernels reach the warp-group instruction of Hopper."""
     found = {r["name"]: r["matrix"] for r in compiled if r["arch"] == 90}
     assert found["axis_attention_long_fwd/bf16-D64-plain"] == "wgmma.mma_async"
+
+
+# The maxima of softmax, plain: PTX drops a NaN there, but exp(NaN - m) is NaN, and with it the sum
+# that the row is divided by; a NaN in m itself would only make the same elements NaN.
+SOFTMAX = {
+    "m = tl.max(q, 1)",
+    "m_new = tl.maximum(m_i, m)",
+    "m_new = tl.maximum(m_i, tl.max(k, 0))",
+    "m_new = tl.maximum(m_i, tl.max(s, 1))",
+    "top = tl.max(s, 2)",
+}
+
+
+def test_no_minimum_or_maximum_drops_nan(compiled) -> None:
+    """max.f32 and min.f32 of PTX return the operand that is a number, so that a clip makes -1 of
+    NaN. The interpreter keeps NaN whatever the kernel says."""
+    found = {tuple(pair) for r in compiled for pair in r["minmax"]}
+    assert {line for name, line in found if ".NaN" not in name} == SOFTMAX
+    asked = {
+        line.strip()
+        for path in KERNELS.glob("*.py")
+        if path.name != "common.py"
+        for line in path.read_text().splitlines()
+        if "at_least(" in line or "at_most(" in line
+    }
+    assert len(asked) > 4 and asked <= {line for name, line in found if ".NaN" in name}
+
+
+def test_minima_and_maxima_are_found() -> None:
+    """In any width, predicated or not, and none of whole numbers."""
+    ptx = """
+\t.loc\t1 180 27 // standard.py:180:27 @[ linear_attention.py:1:1 ]
+\tmax.f32 \t%r1, %r2, %r3;
+\tmax.s32 \t%r1, %r2, %r3;
+\t@%p1 min.NaN.bf16x2 \t%r1, %r2, %r3;
+\t.loc\t1 0 0 // guidance.py:0
+\tmax.ftz.f32 \t%r1, %r2, %r3;
+"""
+    first = (KERNELS / "linear_attention.py").read_text().splitlines()[0]
+    assert minmax(ptx) == (("max.f32", first), ("max.ftz.f32", ""), ("min.NaN.bf16x2", first))
+
+
+def test_every_masked_load_says_what_lies_beyond() -> None:
+    """A masked load without ``other`` reads 0 under the interpreter and anything on a GPU."""
+    loads = [
+        (path.name, node.lineno, {k.arg for k in node.keywords})
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
+    ]
+    assert len(loads) > 50
+    assert not [load for load in loads if "mask" in load[2] and "other" not in load[2]]
 
 
 def test_the_gate_sees_spills() -> None:

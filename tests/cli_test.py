@@ -18,6 +18,7 @@ from peer import peer_or_skip  # noqa: E402
 from fastvdm import UNet3D  # noqa: E402
 from fastvdm.bundle import Bundle, Settings  # noqa: E402
 from fastvdm.cli import main  # noqa: E402
+from fastvdm.diffusion import DiscreteSchedule  # noqa: E402
 from fastvdm.video import read_video, write_video  # noqa: E402
 
 TINY = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
@@ -107,6 +108,214 @@ def test_a_peer_checkpoint_is_sampled(tmp_path):
     assert _frames(out).shape == (3, 2, 8, 8)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """(network, arguments) of every call of the sampler, which runs as it is."""
+    from fastvdm import diffusion
+
+    real, calls = diffusion.sample, []
+
+    def record(unet, shape, **options):
+        calls.append((unet, options))
+        return real(unet, shape, **options)
+
+    monkeypatch.setattr(diffusion, "sample", record)
+    return calls
+
+
+SMALL = ["--frames", "2", "--size", "8", *FEW]
+
+
+@pytest.mark.parametrize(
+    ("time_input", "options", "schedule"),
+    [
+        ("index", [], "DiscreteSchedule(timesteps=1000, time_input='index')"),
+        ("index", ["--timesteps", "6"], "DiscreteSchedule(timesteps=6, time_input='index')"),
+        ("logsnr", [], "CosineSchedule(logsnr_min=-20.0, logsnr_max=20.0, time_input='logsnr')"),
+        ("logsnr", ["--schedule", "discrete", "--timesteps", "6", "--prediction", "v"],
+         "DiscreteSchedule(timesteps=6, time_input='logsnr')"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_settings(time_input, options, schedule, tmp_path, drawn):
+    UNet3D(**TINY, time_input=time_input).save_pretrained(tmp_path / "model")
+    arguments = ["sample", str(tmp_path / "model"), str(tmp_path / "a.gif"), *SMALL]
+    assert main([*arguments, *options]) == 0
+    assert repr(drawn[0][1]["schedule"]) == schedule
+    assert drawn[0][1]["prediction"] == ("v" if "v" in options else "eps")
+    assert _frames(tmp_path / "a.gif").shape == (3, 2, 8, 8)
+
+
+def test_the_weights_in_a_folder_are_the_model(tmp_path, drawn, capsys):
+    """config.json and settings.json beside a .safetensors count; without them it is an error."""
+    folder = tmp_path / "m"
+    settings = Settings(num_frames=2, image_size=(8, 8), prediction="v")
+    Bundle(UNet3D(**TINY, time_input="logsnr"), settings).save(folder)
+    for i, source in enumerate((folder, folder / "model.safetensors")):
+        assert main(["sample", str(source), str(tmp_path / f"{i}.mp4"), *FEW]) == 0
+    assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+    assert [c[1]["prediction"] for c in drawn] == ["v", "v"]
+    assert {c[0].time_input for c in drawn} == {"logsnr"}
+    (folder / "config.json").rename(tmp_path / "config.json")
+    capsys.readouterr()
+    arguments = ["sample", str(folder / "model.safetensors"), str(tmp_path / "2.mp4"), *SMALL]
+    assert main(arguments) == 1
+    assert "there is no config.json of it beside them" in capsys.readouterr().err
+    assert len(drawn) == 2
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """(file of the peer's 0.6.3 with 4 groups and a condition of 5 numbers, the network)."""
+    peer = peer_or_skip("0.6.3")
+    torch.manual_seed(0)
+    net = peer.Unet3D(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, cond_dim=5,
+                      resnet_groups=4).eval()  # fmt: skip
+    for name, p in net.named_parameters():
+        if ".norm.weight" in name:
+            p.data += 0.3 * torch.randn_like(p)
+    path = tmp_path_factory.mktemp("peer") / "model-1.pt"
+    diffusion = peer.GaussianDiffusion(net, image_size=8, num_frames=2, timesteps=6)
+    torch.save({"step": 1, "model": diffusion.state_dict(), "ema": {}, "scaler": {}}, path)
+    return path, net
+
+
+def test_a_peer_file_with_groups_and_a_vector(conditional, tmp_path, drawn, capsys):
+    path, net = conditional
+    vector = torch.randn(5)
+    torch.save(vector, tmp_path / "c.pt")
+    arguments = ["sample", str(path), str(tmp_path / "a.gif"), *SMALL, "--overwrite"]
+    arguments += ["--cond", str(tmp_path / "c.pt")]
+    assert main([*arguments, "--resnet-groups", "4"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "warning: GroupNorm with 8 groups is assumed" in capsys.readouterr().err
+    x, time, cond = torch.randn(1, 3, 2, 8, 8), torch.tensor([3]), vector[None]
+    with torch.no_grad():
+        want = net(x, time, cond=cond)
+        right, wrong = (unet(x, time, cond=cond) for unet, _ in drawn)
+    torch.testing.assert_close(right, want, atol=1e-5, rtol=1e-4)
+    assert (wrong - want).abs().max() > 0.01
+    assert torch.equal(drawn[0][1]["cond"], cond)
+    assert repr(drawn[0][1]["schedule"]) == "DiscreteSchedule(timesteps=6, time_input='index')"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors"])
+def test_vectors_from_files(conditional, suffix, tmp_path, drawn, capsys):
+    import numpy as np
+    from safetensors.torch import save_file
+
+    file, rows = tmp_path / f"c{suffix}", torch.randn(3, 5)
+
+    def run(value, *more):
+        if suffix == ".npy":
+            np.save(file, value.numpy())
+        elif suffix == ".pt":
+            torch.save(value, file)
+        else:
+            save_file({"cond": value.contiguous()}, file)
+        arguments = ["sample", str(conditional[0]), str(tmp_path / "a.gif"), "--num", "3", *SMALL]
+        return main([*arguments, "--cond", str(file), "--resnet-groups", "4", *more])
+
+    assert run(rows, "--batch-size", "2") == 0
+    assert torch.equal(torch.cat([c[1]["cond"] for c in drawn]), rows)
+    for value, more, message in [
+        (rows[:2], [], "cond must be (5,) or (3, 5), got (2, 5)"),
+        (rows[:, :4], [], "cond must be (5,) or (3, 5), got (3, 4)"),
+        (rows, ["--caption", "a cat"], "not both"),
+        (rows * float("nan"), [], "cond has NaN"),
+        (rows > 0, [], "must hold one tensor of numbers"),
+    ]:
+        assert run(value, "--overwrite", *more) == 1
+        assert message in capsys.readouterr().err
+    file.write_bytes(b"nothing")
+    arguments = ["sample", str(conditional[0]), str(tmp_path / "b.gif"), "--cond", str(file)]
+    assert main(arguments) == 1 and "is not a readable" in capsys.readouterr().err
+
+
+def _peer_of_width(width, path):
+    arguments = {k: v for k, v in TINY.items() if k != "resnet_groups"}
+    net = UNet3D(**arguments, norm="rms", cond_dim=width)
+    torch.save({"state_dict": net.to_peer_state_dict()}, path)
+    return str(path)
+
+
+def test_captions_of_a_peer_file(tmp_path, drawn, monkeypatch, capsys):
+    """Width 768 is bert-base-cased with the peer's pooling; any other encoder is named."""
+    import fastvdm.text
+
+    class States:
+        """Of the width asked for; position 0 and what the mask hides are far off."""
+
+        dim = 768
+
+        def __call__(self, captions):
+            states = torch.arange(4.0)[:, None].expand(len(captions), 4, self.dim).clone()
+            states[:, 0], states[:, 3] = 1e3, -1e3
+            return states, torch.tensor([[True, True, True, False]]).expand(len(captions), 4)
+
+    class Encoder:
+        at_hand = False
+
+        def __new__(cls, name, max_length):
+            assert max_length == 512
+            if name == "bert-base-cased" and not cls.at_hand:
+                raise ValueError(f"cannot load the text encoder {name!r}: no network")
+            return States()
+
+    monkeypatch.setattr(fastvdm.text, "TextEncoder", Encoder)
+    arguments = [_peer_of_width(768, tmp_path / "w.ckpt"), str(tmp_path / "a.gif"), *SMALL]
+    arguments = ["sample", *arguments, "--caption", "a cat", "--overwrite"]
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert all(word in errors for word in ("bert-base-cased", "--text-encoder", "--cond FILE"))
+    Encoder.at_hand = True
+    assert main(arguments) == 0
+    assert "warning: captions go through bert-base-cased" in capsys.readouterr().err
+    assert main([*arguments, "--text-encoder", "mine"]) == 0
+    for _, options in drawn:  # the mean of positions 1 and 2
+        torch.testing.assert_close(options["cond"], torch.full((1, 768), 1.5))
+    arguments[1] = _peer_of_width(6, tmp_path / "w.ckpt")
+    assert main(arguments) == 1 and "conditioned on 6 numbers" in capsys.readouterr().err
+    assert main([*arguments, "--text-encoder", "mine"]) == 1
+    assert "has width 768, got out_dim=6" in capsys.readouterr().err
+
+
+def test_what_a_file_does_not_tell_reaches_the_network(tmp_path, monkeypatch, capsys):
+    path, seen = _peer_of_width(6, tmp_path / "w.ckpt"), {}
+
+    def stop(state, **options):
+        seen.update(options)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(UNet3D, "from_unet3d", stop)
+    options = ["--resnet-groups", "4", "--stem-skip", "before", "--prefix", "state_dict"]
+    for command in (["sample", path, "a.gif"], ["export", path, "-o", str(tmp_path / "a.pt2")]):
+        assert main([*command, *options]) == 1
+        assert seen.pop("resnet_groups") == 4 and seen.pop("stem_skip") == "before"
+        assert seen.pop("prefix") == "state_dict" and seen.pop("ema") is None
+    monkeypatch.undo()
+    UNet3D(**TINY).save_pretrained(tmp_path / "m")
+    assert main(["sample", str(tmp_path / "m"), str(tmp_path / "a.gif"), *options[:2]]) == 1
+    assert "config.json says resnet_groups" in capsys.readouterr().err
+
+
+def test_another_schedule_than_the_cosine_is_kept(tmp_path):
+    state = UNet3D(**TINY, norm="rms").to_peer_state_dict()
+    betas = torch.linspace(1e-3, 0.02, 10)
+    torch.save({"model": {f"denoise_fn.{k}": v for k, v in state.items()} | {"betas": betas}},
+               tmp_path / "w.pt")  # fmt: skip
+    loaded = Bundle.load(tmp_path / "w.pt")
+    loaded.save(tmp_path / "again")
+    for bundle in (loaded, Bundle.load(tmp_path / "again")):
+        assert torch.equal(bundle.schedule.betas.float(), betas)
+    betas = DiscreteSchedule(10).betas.bfloat16()  # of a network in half precision
+    torch.save({"model": {f"denoise_fn.{k}": v for k, v in state.items()} | {"betas": betas}},
+               tmp_path / "w.pt")  # fmt: skip
+    assert torch.equal(Bundle.load(tmp_path / "w.pt").schedule.betas, DiscreteSchedule(10).betas)
+    with pytest.raises(ValueError, match="trained with 10 timesteps"):
+        Bundle.load(tmp_path / "w.pt", timesteps=20)
+
+
 def test_train_then_sample(tmp_path):
     for i in range(2):
         write_video(tmp_path / "data" / f"{i}.mp4", torch.rand(3, 5, 8, 8))
@@ -121,8 +330,16 @@ def test_train_then_sample(tmp_path):
         out = tmp_path / f"{weights}.mp4"
         assert main(["sample", str(run), str(out), "--weights", weights, *FEW]) == 0
         assert _frames(out).shape == (3, 2, 8, 8)
-    net = UNet3D.from_pretrained(run / "checkpoints" / "step-00000003" / "ema")
-    assert torch.equal(net.stem.weight, Bundle.load(run).unet.stem.weight)
+    last = run / "checkpoints" / "step-00000003"
+    for ema in (True, False):
+        want = Bundle.load(last / ("ema" if ema else "model")).unet.stem.weight
+        for source in (run, last, last / ("ema" if ema else "model")):
+            net = UNet3D.from_pretrained(source, ema=ema)
+            assert torch.equal(net.stem.weight, want)
+        assert net.settings["prediction"] == "eps" and net.settings["fps"] == 8
+    out = tmp_path / "file.mp4"
+    assert main(["sample", str(last / "ema" / "model.safetensors"), str(out), *FEW]) == 0
+    assert out.read_bytes() == (tmp_path / "ema.mp4").read_bytes()
 
 
 def test_export_hands_the_model_and_its_size_on(model, tmp_path, monkeypatch, capsys):
@@ -169,6 +386,30 @@ BAD = {
     "no data": (["train", "{out}"], "where are the videos"),
     "no folder": (["train", "{out}", "--data", "{broken}x"], "no folder at"),
     "unknown field": (["train", "{out}", "--set", "stpes=1"], "unknown setting stpes"),
+    "no steps": (["sample", "{model}", "{out}", "--steps", "0"], "--steps must be positive, got 0"),
+    "no frames": (["sample", "{model}", "{out}", "--frames", "0"], "--frames must be positive"),
+    "negative": (["sample", "{model}", "{out}", "--frames", "-2"], "--frames must be positive"),
+    "no fps": (["sample", "{model}", "{out}", "--fps", "0"], "--fps must be positive"),
+    "nan fps": (["sample", "{model}", "{out}", "--fps", "nan"], "--fps must be positive"),
+    "no size": (["sample", "{model}", "{out}", "--size", "0"], "--size must be positive"),
+    "no window": (["extend", "{model}", "{clip}", "{out}", "--num-frames", "9", "--window", "0"],
+                  "--window must be positive"),
+    "no batch": (["export", "{model}", "-o", "{out}.pt2", "--batch", "0"], "--batch must be"),
+    "unwritable": (["sample", "{model}", "/proc/nowhere/x.mp4"], "x.mp4 cannot be written: /proc"),
+    "below a file": (["sample", "{model}", "{broken}/x.mp4"], "broken.mp4: Not a directory"),
+    "over a folder": (["sample", "{model}", "{folder}", "--overwrite"], "is a folder"),
+    "schedule": (["sample", "{model}", "{out}", "--schedule", "linear"], "schedule must be one of"),
+    "timesteps": (["sample", "{model}", "{out}", "--timesteps", "9"], "timesteps belong to"),
+    "prefix": (["sample", "{model}", "{out}", "--prefix", "x"], "networks of a file"),
+    "vector": (["sample", "{model}", "{out}", "--cond", "{broken}"], "not a readable checkpoint"),
+    "no vector": (["sample", "{model}", "{out}", "--cond", "{broken}.npy"], "no checkpoint at"),
+    "index cosine": (["sample", "{index}", "{out}", "--schedule", "cosine"], "step indices"),
+    "four channels": (["sample", "{rgba}", "{out}"], "takes 4 channels and gives 4"),
+    "two of three": (["extend", "{learned}", "{clip}", "{out}", "--num-frames", "9"],
+                     "takes 3 channels and gives 6"),
+    "resume nothing": (["train", "{out}", "--resume"], "no run to resume in"),
+    "train fps": (["train", "{out}", "--data", "{broken}", "--set", "fps=0"],
+                  "fps must be positive"),
     "model json": (["train", "{out}", "--model", "dim=3"], "--model is not JSON"),
 }  # fmt: skip
 
@@ -179,6 +420,12 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
     broken.write_text("no video")
     arguments, message = BAD[case]
     places = {"model": model, "broken": broken, "clip": clip, "out": out}
+    for name, options in {"index": {}, "rgba": {"channels": 4}, "learned": {"out_dim": 6}}.items():
+        if f"{{{name}}}" in arguments:
+            places[name] = tmp_path / name
+            UNet3D(**TINY, **options).save_pretrained(places[name])
+    places["folder"] = tmp_path / "folder.mp4"
+    places["folder"].mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert main([a.format(**places) for a in arguments]) == 1
     errors = capsys.readouterr().err.strip().splitlines()[-1]
@@ -189,7 +436,7 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
 def test_a_mistyped_path_is_not_a_mystery(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    def offline(name):
+    def offline(name, **options):
         raise OSError("cannot reach the hub\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

@@ -21,7 +21,7 @@ os.environ.setdefault("FASTVDM_STRICT", "1" if BUILT else "0")
 
 import pytest  # noqa: E402
 
-from fastvdm.testing import poison_empty  # noqa: E402
+from fastvdm.testing import cpu_isas, poison_empty, use_cpu_isa  # noqa: E402
 
 
 def _patch_once_a_launch() -> None:
@@ -98,6 +98,24 @@ def _fresh_accelerator() -> None:
 def device() -> str:
     """The device that Triton kernels run on here: a GPU, or the CPU under the interpreter."""
     return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(params=cpu_isas() or ["none"])
+def isa(request):
+    """Each instruction set of the C++ backend that this machine has."""
+    with use_cpu_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["triton", *(f"cpu-{isa}" for isa in cpu_isas())])
+def lane(request, device):
+    """(backend, device) of each implementation; the C++ one on each instruction set."""
+    backend, _, isa = request.param.partition("-")
+    if not isa:
+        yield backend, device
+        return
+    with use_cpu_isa(isa):
+        yield backend, "cpu"
 
 
 @pytest.fixture

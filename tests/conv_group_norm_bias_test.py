@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm.config import use_backend
-from fastvdm.dispatch import explain
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 from fastvdm.ops import conv_group_norm_conv, conv_group_norm_library
@@ -41,16 +40,6 @@ CASES = {
     "layer_bare": ((2, 1, 9, 5, 96), (), {"kind": "layer", "act": False}),
 }  # fmt: skip
 TENSORS = ("x", "weight", "bias", "scale", "shift", "residual", "x_bias")
-
-
-@pytest.fixture(params=["triton", "cpu"])
-def lane(request, device):
-    """(backend, device): Triton, or C++ where it is built."""
-    if request.param == "triton":
-        return "triton", device
-    if (reason := explain("norm_act")["cpu"]) is not None:
-        pytest.skip(f"C++: {reason}")
-    return "cpu", "cpu"
 
 
 def make_inputs(case, dtype, device, make=None):

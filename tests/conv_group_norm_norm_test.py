@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from fastvdm.config import use_backend
-from fastvdm.dispatch import FallbackError, explain, registered_ops
+from fastvdm.dispatch import FallbackError, registered_ops
 from fastvdm.ops import conv_group_norm_norm as ops
 from fastvdm.ops.conv_group_norm import norm_act
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
@@ -43,16 +43,6 @@ CASES = {
 }  # fmt: skip
 WIDTHS = [(3, 1), (17, 1), (48, 3), (64, 32), (96, 8), (192, 3), (256, 32), (512, 8)]
 TENSORS = ("x", "weight", "bias", "scale", "shift", "residual", "x2")
-
-
-@pytest.fixture(params=["triton", "cpu"])
-def lane(request, device):
-    """(backend, device): Triton, or C++ where it is built."""
-    if request.param == "triton":
-        return "triton", device
-    if (reason := explain("norm_act")["cpu"]) is not None:
-        pytest.skip(f"C++: {reason}")
-    return "cpu", "cpu"
 
 
 def make_inputs(case, dtype, device, *, make=None):

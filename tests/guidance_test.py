@@ -11,7 +11,7 @@ from gaussian import DOUBLE, Gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvdm
-from fastvdm import _ext, use_backend
+from fastvdm import use_backend
 from fastvdm.diffusion import (
     DDIM,
     Ancestral,
@@ -40,18 +40,6 @@ SHAPES = {
     "one_frame": (3, 2, 1, 4, 6),
     "wide": (1, 3, 2, 4, 38),
 }
-
-
-@pytest.fixture(params=["triton", *(f"cpu-{isa}" for isa in cpu_isas())])
-def lane(request, device):
-    """(backend, device) of each implementation; the C++ one on each instruction set."""
-    backend, _, isa = request.param.partition("-")
-    if not isa:
-        yield backend, device
-        return
-    assert _ext.set_cpu_isa(isa) == isa
-    yield backend, "cpu"
-    _ext.set_cpu_isa("auto")
 
 
 def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_last=True):

@@ -74,6 +74,52 @@ def test_rejects(wrong):
         testing.assert_parity(wrong, softmax_matmul, inputs(), names=("a", "b"))
 
 
+class Cancels(torch.autograd.Function):
+    """x + bias, of which a norm of one channel a group makes a bias with the gradient 0; here that
+    gradient is ``share`` of the size of its terms."""
+
+    @staticmethod
+    def forward(ctx, x, bias, share):
+        ctx.share = share
+        return x + bias - (x + bias).mean()
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = dy - dy.mean()
+        return dx, ctx.share * dx.abs().sum().to(dy.dtype), None
+
+
+def centred(x: Tensor, bias: Tensor) -> Tensor:
+    return x + bias - (x + bias).mean()
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1.2e-7), (torch.bfloat16, 2e-6)])
+def test_what_cancels_is_measured_by_its_terms(dtype, unit):
+    """A sum that is 0 may keep the rounding of what was summed: half of it passes in either dtype,
+    a hundred times as much does not, and a share that is no rounding is an error."""
+    given = torch.randn(5, 19).to(dtype), torch.randn(()).to(dtype)
+    for share, right in ((unit / 8, True), (100 * unit, False), (0.01, False)):
+
+        def op(x, bias, share=share):
+            return Cancels.apply(x, bias, share)
+
+        if right:
+            testing.assert_parity(op, centred, given, names=("x", "bias"))
+        else:
+            with pytest.raises(AssertionError, match="dbias"):
+                testing.assert_parity(op, centred, given, names=("x", "bias"))
+
+
+def test_sizes_of_sums():
+    """Of dot products with and without cancellation: about the root of the sum of squares."""
+    x, w = torch.randn(200, dtype=torch.float64), torch.ones(200, dtype=torch.float64)
+    dout = torch.ones((), dtype=torch.float64)
+    for vector in (x.abs(), x - x.mean()):
+        out, dx, dw = testing.sizes_of_sums(torch.dot, (vector, w), dout)
+        assert 0.2 < out / vector.norm() < 6
+        assert 0.5 < dx < 8 and 0.5 < dw / vector.abs().max() < 8
+
+
 def test_rejects_what_is_never_written():
     a, b = inputs()
     with testing.poison_empty():

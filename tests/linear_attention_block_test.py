@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvdm import _ext, use_backend
+from fastvdm import use_backend
 from fastvdm.layers.attention import LinearAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.ops.linear_attention_block import (
@@ -34,13 +34,6 @@ SHAPES = {
     "frames": ((2, 17, 10, 11, 40), 2, 64),
 }
 NAMES = ["x", "norm_weight", "qkv_weight", "out_weight", "norm_bias", "out_bias"]
-
-
-@pytest.fixture(params=cpu_isas() or ["none"])
-def isa(request):
-    assert _ext.set_cpu_isa(request.param) == request.param
-    yield request.param
-    _ext.set_cpu_isa("auto")
 
 
 def operands(case: str, dtype: torch.dtype = torch.float32, sharp: float = 2.0):

@@ -53,7 +53,7 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done

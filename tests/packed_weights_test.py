@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvdm import _ext
-from fastvdm.testing import cpu_isas
+from fastvdm.testing import cpu_isas, use_cpu_isa
 
 pytestmark = pytest.mark.skipif(
     _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
@@ -69,8 +69,7 @@ def keep(x, weight, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("isa", cpu_isas() or ["none"])
 def test_same_bits(isa, dtype, turned, m):
-    try:
-        _ext.set_cpu_isa(isa)
+    with use_cpu_isa(isa):
         x = torch.randn(2, 5, 7, 20).to(dtype)
         weight = torch.randn(*((20, 33) if turned else (33, 20)), 3, 3).to(dtype)
         expected = fresh(x, weight, turned=turned, m=m)
@@ -78,8 +77,6 @@ def test_same_bits(isa, dtype, turned, m):
             hits = state()[3]
             assert torch.equal(conv(x, weight, turned=turned, m=m), expected)
             assert state()[1] == kept and state()[3] - hits == min(served, 1)
-    finally:
-        _ext.set_cpu_isa("auto")
 
 
 LAYOUTS = {

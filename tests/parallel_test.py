@@ -35,15 +35,14 @@ NETWORKS = {
 }  # fmt: skip
 
 
-DEADLINE = 480  # seconds until a test that hangs is ended and fails
+# Seconds until a test that hangs is ended and fails, and that a rank waits in a collective for the
+# others: no machine is so busy.
+DEADLINE, WAIT = 1800, 900
 
 
-def spawn(worker, world: int, tmp_path, *args, wait: int = 60) -> None:
-    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all.
-
-    ``wait``: seconds that a rank waits in a collective for the others.
-    """
-    arguments = (worker, world, str(tmp_path / "store"), wait, args)
+def spawn(worker, world: int, tmp_path, *args) -> None:
+    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all."""
+    arguments = (worker, world, str(tmp_path / "store"), args)
     context = mp.spawn(_enter, arguments, nprocs=world, join=False)
     end = time.monotonic() + DEADLINE
     while not context.join(timeout=1):
@@ -53,15 +52,17 @@ def spawn(worker, world: int, tmp_path, *args, wait: int = 60) -> None:
             pytest.fail(f"{worker.__name__} hangs")
 
 
-def _enter(rank: int, worker, world: int, store: str, wait: int, args: tuple) -> None:
+def _enter(rank: int, worker, world: int, store: str, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=wait),
+        timeout=timedelta(seconds=WAIT),
     )  # fmt: skip
     try:
         worker(rank, world, *args)
+        if worker is not leaving_worker:
+            dist.barrier()  # a rank that is done closes its connections
     finally:
         dist.destroy_process_group()
 
@@ -147,7 +148,6 @@ def disagreeing_worker(rank: int, world: int) -> None:
     state = make("group")[0].state_dict()
     with pytest.raises(ValueError):  # one file, but of the other version: every rank says so
         make("rms")[0].load_state_dict(state)
-    dist.barrier()  # both are still there and in step
 
 
 def test_what_is_wrong_on_one_rank_fails_on_every_rank(tmp_path):
@@ -184,15 +184,13 @@ def leaving_worker(rank: int, world: int) -> None:
         with pytest.raises(ValueError, match="multiple of 2 ranks"):
             shard_frames(x[:, :, :7], mesh)
         return
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="(?i)connection|pipe"):
         parallel(shard_frames(x, mesh), time_)
-    assert time.monotonic() - start < 60
 
 
 def test_a_rank_that_leaves_does_not_hang_the_others(tmp_path):
-    """The process group's timeout, or the closed connection, ends the collective."""
-    spawn(leaving_worker, 2, tmp_path, wait=5)
+    """The closed connection ends the collective."""
+    spawn(leaving_worker, 2, tmp_path)
 
 
 def compiled_worker(rank: int, world: int) -> None:

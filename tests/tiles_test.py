@@ -24,7 +24,7 @@ def build(out: Path, *flags: str) -> Path:
     macros = ["-DFASTVDM_ISA=amx", "-DFASTVDM_TILES=1"]
     source = str(ROOT / "tests" / "tiles_test.cpp")
     command = [str(COMPILER), "-std=c++20", "-O2", *macros, *flags, *include, source, "-o"]
-    subprocess.run([*command, str(out)], check=True, timeout=300)
+    subprocess.run([*command, str(out)], check=True, timeout=1800)
     return out
 
 

@@ -304,9 +304,11 @@ def test_save_and_load(family, tmp_path):
     assert torch.equal(again(x, time), model.eval()(x, time))
 
 
-def test_deepcopy_and_memory_format():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_deepcopy_and_memory_format(layout):
     model = UNet3D(**SMALL)
-    twin = copy.deepcopy(model)
+    assert all(p.is_contiguous() for p in model.parameters())
+    twin = copy.deepcopy(model.to(memory_format=layout))
     conv = twin.downs[0].units[0].blocks[0].conv1.weight
-    assert conv.is_contiguous(memory_format=torch.channels_last)
+    assert conv.is_contiguous(memory_format=layout)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))

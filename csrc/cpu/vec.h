@@ -243,7 +243,8 @@ FASTVDM_INLINE float hmax(vf v) {
 // step through four vectors it has always some step to do, and needs half the time.
 template <int N, int DEGREE = 5>
 FASTVDM_INLINE void vexp_each(vf (&x)[N]) {
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  // 1.5 * 2^23 + 127: adding it rounds to an integer, and leaves it biased in the low bits.
+  const vf magic = splat(12583039.f);
   constexpr float LOG2E = 1.44269502162933349609375f;
   vf t[N], p[N];
 #define FASTVDM_EACH                \
@@ -264,8 +265,9 @@ FASTVDM_INLINE void vexp_each(vf (&x)[N]) {
     FASTVDM_EACH p[i] = p[i] * x[i] + 0.693121814738437f;
     FASTVDM_EACH p[i] = p[i] * x[i] + 0.9999992614448233f;
   }
-  // 2^n: the low bits of t hold n in two's complement.
-  FASTVDM_EACH x[i] = as_float(as_int(p[i]) + (as_int(t[i]) << 23));
+  // times 2^n. A product, as a NaN is no number in t either: added to p's exponent, the low bits of
+  // a device's NaN (all ones) would make a number of it.
+  FASTVDM_EACH x[i] = p[i] * as_float(as_int(t[i]) << 23);
 #undef FASTVDM_EACH
 }
 

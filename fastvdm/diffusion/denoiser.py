@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastvdm.diffusion.prediction import Prediction, check_prediction
 
 Model = Callable[..., Tensor]  # model(z (B, C, F, H, W), time (B,), cond=...) -> (B, C, F, H, W)
 
@@ -27,6 +30,15 @@ def time_input_of(model: Model, schedule_default: str, asked: str | None) -> str
     """What the network is given as time: as asked, else as it says itself, else as its schedule."""
     own = getattr(unwrap(model), "time_input", None)
     return asked or (own if isinstance(own, str) else schedule_default)
+
+
+def prediction_of(model: Model, asked: Prediction | None) -> Prediction:
+    """What the network returns: as asked, else as the ``settings`` it was loaded with say, else
+    "eps". Raises ValueError for another name."""
+    settings = getattr(unwrap(model), "settings", None)
+    own: Any = settings.get("prediction", "eps") if isinstance(settings, Mapping) else "eps"
+    check_prediction(own if asked is None else asked)
+    return own if asked is None else asked
 
 
 @contextmanager

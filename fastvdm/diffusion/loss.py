@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.denoiser import Model, time_input_of, unwrap
+from fastvdm.diffusion.denoiser import Model, prediction_of, time_input_of, unwrap
 from fastvdm.diffusion.prediction import Prediction, check_prediction, expand, slope
 from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of, sigma_of
 
@@ -28,7 +28,7 @@ def diffusion_loss(
     x: Tensor,
     *,
     schedule: Schedule | None = None,
-    prediction: Prediction = "eps",
+    prediction: Prediction | None = None,
     cond: Tensor | None = None,
     loss_space: Prediction | Literal["prediction"] = "eps",
     loss_type: Literal["mse", "l1"] = "mse",
@@ -47,7 +47,7 @@ def diffusion_loss(
         model: called as ``model(z, time, cond=cond, **model_kwargs)``.
         x: (B, C, F, H, W) clean videos in [-1, 1].
         schedule: ``CosineSchedule()`` by default.
-        prediction: what the network returns.
+        prediction: what the network returns; by default as in ``sample``.
         loss_space: where the error is taken. "eps" (default) is what the paper says in general,
             also for its v models; "prediction" is the network's own target, "x" and "v" the others.
             In epsilon space an x prediction is weighted by the SNR, up to e^20.
@@ -66,7 +66,7 @@ def diffusion_loss(
         ValueError: shapes that do not agree, an option out of its range.
     """
     schedule = CosineSchedule() if schedule is None else schedule
-    check_prediction(prediction)
+    prediction = prediction_of(model, prediction)
     space = prediction if loss_space == "prediction" else loss_space
     check_prediction(space)
     if loss_type not in ("mse", "l1") or reduction not in ("mean", "none"):

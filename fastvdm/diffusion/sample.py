@@ -16,10 +16,11 @@ from fastvdm.diffusion.denoiser import (
     evaluating,
     input_gradient,
     module_of,
+    prediction_of,
     time_input_of,
 )
 from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs, check_capturable
-from fastvdm.diffusion.prediction import Prediction, check_prediction, x_coefficients
+from fastvdm.diffusion.prediction import Prediction, x_coefficients
 from fastvdm.diffusion.samplers import (
     Ancestral,
     Langevin,
@@ -293,7 +294,7 @@ def sample(
     shape: Sequence[int],
     *,
     schedule: Schedule | None = None,
-    prediction: Prediction = "eps",
+    prediction: Prediction | None = None,
     sampler: Sampler | None = None,
     corrector: Langevin | None = None,
     num_steps: int | None = None,
@@ -319,7 +320,8 @@ def sample(
             Give an EMA copy to sample with averaged weights. Runs in eval mode, flags put back.
         shape: (B, C, F, H, W).
         schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for peer checkpoints.
-        prediction: what the network returns, "eps", "v" or "x".
+        prediction: what the network returns, "eps", "v" or "x"; by default what the settings it
+            was loaded with say (``UNet3D.from_pretrained``), or else "eps".
         sampler: ``Ancestral(0)`` by default; ``DDIM``, or any object with ``update``.
         corrector: ``Langevin(0.1)`` is the paper's predictor-corrector: one more call a step.
         num_steps: any number; 256 by default, all T of a ``DiscreteSchedule``.
@@ -346,7 +348,7 @@ def sample(
     """
     schedule = CosineSchedule() if schedule is None else schedule
     sampler = Ancestral() if sampler is None else sampler
-    check_prediction(prediction)
+    prediction = prediction_of(model, prediction)
     if len(shape) != 5 or any(int(n) < 1 for n in shape):
         raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
     if clip not in ("static", "dynamic", None):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from fastvdm.layers.norm import Norm
+from fastvdm.layers.plain import is_plain
 from fastvdm.layers.position import ShawTable
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear import Linear
@@ -35,10 +36,10 @@ class TimeContext(NamedTuple):
 
 
 def _plain(layer: LinearAttention | AxisAttention) -> bool:
-    """Whether the fused ops describe the layer: a LayerNorm, and no adapter in the place of a
-    projection, whose forward they would not call."""
-    projections = type(layer.qkv) is Linear and type(layer.out) is Linear
-    return projections and layer.norm.kind == "layer"
+    """Whether the fused ops describe the layer: a LayerNorm and two projections, and nothing that
+    hangs on one of them or stands in its place, which they would not call."""
+    projections = is_plain(layer.qkv, Linear) and is_plain(layer.out, Linear)
+    return projections and is_plain(layer.norm, Norm) and layer.norm.kind == "layer"
 
 
 def _eps(norm: Norm) -> float:
@@ -111,13 +112,13 @@ class AxisAttention(nn.Module):
                 "num_images": time.num_images,
             }
         if self.shaw is not None:
-            options |= {"rel_k": self.shaw.rel_k, "rel_v": self.shaw.rel_v}
+            options["rel_k"], options["rel_v"] = self.shaw()
         if self.axis == "time" and self.shards is not None:
             # Statistics over frames need the frames' layout, sequences need the pixels'.
             height, width = x.shape[2:4]
             h = self.shards.to_pixels(self.norm(x))
             return x + self.shards.to_frames(self._attend(h, options), height, width)
-        plain, eps = _plain(self), _eps(self.norm)
+        plain = _plain(self)
         if self.axis == "time" and plain:
             return temporal_block(
                 x,
@@ -128,15 +129,15 @@ class AxisAttention(nn.Module):
                 norm_bias=self.norm.bias,
                 qkv_bias=self.qkv.bias,
                 out_bias=self.out.bias,
-                eps=eps,
+                eps=_eps(self.norm),
                 **options,
             )
         if plain and on_triton():
-            norm, bias = self.norm, self.qkv.bias
-            qkv = norm_linear(
-                x, norm.weight, self.qkv.weight, norm_bias=norm.bias, bias=bias, eps=eps
+            norm, qkv = self.norm, self.qkv
+            h = norm_linear(
+                x, norm.weight, qkv.weight, norm_bias=norm.bias, bias=qkv.bias, eps=_eps(norm)
             )
-            return linear_residual(x, self._core(qkv, options), self.out.weight, self.out.bias)
+            return linear_residual(x, self._core(h, options), self.out.weight, self.out.bias)
         return x + self._attend(self.norm(x), options)
 
     def _attend(self, h: Tensor, options: dict[str, Any]) -> Tensor:

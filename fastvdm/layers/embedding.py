@@ -45,14 +45,14 @@ class TimeEmbedding(nn.Module):
         self.mlp = mlp(dim, emb_dim, num_layers, act)
 
     def forward(self, time: Tensor) -> Tensor:
-        first = self.mlp[0]
-        assert isinstance(first, nn.Linear)
-        weight = first.weight
+        # Whatever stands for the layers; quantised ones may have no floating parameter.
+        dtypes = (p.dtype for p in self.parameters() if p.is_floating_point())
+        dtype = next(dtypes, torch.float32)
         # Angles reach 1000 rad: at least fp32, whatever the weights are in.
-        time = time.to(torch.promote_types(weight.dtype, torch.float32))
+        time = time.to(torch.promote_types(dtype, torch.float32))
         if self.time_input == "logsnr":
             time = 1000.0 * log_snr_to_unit(time)
-        return self.mlp(sinusoid(time, self.dim).to(weight.dtype))
+        return self.mlp(sinusoid(time, self.dim).to(dtype))
 
 
 def probability_mask(batch: int, prob: float, device: torch.device) -> Tensor | None:
@@ -61,4 +61,4 @@ def probability_mask(batch: int, prob: float, device: torch.device) -> Tensor | 
         return None
     if prob >= 1:
         return torch.ones(batch, device=device, dtype=torch.bool)
-    return torch.zeros(batch, device=device).uniform_(0, 1) < prob
+    return torch.rand(batch, device=device) < prob  # not in place: vmap can draw it per sample

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvdm.layers.conv import join
+from fastvdm.layers.plain import is_plain
 from fastvdm.ops.conv_group_norm import norm_act
 
 if TYPE_CHECKING:
@@ -62,13 +64,11 @@ class Norm(nn.Module):
     ) -> Tensor:
         stats = None
         if self.shards is not None and self.kind == "group" and not self.per_frame:
-            x, x2 = x if x2 is None else torch.cat((x, x2), dim=-1), None
+            x, x2 = join(x, x2), None
             stats = self.shards.group_stats(x, self.groups, 1e-5 if self.eps is None else self.eps)
             if torch.is_grad_enabled():  # the kernel's backward would miss the other ranks' part
-                y = self._apply_stats(x, *stats, scale, shift)
-                y = F.silu(y) if act else y
-                y = y if dropout_mask is None else y * dropout_mask
-                return (y if residual is None else y + residual).to(x.dtype)
+                y = self._apply_stats(x, *stats)
+                return _finish(y, scale, shift, act, dropout_mask, residual).to(x.dtype)
         return norm_act(
             x,
             self.weight,
@@ -86,15 +86,37 @@ class Norm(nn.Module):
             stats=stats,
         )
 
-    def _apply_stats(
-        self, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None, shift: Tensor | None
-    ) -> Tensor:
-        """GroupNorm, affine and FiLM with given statistics (B, groups), in plain torch."""
+    def _apply_stats(self, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """GroupNorm and affine with given statistics (B, groups), in plain torch."""
         b, c = x.shape[0], self.channels
         mean, rstd = (
             t.repeat_interleave(c // self.groups, dim=1).view(b, 1, 1, 1, c) for t in (mean, rstd)
         )
         y = (x - mean) * rstd * self.weight
-        y = y if self.bias is None else y + self.bias
-        y = y if scale is None else y * (1 + scale.view(b, 1, 1, 1, c))
-        return y if shift is None else y + shift.view(b, 1, 1, 1, c)
+        return y if self.bias is None else y + self.bias
+
+
+def _finish(
+    y: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = False,
+    dropout_mask: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What ``Norm`` does behind the affine, in plain torch."""
+    b, c = y.shape[0], y.shape[-1]
+    y = y if scale is None else y * (1 + scale.view(b, 1, 1, 1, c))
+    y = y if shift is None else y + shift.view(b, 1, 1, 1, c)
+    y = F.silu(y) if act else y
+    y = y if dropout_mask is None else y * dropout_mask
+    return y if residual is None else y + residual
+
+
+def normalise(norm: nn.Module, x: Tensor, x2: Tensor | None = None, **options: Any) -> Tensor:
+    """norm([x, x2]), then ``options`` as in ``Norm.forward``: one op of a plain ``Norm``; anything
+    else is called on the one tensor, and the options follow, in fp32 at least."""
+    if is_plain(norm, Norm):
+        return norm(x, x2=x2, **options)
+    y = norm(join(x, x2))
+    return _finish(y.to(torch.promote_types(y.dtype, torch.float32)), **options).to(y.dtype)

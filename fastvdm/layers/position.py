@@ -48,6 +48,9 @@ class ShawTable(nn.Module):
         self.rel_k = nn.Parameter(head_dim**-0.5 * torch.randn(shape))
         self.rel_v = nn.Parameter(head_dim**-0.5 * torch.randn(shape)) if values else None
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.rel_k, self.rel_v
+
 
 def rotary_frequencies(
     rotary_dim: int, device: torch.device | None = None, theta: float = 1e4

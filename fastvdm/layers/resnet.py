@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvdm.layers.conv import SpaceConv
-from fastvdm.layers.norm import Norm
+from fastvdm.layers.conv import SpaceConv, convolve, join, nearest_up
+from fastvdm.layers.norm import Norm, normalise
+from fastvdm.layers.plain import is_plain
 from fastvdm.ops.conv_group_norm import conv_group_norm
 from fastvdm.ops.conv_group_norm_conv import space_conv_stats
 from fastvdm.ops.conv_group_norm_prologue import norm_conv, takes_prologue
@@ -37,11 +37,20 @@ def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, T
     return scale, shift
 
 
-def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor:
+def _conv_norm(
+    conv: SpaceConv,
+    norm: Norm,
+    x: Tensor,
+    x2: Tensor | None = None,
+    *,
+    upsample: bool = False,
+    **options: Any,
+) -> Tensor:
     """conv → norm → FiLM → SiLU → dropout → + residual; the statistics come with the convolution
     where its kernel has them."""
-    if norm.shards is not None:  # the statistics come from all ranks, not from the epilogue
-        return norm(conv(x, options.pop("x2", None)), act=True, **options)
+    fused = is_plain(conv, SpaceConv) and is_plain(norm, Norm)
+    if not fused or norm.shards is not None:  # then the statistics come from all ranks
+        return normalise(norm, convolve(conv, x, x2, upsample=upsample), act=True, **options)
     return conv_group_norm(
         x,
         conv.weight,
@@ -52,7 +61,8 @@ def _conv_norm(conv: SpaceConv, norm: Norm, x: Tensor, **options: Any) -> Tensor
         groups=norm.groups,
         per_frame=norm.per_frame,
         eps=norm.eps,
-        upsample=conv.upsample,
+        x2=x2,
+        upsample="nearest" if upsample else None,
         **options,
     )
 
@@ -81,18 +91,13 @@ class ResnetBlock(nn.Module):
         self.norm2 = norm(out_channels)
         same = in_channels == out_channels
         self.skip = None if same else SpaceConv(in_channels, out_channels, 1)
-        self.dropout = dropout
+        self.out_channels, self.dropout = out_channels, dropout
 
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
-        mask = dropout_mask(x, self.norm1.channels, self.dropout, self.training)
-        h = _conv_norm(
-            self.conv1, self.norm1, x, x2=x2, scale=scale, shift=shift, dropout_mask=mask
-        )
-        if self.skip is not None:
-            residual = self.skip(x, x2)
-        else:
-            residual = x if x2 is None else torch.cat((x, x2), dim=-1)
+        mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
+        h = _conv_norm(self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask)
+        residual = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)
         return _conv_norm(self.conv2, self.norm2, h, residual=residual)
 
 
@@ -120,12 +125,12 @@ class PreNormResnetBlock(nn.Module):
         super().__init__()
         if conditioning not in ("scale_shift", "add"):
             raise ValueError(f"conditioning must be scale_shift or add, got {conditioning!r}")
-        self.resample, self.additive, self.dropout = resample, conditioning == "add", dropout
+        self.resample, self.additive = resample, conditioning == "add"
+        self.out_channels, self.dropout = out_channels, dropout
         width = out_channels if self.additive else 2 * out_channels
         self.film = None if emb_dim is None else nn.Linear(emb_dim, width)
         self.norm1 = norm(in_channels)
-        # Nearest-up + conv is one folded op; the pooled branch has no such form.
-        self.conv1 = SpaceConv(in_channels, out_channels, 3, upsample=resample == "up")
+        self.conv1 = SpaceConv(in_channels, out_channels, 3)
         self.norm2 = norm(out_channels)
         self.conv2 = SpaceConv(out_channels, out_channels, 3)
         same = in_channels == out_channels
@@ -136,31 +141,35 @@ class PreNormResnetBlock(nn.Module):
                 nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
-        h = self.norm1(x, x2=x2, act=True)
+        h = normalise(self.norm1, x, x2, act=True)
         if self.resample == "down":
             h = avg_pool(h)
-        factor = 2 if self.resample == "up" else 1
-        mask = dropout_mask(h, self.norm2.channels, self.dropout, self.training, factor)
+        up = self.resample == "up"  # with the convolution one folded op; pooling has no such form
+        mask = dropout_mask(h, self.out_channels, self.dropout, self.training, 2 if up else 1)
         if self.additive and self.film is not None and emb is not None:
-            h = self.conv1(h)  # the embedding stands between conv and norm
+            h = convolve(self.conv1, h, upsample=up)  # the embedding stands between conv and norm
             h = h + self.film(emb)[:, None, None, None].to(h.dtype)
-            h = self.norm2(h, act=True, dropout_mask=mask)
+            h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
             if mask is None and self._one_launch(h):
                 return self._conv_norm_conv(h, scale, shift, self._shortcut(x, x2))
-            h = _conv_norm(self.conv1, self.norm2, h, scale=scale, shift=shift, dropout_mask=mask)
-        return self.conv2(h, residual=self._shortcut(x, x2))
+            h = _conv_norm(
+                self.conv1, self.norm2, h, upsample=up, scale=scale, shift=shift, dropout_mask=mask
+            )
+        return convolve(self.conv2, h, residual=self._shortcut(x, x2))
 
     def _one_launch(self, h: Tensor) -> bool:
         """Whether the first convolution has the statistics of the second norm in its epilogue, and
         the second convolution the norm in its prologue."""
-        norm = self.norm2
         return (
-            norm.kind == "group"
-            and norm.shards is None
-            and self.conv1.upsample is None
+            self.resample != "up"
             and takes_prologue(h)
+            and is_plain(self.norm2, Norm)
+            and self.norm2.kind == "group"
+            and self.norm2.shards is None
+            and is_plain(self.conv1, SpaceConv)
+            and is_plain(self.conv2, SpaceConv)
         )
 
     def _conv_norm_conv(
@@ -186,10 +195,7 @@ class PreNormResnetBlock(nn.Module):
         )
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
-        if self.skip is not None:
-            x = self.skip(x, x2)
-        elif x2 is not None:
-            x = torch.cat((x, x2), dim=-1)
+        x = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)
         if self.resample == "down":
             return avg_pool(x)
         return nearest_up(x) if self.resample == "up" else x
@@ -200,10 +206,3 @@ def avg_pool(x: Tensor) -> Tensor:
     b, f, h, w, c = x.shape
     y = F.avg_pool2d(x.reshape(b * f, h, w, c).permute(0, 3, 1, 2), 2)
     return y.permute(0, 2, 3, 1).reshape(b, f, h // 2, w // 2, c)
-
-
-def nearest_up(x: Tensor) -> Tensor:
-    """Nearest-neighbour x2 of every frame of (B, F, H, W, C)."""
-    b, f, h, w, c = x.shape
-    y = x[:, :, :, None, :, None].expand(b, f, h, 2, w, 2, c)
-    return y.reshape(b, f, 2 * h, 2 * w, c)

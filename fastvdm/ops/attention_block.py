@@ -5,7 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvdm.dispatch import autocast_on
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_dtypes(x: Tensor, name: str, weight: Tensor, biases: dict[str, Tensor | None]) -> None:
+    """Raises TypeError unless the residual stream ``x`` has the dtype of the projection ``weight``,
+    or is fp32 over a 16-bit one, and the biases have its dtype. Under autocast all but fp64 mix."""
+    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"fp64 only throughout: x is {x.dtype}, {name} {weight.dtype}")
+    if autocast_on(x.device.type):
+        return
+    if x.dtype not in (weight.dtype, torch.float32):
+        raise TypeError(
+            f"x is {x.dtype}, {name} {weight.dtype}: outside autocast only an fp32 x may differ"
+        )
+    for bias_name, t in biases.items():
+        if t is not None and t.dtype != weight.dtype:
+            raise TypeError(f"{bias_name} is {t.dtype}, {name} {weight.dtype}")
 
 
 def check_block(
@@ -54,5 +72,4 @@ def check_block(
             f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
             f"got {out_weight.dtype}"
         )
-    if (x.dtype == torch.float64) != (qkv_weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, qkv_weight {qkv_weight.dtype}")
+    check_dtypes(x, "qkv_weight", qkv_weight, {"qkv_bias": qkv_bias, "out_bias": out_bias})

@@ -22,12 +22,14 @@ from torch import Tensor
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.reference.axis_attention import axis_attention_ref
 
 TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
 SHORT = 32  # up to here one tile holds all keys: the backward needs neither out nor lse
 
 _AXES = {"time": TIME, "space": SPACE}
+_NAMES = {code: name for name, code in _AXES.items()}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_DIM = 128
 
@@ -327,18 +329,51 @@ def axis_attention_cost(
     bias: bool = False,
     num_images: int = 0,
     backward: bool = False,
+    rel_k: int = 0,
+    rel_v: int = 0,
+    need_dqkv: bool = True,
+    need_drel_k: bool = True,
+    need_drel_v: bool = True,
 ) -> Cost:
     """Of one call on ``qkv`` of this shape; ``backward`` counts the backward alone.
 
     Forward: q, k, v read and out written once, two products of 2*N*D a row. Backward: q, k, v, dout
-    read and dq, dk, dv written once, five products; beyond one tile out is read too. Images pass v
-    (its gradient) through.
+    read and dq, dk, dv written once, five products (without dqkv two); beyond one tile out is read
+    too. Images pass v (its gradient) through. Shaw tables of ``rel_k`` and ``rel_v`` rows each add
+    a product with as many of their rows as a query meets, and its gradients; they are too small for
+    their bytes to count.
     """
     b, f, h, w, _, heads, d = shape
     n, outer = (f - num_images, h * w) if axis == "time" else (h * w, f)
     rows, images = b * outer * heads * n, b * h * w * heads * num_images
     table = heads * n * n * 4 if bias else 0
+    met_k, met_v = min(rel_k, n), min(rel_v, n)
     if backward:
+        products = (2 + 3 * need_dqkv) * n
+        products += (1 + need_dqkv + need_drel_k) * met_k + (1 + need_drel_v) * met_v
         moved = rows * (7 + (n > SHORT)) + images * 4
-        return Cost(flops=10 * rows * n * d, bytes=moved * d * itemsize + 2 * table)
-    return Cost(flops=4 * rows * n * d, bytes=(rows * 4 + images * 2) * d * itemsize + table)
+        return Cost(flops=2 * products * rows * d, bytes=moved * d * itemsize + 2 * table)
+    moved = (rows * 4 + images * 2) * d * itemsize
+    return Cost(flops=2 * (2 * n + met_k + met_v) * rows * d, bytes=moved + table)
+
+
+def table_rows(shape: tuple[int, ...] | None) -> int:
+    """2R+1 of a Shaw table (T, 2R+1, D); 0 without one."""
+    return 0 if shape is None else shape[1]
+
+
+@flops(axis_attention_fwd)
+def _(*, qkv, axis, rel_k, rel_v, num_images, **_):
+    return axis_attention_cost(
+        qkv, 4, _NAMES[axis], num_images=num_images, rel_k=table_rows(rel_k),
+        rel_v=table_rows(rel_v),
+    )  # fmt: skip
+
+
+@flops(axis_attention_bwd)
+def _(*, qkv, axis, rel_k, rel_v, num_images, need_dqkv, need_drel_k, need_drel_v, **_):
+    return axis_attention_cost(
+        qkv, 4, _NAMES[axis], num_images=num_images, rel_k=table_rows(rel_k),
+        rel_v=table_rows(rel_v), backward=True, need_dqkv=need_dqkv, need_drel_k=need_drel_k,
+        need_drel_v=need_drel_v,
+    )  # fmt: skip

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastvdm import dispatch
-from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops, flops_of_launcher
 from fastvdm.ops.linear import emulated
 from fastvdm.reference.conv_group_norm_conv import (
     group_stats_ref,
@@ -58,7 +58,7 @@ def choose_conv(
     CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; time relative
     to the other choice, forward, 16 frames of 8x8 to 32x32.
     """
-    backend = backend or get_config().backend
+    backend = backend or dispatch.backend_in_force()
     if backend in ("reference", "triton"):
         return backend
     if kind == "pair":
@@ -420,7 +420,7 @@ def space_conv(
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
     if upsample is not None:
-        if get_config().backend == "reference":
+        if dispatch.backend_in_force() == "reference":
             return space_conv_ref(x, weight, bias, None, 1, residual, upsample)
         if fold:
             return _transpose(x, fold_upsample_weight(weight), bias, residual, "upsample")
@@ -541,3 +541,31 @@ def space_conv_transpose_cost(
     pixels = batch * frames * 4 * height * width
     values = pixels // 4 * cin + 16 * cin * cout + pixels * cout
     return Cost(2 * pixels * cin * cout * 4, itemsize * values)
+
+
+@flops(space_conv_fwd, space_conv_stats_fwd)
+def _(*, x, x2, weight, stride, **_):
+    return space_conv_cost((*x[:-1], x[-1] + (0 if x2 is None else x2[-1])), weight, stride=stride)
+
+
+@flops(space_conv_bwd)
+def _(*, x, x2, weight, stride, need_dx, need_dx2, need_dw, **_):
+    sources = [(x, need_dx + need_dw)] + ([] if x2 is None else [(x2, need_dx2 + need_dw)])
+    return sum(n * space_conv_cost(s, weight, stride=stride).flops for s, n in sources)
+
+
+@flops(space_conv_transpose_fwd)
+def _(*, x, weight, **_):
+    return space_conv_transpose_cost(x, weight)
+
+
+@flops(space_conv_transpose_bwd)
+def _(*, x, weight, need_dx, need_dw, **_):
+    return (need_dx + need_dw) * space_conv_transpose_cost(x, weight).flops
+
+
+@flops_of_launcher("conv3x3_cpu")
+def _(*, x, x2, weight, transposed, **_):
+    # Of images (N, H, W, C). The transposed one is the gradient of x, as many FLOPs.
+    shape = (x[0], 1, *x[1:-1], weight[0] if transposed else weight[1])
+    return space_conv_cost(shape, (weight[1] if transposed else weight[0], *weight[1:]))

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvdm.dispatch import ByDesign, autocast_on, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
@@ -352,3 +353,8 @@ def norm_act_cost(
     tensors = (3 if once else 5) if backward else (2 if once else 3)
     tensors += int(residual and not backward) + int(dropout) * (2 if backward and not once else 1)
     return Cost(flops=(30 if backward else 14) * n, bytes=tensors * n * x.element_size())
+
+
+@flops(norm_act_fwd, norm_act_bwd)
+def _(**_):
+    return 0  # elementwise: no products, see ``fastvdm.ops.flops``

@@ -18,6 +18,7 @@ from fastvdm.ops import conv_group_norm_norm as norm_ops
 from fastvdm.ops.conv_group_norm_conv import space_conv, space_conv_bwd
 from fastvdm.ops.conv_group_norm_norm import norm_act, norm_act_bwd, norm_act_fwd
 from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.flops import flops
 
 _STEM = "conv_group_norm_prologue"
 _GROUP = norm_ops.KINDS["group"]
@@ -165,3 +166,8 @@ def norm_conv(
         x.contiguous(), mean, rstd, norm_weight.contiguous(), norm_bias, scale, shift, weight, bias,
         residual, act, backend,
     )  # fmt: skip
+
+
+@flops(norm_conv_fwd)
+def _(*, x, weight, **_):
+    return conv_ops.space_conv_cost(x, weight)

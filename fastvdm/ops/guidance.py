@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvdm.dispatch import ByDesign, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake
+from fastvdm.ops.flops import flops
 from fastvdm.reference.guidance import (
     SEED_COEFFICIENTS,
     UPDATE_COEFFICIENTS,
@@ -321,3 +322,8 @@ def guidance_update_cost(shape: tuple[int, ...], itemsize: int = 4, *, guided: b
     b, c, f, h, w = shape
     n = b * c * f * h * w
     return Cost(flops=(8 + 2 * guided) * n, bytes=2 * n * 4 + (1 + guided) * n * itemsize)
+
+
+@flops(guidance_seed_fwd, guidance_update_fwd)
+def _(**_):
+    return 0  # elementwise: no products, see ``fastvdm.ops.flops``

@@ -2,10 +2,13 @@
 
 There oneDNN emulates: a bf16 product costs three times the fp32 one (64 → 768 features over 65536
 rows, Xeon with AVX-512 but without bf16 instructions, 2026-11). The kernel of ``csrc/cpu/linear``
-keeps the 16-bit storage and multiplies in fp32 in the L2.
+keeps the 16-bit storage and multiplies in fp32 in the L2. By name, FASTVDM_BACKEND=cpu, it takes
+every call, fp32 too, on any machine.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +16,20 @@ from torch import Tensor, nn
 
 from fastvdm import _ext
 from fastvdm.config import get_config
-from fastvdm.dispatch import autocast_dtype, launchers
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    autocast_on,
+    backend_in_force,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops, flops_of_launcher
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Asked once, so that dynamo traces a comparison of constants.
 _EMULATED = tuple(
     dtype
@@ -57,10 +70,10 @@ def linear_bwd(
     dx = dw = db = dy.new_empty(0)
     if need_dx:
         dx = launchers("linear", backend).linear_dx(dy, weight)
-    rows = dy.flatten(0, -2).float() if need_dw or need_db else dy
+    rows = dy.reshape(-1, dy.shape[-1]).float() if need_dw or need_db else dy
     if need_dw:
         with torch.autocast("cpu", enabled=False):
-            dw = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+            dw = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
     if need_db:
         db = rows.sum(0).to(dy.dtype)
     return dx, dw if need_dw else dy.new_empty(0), db if need_db else dy.new_empty(0)
@@ -91,16 +104,62 @@ autograd(linear_fwd, _backward, setup_context=_save)
 no_double_backward(linear_bwd)
 
 
+def unsupported(backend: str, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` is not taken for this call, computed in ``dtype`` (default: x's), or None.
+    By name it takes every type that its kernel has, whatever the machine."""
+    dtype = dtype or x.dtype
+    if dtype not in _DTYPES:
+        return ByDesign(f"{dtype} is not a type of its kernels: torch's own product is taken")
+    if dtype not in _EMULATED and get_config().backend != backend:
+        return ByDesign(f"{dtype} is not emulated on this machine: torch's own product is taken")
+    return None
+
+
+register(
+    "linear",
+    stem="linear",
+    names=("linear_fwd", "linear_dx"),
+    unsupported=unsupported,
+    backends=("cpu",),
+)
+
+
+def _validate(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2 or min(weight.shape) < 1:
+        raise ValueError(f"weight must be (N, K), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must be (..., {k}), got {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must be {(n,)}, got {tuple(bias.shape)}")
+    for name, t in (("x", x), ("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {t.dtype}")
+        if t.dtype != x.dtype and (
+            torch.float64 in (t.dtype, x.dtype) or not autocast_on(x.device.type)
+        ):
+            raise TypeError(f"{name} is {t.dtype}, x is {x.dtype}")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y (..., N) = x (..., K) weight (N, K)ᵀ + bias (N,), as ``torch.nn.functional.linear``."""
+    """y (..., N) = x (..., K) weight (N, K)ᵀ + bias (N,), as ``torch.nn.functional.linear``.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: not floating point or, outside autocast, not all of one dtype.
+    """
+    _validate(x, weight, bias)
     dtype = autocast_dtype(x)
-    if not emulated(x.device, dtype):
+    if x.device.type != "cpu" or backend_in_force() not in ("auto", "cpu"):
         return F.linear(x, weight, bias)
-    if x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not take {x.shape[-1]} features")
-    return linear_fwd(
-        x.to(dtype).contiguous(), weight.to(dtype), None if bias is None else bias.to(dtype), "cpu"
-    )
+    if select("linear", x.device, x, dtype) == "reference":
+        return F.linear(x, weight, bias)
+    x, weight = x.to(dtype).contiguous(), weight.to(dtype)
+    return linear_fwd(x, weight, None if bias is None else bias.to(dtype).contiguous(), "cpu")
 
 
 class Linear(nn.Linear):
@@ -111,5 +170,20 @@ class Linear(nn.Linear):
 
 
 def linear_cost(rows: int, k: int, n: int, itemsize: int) -> Cost:
-    """Of one forward call: x and the weight read, y written."""
+    """Of one forward call: x and the weight read, y written. Each gradient is as many FLOPs."""
     return Cost(flops=2 * rows * k * n, bytes=(rows * (k + n) + k * n) * itemsize)
+
+
+@flops(linear_fwd)
+def _(*, x, weight, **_):
+    return linear_cost(prod(x[:-1]), weight[1], weight[0], 4)
+
+
+@flops(linear_bwd)
+def _(*, x, weight, need_dx, need_dw, **_):
+    return (need_dx + need_dw) * linear_cost(prod(x[:-1]), weight[1], weight[0], 4).flops
+
+
+@flops_of_launcher("linear_dx_cpu")
+def _(*, dy, weight, **_):
+    return linear_cost(prod(dy[:-1]), weight[0], weight[1], 4)

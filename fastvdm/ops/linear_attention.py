@@ -17,6 +17,7 @@ from torch import Tensor
 from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.reference.linear_attention import linear_attention_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -144,3 +145,13 @@ def linear_attention_cost(shape: tuple[int, ...], itemsize: int, *, backward: bo
     if backward:
         return Cost(flops=8 * rows * d * d, bytes=7 * rows * d * itemsize)
     return Cost(flops=4 * rows * d * d, bytes=4 * rows * d * itemsize)
+
+
+@flops(linear_attention_fwd)
+def _(*, qkv, **_):
+    return linear_attention_cost(qkv, 4)
+
+
+@flops(linear_attention_bwd)
+def _(*, qkv, **_):
+    return linear_attention_cost(qkv, 4, backward=True)

@@ -15,11 +15,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.config import get_config
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    backend_in_force,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.attention_block import check_block
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
@@ -174,7 +181,7 @@ def linear_attention_block(
     out_bias = None if out_bias is None else out_bias.to(low)
     d = qkv_weight.shape[0] // (3 * heads)
     scale = d**-0.5 if sm_scale is None else float(sm_scale)
-    forced = get_config().backend
+    forced = backend_in_force()
     fused = x.device.type == "cpu" and forced in ("auto", "cpu")
     backend = select("linear_attention_block", x.device, x) if fused else forced
     if backend == "cpu":
@@ -192,10 +199,17 @@ def linear_attention_block(
 
 
 def linear_attention_block_cost(
-    shape: tuple[int, ...], heads: int, dim: int, itemsize: int, *, backward: bool = False
+    shape: tuple[int, ...],
+    heads: int,
+    dim: int,
+    itemsize: int,
+    *,
+    backward: bool = False,
+    need_qkv: bool = True,
+    need_out: bool = True,
 ) -> Cost:
-    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with all weight
-    gradients and without what it recomputes.
+    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with the
+    gradients of the projections that are needed and, of what it recomputes, ctx and M alone.
 
     Forward: x read twice, y written, the projections read; four products of rows by C by heads D,
     and per frame two of heads D² C. Backward: x and dy read twice, dx written, the projections
@@ -206,5 +220,20 @@ def linear_attention_block_cost(
     weights, fold = 4 * c * inner, 2 * b * f * inner * dim * c
     product = 2 * rows * c * inner
     if backward:
-        return Cost(8 * product + 6 * fold, (5 * rows * c + 2 * weights) * itemsize)
+        work = (6 + 2 * need_qkv) * product + (4 + need_qkv + need_out) * fold
+        written = (3 * need_qkv + need_out) * c * inner
+        return Cost(work, (5 * rows * c + weights + written) * itemsize)
     return Cost(4 * product + 2 * fold, (3 * rows * c + weights) * itemsize)
+
+
+@flops(linear_attention_block_fwd)
+def _(*, x, qkv_weight, heads, **_):
+    return linear_attention_block_cost(x, heads, qkv_weight[0] // (3 * heads), 4)
+
+
+@flops(linear_attention_block_bwd)
+def _(*, x, qkv_weight, heads, need_qkv, need_out, **_):
+    return linear_attention_block_cost(
+        x, heads, qkv_weight[0] // (3 * heads), 4, backward=True, need_qkv=need_qkv,
+        need_out=need_out,
+    )  # fmt: skip

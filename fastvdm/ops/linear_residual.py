@@ -7,12 +7,16 @@ Where there is no such kernel it is ``linear``, then a sum.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from fastvdm.dispatch import ByDesign, autocast_dtype, autocast_on, launchers, register, select
+from fastvdm.ops.attention_block import check_dtypes
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_linear import on_triton
 from fastvdm.reference.linear_residual import linear_residual_ref
@@ -108,15 +112,14 @@ def _validate(x, o, weight, bias) -> None:
             raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, weight {weight.dtype}")
+    check_dtypes(x, "weight", weight, {"bias": bias})
 
 
 def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x + o weightᵀ + bias.
 
     Args:
-        x: (..., N), of any dtype that may be wider than that of ``o``.
+        x: (..., N), in the dtype of ``o`` or, over a 16-bit one, in fp32.
         o: (..., K), in the dtype of ``weight`` outside autocast.
         weight, bias: (N, K) and (N,).
 
@@ -162,3 +165,14 @@ def linear_residual_cost(
         moved = rows * (features * wide + 2 * depth * itemsize)
         return Cost(2 * product, moved + 2 * weight)
     return Cost(product, rows * (2 * features * wide + depth * itemsize) + weight)
+
+
+@flops(linear_residual_fwd)
+def _(*, o, weight, **_):
+    return linear_residual_cost(prod(o[:-1]), weight[1], weight[0], 4)
+
+
+@flops(linear_residual_bwd)
+def _(*, o, weight, need_do, need_weight, **_):
+    one = linear_residual_cost(prod(o[:-1]), weight[1], weight[0], 4)
+    return (need_do + need_weight) * one.flops

@@ -8,21 +8,25 @@ such kernel it is ``norm_act``, then ``linear``.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from fastvdm.config import get_config
 from fastvdm.dispatch import (
     ByDesign,
     autocast_dtype,
     autocast_on,
+    backend_in_force,
     launchers,
     register,
     select,
 )
+from fastvdm.ops.attention_block import check_dtypes
 from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear
 from fastvdm.reference.norm_linear import norm_linear_ref
 
@@ -133,7 +137,7 @@ def on_triton() -> bool:
     |        |              | taken only by name (FASTVDM_BACKEND=triton)                          |
     | cpu    | composed     | no kernel                                                            |
     """
-    return get_config().backend == "triton"
+    return backend_in_force() == "triton"
 
 
 def _validate(x, norm_weight, weight, norm_bias, bias, eps) -> None:
@@ -160,8 +164,7 @@ def _validate(x, norm_weight, weight, norm_bias, bias, eps) -> None:
             raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, weight {weight.dtype}")
+    check_dtypes(x, "weight", weight, {"bias": bias})
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
 
@@ -232,3 +235,14 @@ def norm_linear_cost(
     if backward:
         return Cost(2 * product, moved + rows * channels * wide + 2 * weight)
     return Cost(product, moved + weight)
+
+
+@flops(norm_linear_fwd)
+def _(*, x, weight, **_):
+    return norm_linear_cost(prod(x[:-1]), weight[1], weight[0], 4)
+
+
+@flops(norm_linear_bwd)
+def _(*, x, weight, need_dx, need_norm, need_weight, **_):
+    products = (need_dx or need_norm) + need_weight
+    return products * norm_linear_cost(prod(x[:-1]), weight[1], weight[0], 4).flops

@@ -13,12 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.config import get_config
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    backend_in_force,
+    launchers,
+    register,
+    select,
+)
 from fastvdm.ops.attention_block import check_block
-from fastvdm.ops.axis_attention import axis_attention, check_options
+from fastvdm.ops.axis_attention import (
+    axis_attention,
+    axis_attention_cost,
+    check_options,
+    table_rows,
+)
 from fastvdm.ops.cost import Cost
 from fastvdm.ops.define import autograd, define, fake, no_double_backward
+from fastvdm.ops.flops import flops
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
@@ -229,7 +241,7 @@ register(
 
 def _fused_backend(device: torch.device) -> str:
     """Whose limits decide between the fused kernel and the parts."""
-    forced = get_config().backend
+    forced = backend_in_force()
     if forced != "auto":
         return forced
     return "triton" if device.type == "cuda" else "cpu"
@@ -326,19 +338,52 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def temporal_block_cost(
-    shape: tuple[int, ...], heads: int, dim: int, itemsize: int, *, backward: bool = False
+    shape: tuple[int, ...],
+    heads: int,
+    dim: int,
+    itemsize: int,
+    *,
+    num_images: int = 0,
+    rel_k: int = 0,
+    rel_v: int = 0,
+    backward: bool = False,
+    need_qkv: bool = True,
+    need_out: bool = True,
+    need_rel: bool = True,
 ) -> Cost:
-    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with all
-    weight gradients and without what it recomputes.
+    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with the
+    weight gradients that are needed and without the projections that it recomputes.
 
     Forward: x read, y written, the four projections read. Backward: x, dy read, dx written, the
-    projections read and their gradients written; twice the products of the forward, 2.5 times in
-    the attention.
+    projections read and their gradients written; twice the products of the forward. The attention
+    between them is ``axis_attention_cost``'s, with its images and Shaw tables.
     """
     b, f, h, w, c = shape
     rows, inner = b * f * h * w, heads * dim
     weights = 4 * c * inner
-    project, attend = 8 * rows * c * inner, 4 * rows * f * inner
+    attend = axis_attention_cost(
+        (b, f, h, w, 3, heads, dim), itemsize, "time", num_images=num_images, rel_k=rel_k,
+        rel_v=rel_v, backward=backward, need_drel_k=need_rel, need_drel_v=need_rel,
+    ).flops  # fmt: skip
     if backward:
-        return Cost(2 * project + 5 * attend // 2, (3 * rows * c + 2 * weights) * itemsize)
-    return Cost(project + attend, (2 * rows * c + weights) * itemsize)
+        written = (3 * need_qkv + need_out) * c * inner
+        project = 2 * rows * (weights + written)
+        return Cost(project + attend, (3 * rows * c + weights + written) * itemsize)
+    return Cost(2 * rows * weights + attend, (2 * rows * c + weights) * itemsize)
+
+
+@flops(temporal_block_fwd)
+def _(*, x, qkv_weight, heads, rel_k, rel_v, num_images, **_):
+    return temporal_block_cost(
+        x, heads, qkv_weight[0] // (3 * heads), 4, num_images=num_images, rel_k=table_rows(rel_k),
+        rel_v=table_rows(rel_v),
+    )  # fmt: skip
+
+
+@flops(temporal_block_bwd)
+def _(*, x, qkv_weight, heads, rel_k, rel_v, num_images, need_qkv, need_out, need_rel, **_):
+    return temporal_block_cost(
+        x, heads, qkv_weight[0] // (3 * heads), 4, num_images=num_images, rel_k=table_rows(rel_k),
+        rel_v=table_rows(rel_v), backward=True, need_qkv=need_qkv, need_out=need_out,
+        need_rel=need_rel,
+    )  # fmt: skip

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvdm.layers.attention import AxisAttention, LinearAttention, TimeContext
-from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose
-from fastvdm.layers.norm import Norm
+from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose, convolve
+from fastvdm.layers.norm import Norm, normalise
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 
 Block = ResnetBlock | PreNormResnetBlock
 Resample = SpaceConv | SpaceConvTranspose | PreNormResnetBlock
+
+
+def attend(layer: nn.Module, x: Tensor, time: TimeContext) -> Tensor:
+    """Temporal attention, or the identity in its place, which takes one argument."""
+    return layer(x) if isinstance(layer, nn.Identity) else layer(x, time)
 
 
 class Unit(nn.Module):
@@ -45,17 +50,21 @@ class Unit(nn.Module):
         if self.spatial is not None:
             x = self.spatial(x)
         if self.temporal is not None:
-            x = self.temporal(x, time)
+            x = attend(self.temporal, x, time)
         return x
 
 
 class Level(nn.Module):
-    """The units of one resolution and the resampling to the next (None at the last)."""
+    """The units of one resolution and the resampling to the next (None at the last), ``upsample``
+    doubling height and width before it."""
 
-    def __init__(self, units: Iterable[Unit], resample: Resample | None) -> None:
+    def __init__(
+        self, units: Iterable[Unit], resample: Resample | None, *, upsample: bool = False
+    ) -> None:
         super().__init__()
         self.units = nn.ModuleList(units)
-        self.resample = resample
+        self.resample, self.upsample = resample, upsample
+        self.resample_takes_emb = isinstance(resample, PreNormResnetBlock)
 
     def down(
         self, x: Tensor, emb: Tensor, time: TimeContext, push_resampled: bool
@@ -79,9 +88,9 @@ class Level(nn.Module):
 
     def _change_resolution(self, x: Tensor, emb: Tensor) -> Tensor:
         assert self.resample is not None
-        if isinstance(self.resample, PreNormResnetBlock):
+        if self.resample_takes_emb:
             return self.resample(x, emb)
-        return self.resample(x)
+        return convolve(self.resample, x, upsample=self.upsample)
 
 
 class PeerHead(nn.Module):
@@ -92,7 +101,7 @@ class PeerHead(nn.Module):
         self.block, self.conv = block, conv
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.conv(self.block(x, None, skip))
+        return convolve(self.conv, self.block(x, None, skip))
 
 
 class PaperHead(nn.Module):
@@ -103,4 +112,4 @@ class PaperHead(nn.Module):
         self.norm, self.conv = norm, conv
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        return self.conv(self.norm(x, x2=skip, act=True))
+        return convolve(self.conv, normalise(self.norm, x, skip, act=True))

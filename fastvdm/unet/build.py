@@ -98,7 +98,7 @@ def peer_parts(s: Spec) -> Parts:
         for i, (c_in, c_out) in enumerate(pairs)
     ]
     ups = [
-        level(2 * c_out, c_in, SpaceConvTranspose(c_in) if i < last else None)
+        level(2 * c_out, c_in, SpaceConvTranspose(c_in, c_in) if i < last else None)
         for i, (c_in, c_out) in enumerate(reversed(pairs))
     ]
     full = AxisAttention("space", Norm("layer", mid), s.heads, PEER_SPATIAL_HEAD_DIM)
@@ -143,7 +143,7 @@ def paper_parts(s: Spec) -> Parts:
             return make_block(c, c, resample=direction)
         if direction == "down":
             return SpaceConv(c, c, 3, stride=2)
-        return SpaceConv(c, c, 3, upsample=True)
+        return SpaceConv(c, c, 3)  # behind a doubling by nearest neighbour
 
     widths = [s.dim * m for m in s.dim_mults]
     attends = [s.image_size >> i in s.attn_resolutions for i in range(len(widths))]
@@ -168,7 +168,8 @@ def paper_parts(s: Spec) -> Parts:
         for _ in range(s.num_blocks + 1):
             units.append(unit(c + pushed.pop(), width, attends[i]))
             c = width
-        ups.append(Level(units, resample(c, "up") if i > 0 else None))
+        up = resample(c, "up") if i > 0 else None
+        ups.append(Level(units, up, upsample=s.resample == "conv"))
 
     conv = SpaceConv(c, s.out_dim, 3)
     if s.zero_init:

@@ -3,64 +3,247 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-_WRAPPERS = ("denoise_fn.", "module.", "_orig_mod.")
+from fastvdm.unet.peer import is_peer_state
+
+OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # in every state_dict of a UNet3D
+_AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
+
+
+class Network(NamedTuple):
+    """A network's entries in a state, and where they were found."""
+
+    path: str  # e.g. "state_dict.diffusion.denoise_fn"; "" is the state itself
+    state: dict[str, Any]  # without the prefix
+    around: Mapping[str, Any]  # the mapping that held them
+    prefix: str  # of its keys
+
+    @property
+    def is_own(self) -> bool:
+        return all(mark in self.state for mark in OWN_MARKS)
+
+    def beside(self, name: str) -> Any:
+        """The entry of that name of the network or of a module around it, or None."""
+        parts = self.prefix.split(".")
+        keys = (".".join([*parts[:i], name]) for i in reversed(range(len(parts))))
+        return next((self.around[key] for key in keys if key in self.around), None)
+
+    @property
+    def is_averaged(self) -> bool:
+        """By the innermost word of the path that says so."""
+        if self.prefix.endswith("module.") and f"{self.prefix[:-7]}n_averaged" in self.around:
+            return True  # torch.optim.swa_utils.AveragedModel
+        for word in reversed(re.findall(r"[a-z]+", self.path.lower())):
+            if word in _AVERAGED or word == "online":
+                return word != "online"  # ema_pytorch: ema.online_model, ema.ema_model
+        return False
 
 
 def read_source(
     source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
 ) -> Mapping[str, Any]:
-    """The state of a module, a mapping as it is, or a .pt / .safetensors file.
+    """The state of a module, a mapping as it is, or a file of ``torch.save`` or safetensors.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it cannot be read as a checkpoint.
+        FileNotFoundError: no such file. ValueError: it cannot be read as a checkpoint, or not
+            without running code that is in it.
     """
     if isinstance(source, nn.Module):
         return source.state_dict()
     if isinstance(source, Mapping):
         return source
     path = Path(source)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not a checkpoint file: use UNet3D.from_pretrained or Bundle.load"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if not head:
+        raise ValueError(f"{path} is not a readable checkpoint: it is empty")
+    if path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")) or head[8:] == b"{":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+
+def _read_torch(path: Path) -> Any:
+    """The causes are left out of the errors: torch's words advise to unpickle what it refused."""
+    try:
+        with open(path, "rb") as file:  # by its name torch would tell the format again
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        names = _objects(path, str(error))
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        reason = "a TorchScript archive" if "TorchScript" in str(error) else _first_line(error)
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
+    if not names:
+        raise ValueError(f"{path} is not a readable checkpoint: neither of torch nor safetensors")
+    raise ValueError(
+        f"{path} holds Python objects ({', '.join(names)}), and loading them would run code from "
+        "the file. Where it was written, save the weights alone: torch.save(model.state_dict(), "
+        '"weights.pt")'
+    )
 
 
-def find_unet_state(state: Mapping[str, Any], *, ema: bool = False) -> dict[str, Any]:
-    """The network's entries of a bare, a ``GaussianDiffusion`` or a ``Trainer`` state.
+def _objects(path: Path, message: str) -> list[str]:
+    """The names of what a pickle asks for besides tensors and plain types."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))
+    except Exception:  # not a zip file: torch's message names the first
+        names = re.findall(r"GLOBAL (\S+)", message)
+    return sorted(names)[:4]
 
-    Prefixes that wrappers add (``denoise_fn.``, ``module.``, ``_orig_mod.``) are removed.
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
+def _mappings(
+    state: Mapping[str, Any], path: str = "", inside: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(path with a dot at its end, mapping) of ``state`` and every mapping in it."""
+    yield path, state
+    for key, value in state.items():
+        if isinstance(value, Mapping) and id(value) not in inside:
+            yield from _mappings(value, f"{path}{key}.", (*inside, id(value)))
+
+
+def _prefixes(state: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Under which prefixes a mapping holds a network: by the marks, or by any of ``names``."""
+    every = {
+        key[:i]: None
+        for key in state
+        if isinstance(key, str)
+        for i in (0, *(dot.end() for dot in re.finditer(r"\.", key)))
+    }
+    if names:
+        return [p for p in every if any(p + name in state for name in names)]
+    return [
+        p for p in every if is_peer_state(state, p) or all(p + mark in state for mark in OWN_MARKS)
+    ]
+
+
+def _networks(state: Mapping[str, Any], names: Collection[str] = ()) -> list[Network]:
+    found = []
+    for path, mapping in _mappings(state):
+        for prefix in _prefixes(mapping, names):
+            inner = {
+                k[len(prefix) :]: v
+                for k, v in mapping.items()
+                if isinstance(k, str) and k.startswith(prefix)
+            }
+            found.append(Network((path + prefix).rstrip("."), inner, mapping, prefix))
+    return found
+
+
+def find_network(
+    state: Mapping[str, Any],
+    *,
+    ema: bool | None = False,
+    prefix: str | None = None,
+    names: Collection[str] = (),
+) -> Network:
+    """The one network in a state, under whatever prefix and in whatever nested mapping.
+
+    A peer's is known by its table of relative positions, ours by its stem and time embedding. The
+    other entries (schedule buffers, optimizers, other networks) are left out.
+
+    Args:
+        ema: the averaged weights (their path says "ema", "averaged" or "swa", or they are an
+            ``AveragedModel``) where there are others too; None: those if there are any. A state of
+            one network gives that one, unless ``ema`` is True and it is not averaged.
+        prefix: where to look, if there are several: the dotted path, or a part of it.
+        names: keys to look for where there is no mark, as in a part of a state_dict.
 
     Raises:
-        ValueError: ``ema`` is asked for and there is none, or the state is not a mapping.
+        ValueError: no network, several different ones (each is named), or no averaged one.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"a state_dict must be a mapping, got {type(state).__name__}")
-    if isinstance(state.get("model"), Mapping):
-        if ema and not isinstance(state.get("ema"), Mapping):
-            raise ValueError("the checkpoint has no averaged weights ('ema')")
-        state = state["ema" if ema else "model"]
-    elif ema:
-        raise ValueError("only a Trainer checkpoint ({model, ema, ...}) has averaged weights")
-    while True:
-        inner = next((p for p in _WRAPPERS if any(k.startswith(p) for k in state)), None)
-        if inner is None:
-            return dict(state)
-        # A GaussianDiffusion state also holds schedule buffers, which are not the network's.
-        state = {k[len(inner) :]: v for k, v in state.items() if k.startswith(inner)}
+    found = _networks(state)
+    if not found and names:
+        found = _networks(state, names)
+    if not found:
+        if names and prefix is None and not ema:
+            return Network("", dict(state), state, "")
+        raise ValueError(f"no peer Unet3D and no UNet3D found: {_beginnings(state)}")
+    kept = found
+    if prefix is not None:
+        asked = prefix.rstrip(".")
+        exact = [n for n in found if n.path == asked]
+        kept = exact or [n for n in found if asked and f".{asked}." in f".{n.path}."]
+        if not kept:
+            raise ValueError(f"no network under {prefix!r}; there is one under {_paths(found)}")
+    averaged = [n for n in kept if n.is_averaged]
+    if ema and not averaged:
+        raise ValueError(f"no averaged weights found; there is a network under {_paths(kept)}")
+    if averaged and ema is not False:
+        kept = averaged
+    elif len(averaged) < len(kept):
+        kept = [n for n in kept if not n.is_averaged]
+    # A network inside another is a part of it, and one under two names is one.
+    distinct: list[Network] = []
+    for n in kept:
+        if any(n is not o and n.around is o.around and n.prefix.startswith(o.prefix) for o in kept):
+            continue
+        if not any(_equal(n.state, o.state) for o in distinct):
+            distinct.append(n)
+    if len(distinct) > 1:
+        raise ValueError(
+            f"{len(distinct)} different networks found, under {_paths(distinct)}: choose one with "
+            "prefix"
+        )
+    return distinct[0]
+
+
+def _paths(networks: list[Network]) -> str:
+    return ", ".join(repr(n.path) for n in networks)
+
+
+def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        if x is y:
+            return True
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.is_meta or y.is_meta:
+            return False
+        return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+    return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+
+
+def _beginnings(state: Mapping[str, Any]) -> str:
+    """What the keys of a state begin with, and how many of each."""
+    count = Counter(
+        path + str(key).split(".")[0]
+        for path, mapping in _mappings(state)
+        for key, value in mapping.items()
+        if not isinstance(value, Mapping)
+    )
+    most = [f"{name} ({n})" for name, n in count.most_common(6)]
+    return "its keys begin with " + ", ".join(most) if most else "it is empty"
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
@@ -76,6 +259,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> 
         extra = sorted(state.keys() - own.keys())
         problems += [f"{len(missing)} missing keys: {', '.join(missing[:4])}"] if missing else []
         problems += [f"{len(extra)} unexpected keys: {', '.join(extra[:4])}"] if extra else []
+        problems += [_beginnings(state)] if len(missing) == len(own) else []
     wrong = []
     for key in own.keys() & state.keys():
         value = state[key]
@@ -88,15 +272,23 @@ def check_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> 
         raise ValueError("the checkpoint does not fit this UNet3D: " + "; ".join(problems))
 
 
-def save_weights(model: nn.Module, directory: Path) -> None:
-    """model.safetensors, written beside its place and renamed into it."""
+def save_tensors(state: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
+    """A safetensors file. Raises OSError where it cannot be written, e.g. on a full disk."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {_first_line(error)}") from error
+
+
+def save_weights(model: nn.Module, directory: Path) -> None:
+    """model.safetensors, written beside its place and renamed into it."""
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(state, temporary, metadata={"format": "pt"})
+        save_tensors(model.state_dict(), Path(temporary), format="pt")
         os.chmod(temporary, 0o644)
         os.replace(temporary, directory / "model.safetensors")
     finally:

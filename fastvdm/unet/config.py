@@ -15,13 +15,15 @@ _CHOICES = {
     "conditioning": ("scale_shift", "add"),
     "resample": ("conv", "resblock"),
     "checkpointing": ("none", "block", "level"),
+    "stem_skip": (None, "after", "before"),
     "block_type": ("resnet",),
 }
 
 
 def check_choice(name: str, value: Any) -> None:
     if value not in _CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+        choices = ", ".join(map(str, _CHOICES[name]))
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_positive(**values: int | None) -> None:

@@ -1,11 +1,15 @@
 """Between the peer's parameter names and shapes and ours. Every tensor is only reshaped.
 
-The peer is ``video_diffusion_pytorch.Unet3D``: 0.7 has RMSNorm (``norm.gamma``), 0.6 has GroupNorm
-(``norm.weight``, ``norm.bias``).
+The peer is ``video_diffusion_pytorch.Unet3D``: 0.7 has RMSNorm (``norm.gamma``), 0.5.2 to 0.6.3
+have GroupNorm (``norm.weight``, ``norm.bias``). In 0.5.2 and 0.5.3 the outermost skip leaves before
+the temporal attention of the stem, in 0.6 after it: no key and no shape tells. Earlier releases
+have other layers.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 # In every peer state_dict, in none of ours.
 _MARK = "time_rel_pos_bias.relative_attention_bias.weight"
+_FIRST_NORM = "downs.0.0.block1.norm."
 
 
 class Entry(NamedTuple):
@@ -33,6 +38,12 @@ class Entry(NamedTuple):
 
 def is_peer_state(state: Mapping[str, Any], prefix: str = "") -> bool:
     return prefix + _MARK in state
+
+
+def _norm_of(state: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The ``norm`` that a peer state_dict is of; None where neither's parameters are there."""
+    kinds = {"gamma": "rms", "weight": "group"}
+    return next((kinds[k] for k in kinds if prefix + _FIRST_NORM + k in state), None)
 
 
 def _same(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
@@ -146,6 +157,13 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
     _require_peer_layout(model)
     assert model.rotary_dim is not None
     entries = list(_entries(model))
+    kind, own = _norm_of(state, prefix), model.get_submodule("head.block.norm1").kind
+    if kind not in (None, own):
+        raise ValueError(
+            f"{_FIRST_NORM}{'gamma' if kind == 'rms' else 'weight'} belongs to a peer network with "
+            f"norm={kind!r}, this one has norm={own!r}; build UNet3D with it or use "
+            "UNet3D.from_unet3d"
+        )
     out = {k: v for k, v in state.items() if k.startswith(prefix)}
     for e in entries:
         t = out.get(prefix + e.peer)
@@ -157,7 +175,7 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
         out[prefix + e.own] = t.reshape(model.get_parameter(e.own).shape)
     for key in _rotary_keys(entries):
         freqs = out.pop(prefix + key, None)
-        if freqs is None:
+        if freqs is None or freqs.is_meta:
             continue
         ours = rotary_frequencies(model.rotary_dim, device=freqs.device)
         if freqs.shape != ours.shape or not torch.allclose(freqs.float(), ours, rtol=1e-2):
@@ -165,14 +183,25 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
                 f"{key} is not the rotary spectrum of base 10000 over {2 * len(ours)} "
                 "features; trained frequencies are not supported"
             )
-    left = [k for k in out if k.endswith("norm.gamma") or ".block1.norm." in k]
-    if left:
-        era = "rms" if left[0].endswith("gamma") else "group"
-        raise ValueError(
-            f"{left[0]} belongs to a peer network with norm={era!r}; build UNet3D with it or use "
-            "UNet3D.from_unet3d"
-        )
+    if kind == "group" and model.stem_skip is None:
+        _warn_of_skip()
     return out
+
+
+def _warn_of_skip() -> None:
+    """A UserWarning at the line that called into fastvdm (and torch, from a load hook)."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastvdm.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "these weights are of the peer's GroupNorm era, and a state_dict does not tell which "
+        "release's: they are taken for 0.6.0 to 0.6.3, stem_skip='after'. Releases up to 0.5.3, "
+        "and forks copied from them such as medicaldiffusion, need stem_skip='before' and come out "
+        "wrong otherwise. Pass stem_skip to UNet3D or from_unet3d, either value, to choose (and "
+        "resnet_groups, unless it is 8, which the weights do not tell either)",
+        UserWarning,
+        stacklevel=level,
+    )
 
 
 def to_own_keys(model: UNet3D, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,9 +277,9 @@ def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return arguments
 
 
-def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Any]:
-    """The constructor arguments that a state_dict (and, where given, its module) implies: the
-    peer's, or that of a ``UNet3D`` with the peer's layout.
+def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The constructor arguments that a state_dict implies: the peer's, or that of a ``UNet3D`` with
+    the peer's layout.
 
     Raises:
         ValueError: the state_dict is of neither, or lacks keys.
@@ -269,13 +298,48 @@ def infer_arguments(state: Mapping[str, Tensor], module: nn.Module | None = None
         arguments = {
             **_sizes(dim, heads, init, state["final_conv.1.weight"], qkv, widths),
             "use_sparse_linear_attn": "downs.0.2.fn.fn.to_qkv.weight" in state,
-            "norm": "rms" if "downs.0.0.block1.norm.gamma" in state else "group",
+            "norm": _norm_of(state) or "group",
         }
+        ups = {k.split(".")[1] for k in state if k.startswith("ups.")}
+        joined = state["final_conv.0.block1.proj.weight"].shape[1]
     except KeyError as error:
-        raise ValueError(f"the peer state_dict is incomplete: it lacks {error}") from None
+        raise ValueError(
+            f"the peer state_dict is incomplete, or of a changed network: it lacks {error}"
+        ) from None
+    if len(ups) != levels or joined != 2 * init.shape[0]:
+        raise ValueError(
+            f"{len(ups)} up levels to {levels} down, and a final_conv of {joined} channels after a "
+            f"stem of {init.shape[0]}: that is another network, as the peer's was before release "
+            "0.5.2, and UNet3D has no equal of it; keep the module as it is"
+        )
     if "null_cond_emb" in state:
         arguments["cond_dim"] = state["null_cond_emb"].shape[1]
-    for m in module.modules() if module is not None else ():
-        if isinstance(m, nn.GroupNorm):
-            arguments["resnet_groups"] = m.num_groups
     return arguments
+
+
+def require_same_keys(model: UNet3D, state: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a peer state_dict has other keys than the peer's network of these arguments.
+    """
+    if not is_peer_state(state):
+        return
+    entries = list(_entries(model))
+    wanted = {e.peer for e in entries}
+    extra = sorted(state.keys() - wanted - set(_rotary_keys(entries)))
+    missing = sorted(wanted - state.keys())
+    if extra or missing:
+        parts = [f"{len(extra)} keys more ({', '.join(extra[:4])})"] if extra else []
+        parts += [f"{len(missing)} less ({', '.join(missing[:4])})"] if missing else []
+        raise ValueError(
+            f"not the peer's Unet3D, but one with layers changed: it has {' and '.join(parts)}. "
+            "UNet3D has no such layers, so it cannot stand for it: keep the module as it is"
+        )
+
+
+def dtypes(model: UNet3D, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Under our names, of the tensors of a state_dict under either's."""
+    names = (
+        [(e.peer, e.own) for e in _entries(model)] if is_peer_state(state) else zip(state, state)
+    )
+    return {own: t.dtype for key, own in names if isinstance(t := state[key], Tensor)}

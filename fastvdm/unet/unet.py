@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvdm.layers.attention import AxisAttention, TimeContext
-from fastvdm.layers.conv import SpaceConv
+from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet import folder as folders
 from fastvdm.unet import peer
-from fastvdm.unet.blocks import Level, Unit
+from fastvdm.unet import source as modules
+from fastvdm.unet.blocks import Level, Unit, attend
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
 from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from fastvdm.layers.shards import FrameShards
 
 
-class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="mit"):
+class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit"):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
-    The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.6 and 0.7, with
+    The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, with
     the same meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the
     peer's defects, and the layout of the paper's own models (``from_preset``).
 
@@ -40,13 +40,17 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         use_bert_text_cond: cond_dim = 768. init_dim: width of the stem. init_kernel_size: odd.
         use_sparse_linear_attn: linear spatial attention at every level (peer layout).
         block_type: "resnet". resnet_groups: groups of the GroupNorm.
-        norm: "group" (peer 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
+        norm: "group" (peer to 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
         norm_per_frame: GroupNorm statistics over each frame instead of the whole video. Only then,
             or with "rms", are image frames of joint training exactly isolated (paper §3).
         cond_drop_prob: probability of dropping the condition in training when the caller does not
             pass ``null_cond_prob``. The peer has 0, so that its null embedding is never trained.
         mask_stem_attention: apply the focus and image masks to the temporal attention of the stem
             too. The peer does not, so that its frames mix there.
+        stem_skip: "after" (peer 0.6 and 0.7) or "before" (peer up to 0.5.3 and forks copied from
+            it): where the outermost skip leaves, after the temporal attention of the stem or before
+            it. No weight tells. None is "after", and warns when weights are loaded that could be
+            either's.
         dropout: probability, between the two convolutions of a block.
         checkpointing: "none", "block" or "level": what is recomputed in the backward pass.
         layout: "peer" or "paper"; the arguments below default to what the layout has.
@@ -93,6 +97,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         norm_per_frame: bool = False,
         cond_drop_prob: float = 0.1,
         mask_stem_attention: bool = True,
+        stem_skip: str | None = None,
         dropout: float = 0.0,
         checkpointing: str = "none",
         layout: str = "peer",
@@ -122,7 +127,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         for name, value in {
             "norm": norm, "layout": layout, "position": position, "time_input": time_input,
             "null_cond": null_cond, "conditioning": conditioning, "resample": resample,
-            "checkpointing": checkpointing, "block_type": block_type,
+            "checkpointing": checkpointing, "block_type": block_type, "stem_skip": stem_skip,
         }.items():  # fmt: skip
             check_choice(name, value)
         if not dim_mults:
@@ -137,6 +142,10 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
             raise ValueError(f"dim must be even and at least 4, got {dim}")
         if layout == "paper" and image_size is None:
             raise ValueError("layout='paper' needs image_size to place its attention")
+        if layout == "paper" and stem_skip == "before":
+            raise ValueError(
+                "stem_skip='before' is the peer's: layout='paper' has no such attention"
+            )
 
         self.channels = channels
         self.out_dim = out_dim or channels
@@ -145,6 +154,7 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
         self.cond_drop_prob, self.mask_stem_attention = cond_drop_prob, mask_stem_attention
+        self.stem_skip = stem_skip
         self.checkpointing = checkpointing
         self.shards: FrameShards | None = None  # see fastvdm.parallel
         self.position = position
@@ -215,59 +225,92 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         cls,
         source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
         *,
-        ema: bool = False,
+        ema: bool | None = False,
+        prefix: str | None = None,
         exact: bool = False,
+        check: bool = True,
         **overrides: Any,
     ) -> UNet3D:
         """The same network as a peer ``Unet3D``: its arguments are read off the weights.
 
+        The same keys are not the same network. Of a module, both networks are run on a small random
+        input, and ``stem_skip`` is the one with which they agree. A state_dict or a file cannot be
+        run: one of the peer's GroupNorm era, which has two meanings, warns unless ``stem_skip`` is
+        given.
+
         Args:
-            source: the module, its state_dict, a ``GaussianDiffusion`` or ``Trainer`` state, or the
-                path of such a file (loaded with ``weights_only=True``). Also what the peer's
-                ``Trainer`` saved of a ``UNet3D`` with the peer's arguments.
-            ema: take the averaged weights of a ``Trainer`` file.
+            source: the module or one that holds it; its state_dict or a checkpoint of any wrapper
+                that has it under some prefix (``GaussianDiffusion``, ``Trainer``, Lightning, EMA,
+                DDP ...), as a mapping or a file (nothing is unpickled). Also of a ``UNet3D`` in the
+                peer's place, with the config.json beside it where there is one.
+            ema: take the averaged weights: of a state see
+                ``fastvdm.unet.checkpoint.find_network``, of a module the network whose path says
+                "ema", "averaged" or "swa".
+            prefix: which network, where there are several: its dotted path or a part of it.
             exact: keep the peer's defects too (``mask_stem_attention=False``,
                 ``cond_drop_prob=0``), for runs that must be reproduced.
-            overrides: constructor arguments. GroupNorm's groups cannot be read off a state_dict:
-                pass ``resnet_groups`` unless it is the default 8.
+            check: compare a module with its ``UNet3D``; False for one that cannot be run.
+            overrides: constructor arguments. GroupNorm's groups are read off a module, and cannot
+                be read off a state_dict: pass ``resnet_groups`` unless it is the default 8.
 
         Raises:
-            ValueError: the source holds no peer ``Unet3D``, or lacks keys.
+            ValueError: the source holds no peer ``Unet3D``, or several, or has other keys; a module
+                computes something else than its ``UNet3D``, or cannot be run; a bare state of a
+                ``UNet3D``, which does not tell its ``time_input``.
+
+        Warns:
+            UserWarning: what had to be assumed: where the outermost skip leaves, and the groups.
         """
-        state = files.find_unet_state(files.read_source(source), ema=ema)
-        arguments = peer.infer_arguments(state, source if isinstance(source, nn.Module) else None)
+        network: nn.Module | None = None
+        if isinstance(source, nn.Module):
+            network, arguments = modules.read_module(source, prefix=prefix, ema=ema)
+            state: Mapping[str, Any] = network.state_dict()
+        else:
+            found = files.find_network(files.read_source(source), ema=ema, prefix=prefix)
+            state = found.state
+            stored = folders.stored_arguments(source, found)
+            arguments = peer.infer_arguments(state) if stored is None else stored
+            if stored is None and found.is_own:
+                folders.check_assumed(found, arguments, overrides)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
-        model = cls(**(arguments | overrides))
-        model.load_state_dict(state)
-        stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
-        return model.to(device=stem.device, dtype=stem.dtype)
+        if type(network) is cls or not check:  # ours tells its arguments
+            network = None
+        return modules.load(cls, arguments | overrides, state, network)
 
     # -- checkpoints ----------------------------------------------------------------------------
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,
+        assign: bool = False,
+        *,
+        ema: bool | None = False,
+        prefix: str | None = None,
     ) -> Any:
-        """Also takes a peer state_dict, bare or nested in a ``GaussianDiffusion`` or ``Trainer``
-        file (its "model" entry). Everything is checked before anything is copied.
+        """Also takes a peer state_dict, and either under any prefix and in any nested mapping, as
+        wrappers save it; ``ema`` and ``prefix`` as in ``from_unet3d``. Everything is checked before
+        anything is copied. One of the peer's GroupNorm era warns where this network was built
+        without ``stem_skip``.
 
         Raises:
             ValueError: keys or shapes that do not fit; the model is then unchanged.
         """
-        state = peer.to_own_keys(self, files.find_unet_state(state_dict))
+        names = self.state_dict().keys()
+        network = files.find_network(state_dict, ema=ema, prefix=prefix, names=names)
+        state = peer.to_own_keys(self, network.state)
         files.check_state(self, state, strict=strict)
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     def to_peer_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of the peer's ``Unet3D`` with these weights, bit for bit.
+        """The state_dict of the peer's ``Unet3D`` with these weights, bit for bit. With
+        ``stem_skip="before"`` it is for releases up to 0.5.3, though others take it too.
 
         Raises:
             ValueError: the network has no peer equivalent (paper layout, other positions).
         """
         return peer.to_peer_keys(self)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        files.save_weights(self, save_directory)
 
     # -- forward --------------------------------------------------------------------------------
 
@@ -334,6 +377,11 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         if cond_scale == 1 or not self.has_cond:
             return self._denoise(x, time, cond, None, focus, num_images)
         assert cond is not None
+        if "forward" in self.__dict__:  # replaced, as offloading does: then it brings the weights
+            conditional, null = (
+                self.forward(x, time, cond, p, focus, num_images=num_images) for p in (0.0, 1.0)
+            )
+            return null + (conditional - null) * cond_scale
         drop = torch.arange(2 * batch, device=x.device) >= batch
         both = self._denoise(
             x.repeat(2, 1, 1, 1, 1),
@@ -364,12 +412,14 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
         )
         emb = self._embed(time, cond, drop)
         x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
-        x = self.stem(x)
+        x = convolve(self.stem, x)
+        skips = [x]
         if self.stem_attention is not None:
             unmasked = context._replace(focus_mask=None, num_images=0)
-            x = self.stem_attention(x, context if self.mask_stem_attention else unmasked)
+            x = attend(self.stem_attention, x, context if self.mask_stem_attention else unmasked)
+            if self.stem_skip != "before":
+                skips = [x]
 
-        skips = [x]
         for level in self.downs:
             x, pushed = self._run(level.down, x, emb, context, self.push_resampled)
             skips += pushed
@@ -456,7 +506,10 @@ class UNet3D(nn.Module, PyTorchModelHubMixin, library_name="fastvdm", license="m
                 f"num_images must lie in [0, {frames * shards - 1}] for {frames * shards} frames, "
                 f"got {num_images}"
             )
-        device = self.stem.weight.device
+        weight = getattr(self.stem, "weight", None)
+        if weight is None or (weight.is_meta and "forward" in self.stem.__dict__):
+            return  # replaced, or offloaded until it is called: its device is its own affair
+        device = weight.device
         for name, t in {"x": x, "time": time, "cond": cond, "focus_present_mask": focus}.items():
             if t is not None and t.device != device:
                 raise ValueError(f"{name} is on {t.device}, the network on {device}")

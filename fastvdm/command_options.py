@@ -1,0 +1,288 @@
+"""What the sampling commands share: their options, the model, and the checks before any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import numpy as np
+import torch
+import typer
+
+from fastvdm import video as files
+from fastvdm.bundle import Bundle
+from fastvdm.unet.checkpoint import read_source
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A training output, a checkpoint, a folder of save_pretrained, a file of "
+        "video-diffusion-pytorch, or a hub name.",
+    ),
+]
+In = Annotated[Path, typer.Argument(metavar="VIDEO", help="The input video.")]
+Out = Annotated[Path, typer.Argument(metavar="OUTPUT", help=".mp4, .webm or .gif")]
+Size = Annotated[int | None, typer.Option(help="Height and width; the model's own by default.")]
+Weights = Annotated[str, typer.Option(help="ema or raw.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Prefix = Annotated[
+    str | None, typer.Option(help="Which network of a file with several: its path, or a part.")
+]
+Groups = Annotated[
+    int | None, typer.Option(help="Groups of the GroupNorm in a file that does not say; 8.")
+]
+StemSkip = Annotated[
+    str | None,
+    typer.Option(
+        help="after or before the first attention, where a file does not say: releases up to 0.5 "
+        "have before."
+    ),
+]
+
+
+_OF_THE_MODEL = (
+    "weights", "prefix", "resnet_groups", "stem_skip", "prediction", "schedule", "timesteps",
+    "text_encoder", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every sampling command has."""
+
+    caption: Annotated[
+        list[str] | None, typer.Option(help="Once for all videos, or once for each.")
+    ] = None
+    cond: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The conditioning itself, (D,) or (N, D): .npy, .pt, .safetensors."
+        ),
+    ] = None
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance, 1 + w; 1 is none.")
+    ] = 1.0
+    size: Size = None
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; the model's own by default.")
+    ] = None
+    sampler: Annotated[
+        str | None, typer.Option(help="ancestral, ddim or langevin; the model's own by default.")
+    ] = None
+    gamma: Annotated[
+        float | None, typer.Option(help="Variance of the ancestral sampler, 0 to 1.")
+    ] = None
+    eta: Annotated[float, typer.Option(help="Noise of DDIM, 0 to 1.")] = 0.0
+    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the output.")] = None
+    weights: Weights = "ema"
+    prefix: Prefix = None
+    resnet_groups: Groups = None
+    stem_skip: StemSkip = None
+    prediction: Annotated[
+        str | None, typer.Option(help="eps, v or x, for a model that does not say; eps.")
+    ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="cosine or discrete, for a model that does not say; its network's own."),
+    ] = None
+    timesteps: Annotated[
+        int | None, typer.Option(help="Steps of the discrete schedule it was trained with; 1000.")
+    ] = None
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="BERT-family encoder of the captions, for a model that does not say."),
+    ] = None
+    device: Device = "auto"
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Record a step and replay it; CUDA only.")
+    ] = False
+    overwrite: Overwrite = False
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose argument ``options`` becomes the fields of ``Options`` on the command line,
+    after its own."""
+    hints = get_type_hints(Options, include_extras=True)
+    named = inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(f.name, named, default=f.default, annotation=hints[f.name])
+        for f in dataclasses.fields(Options)
+    ]
+    every = inspect.signature(command, eval_str=True).parameters.values()
+    own = [p.replace(kind=named) for p in every if p.name != "options"]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = Options(**{p.name: values.pop(p.name) for p in shared})
+        command(**values, options=options)
+
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    return run
+
+
+class Run:
+    """A model ready to sample: everything that can be wrong is found here, before any step."""
+
+    def __init__(self, model: str, outputs: list[Path], options: Options) -> None:
+        from fastvdm.diffusion import DDIM, Ancestral, DiscreteSchedule, Langevin
+
+        self.given = options
+        check_positive(steps=options.steps, size=options.size, fps=options.fps)
+        for output in outputs:
+            check_output(output, options.overwrite)
+        vectors = None if options.cond is None else read_cond(options.cond)
+        self.bundle = load_model(model, **{name: getattr(options, name) for name in _OF_THE_MODEL})
+        settings = self.settings = self.bundle.settings
+        if options.timesteps is not None and not isinstance(self.bundle.schedule, DiscreteSchedule):
+            raise ValueError("timesteps belong to the discrete schedule, the model's is the cosine")
+        if self.unet.channels not in (1, 3) or self.unet.out_dim != self.unet.channels:
+            raise ValueError(
+                f"the model takes {self.unet.channels} channels and gives {self.unet.out_dim}: a "
+                "video file has 3, or 1. fastvdm.bundle.Bundle and fastvdm.diffusion.sample draw "
+                "anything else"
+            )
+        sampler = options.sampler or ("langevin" if settings.langevin else "ancestral")
+        if sampler not in ("ancestral", "ddim", "langevin"):
+            raise ValueError(f"sampler must be ancestral, ddim or langevin, got {sampler!r}")
+        gamma = settings.gamma if options.gamma is None else options.gamma
+        steps = settings.num_steps if options.steps is None else options.steps
+        self.options: dict[str, Any] = {
+            "schedule": self.bundle.schedule,
+            "prediction": settings.prediction,
+            "sampler": DDIM(options.eta) if sampler == "ddim" else Ancestral(gamma),
+            "corrector": Langevin() if sampler == "langevin" else None,
+            "num_steps": steps,
+            "cond": self.bundle.cond(options.caption, len(outputs), vectors),
+            "guidance_scale": options.guidance_scale,
+            "progress": True,
+            "cuda_graph": options.cuda_graph,
+            "device": self.unet.stem.weight.device,
+        }
+
+    @property
+    def unet(self) -> Any:
+        return self.bundle.unet
+
+    @property
+    def side(self) -> tuple[int, int]:
+        size = self.given.size
+        return self.settings.image_size if size is None else (size, size)
+
+    def window(self, asked: int | None) -> int:
+        return self.settings.num_frames if asked is None else asked
+
+    def guidance(self, method: str, weight: float | None) -> dict[str, Any]:
+        usual = self.settings.guidance_weight
+        usual = 1.0 if usual is None else usual
+        return {"method": method, "guidance_weight": usual if weight is None else weight}
+
+    def read(
+        self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,
+        frameskip: int = 1,
+    ) -> torch.Tensor:  # fmt: skip
+        """(1, C, F, H, W) in [-1, 1]."""
+        clip = files.read_video(path, frames, frameskip, size)
+        return (clip.mean(0, keepdim=True) if self.unet.channels == 1 else clip)[None] * 2 - 1
+
+    def write(self, path: Path, video: torch.Tensor, fps: float) -> None:
+        """(C, F, H, W) in [-1, 1], at ``fps`` unless the command line says another rate."""
+        files.write_video(path, (video + 1) / 2, fps if self.given.fps is None else self.given.fps)
+        typer.echo(f"{path}: {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]}")
+
+
+def load_model(
+    model: str,
+    *,
+    weights: str,
+    prefix: str | None,
+    resnet_groups: int | None,
+    stem_skip: str | None,
+    device: str,
+    **settings: Any,
+) -> Bundle:
+    """The model of a command line on its device; ``settings`` are fields of ``Settings``."""
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, got {weights!r}")
+    check_positive(resnet_groups=resnet_groups, timesteps=settings.get("timesteps"))
+    place = _device(device)
+    network = {"resnet_groups": resnet_groups, "stem_skip": stem_skip}
+    bundle = Bundle.load(
+        model,
+        ema=weights == "ema",
+        prefix=prefix,
+        network={k: v for k, v in network.items() if v is not None},
+        **{k: v for k, v in settings.items() if v is not None},
+    )
+    return bundle.to(place)
+
+
+def _device(name: str) -> torch.device:
+    """Raises ValueError for a device that does not exist, or not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def read_cond(path: Path) -> torch.Tensor:
+    """The one tensor in a .npy, .pt or .safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it does not hold one tensor of numbers.
+    """
+    if path.suffix == ".npy" and path.is_file():
+        try:
+            value: Any = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (TypeError, ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is not a readable array of numbers: {error}") from error
+    else:
+        value = read_source(path)
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{path} must hold one tensor of numbers, got {type(value).__name__}")
+    return value.float()
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises ValueError for what was given and is not above 0; names as on the command line."""
+    for name, value in values.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def check_output(
+    path: Path, overwrite: bool, suffixes: tuple[str, ...] = (".mp4", ".webm", ".gif")
+) -> None:
+    """Before anything is computed: a name that can be written, and nothing in its place.
+
+    Raises:
+        ValueError: another suffix. OSError: something is there, or its folder cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the output must end in {', '.join(suffixes)}, got {path.name!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; --overwrite replaces it")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".writing-").close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {folder}: {error.strerror}") from None

@@ -1,0 +1,191 @@
+"""Folders that hold a model: what ``save_pretrained`` and training write, or a name on the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+
+from fastvdm.unet import checkpoint as files
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# What is read of a model, at most; in a training run two such folders for each checkpoint.
+_FILES = ("config.json", "settings.json", "model.safetensors", "text.safetensors")
+_PLACES = ("", "ema/", "model/", "checkpoints/step-*/ema/", "checkpoints/step-*/model/")
+
+
+def checkpoints(output: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints of a training run, oldest first."""
+    return sorted(p for p in Path(output).glob("checkpoints/step-*") if p.is_dir())
+
+
+def find_folder(source: str | os.PathLike[str], *, ema: bool, **download: Any) -> Path:
+    """The folder with config.json and model.safetensors of a model.
+
+    Args:
+        source: such a folder, the output of a training run (its latest checkpoint), one of its
+            checkpoints, or a name on the hub.
+        ema: the averaged weights, where there are two.
+        download: of ``huggingface_hub.snapshot_download``.
+    Raises:
+        FileNotFoundError: nothing is there, or no model in it.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: UNet3D.from_unet3d and Bundle.load read files")
+    if not path.is_dir():
+        path = _from_hub(str(source), download)
+    runs = checkpoints(path)
+    path = runs[-1] if runs else path
+    for inner in ("ema", "model") if ema else ("model", "ema"):
+        if (path / inner / "config.json").is_file():
+            return path / inner
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has neither a checkpoint nor a config.json")
+    return path
+
+
+def _from_hub(name: str, download: dict[str, Any]) -> Path:
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+        raise FileNotFoundError(f"no model at {name}")
+    from huggingface_hub import snapshot_download
+
+    patterns = [place + file for place in _PLACES for file in _FILES]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, **download))
+    except (OSError, ValueError) as error:  # a mistyped local path ends here too
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no model at {name}, and none on the hub: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not one JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The constructor arguments in config.json.
+
+    Raises:
+        ValueError: it is no JSON object, or another file of that name.
+    """
+    config = read_json(folder / "config.json")
+    if "save_every" in config:  # fields of TrainConfig
+        raise ValueError(f"{folder} is a training run that has no checkpoint yet")
+    if not _is_network(config):
+        raise ValueError(f"{folder / 'config.json'} does not hold the arguments of a UNet3D")
+    return config
+
+
+def _is_network(config: Mapping[str, Any]) -> bool:
+    return "dim" in config
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The fields of ``fastvdm.bundle.Settings`` in settings.json; none where there is no file."""
+    file = folder / "settings.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | None:
+    """The constructor arguments of a UNet3D in the config.json beside the file of its weights.
+    None where there are none."""
+    if not network.is_own or isinstance(source, Mapping):
+        return None
+    file = Path(source).parent / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return config if _is_network(config) else None
+
+
+def check_assumed(
+    network: files.Network, arguments: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """What the weights of a UNet3D do not tell and nobody said: an error where there is no usual
+    value, a warning where there is one.
+
+    Raises:
+        ValueError: the time that it takes.
+    """
+    if "time_input" not in given and network.beside("betas") is None:
+        raise ValueError(
+            "weights of a UNet3D do not say whether it takes the step index or the log-SNR, and "
+            "there is no config.json of it beside them: pass time_input, or build the network and "
+            "use load_state_dict"
+        )
+    if arguments["norm"] == "group" and not {"resnet_groups", "stem_skip"} <= given.keys():
+        warnings.warn(
+            "GroupNorm with 8 groups is assumed, and stem_skip='after': weights do not tell; pass "
+            "resnet_groups and stem_skip to choose",
+            stacklevel=3,
+        )
+
+
+class Pretrained(PyTorchModelHubMixin):
+    """``save_pretrained``, ``push_to_hub``, and a ``from_pretrained`` that reads training runs too.
+    Unlike the mixin's own it refuses a config.json with unknown fields and weights that do not fit.
+    """
+
+    # Fields of fastvdm.bundle.Settings that came with the weights: how they have to be sampled.
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        ema: bool = True,
+        strict: bool = True,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """A network that ``save_pretrained`` or a training run wrote, in evaluation mode.
+
+        How it has to be sampled, where the folder says so (settings.json), is in ``settings``, and
+        ``fastvdm.diffusion.sample`` takes the prediction from there; ``fastvdm.bundle.Bundle.load``
+        gives the schedule and the text conditioning too.
+
+        Args:
+            source: a folder with config.json and model.safetensors, the output of a training run
+                (its latest checkpoint), one of its checkpoints, or a name on the hub.
+            ema: the averaged weights, where a checkpoint has both.
+            overrides: constructor arguments.
+
+        Raises:
+            FileNotFoundError: nothing is there. ValueError: the weights or config.json do not fit.
+        """
+        folder = find_folder(
+            source, ema=ema, revision=revision, token=token, cache_dir=cache_dir,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+        try:
+            model: Any = cls(**(read_config(folder) | overrides))
+        except TypeError as error:  # a field that this version does not have
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        model.load_state_dict(files.read_source(folder / "model.safetensors"), strict=strict)
+        model.settings = read_settings(folder)
+        return model.to(map_location).eval()
+
+    def _save_pretrained(self: Any, save_directory: Path) -> None:
+        files.save_weights(self, save_directory)
+        if self.settings:
+            (save_directory / "settings.json").write_text(json.dumps(dict(self.settings), indent=2))

@@ -1,0 +1,208 @@
+"""Finds networks inside modules and reads what their weights do not tell."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvdm.unet import peer
+from fastvdm.unet.compare import choose_stem_skip
+
+if TYPE_CHECKING:
+    from fastvdm.unet.unet import UNet3D
+
+_AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    """``get_submodule`` without ``__getattr__``, through which a compiled module shows the children
+    of the one inside it."""
+    for name in path.split("."):
+        children = module._modules  # TorchScript's has no get
+        child = children[name] if name in children else None  # noqa: SIM401
+        if child is None:
+            return False
+        module = child
+    return True
+
+
+def is_peer_network(module: nn.Module) -> bool:
+    """A peer ``Unet3D``, or something made from one. An attention layer that has the peer's
+    relative bias for itself is not."""
+    return all(_has(module, p) for p in ("time_rel_pos_bias.relative_attention_bias", "init_conv"))
+
+
+def is_own_network(module: nn.Module) -> bool:
+    return all(_has(module, p) for p in ("stem", "time_embedding", "downs", "head"))
+
+
+def peer_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, network) of every peer ``Unet3D`` in ``module``, under each of its names."""
+    for path, m in module.named_modules(remove_duplicate=False):
+        if is_peer_network(m):
+            yield path, m
+
+
+def chain(module: nn.Module, path: str) -> list[nn.Module]:
+    """The modules from ``module`` down to the one at ``path``, both included."""
+    modules = [module]
+    for name in path.split(".") if path else ():
+        modules.append(modules[-1]._modules[name])  # type: ignore[arg-type]
+    return modules
+
+
+def is_a(module: nn.Module, names: set[str]) -> bool:
+    return any(c.__name__ in names for c in type(module).__mro__)
+
+
+def _require_whole(modules: list[nn.Module]) -> None:
+    """
+    Raises:
+        ValueError: a TorchScript module, or one whose parameters are spread over processes.
+    """
+    for m in modules:
+        if isinstance(m, torch.jit.ScriptModule):
+            raise ValueError(
+                "a TorchScript module does not show what it computes; give the nn.Module that it "
+                "was made from"
+            )
+        if is_a(m, _SHARDED):
+            raise ValueError(
+                f"the network's parameters are sharded ({type(m).__name__}): convert it before "
+                "sharding, or gather its whole state_dict and give that"
+            )
+
+
+def require_convertible(module: nn.Module, path: str) -> None:
+    """
+    Raises:
+        ValueError: the network at ``path`` cannot be read: TorchScript, sharded, or on more than
+            one device.
+    """
+    above = chain(module, path)
+    _require_whole([*above[:-1], *above[-1].modules()])
+    devices = {str(p.device) for p in above[-1].parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"the network lies on several devices: {', '.join(sorted(devices))}")
+
+
+def _is_averaged(path: str) -> bool:
+    """By the innermost word that says so (ema_pytorch has ema.online_model and ema.ema_model)."""
+    words = [w for w in re.findall(r"[a-z]+", path.lower()) if w in {*_AVERAGED, "online"}]
+    return bool(words) and words[-1] != "online"
+
+
+def find_network(
+    module: nn.Module, *, prefix: str | None = None, ema: bool | None = False
+) -> tuple[str, nn.Module]:
+    """(path, network) of the one peer ``Unet3D`` or ``UNet3D`` in ``module``.
+
+    Args:
+        prefix: where to look, if there are several: the dotted path, or a part of it.
+        ema: the averaged weights (their path says "ema", "averaged" or "swa"), or the others where
+            there are both; None: the averaged ones if there are any.
+
+    Raises:
+        ValueError: none, or several, with their paths.
+    """
+    found = [
+        (path, m)
+        for path, m in module.named_modules(remove_duplicate=False)
+        if is_peer_network(m) or is_own_network(m)
+    ]
+    kind = type(module).__name__
+    if not found:
+        raise ValueError(f"no peer Unet3D found inside {kind}")
+    if prefix is not None:
+        asked = prefix.rstrip(".")
+        exact = [(path, m) for path, m in found if path == asked]
+        kept = exact or [(path, m) for path, m in found if asked and f".{asked}." in f".{path}."]
+        if not kept:
+            raise ValueError(f"no network under {prefix!r}; there is one under {_listed(found)}")
+        found = kept
+    averaged = [(path, m) for path, m in found if _is_averaged(path)]
+    if ema and not averaged:
+        raise ValueError(f"no averaged weights found; there is a network under {_listed(found)}")
+    if averaged and ema is not False:
+        found = averaged
+    elif len(averaged) < len(found):
+        found = [n for n in found if n not in averaged]
+    if len({id(m) for _, m in found}) > 1:
+        raise ValueError(f"several networks in {kind}, under {_listed(found)}: choose with prefix")
+    return found[0]
+
+
+def _listed(networks: list[tuple[str, nn.Module]]) -> str:
+    return ", ".join(repr(path) for path, _ in networks)
+
+
+def norm_arguments(network: nn.Module) -> dict[str, Any]:
+    """GroupNorm's groups and epsilon, which no state_dict has.
+
+    Raises:
+        ValueError: they differ inside the network.
+    """
+    read = {(m.num_groups, m.eps) for m in network.modules() if isinstance(m, nn.GroupNorm)}
+    if not read:
+        return {}
+    if len(read) > 1:
+        listed = ", ".join(f"{groups} (eps {eps})" for groups, eps in sorted(read))
+        raise ValueError(
+            f"the GroupNorms of this network differ, in groups or eps: {listed}; UNet3D has one "
+            "kind for all"
+        )
+    ((groups, eps),) = read
+    return {"resnet_groups": groups} | ({} if eps == 1e-5 else {"norm_eps": eps})
+
+
+def load(
+    cls: type[UNet3D],
+    arguments: dict[str, Any],
+    state: Mapping[str, Tensor],
+    network: nn.Module | None = None,
+) -> UNet3D:
+    """A network of these arguments and weights, in their dtypes and on their device. Where
+    ``network`` is given they are compared, and ``stem_skip`` is found (``choose_stem_skip``).
+
+    Raises:
+        ValueError: other keys or shapes than the arguments have, or another function.
+    """
+    chosen = arguments.get("stem_skip")
+    if network is not None and chosen is None:  # so that loading does not warn of what is measured
+        arguments = arguments | {"stem_skip": "after"}
+    with torch.random.fork_rng([]):  # its initial values are not kept
+        model = cls(**arguments)
+    peer.require_same_keys(model, state)
+    dtypes = peer.dtypes(model, state)
+    # Nothing is rounded before it is compared.
+    wide = functools.reduce(torch.promote_types, dtypes.values(), torch.float32)
+    stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
+    model.to(device=stem.device, dtype=wide).load_state_dict(state)
+    if network is not None:
+        config: Any = model._hub_mixin_config
+        config["stem_skip"] = choose_stem_skip(network, model, chosen)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dtypes.get(name, p.dtype))
+    return model
+
+
+def read_module(
+    source: nn.Module, *, prefix: str | None, ema: bool | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The one network in a module and its constructor arguments, but for ``stem_skip`` of a peer's.
+
+    Raises:
+        ValueError: there is none, or several, or it cannot be read.
+    """
+    path, network = find_network(source, prefix=prefix, ema=ema)
+    require_convertible(source, path)
+    config = getattr(network, "_hub_mixin_config", None)
+    if is_own_network(network) and isinstance(config, dict):
+        return network, dict(config)
+    return network, peer.infer_arguments(network.state_dict()) | norm_arguments(network)
