@@ -23,7 +23,6 @@ from fastvdm.config import get_config
 from fastvdm.ops import conv_group_norm_library as library
 from fastvdm.ops.conv_group_norm_conv import choose_conv
 from fastvdm.ops.conv_group_norm_prologue import takes_prologue
-from fastvdm.ops.linear import emulated
 from fastvdm.ops.norm_linear import on_triton
 
 _EXTRAS = {
@@ -128,7 +127,12 @@ def _runs(op: str, device: torch.device) -> str:
     if op in ("space_conv", "space_conv_transpose"):
         return _convolution(op, device)
     if op == "linear":
-        types = [name for name, dtype in _TYPES.items() if emulated(device, dtype)]
+        types = [
+            name
+            for name, dtype in _TYPES.items()
+            if dispatch.wanted(device) == "cpu"
+            and dispatch.explain(op, torch.empty(1, dtype=dtype))["cpu"] is None
+        ]
         return f"C++ for {', '.join(types)}, torch for the rest" if types else "torch"
     if op in ("norm_linear", "linear_residual") and not on_triton():
         return _PARTS
