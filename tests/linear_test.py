@@ -271,3 +271,13 @@ def test_narrow_input_of_a_wide_network(low):
 
 def test_cost():
     assert linear_cost(10, 64, 192, 2) == (2 * 10 * 64 * 192, 2 * (10 * 256 + 64 * 192))
+
+
+def test_a_weight_of_another_kind_goes_to_torch():
+    """As quantisation and sharding make them: a tensor that is no plain one."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x, w = torch.randn(5, 7), torch.randn(3, 7)
+    with use_backend("cpu"):
+        y = linear(TwoTensor(x, x), TwoTensor(w, 2 * w))
+    assert isinstance(y, TwoTensor) and torch.equal(y.b, F.linear(x, 2 * w))

@@ -13,6 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastvdm import _ext
 from fastvdm.config import get_config
@@ -152,6 +153,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape or a device does not fit.
         TypeError: not floating point or, outside autocast, not all of one dtype.
     """
+    if is_traceable_wrapper_subclass(weight):  # quantised or distributed: it knows torch's own ops
+        return F.linear(x, weight, bias)
     _validate(x, weight, bias)
     dtype = autocast_dtype(x)
     if x.device.type != "cpu" or backend_in_force() not in ("auto", "cpu"):
