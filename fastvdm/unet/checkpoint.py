@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvdm.unet.choose import choose, listed, says_averaged
 from fastvdm.unet.peer import is_peer_state
 
 OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # in every state_dict of a UNet3D
-_AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
 
 
 class Network(NamedTuple):
@@ -40,13 +40,10 @@ class Network(NamedTuple):
 
     @property
     def is_averaged(self) -> bool:
-        """By the innermost word of the path that says so."""
+        """By its path, or as torch.optim.swa_utils.AveragedModel."""
         if self.prefix.endswith("module.") and f"{self.prefix[:-7]}n_averaged" in self.around:
-            return True  # torch.optim.swa_utils.AveragedModel
-        for word in reversed(re.findall(r"[a-z]+", self.path.lower())):
-            if word in _AVERAGED or word == "online":
-                return word != "online"  # ema_pytorch: ema.online_model, ema.ema_model
-        return False
+            return True
+        return says_averaged(self.path)
 
 
 def read_source(
@@ -190,20 +187,7 @@ def find_network(
         if names and prefix is None and not ema:
             return Network("", dict(state), state, "")
         raise ValueError(f"no peer Unet3D and no UNet3D found: {_beginnings(state)}")
-    kept = found
-    if prefix is not None:
-        asked = prefix.rstrip(".")
-        exact = [n for n in found if n.path == asked]
-        kept = exact or [n for n in found if asked and f".{asked}." in f".{n.path}."]
-        if not kept:
-            raise ValueError(f"no network under {prefix!r}; there is one under {_paths(found)}")
-    averaged = [n for n in kept if n.is_averaged]
-    if ema and not averaged:
-        raise ValueError(f"no averaged weights found; there is a network under {_paths(kept)}")
-    if averaged and ema is not False:
-        kept = averaged
-    elif len(averaged) < len(kept):
-        kept = [n for n in kept if not n.is_averaged]
+    kept = choose(found, prefix=prefix, ema=ema)
     # A network inside another is a part of it, and one under two names is one.
     distinct: list[Network] = []
     for n in kept:
@@ -213,14 +197,10 @@ def find_network(
             distinct.append(n)
     if len(distinct) > 1:
         raise ValueError(
-            f"{len(distinct)} different networks found, under {_paths(distinct)}: choose one with "
+            f"{len(distinct)} different networks found, under {listed(distinct)}: choose one with "
             "prefix"
         )
     return distinct[0]
-
-
-def _paths(networks: list[Network]) -> str:
-    return ", ".join(repr(n.path) for n in networks)
 
 
 def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

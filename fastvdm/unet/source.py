@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastvdm.unet import peer
+from fastvdm.unet.choose import choose, listed, says_averaged
 from fastvdm.unet.compare import choose_stem_skip
 
 if TYPE_CHECKING:
     from fastvdm.unet.unet import UNet3D
 
-_AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
 
@@ -92,54 +91,37 @@ def require_convertible(module: nn.Module, path: str) -> None:
         raise ValueError(f"the network lies on several devices: {', '.join(sorted(devices))}")
 
 
-def _is_averaged(path: str) -> bool:
-    """By the innermost word that says so (ema_pytorch has ema.online_model and ema.ema_model)."""
-    words = [w for w in re.findall(r"[a-z]+", path.lower()) if w in {*_AVERAGED, "online"}]
-    return bool(words) and words[-1] != "online"
+class _Place(NamedTuple):
+    path: str
+    module: nn.Module
+    parent: nn.Module | None
+
+    @property
+    def is_averaged(self) -> bool:
+        averaged = self.parent is not None and is_a(self.parent, {"AveragedModel"})
+        return averaged or says_averaged(self.path)
 
 
 def find_network(
     module: nn.Module, *, prefix: str | None = None, ema: bool | None = False
 ) -> tuple[str, nn.Module]:
-    """(path, network) of the one peer ``Unet3D`` or ``UNet3D`` in ``module``.
-
-    Args:
-        prefix: where to look, if there are several: the dotted path, or a part of it.
-        ema: the averaged weights (their path says "ema", "averaged" or "swa"), or the others where
-            there are both; None: the averaged ones if there are any.
+    """(path, network) of the one peer ``Unet3D`` or ``UNet3D`` in ``module``; prefix and ema as in
+    ``choose``.
 
     Raises:
         ValueError: none, or several, with their paths.
     """
-    found = [
-        (path, m)
-        for path, m in module.named_modules(remove_duplicate=False)
-        if is_peer_network(m) or is_own_network(m)
-    ]
+    found = []
+    for path, m in module.named_modules(remove_duplicate=False):
+        if is_peer_network(m) or is_own_network(m):
+            found.append(_Place(path, m, chain(module, path)[-2] if path else None))
     kind = type(module).__name__
     if not found:
         raise ValueError(f"no peer Unet3D found inside {kind}")
-    if prefix is not None:
-        asked = prefix.rstrip(".")
-        exact = [(path, m) for path, m in found if path == asked]
-        kept = exact or [(path, m) for path, m in found if asked and f".{asked}." in f".{path}."]
-        if not kept:
-            raise ValueError(f"no network under {prefix!r}; there is one under {_listed(found)}")
-        found = kept
-    averaged = [(path, m) for path, m in found if _is_averaged(path)]
-    if ema and not averaged:
-        raise ValueError(f"no averaged weights found; there is a network under {_listed(found)}")
-    if averaged and ema is not False:
-        found = averaged
-    elif len(averaged) < len(found):
-        found = [n for n in found if n not in averaged]
-    if len({id(m) for _, m in found}) > 1:
-        raise ValueError(f"several networks in {kind}, under {_listed(found)}: choose with prefix")
-    return found[0]
-
-
-def _listed(networks: list[tuple[str, nn.Module]]) -> str:
-    return ", ".join(repr(path) for path, _ in networks)
+    found = choose(found, prefix=prefix, ema=ema)
+    if len({id(place.module) for place in found}) > 1:
+        raise ValueError(f"several networks in {kind}, under {listed(found)}: choose with prefix")
+    return found[0].path, found[0].module
 
 
 def norm_arguments(network: nn.Module) -> dict[str, Any]:
