@@ -18,7 +18,14 @@ from fastvdm.dispatch import FallbackError, registered_ops
 from fastvdm.ops import conv_group_norm_norm as ops
 from fastvdm.ops.conv_group_norm import norm_act
 from fastvdm.reference.conv_group_norm_norm import norm_act_ref
-from fastvdm.testing import assert_close3, assert_parity, grads, make_exact_operand, opcheck_op
+from fastvdm.testing import (
+    assert_close3,
+    assert_parity,
+    cpu_isas,
+    grads,
+    make_exact_operand,
+    opcheck_op,
+)
 
 GPU = torch.cuda.is_available()
 FRAME = {"kind": "group", "per_frame": True}
@@ -426,6 +433,9 @@ def test_saved_for_backward(device):
 
 
 @pytest.mark.parametrize("case", ["group_pair", "rms_bare", "layer_pair"])
+@pytest.mark.parametrize(
+    "lane", ["triton", *(f"cpu-{isa}" for isa in cpu_isas()[:1])], indirect=True
+)
 def test_opcheck(case, lane):
     tensors, options = make_inputs(CASES[case], torch.float32, lane[1])
     tensors = [None if t is None else t.requires_grad_() for t in tensors]

@@ -187,6 +187,9 @@ def test_exact_low_resolution(lane):
     assert torch.equal(seed[:, :, [0, 2]], spread)
 
 
+@pytest.mark.parametrize(
+    "lane", ["triton", *(f"cpu-{isa}" for isa in cpu_isas()[:1])], indirect=True
+)
 def test_opcheck(lane):
     backend, device = lane
     o = operands((2, 3, 7, 12, 8), device=device)
