@@ -472,4 +472,4 @@ def test_missing_extra_is_named():
         text=True,
     )
     assert done.returncode == 1
-    assert "pip install fastvdm[cli]" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install 'fastvdm[cli]'" in done.stderr and "Traceback" not in done.stderr

@@ -270,7 +270,7 @@ def _progress(count: int, on: bool) -> Iterator[int]:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True needs tqdm (pip install fastvdm[cli])") from error
+        raise ImportError("progress=True needs tqdm (pip install 'fastvdm[cli]')") from error
     return iter(tqdm(range(count), desc="sampling"))
 
 
