@@ -299,10 +299,16 @@ def test_settings_stay_with_the_network(tmp_path):
     UNet3D.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     for folder in ("a", "b"):
         loaded = UNet3D.from_pretrained(tmp_path / folder)
-        assert torch.equal(sample(loaded, X.shape, **options), want)
+        for net in (
+            loaded,
+            UNet3D.from_unet3d(nn.ModuleDict({"net": loaded})),
+            UNet3D.from_unet3d(tmp_path / folder / "model.safetensors"),
+        ):
+            assert torch.equal(sample(net, X.shape, **options), want)
         assert not torch.equal(sample(loaded, X.shape, prediction="eps", **options), want)
         assert Bundle.load(tmp_path / folder).settings.image_size == (4, 6)
-    assert UNet3D(**TINY).settings == {}
+    UNet3D(**TINY).save_pretrained(tmp_path / "a")
+    assert UNet3D.from_pretrained(tmp_path / "a").settings == UNet3D(**TINY).settings == {}
 
 
 def test_a_folder_that_says_too_much_or_too_little(tmp_path):
@@ -317,6 +323,8 @@ def test_a_folder_that_says_too_much_or_too_little(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*model.safetensors"):
         UNet3D.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with depth of the caller.*'depth'"):
+        UNet3D.from_pretrained(pretrained_model_name_or_path=tmp_path, depth=3)
     UNet3D(**TINY | {"dim": 16}).save_pretrained(tmp_path / "other")
     os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit"):

@@ -144,9 +144,9 @@ class Pretrained(PyTorchModelHubMixin):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
-        source: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         ema: bool = True,
         strict: bool = True,
@@ -165,8 +165,9 @@ class Pretrained(PyTorchModelHubMixin):
         gives the schedule and the text conditioning too.
 
         Args:
-            source: a folder with config.json and model.safetensors, the output of a training run
-                (its latest checkpoint), one of its checkpoints, or a name on the hub.
+            pretrained_model_name_or_path: a folder with config.json and model.safetensors, the
+                output of a training run (its latest checkpoint), one of its checkpoints, or a name
+                on the hub.
             ema: the averaged weights, where a checkpoint has both.
             overrides: constructor arguments.
 
@@ -174,18 +175,21 @@ class Pretrained(PyTorchModelHubMixin):
             FileNotFoundError: nothing is there. ValueError: the weights or config.json do not fit.
         """
         folder = find_folder(
-            source, ema=ema, revision=revision, token=token, cache_dir=cache_dir,
-            force_download=force_download, local_files_only=local_files_only,
+            pretrained_model_name_or_path, ema=ema, revision=revision, token=token,
+            cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only,
         )  # fmt: skip
         try:
             model: Any = cls(**(read_config(folder) | overrides))
         except TypeError as error:  # a field that this version does not have
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+            given = f" with {', '.join(overrides)} of the caller" if overrides else ""
+            raise ValueError(f"{folder / 'config.json'}{given}: {error}") from error
         model.load_state_dict(files.read_source(folder / "model.safetensors"), strict=strict)
         model.settings = read_settings(folder)
         return model.to(map_location).eval()
 
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
+        file = save_directory / "settings.json"
+        file.unlink(missing_ok=True)  # of a network that was saved here before
         if self.settings:
-            (save_directory / "settings.json").write_text(json.dumps(dict(self.settings), indent=2))
+            file.write_text(json.dumps(dict(self.settings), indent=2))
