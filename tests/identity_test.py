@@ -245,6 +245,22 @@ def test_an_attention_with_a_bias_of_its_own_is_no_network():
     assert isinstance(model[0], Attention) and isinstance(model[1], UNet3D)
 
 
+@pytest.mark.parametrize("layout", [{}, {"layout": "paper", "image_size": 8, "attn_dim_head": 8}])
+def test_a_subclass_of_ours_tells_its_arguments(layout):
+    class Own(UNet3D):
+        pass
+
+    class Doubled(UNet3D):
+        def forward(self, *args, **kw):
+            return 2 * super().forward(*args, **kw)
+
+    arguments = SMALL | layout | {"resnet_groups": 4, "zero_init": False}
+    network = Own(**arguments).eval()
+    assert torch.equal(UNet3D.from_unet3d(network).eval()(X, TIME), network(X, TIME))
+    with pytest.raises(ValueError, match="computes something else"):
+        UNet3D.from_unet3d(Doubled(**arguments))
+
+
 def test_keys_of_a_changed_network_do_not_fit():
     state = edited(lambda n: setattr(n, "second", copy.deepcopy(n.mid_block1))).state_dict()
     with pytest.raises(ValueError, match="unexpected keys: second.block1.norm.bias"):

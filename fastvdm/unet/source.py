@@ -156,6 +156,8 @@ def load(
         ValueError: other keys or shapes than the arguments have, or another function.
     """
     chosen = arguments.get("stem_skip")
+    if network is not None and is_own_network(network):  # a subclass: it is no question there
+        chosen = chosen or "after"
     if network is not None and chosen is None:  # so that loading does not warn of what is measured
         arguments = arguments | {"stem_skip": "after"}
     with torch.random.fork_rng([]):  # its initial values are not kept
