@@ -120,6 +120,14 @@ def test_skip_is_kept(tmp_path):
         assert torch.equal(out, want) and out.requires_grad
 
 
+def test_what_was_set_afterwards_is_kept(tmp_path):
+    model = UNet3D(**SMALL).eval()
+    model.stem_skip, model.cond_drop_prob = "before", 0.3
+    model.save_pretrained(tmp_path)
+    for again in (UNet3D.from_pretrained(tmp_path), UNet3D.from_unet3d(model).eval()):
+        assert torch.equal(again(X, TIME), model(X, TIME)) and again.cond_drop_prob == 0.3
+
+
 # -- networks with the peer's keys that are not the peer's ----------------------------------------
 
 

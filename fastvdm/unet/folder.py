@@ -102,6 +102,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def arguments_of(network: Any) -> dict[str, Any]:
+    """The constructor arguments of a UNet3D, as they are now: these may be set on it, too."""
+    settable = ("stem_skip", "mask_stem_attention", "cond_drop_prob")
+    return network._hub_mixin_config | {name: getattr(network, name) for name in settable}
+
+
 def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | None:
     """The constructor arguments of a UNet3D in the config.json beside the file of its weights.
     None where there are none."""
@@ -189,6 +195,7 @@ class Pretrained(PyTorchModelHubMixin):
 
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
+        self._hub_mixin_config = arguments_of(self)  # what the mixin writes next
         file = save_directory / "settings.json"
         file.unlink(missing_ok=True)  # of a network that was saved here before
         if self.settings:
