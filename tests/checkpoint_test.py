@@ -190,13 +190,16 @@ def test_the_time_of_bare_weights_is_not_guessed(tmp_path):
         UNet3D.from_unet3d(tmp_path / "model" / "model.safetensors")
 
 
-def test_assumed_groups_are_a_warning():
+def test_assumed_groups_are_a_warning(tmp_path):
     state = UNet3D(**TINY | {"norm": "group", "resnet_groups": 4}).to_peer_state_dict()
     with pytest.warns(UserWarning, match="with 8 groups .*resnet_groups=8"):
         UNet3D.from_unet3d(state)
     own = Diffusion(UNet3D(**TINY | {"norm": "group"})).state_dict()
-    with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed"):
-        UNet3D.from_unet3d(own)
+    torch.save(own, tmp_path / "own.pt")
+    for read in (lambda: UNet3D.from_unet3d(own), lambda: Bundle.load(tmp_path / "own.pt")):
+        with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed") as caught:
+            read()
+        assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for given in (state, own):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +13,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet.peer import warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -134,10 +134,9 @@ def check_assumed(
             "use load_state_dict"
         )
     if arguments["norm"] == "group" and not {"resnet_groups", "stem_skip"} <= given.keys():
-        warnings.warn(
+        warn_caller(
             "GroupNorm with 8 groups is assumed, and stem_skip='after': weights do not tell; pass "
-            "resnet_groups and stem_skip to choose",
-            stacklevel=3,
+            "resnet_groups and stem_skip to choose"
         )
 
 
