@@ -114,7 +114,12 @@ def _torches() -> Iterator[Path]:
     ask = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
     on_path = (shutil.which("python3", path=folder) for folder in os.get_exec_path())
     for python in dict.fromkeys(filter(None, (sys.executable, *on_path))):
-        done = subprocess.run([python, "-E", "-c", ask], capture_output=True, text=True, cwd="/")
+        try:
+            done = subprocess.run(
+                [python, "-E", "-c", ask], capture_output=True, text=True, cwd="/"
+            )
+        except OSError:  # on PATH, but no program of this machine
+            continue
         if origin := done.stdout.strip():
             yield Path(origin).parent
 

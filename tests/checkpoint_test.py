@@ -190,13 +190,16 @@ def test_the_time_of_bare_weights_is_not_guessed(tmp_path):
         UNet3D.from_unet3d(tmp_path / "model" / "model.safetensors")
 
 
-def test_assumed_groups_are_a_warning():
+def test_assumed_groups_are_a_warning(tmp_path):
     state = UNet3D(**TINY | {"norm": "group", "resnet_groups": 4}).to_peer_state_dict()
     with pytest.warns(UserWarning, match="with 8 groups .*resnet_groups=8"):
         UNet3D.from_unet3d(state)
     own = Diffusion(UNet3D(**TINY | {"norm": "group"})).state_dict()
-    with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed"):
-        UNet3D.from_unet3d(own)
+    torch.save(own, tmp_path / "own.pt")
+    for read in (lambda: UNet3D.from_unet3d(own), lambda: Bundle.load(tmp_path / "own.pt")):
+        with pytest.warns(UserWarning, match="GroupNorm with 8 groups is assumed") as caught:
+            read()
+        assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for given in (state, own):
@@ -299,10 +302,16 @@ def test_settings_stay_with_the_network(tmp_path):
     UNet3D.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     for folder in ("a", "b"):
         loaded = UNet3D.from_pretrained(tmp_path / folder)
-        assert torch.equal(sample(loaded, X.shape, **options), want)
+        for net in (
+            loaded,
+            UNet3D.from_unet3d(nn.ModuleDict({"net": loaded})),
+            UNet3D.from_unet3d(tmp_path / folder / "model.safetensors"),
+        ):
+            assert torch.equal(sample(net, X.shape, **options), want)
         assert not torch.equal(sample(loaded, X.shape, prediction="eps", **options), want)
         assert Bundle.load(tmp_path / folder).settings.image_size == (4, 6)
-    assert UNet3D(**TINY).settings == {}
+    UNet3D(**TINY).save_pretrained(tmp_path / "a")
+    assert UNet3D.from_pretrained(tmp_path / "a").settings == UNet3D(**TINY).settings == {}
 
 
 def test_a_folder_that_says_too_much_or_too_little(tmp_path):
@@ -317,6 +326,8 @@ def test_a_folder_that_says_too_much_or_too_little(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*model.safetensors"):
         UNet3D.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with depth of the caller.*'depth'"):
+        UNet3D.from_pretrained(pretrained_model_name_or_path=tmp_path, depth=3)
     UNet3D(**TINY | {"dim": 16}).save_pretrained(tmp_path / "other")
     os.replace(tmp_path / "other" / "model.safetensors", tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit"):

@@ -120,6 +120,14 @@ def test_skip_is_kept(tmp_path):
         assert torch.equal(out, want) and out.requires_grad
 
 
+def test_what_was_set_afterwards_is_kept(tmp_path):
+    model = UNet3D(**SMALL).eval()
+    model.stem_skip, model.cond_drop_prob = "before", 0.3
+    model.save_pretrained(tmp_path)
+    for again in (UNet3D.from_pretrained(tmp_path), UNet3D.from_unet3d(model).eval()):
+        assert torch.equal(again(X, TIME), model(X, TIME)) and again.cond_drop_prob == 0.3
+
+
 # -- networks with the peer's keys that are not the peer's ----------------------------------------
 
 
@@ -186,7 +194,7 @@ CHANGED = {
     ),
     "guidance": (guided, "computes something else"),
     "table": (lambda: edited(wider_table), "computes something else"),
-    "nan": (lambda: edited(not_finite), "differ by nan"),
+    "nan": (lambda: edited(not_finite), "has NaN or infinite values.*check=False"),
     "groups": (lambda: edited(other_norm), r"differ, in groups or eps: 4 \(eps 1e-05\), 8"),
     "zero": (lambda: edited(zero_head), "constant .*check=False"),
     "no_stem": (lambda: edited(no_stem_attention), "pass stem_skip='after' .* or 'before'"),
@@ -243,6 +251,22 @@ def test_an_attention_with_a_bias_of_its_own_is_no_network():
     model = nn.ModuleList([Attention(), peer_or_skip().Unet3D(**SMALL)])
     accelerate(model)
     assert isinstance(model[0], Attention) and isinstance(model[1], UNet3D)
+
+
+@pytest.mark.parametrize("layout", [{}, {"layout": "paper", "image_size": 8, "attn_dim_head": 8}])
+def test_a_subclass_of_ours_tells_its_arguments(layout):
+    class Own(UNet3D):
+        pass
+
+    class Doubled(UNet3D):
+        def forward(self, *args, **kw):
+            return 2 * super().forward(*args, **kw)
+
+    arguments = SMALL | layout | {"resnet_groups": 4, "zero_init": False}
+    network = Own(**arguments).eval()
+    assert torch.equal(UNet3D.from_unet3d(network).eval()(X, TIME), network(X, TIME))
+    with pytest.raises(ValueError, match="computes something else"):
+        UNet3D.from_unet3d(Doubled(**arguments))
 
 
 def test_keys_of_a_changed_network_do_not_fit():
@@ -308,6 +332,12 @@ def test_dtype_is_kept_bit_for_bit(dtype):
     for key, value in want.items():
         if not key.endswith("freqs"):
             assert got[key].dtype == value.dtype and torch.equal(got[key], value), key
+
+
+def test_made_in_inference_mode():
+    with torch.inference_mode():
+        network = edited(lambda n: n.bfloat16())
+    assert accelerate(network).stem.weight.dtype == torch.bfloat16
 
 
 def test_meta():

@@ -295,11 +295,23 @@ def test_kernels_that_do_not_compile_are_an_error(wanted, compiler, source, buil
     assert _ext.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
 
 
-def test_what_all_say_to_type_works(source, tmp_path):
-    """The build's error, the run-time warning and ``fastvdm info``: one command, typed here."""
+def build_module():
     spec = importlib.util.spec_from_file_location("build_of_fastvdm", ROOT / "csrc" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
+    return build
+
+
+def test_a_python_that_does_not_start_is_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "python3").write_text("no program")
+    (tmp_path / "python3").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert set(build_module()._torches()) == {Path(torch.__file__).parent}
+
+
+def test_what_all_say_to_type_works(source, tmp_path):
+    """The build's error, the run-time warning and ``fastvdm info``: one command, typed here."""
+    build = build_module()
     assert build.WITH_KERNELS == _ext.WITH_KERNELS and build.WITH_KERNELS in build.REMEDY
     assert _ext.WITH_KERNELS in (ROOT / "README.md").read_text()
     first, second = (shlex.split(part) for part in _ext.WITH_KERNELS.split(" && "))

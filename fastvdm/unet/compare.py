@@ -45,7 +45,10 @@ def choose_stem_skip(network: nn.Module, model: UNet3D, stem_skip: str | None) -
             "without the comparison"
         )
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        # Tensors made in inference mode can be widened only there.
+        tensors = [*network.parameters(), *network.buffers()]
+        inference = any(t.is_inference() for t in tensors)
+        stack.enter_context(torch.inference_mode() if inference else torch.no_grad())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_full_precision())
@@ -60,6 +63,11 @@ def choose_stem_skip(network: nn.Module, model: UNet3D, stem_skip: str | None) -
                 f"{type(network).__name__} cannot be run to compare its UNet3D with it "
                 f"({type(error).__name__}: {error}); check=False takes it without the comparison"
             ) from error
+        if not all(out.isfinite().all() for out in want):
+            raise ValueError(
+                f"the output of {type(network).__name__} has NaN or infinite values (its weights, "
+                "too?), so nothing can be compared; check=False takes it without the comparison"
+            )
         pixels = want[0].flatten(2)
         if torch.equal(pixels.amax(-1), pixels.amin(-1)):
             raise ValueError(

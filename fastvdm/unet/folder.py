@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +13,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet.peer import warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,6 +102,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def arguments_of(network: Any) -> dict[str, Any]:
+    """The constructor arguments of a UNet3D, as they are now: these may be set on it, too."""
+    settable = ("stem_skip", "mask_stem_attention", "cond_drop_prob")
+    return network._hub_mixin_config | {name: getattr(network, name) for name in settable}
+
+
 def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | None:
     """The constructor arguments of a UNet3D in the config.json beside the file of its weights.
     None where there are none."""
@@ -128,10 +134,9 @@ def check_assumed(
             "use load_state_dict"
         )
     if arguments["norm"] == "group" and not {"resnet_groups", "stem_skip"} <= given.keys():
-        warnings.warn(
+        warn_caller(
             "GroupNorm with 8 groups is assumed, and stem_skip='after': weights do not tell; pass "
-            "resnet_groups and stem_skip to choose",
-            stacklevel=3,
+            "resnet_groups and stem_skip to choose"
         )
 
 
@@ -144,9 +149,9 @@ class Pretrained(PyTorchModelHubMixin):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
-        source: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         ema: bool = True,
         strict: bool = True,
@@ -165,8 +170,9 @@ class Pretrained(PyTorchModelHubMixin):
         gives the schedule and the text conditioning too.
 
         Args:
-            source: a folder with config.json and model.safetensors, the output of a training run
-                (its latest checkpoint), one of its checkpoints, or a name on the hub.
+            pretrained_model_name_or_path: a folder with config.json and model.safetensors, the
+                output of a training run (its latest checkpoint), one of its checkpoints, or a name
+                on the hub.
             ema: the averaged weights, where a checkpoint has both.
             overrides: constructor arguments.
 
@@ -174,18 +180,22 @@ class Pretrained(PyTorchModelHubMixin):
             FileNotFoundError: nothing is there. ValueError: the weights or config.json do not fit.
         """
         folder = find_folder(
-            source, ema=ema, revision=revision, token=token, cache_dir=cache_dir,
-            force_download=force_download, local_files_only=local_files_only,
+            pretrained_model_name_or_path, ema=ema, revision=revision, token=token,
+            cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only,
         )  # fmt: skip
         try:
             model: Any = cls(**(read_config(folder) | overrides))
         except TypeError as error:  # a field that this version does not have
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+            given = f" with {', '.join(overrides)} of the caller" if overrides else ""
+            raise ValueError(f"{folder / 'config.json'}{given}: {error}") from error
         model.load_state_dict(files.read_source(folder / "model.safetensors"), strict=strict)
         model.settings = read_settings(folder)
         return model.to(map_location).eval()
 
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
+        self._hub_mixin_config = arguments_of(self)  # what the mixin writes next
+        file = save_directory / "settings.json"
+        file.unlink(missing_ok=True)  # of a network that was saved here before
         if self.settings:
-            (save_directory / "settings.json").write_text(json.dumps(dict(self.settings), indent=2))
+            file.write_text(json.dumps(dict(self.settings), indent=2))

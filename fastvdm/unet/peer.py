@@ -189,19 +189,21 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
 
 
 def _warn_of_era(groups: int) -> None:
-    """A UserWarning at the line that called into fastvdm (and torch, from a load hook)."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastvdm.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    warn_caller(
         "these weights are of the peer's GroupNorm era and do not tell which release's: they are "
         f"taken for 0.6.0 to 0.6.3 with {groups} groups (stem_skip='after', resnet_groups={groups})"
         ". Releases up to 0.5.3, and forks copied from them such as medicaldiffusion, need "
         "stem_skip='before', and a network with other groups resnet_groups; they come out wrong "
-        "otherwise. To pass stem_skip, either value, silences this",
-        UserWarning,
-        stacklevel=level,
+        "otherwise. To pass stem_skip, either value, silences this"
     )
+
+
+def warn_caller(text: str) -> None:
+    """A UserWarning at the line that called into fastvdm (and torch, from a load hook)."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastvdm.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def to_own_keys(model: UNet3D, state: Mapping[str, Any]) -> dict[str, Any]:

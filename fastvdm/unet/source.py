@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvdm.unet import peer
 from fastvdm.unet.choose import choose, listed, says_averaged
 from fastvdm.unet.compare import choose_stem_skip
+from fastvdm.unet.folder import arguments_of
 
 if TYPE_CHECKING:
     from fastvdm.unet.unet import UNet3D
@@ -156,6 +157,8 @@ def load(
         ValueError: other keys or shapes than the arguments have, or another function.
     """
     chosen = arguments.get("stem_skip")
+    if network is not None and is_own_network(network):  # a subclass: it is no question there
+        chosen = chosen or "after"
     if network is not None and chosen is None:  # so that loading does not warn of what is measured
         arguments = arguments | {"stem_skip": "after"}
     with torch.random.fork_rng([]):  # its initial values are not kept
@@ -184,7 +187,6 @@ def read_module(
     """
     path, network = find_network(source, prefix=prefix, ema=ema)
     require_convertible(source, path)
-    config = getattr(network, "_hub_mixin_config", None)
-    if is_own_network(network) and isinstance(config, dict):
-        return network, dict(config)
+    if is_own_network(network) and hasattr(network, "_hub_mixin_config"):
+        return network, arguments_of(network)
     return network, peer.infer_arguments(network.state_dict()) | norm_arguments(network)

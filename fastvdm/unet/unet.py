@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,7 +243,7 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
             source: the module or one that holds it; its state_dict or a checkpoint of any wrapper
                 that has it under some prefix (``GaussianDiffusion``, ``Trainer``, Lightning, EMA,
                 DDP ...), as a mapping or a file (nothing is unpickled). Also of a ``UNet3D`` in the
-                peer's place, with the config.json beside it where there is one.
+                peer's place, with the config.json and settings.json beside it where they are.
             ema: take the averaged weights: of a state see
                 ``fastvdm.unet.checkpoint.find_network``, of a module the network whose path says
                 "ema", "averaged" or "swa".
@@ -262,21 +263,27 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
             UserWarning: what had to be assumed: where the outermost skip leaves, and the groups.
         """
         network: nn.Module | None = None
+        settings: Mapping[str, Any] = {}
         if isinstance(source, nn.Module):
             network, arguments = modules.read_module(source, prefix=prefix, ema=ema)
             state: Mapping[str, Any] = network.state_dict()
+            settings = network.settings if isinstance(network, UNet3D) else settings
         else:
             found = files.find_network(files.read_source(source), ema=ema, prefix=prefix)
             state = found.state
             stored = folders.stored_arguments(source, found)
             arguments = peer.infer_arguments(state) if stored is None else stored
-            if stored is None and found.is_own:
+            if stored is not None:
+                settings = folders.read_settings(Path(source).parent)  # type: ignore[arg-type]
+            elif found.is_own:
                 folders.check_assumed(found, arguments, overrides)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
         if type(network) is cls or not check:  # ours tells its arguments
             network = None
-        return modules.load(cls, arguments | overrides, state, network)
+        model = modules.load(cls, arguments | overrides, state, network)
+        model.settings = dict(settings)
+        return model
 
     # -- checkpoints ----------------------------------------------------------------------------
 
