@@ -19,5 +19,5 @@ def require(module: str, extra: str) -> Any:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise ImportError(
-            f"this needs the package {module.split('.')[0]!r}: pip install fastvdm[{extra}]"
+            f"this needs the package {module.split('.')[0]!r}: pip install 'fastvdm[{extra}]'"
         ) from error
