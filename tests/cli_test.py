@@ -412,6 +412,8 @@ BAD = {
     "resume nothing": (["train", "{out}", "--resume"], "no run to resume in"),
     "train fps": (["train", "{out}", "--data", "{broken}", "--set", "fps=0"],
                   "fps must be positive"),
+    "train lr": (["train", "{out}", "--data", "{broken}", "--set", "lr=abc"],
+                 "lr must be a number, got 'abc'"),
     "model json": (["train", "{out}", "--model", "dim=3"], "--model is not JSON"),
 }  # fmt: skip
 
