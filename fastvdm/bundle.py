@@ -134,7 +134,7 @@ class Bundle:
         if dim is None:
             if captions or vectors is not None:
                 given = "captions were" if captions else "a vector was"
-                raise ValueError(f"{given} given, but this model has no text conditioning")
+                raise ValueError(f"{given} given, but this model has no conditioning")
             return None
         if vectors is not None:
             if captions:

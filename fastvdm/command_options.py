@@ -246,7 +246,9 @@ def read_cond(path: Path) -> torch.Tensor:
     Raises:
         FileNotFoundError: no such file. ValueError: it does not hold one tensor of numbers.
     """
-    if path.suffix == ".npy" and path.is_file():
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} for --cond")
+    if path.suffix == ".npy":
         try:
             value: Any = torch.from_numpy(np.load(path, allow_pickle=False))
         except (TypeError, ValueError, OSError, EOFError) as error:

@@ -46,8 +46,13 @@ def accelerate(
     Raises:
         ValueError: there is no peer ``Unet3D`` inside, one computes something else, or the swap
             would lose something: hooks, a forward set on the instance, shared parameters, a wrapper
-            that holds on to the old parameters.
+            that holds on to the old parameters. TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"accelerate takes a module, got {given}; UNet3D.from_unet3d reads a state_dict or file"
+        )
     places = list(peer_networks(model))
     if not places:
         raise ValueError(f"no peer Unet3D found inside {type(model).__name__}")

@@ -123,6 +123,12 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "float" and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
+                raise ValueError(f"{f.name} must be a number, got {value!r}")
         if not self.lr > 0 or not 0 <= self.ema_decay < 1 or self.grad_clip < 0:
             raise ValueError(
                 "expected lr > 0, 0 <= ema_decay < 1 and grad_clip >= 0, got "

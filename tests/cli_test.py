@@ -375,7 +375,8 @@ BAD = {
     "no model": (["sample", "{broken}x", "{out}"], "no model at"),
     "not a model": (["sample", "{broken}", "{out}"], "not a readable checkpoint"),
     "suffix": (["sample", "{model}", "{out}.avi"], "must end in"),
-    "caption": (["sample", "{model}", "{out}", "--caption", "a cat"], "no text conditioning"),
+    "caption": (["sample", "{model}", "{out}", "--caption", "a cat"], "no conditioning"),
+    "no cond": (["sample", "{model}", "{out}", "--cond", "{vector}"], "has no conditioning"),
     "export suffix": (["export", "{model}", "-o", "{out}"], "must end in .pt2"),
     "sampler": (["sample", "{model}", "{out}", "--sampler", "euler"], "sampler must be"),
     "graph": (["sample", "{model}", "{out}", "--cuda-graph", *FEW], "needs a CUDA device"),
@@ -403,7 +404,7 @@ BAD = {
     "timesteps": (["sample", "{model}", "{out}", "--timesteps", "9"], "timesteps belong to"),
     "prefix": (["sample", "{model}", "{out}", "--prefix", "x"], "networks of a file"),
     "vector": (["sample", "{model}", "{out}", "--cond", "{broken}"], "not a readable checkpoint"),
-    "no vector": (["sample", "{model}", "{out}", "--cond", "{broken}.npy"], "no checkpoint at"),
+    "no vector": (["sample", "{model}", "{out}", "--cond", "{broken}.npy"], "no file "),
     "index cosine": (["sample", "{index}", "{out}", "--schedule", "cosine"], "step indices"),
     "four channels": (["sample", "{rgba}", "{out}"], "takes 4 channels and gives 4"),
     "two of three": (["extend", "{learned}", "{clip}", "{out}", "--num-frames", "9"],
@@ -411,6 +412,8 @@ BAD = {
     "resume nothing": (["train", "{out}", "--resume"], "no run to resume in"),
     "train fps": (["train", "{out}", "--data", "{broken}", "--set", "fps=0"],
                   "fps must be positive"),
+    "train lr": (["train", "{out}", "--data", "{broken}", "--set", "lr=abc"],
+                 "lr must be a number, got 'abc'"),
     "model json": (["train", "{out}", "--model", "dim=3"], "--model is not JSON"),
 }  # fmt: skip
 
@@ -425,6 +428,8 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
         if f"{{{name}}}" in arguments:
             places[name] = tmp_path / name
             UNet3D(**TINY, **options).save_pretrained(places[name])
+    places["vector"] = tmp_path / "vector.pt"
+    torch.save(torch.ones(3), places["vector"])
     places["folder"] = tmp_path / "folder.mp4"
     places["folder"].mkdir()
     before = sorted(tmp_path.rglob("*"))

@@ -418,6 +418,7 @@ BAD = {
     "index of cosine": (lambda: run(time_input="index"), "DiscreteSchedule"),
     "clip": (lambda: run(clip="hard"), "clip"),
     "prediction": (lambda: run(prediction="noise"), "prediction"),
+    "sampler name": (lambda: run(sampler="ddim"), r"such as DDIM\(\), got .ddim."),
     "both noises": (lambda: run(seed=1, generator=torch.Generator()), "not both"),
     "seeds": (lambda: run(seed=[1, 2]), "seed"),
     "scale": (lambda: run(guidance_scale=2.0), "needs cond"),

@@ -42,6 +42,10 @@ def test_swap_inside_a_module(version):
     frozen = [n for n, p in new.named_parameters() if not p.requires_grad]
     assert frozen == ["time_embedding.mlp.0.weight"]
     assert isinstance(accelerate(network), UNet3D)
+    with pytest.raises(TypeError, match="takes a module, got the class Linear"):
+        accelerate(nn.Linear)
+    with pytest.raises(TypeError, match="takes a module, got dict; UNet3D.from_unet3d reads"):
+        accelerate({})
     with pytest.raises(ValueError, match="no peer Unet3D found inside Linear"):
         accelerate(nn.Linear(2, 2))
 

@@ -214,5 +214,5 @@ def test_missing_extra_is_named(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install fastvdm\[video\]"):
+    with pytest.raises(ImportError, match=r"pip install 'fastvdm\[video\]'"):
         video.read_video(tmp_path / "a.mp4")

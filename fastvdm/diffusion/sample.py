@@ -348,6 +348,8 @@ def sample(
     """
     schedule = CosineSchedule() if schedule is None else schedule
     sampler = Ancestral() if sampler is None else sampler
+    if isinstance(sampler, str):
+        raise TypeError(f"sampler must be an object such as DDIM(), got {sampler!r}")
     prediction = prediction_of(model, prediction)
     if len(shape) != 5 or any(int(n) < 1 for n in shape):
         raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
