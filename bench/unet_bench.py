@@ -69,6 +69,8 @@ class Setup:
             self.peer.to(device)
             ours = UNet3D.from_unet3d(self.peer, exact=True)
         self.ours = ours.to(device)
+        if device.startswith("cuda"):
+            self.ours.to(memory_format=torch.channels_last)  # as docs/tools.md says
         batch = net.gpu_batch if device.startswith("cuda") else 1
         shape = (batch, 3, net.frames, net.size, net.size)
         self.x = torch.randn(shape, device=device)

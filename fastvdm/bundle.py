@@ -113,6 +113,8 @@ class Bundle:
 
     def to(self, device: str | torch.device) -> Bundle:
         self.unet.to(device)
+        if torch.device(device).type == "cuda":  # cuDNN would change the layout at every call
+            self.unet.to(memory_format=torch.channels_last)
         if self.text is not None:
             self.text.to(device)
         return self

@@ -200,7 +200,7 @@ def render(report: dict[str, Any]) -> str:
         (backend, reason): None
         for backends in report["ops"].values()
         for backend, reason in backends.items()
-        if reason not in (None, dispatch.NO_KERNEL)
+        if reason not in (None, dispatch.NO_KERNEL, report["extension"])  # that was said above
     }
     lines += [f"  {_KERNELS[backend]} off: {reason}" for backend, reason in reasons]
     lines += [f"  {name}: failed to import: {why}" for name, why in report["broken"].items()]

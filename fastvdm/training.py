@@ -265,8 +265,8 @@ class Trainer:
                 f"text_encoder={config.text_encoder!r}, but the data "
                 + ("have captions" if captioned else "have no captions")
             )
-        self.bundle = build(config)
-        learner = Learner(self.bundle, config).to(self.accelerator.device)
+        self.bundle = build(config).to(self.accelerator.device)
+        learner = Learner(self.bundle, config)
         parameters = [p for p in learner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay

@@ -7,6 +7,7 @@ import os
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from peer import peer_or_skip
@@ -287,6 +288,15 @@ def test_formats_are_told_by_content(name, tmp_path):
         save(state, tmp_path / name)
         got = UNet3D.from_unet3d(tmp_path / name, time_input="index")
         assert torch.equal(got.stem.weight, net.stem.weight)
+
+
+def test_numbers_of_numpy_are_no_code(tmp_path):
+    """Trainers store a best loss as they computed it."""
+    net = UNet3D(**TINY)
+    extra = {"best": np.float64(0.5), "epoch": np.int64(3), "ema_decay": np.float32(0.9)}
+    torch.save({"state_dict": net.to_peer_state_dict(), **extra}, tmp_path / "w.ckpt")
+    again = UNet3D.from_unet3d(tmp_path / "w.ckpt")
+    assert torch.equal(again.stem.weight, net.stem.weight)
 
 
 # -- folders --------------------------------------------------------------------------------------

@@ -349,3 +349,16 @@ def test_several_devices():
     network = edited(lambda n: n.mid_block1.to("meta"))
     with pytest.raises(ValueError, match="several devices: cpu, meta"):
         accelerate(network)
+
+
+@pytest.mark.parametrize("version", ["0.6.3", "0.7.0"])
+def test_a_stem_attention_that_adds_nothing(version):
+    """Then both skips agree: of the GroupNorm era it is asked, of the other there is one."""
+    network = release(version)(**SMALL)
+    network.init_temporal_attn.fn.fn.fn.to_out.weight.data.zero_()
+    if version == "0.7.0":
+        assert accelerate(network).stem_skip == "after"
+        return
+    with pytest.raises(ValueError, match="does not tell where its outermost skip leaves"):
+        accelerate(network)
+    assert accelerate(network, stem_skip="before").stem_skip == "before"

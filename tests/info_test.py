@@ -95,7 +95,7 @@ def test_what_runs_names_a_missing_extension(monkeypatch):
     assert report["runs"]["norm_act"]["cpu"] == "torch reference"
     assert report["runs"]["space_conv"]["cpu"] == "oneDNN"
     text = info.render(report)
-    assert "C++ extension  off: not built" in text and text.count("C++ off: not built; type") == 1
+    assert "C++ extension  off: not built" in text and text.count("not built; type this") == 1
 
 
 def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):

@@ -336,7 +336,7 @@ def test_extras_are_those_that_the_messages_name():
     text += (ROOT / "README.md").read_text()
     named = {e for group in re.findall(r"fastvdm\[([\w,]+)\]", text) for e in group.split(",")}
     named |= {e for group in re.findall(r'"\.\[([\w,]+)\]"', text) for e in group.split(",")}
-    assert {"all", "cli", "train", "text", "metrics"} <= named <= extras.keys()
+    assert {"all", "cli", "train"} <= named <= extras.keys()
     required = re.findall(r'\brequire\("(\w+)[\w.]*", "(\w+)"\)', text)
     assert len(required) > 5
     for module, extra in [*required, *((p, e) for e, names in _EXTRAS.items() for p in names)]:

@@ -11,6 +11,7 @@ import torch
 from fastvdm import UNet3D
 from fastvdm.testing import max_error
 from fastvdm.unet import PRESETS
+from fastvdm.unet.blocks import Unit
 
 SMALL = dict(dim=16, dim_mults=(1, 2), attn_heads=2)
 PAPER = dict(dim=16, dim_mults=(1, 2), image_size=16, attn_resolutions=(8,), attn_dim_head=8,
@@ -312,3 +313,23 @@ def test_deepcopy_and_memory_format(layout):
     conv = twin.downs[0].units[0].blocks[0].conv1.weight
     assert conv.is_contiguous(memory_format=layout)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_options_set_afterwards_are_checked_and_take_effect():
+    model = UNet3D(8, dim_mults=(1, 2), attn_heads=2)
+    for name, value in (("stem_skip", "Before"), ("time_input", "sigma"), ("checkpointing", "all")):
+        before = getattr(model, name)
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            setattr(model, name, value)
+        assert getattr(model, name) == before
+    for value in ("block", "level"):
+        model.checkpointing = value
+        units = [m for m in model.modules() if isinstance(m, Unit)]
+        assert units and all(m.recompute == (value == "block") for m in units)
+    for conv, name, value in (
+        (model.stem, "padding_mode", "circular"),
+        (model.downs[0].resample, "dilation", (2, 2)),
+        (model.ups[0].resample, "padding", (0, 0)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} of a SpaceConv.* stays"):
+            setattr(conv, name, value)

@@ -28,7 +28,24 @@ def _check_fixed(**options: tuple[Any, Any]) -> None:
             raise ValueError(f"{name} must be {only!r}, got {given!r}")
 
 
-class SpaceConv(nn.Conv2d):
+class _Fixed(nn.Module):
+    """A convolution whose kernels know one padding and no dilation or groups: to set another on it,
+    as is done for seamless tiles, would change nothing.
+
+    Raises:
+        ValueError: one of them is set to something else.
+    """
+
+    _FIXED = frozenset({"kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._FIXED and name in self.__dict__ and value != self.__dict__[name]:
+            kind = type(self).__name__
+            raise ValueError(f"{name} of a {kind} stays {self.__dict__[name]!r}, got {value!r}")
+        super().__setattr__(name, value)
+
+
+class SpaceConv(_Fixed, nn.Conv2d):
     """A 1 x k x k convolution over every frame: (B, F, H, W, C_in) → (B, F, Ho, Wo, C_out).
 
     The arguments are ``nn.Conv2d``'s, so that ``type(conv)(...)`` makes another: the weight is
@@ -73,7 +90,7 @@ class SpaceConv(nn.Conv2d):
         return space_conv(x, self.weight, self.bias, stride=self.stride[0])
 
 
-class SpaceConvTranspose(nn.ConvTranspose2d):
+class SpaceConvTranspose(_Fixed, nn.ConvTranspose2d):
     """The 1 x 4 x 4 stride-2 transposed convolution that doubles height and width; the arguments
     are ``nn.ConvTranspose2d``'s.
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +89,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     """The causes are left out of the errors: torch's words advise to unpickle what it refused."""
     try:
-        with open(path, "rb") as file:  # by its name torch would tell the format again
+        with open(path, "rb") as file, torch.serialization.safe_globals(_numbers()):
+            # An open file: by its name torch would tell the format again.
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _objects(path, str(error))
@@ -102,6 +104,14 @@ def _read_torch(path: Path) -> Any:
         "the file. Where it was written, save the weights alone: torch.save(model.state_dict(), "
         '"weights.pt")'
     )
+
+
+def _numbers() -> list[Any]:
+    """What NumPy's numbers are made of, as trainers store a best loss: nothing that runs code."""
+    scalar = np.float64(0).__reduce__()[0]
+    types = {type(np.dtype(c)) for c in np.typecodes["AllFloat"] + np.typecodes["AllInteger"] + "?"}
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]  # NumPy 1 and 2
+    return [np.dtype, *types, *((scalar, name) for name in names)]
 
 
 def _objects(path: Path, message: str) -> list[str]:

@@ -90,11 +90,13 @@ def choose_stem_skip(network: nn.Module, model: UNet3D, stem_skip: str | None) -
             "the same"
         )
     if len(errors) == 2 and max(errors.values()) <= min(TOLERANCE, 8 * errors[chosen]):
-        raise ValueError(
-            f"the output of {type(network).__name__} does not tell where its outermost skip leaves "
-            "(does its first temporal attention add nothing?): pass stem_skip='after' (release 0.6 "
-            "or later) or 'before' (up to 0.5.3)"
-        )
+        if any(isinstance(m, nn.GroupNorm) for m in network.modules()):
+            raise ValueError(
+                f"the output of {type(network).__name__} does not tell where its outermost skip "
+                "leaves (does its first temporal attention add nothing?): pass stem_skip='after' "
+                "(release 0.6) or 'before' (up to 0.5.3)"
+            )
+        chosen = "after"  # of the RMSNorm era there is only that
     model.stem_skip = chosen
     return chosen
 

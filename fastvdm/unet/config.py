@@ -6,7 +6,7 @@ from typing import Any
 
 BERT_DIM = 768  # bert-base-cased, the encoder behind the peer's use_bert_text_cond
 
-_CHOICES = {
+CHOICES = {
     "layout": ("peer", "paper"),
     "norm": ("group", "rms"),
     "position": ("rotary+t5", "t5", "shaw", "none"),
@@ -21,8 +21,8 @@ _CHOICES = {
 
 
 def check_choice(name: str, value: Any) -> None:
-    if value not in _CHOICES[name]:
-        choices = ", ".join(map(str, _CHOICES[name]))
+    if value not in CHOICES[name]:
+        choices = ", ".join(map(str, CHOICES[name]))
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 

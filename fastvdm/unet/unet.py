@@ -21,7 +21,7 @@ from fastvdm.unet import peer
 from fastvdm.unet import source as modules
 from fastvdm.unet.blocks import Level, Unit, attend
 from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
-from fastvdm.unet.config import BERT_DIM, check_choice, check_positive, preset
+from fastvdm.unet.config import BERT_DIM, CHOICES, check_choice, check_positive, preset
 
 if TYPE_CHECKING:
     from fastvdm.layers.shards import FrameShards
@@ -156,7 +156,6 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
         self.has_cond = self.cond_dim is not None
         self.cond_drop_prob, self.mask_stem_attention = cond_drop_prob, mask_stem_attention
         self.stem_skip = stem_skip
-        self.checkpointing = checkpointing
         self.shards: FrameShards | None = None  # see fastvdm.parallel
         self.position = position
         self.rotary_dim = min(32, attn_dim_head) if position == "rotary+t5" else None
@@ -195,9 +194,7 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
         self.ups = nn.ModuleList(parts.ups)
         self.head = parts.head
         self.push_resampled = parts.push_resampled
-        for module in self.modules():
-            if isinstance(module, Unit):
-                module.recompute = checkpointing == "block"
+        self.checkpointing = checkpointing
 
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
@@ -208,6 +205,16 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
                 self.relative_bias[str(h)] = T5RelativeBias(h)
 
         self.register_load_state_dict_pre_hook(peer.accept_peer_keys)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options may be set afterwards, to what the constructor takes for them."""
+        if name in CHOICES:
+            check_choice(name, value)
+        super().__setattr__(name, value)
+        if name == "checkpointing":
+            for module in self.modules():
+                if isinstance(module, Unit):
+                    module.recompute = value == "block"
 
     # -- construction ---------------------------------------------------------------------------
 
