@@ -376,3 +376,18 @@ def test_only_what_is_read_comes_from_the_hub(tmp_path, monkeypatch):
 def test_weights_that_cannot_be_written_are_an_os_error(tmp_path):
     with pytest.raises(OSError, match="cannot write .*absent"):
         save_tensors({"a": torch.zeros(4)}, tmp_path / "absent" / "w.safetensors")
+
+
+def test_on_a_gpu_weights_are_channels_last():
+    """cuDNN would change their layout at every call; elsewhere they stay as they are."""
+    calls = []
+
+    class Unet:
+        time_input, cond_dim = "index", None
+
+        def to(self, *args, **options):
+            calls.append((*args, *options.values()))
+
+    for device in ("cpu", "cuda:1"):
+        Bundle(Unet(), Settings(schedule="discrete")).to(device)
+    assert calls == [("cpu",), ("cuda:1",), (torch.channels_last,)]
