@@ -153,8 +153,8 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 def fully_shard_unet(model: UNet3D, mesh: DeviceMesh, **options: Any) -> UNet3D:
     """FSDP2: ``fully_shard`` of every unit of the network, then of the rest.
 
-    FSDP2 takes contiguous parameters only, so the convolutions' channels-last weights become
-    contiguous first; ``options`` (mixed precision, offload) go to ``fully_shard``.
+    FSDP2 takes contiguous parameters only, so weights that are channels-last become contiguous
+    first; ``options`` (mixed precision, offload) go to ``fully_shard``.
     """
     from torch.distributed.fsdp import fully_shard
 
