@@ -481,7 +481,8 @@ def test_library_path_copies_no_layout(kernel, stride):
         y = space_conv(x, weight, stride=stride)
         y.backward(torch.ones_like(y))
     assert y.is_contiguous() and x.grad.is_contiguous()
-    assert weight.grad.stride() == weight.stride()
+    # Not by strides: those of an extent of 1 are oneDNN's to choose, and change with its threads.
+    assert weight.grad.is_contiguous(memory_format=torch.channels_last)
     assert seen.copied < min(x.numel(), y.numel())
 
 
