@@ -193,7 +193,7 @@ def test_the_time_of_bare_weights_is_not_guessed(tmp_path):
 
 def test_assumed_groups_are_a_warning(tmp_path):
     state = UNet3D(**TINY | {"norm": "group", "resnet_groups": 4}).to_peer_state_dict()
-    with pytest.warns(UserWarning, match="with 8 groups .*resnet_groups=8"):
+    with pytest.raises(ValueError, match="Pass stem_skip, and resnet_groups unless it is 8"):
         UNet3D.from_unet3d(state)
     own = Diffusion(UNet3D(**TINY | {"norm": "group"})).state_dict()
     torch.save(own, tmp_path / "own.pt")

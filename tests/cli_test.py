@@ -187,9 +187,10 @@ def test_a_peer_file_with_groups_and_a_vector(conditional, tmp_path, drawn, caps
     arguments += ["--cond", str(tmp_path / "c.pt")]
     assert main([*arguments, "--resnet-groups", "4", "--stem-skip", "after"]) == 0
     assert "warning" not in capsys.readouterr().err
-    assert main(arguments) == 0
+    assert main(arguments) == 1 and len(drawn) == 1
     said = capsys.readouterr().err
-    assert "fastvdm: warning: these weights are" in said and "resnet_groups=8" in said
+    assert "Pass stem_skip, and resnet_groups" in said and said.count("\n") == 1
+    assert main([*arguments, "--stem-skip", "after"]) == 0  # with 8 groups
     x, time, cond = torch.randn(1, 3, 2, 8, 8), torch.tensor([3]), vector[None]
     with torch.no_grad():
         want = net(x, time, cond=cond)
@@ -215,7 +216,8 @@ def test_vectors_from_files(conditional, suffix, tmp_path, drawn, capsys):
         else:
             save_file({"cond": value.contiguous()}, file)
         arguments = ["sample", str(conditional[0]), str(tmp_path / "a.gif"), "--num", "3", *SMALL]
-        return main([*arguments, "--cond", str(file), "--resnet-groups", "4", *more])
+        arguments += ["--resnet-groups", "4", "--stem-skip", "after"]
+        return main([*arguments, "--cond", str(file), *more])
 
     assert run(rows, "--batch-size", "2") == 0
     assert torch.equal(torch.cat([c[1]["cond"] for c in drawn]), rows)

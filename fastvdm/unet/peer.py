@@ -188,13 +188,27 @@ def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, 
     return out
 
 
+_ERA = (
+    "these weights are of the peer's GroupNorm era and do not tell which release's: 0.6.0 to 0.6.3 "
+    "are stem_skip='after'; releases up to 0.5.3, and forks copied from them such as "
+    "medicaldiffusion, are stem_skip='before', another function; nor do they tell resnet_groups"
+)
+
+
+def require_release(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a state_dict of the peer's that two releases understand differently, where
+            ``given``, the caller's arguments, do not choose.
+    """
+    if is_peer_state(state) and _norm_of(state) == "group" and given.get("stem_skip") is None:
+        raise ValueError(f"{_ERA}. Pass stem_skip, and resnet_groups unless it is 8")
+
+
 def _warn_of_era(groups: int) -> None:
     warn_caller(
-        "these weights are of the peer's GroupNorm era and do not tell which release's: they are "
-        f"taken for 0.6.0 to 0.6.3 with {groups} groups (stem_skip='after', resnet_groups={groups})"
-        ". Releases up to 0.5.3, and forks copied from them such as medicaldiffusion, need "
-        "stem_skip='before', and a network with other groups resnet_groups; they come out wrong "
-        "otherwise. To pass stem_skip, either value, silences this"
+        f"{_ERA}. They are taken for 0.6's with {groups} groups; a network built with stem_skip, "
+        "either value, is silent"
     )
 
 

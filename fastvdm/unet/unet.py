@@ -243,8 +243,7 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
 
         The same keys are not the same network. Of a module, both networks are run on a small random
         input, and ``stem_skip`` is the one with which they agree. A state_dict or a file cannot be
-        run: one of the peer's GroupNorm era, which has two meanings, warns unless ``stem_skip`` is
-        given.
+        run: one of the peer's GroupNorm era, which has two meanings, needs ``stem_skip``.
 
         Args:
             source: the module or one that holds it; its state_dict or a checkpoint of any wrapper
@@ -263,11 +262,12 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
 
         Raises:
             ValueError: the source holds no peer ``Unet3D``, or several, or has other keys; a module
-                computes something else than its ``UNet3D``, or cannot be run; a bare state of a
-                ``UNet3D``, which does not tell its ``time_input``.
+                computes something else than its ``UNet3D``, or cannot be run; weights alone do not
+                tell what is needed: ``stem_skip`` of the peer's GroupNorm era, ``time_input`` of a
+                ``UNet3D``.
 
         Warns:
-            UserWarning: what had to be assumed: where the outermost skip leaves, and the groups.
+            UserWarning: groups of a ``UNet3D``'s GroupNorm that had to be assumed.
         """
         network: nn.Module | None = None
         settings: Mapping[str, Any] = {}
@@ -284,6 +284,7 @@ class UNet3D(nn.Module, folders.Pretrained, library_name="fastvdm", license="mit
                 settings = folders.read_settings(Path(source).parent)  # type: ignore[arg-type]
             elif found.is_own:
                 folders.check_assumed(found, arguments, overrides)
+            peer.require_release(state, overrides)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
         if type(network) is cls or not check:  # ours tells its arguments
