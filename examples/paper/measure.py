@@ -1,4 +1,4 @@
-"""What the tables measure: what persists in a clip, seams, and Fréchet distances with their floor."""
+"""What the tables measure: what persists, seams, and Fréchet distances with their floor."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from paper import data
 from torch import Tensor
 
 from fastvdm.metrics import frechet_feature_distance
+from paper import data
 
 # Two-sided 95 % points of Student's t with 1, 2, .. degrees of freedom.
 _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
