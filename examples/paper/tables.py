@@ -1,0 +1,369 @@
+"""The jobs of the trained part: every row of every table, one small file each in the cache.
+
+A job is a function of the ``Place`` and of JSON-able arguments; it draws clips with one network and
+returns numbers. Jobs know nothing of each other, so they run in any order and in any number of
+processes, and a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvdm.diffusion import Condition, Langevin, cascade, extend, interpolate_frames, sample
+from fastvdm.diffusion.condition import average_downsample
+from paper import data, measure
+from paper.common import cached
+from paper.exact import Exact
+from paper.train import SCHEDULE, HeldOut, Recipe, one_hot, train
+
+OVERLAP, LENGTH = 3, 40  # of the extension
+FACTOR = 4  # of interpolation and of the cascade
+IMAGES = (0, 4, 8)
+SCALES = (0.0, 1.0, 2.0, 3.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything."""
+
+    seeds: int = 3
+    steps: int = 3000  # of training, at most
+    joint_steps: int = 600
+    base_steps: int = 1200
+    clips: int = 64  # drawn for each row and network
+    held_out: int = 256
+    few: int = 24  # sampling steps
+    many: int = 64
+    true_clips: int = 1024  # that Fréchet distances are to
+
+
+FULL = Budget()
+QUICK = Budget(1, 2, 2, 2, 2, 4, 2, 4, 40)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files are, and how much is done."""
+
+    cache: Path
+    budget: Budget
+
+    def recipe(self, name: str) -> Recipe:
+        """Of "main-SEED", "base" or "joint-IMAGES-SEED"."""
+        kind, *numbers = name.split("-")
+        b, every = self.budget, max(1, self.budget.joint_steps // 6)
+        if kind == "main":
+            return Recipe(name, int(numbers[0]), b.steps, goal=GOAL, every=every)
+        if kind == "base":
+            return Recipe(name, 0, b.base_steps, coarse=True, conditional=False, every=every)
+        images, seed = (int(n) for n in numbers)
+        return Recipe(
+            name, seed, b.joint_steps, batch=2, num_images=images, conditional=False, every=every
+        )
+
+    def net(self, name: str) -> nn.Module:
+        return _net(self, name)
+
+
+GOAL = 0.0
+
+
+@lru_cache(maxsize=4)
+def _net(place: Place, name: str) -> nn.Module:
+    return train(place.recipe(name), place.cache / "networks").average
+
+
+def generator(kind: int, seed: int) -> torch.Generator:
+    """A stream of its own for each use and seed; training uses those below a million."""
+    return torch.Generator().manual_seed(1_000_000 * kind + seed)
+
+
+class Row(NamedTuple):
+    """One way of conditioning. The weight None is replacement."""
+
+    weight: float | str | None
+    steps: str = "few"
+    langevin: bool = False  # half the steps, as each calls the network twice
+    limit: str = "stable"
+
+    @property
+    def name(self) -> str:
+        weight = "replacement" if self.weight is None else f"w{self.weight}"
+        return (
+            f"{weight}-{self.steps}"
+            + "-langevin" * self.langevin
+            + "-free" * (self.limit == "none")
+        )
+
+    @property
+    def label(self) -> str:
+        if self.weight is None:
+            return "replacement"
+        text = "w_r = auto" if self.weight == "auto" else f"w_r = {self.weight:.3g}"
+        return text + ", no limit" * (self.limit == "none")
+
+    def options(self, place: Place) -> dict[str, Any]:
+        """Of ``sample`` and of everything that calls it."""
+        out: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE)
+        steps = getattr(place.budget, self.steps)
+        out["num_steps"] = steps // 2 if self.langevin else steps
+        if self.langevin:
+            out["corrector"] = Langevin(0.1)
+        return out | self.condition()
+
+    def condition(self) -> dict[str, Any]:
+        if self.weight is None:
+            return dict(method="replacement")
+        return dict(guidance_weight=self.weight, guidance_limit=self.limit)
+
+
+def no_class(count: int) -> Tensor:
+    return torch.zeros(count, 10)
+
+
+# --- What the networks have learned ---------------------------------------------------------------
+
+
+def held_out(place: Place, name: str) -> dict[str, Any]:
+    """Losses of a network, or of the exact denoiser of 1 or 8 frames ("exact-1", "exact-8")."""
+    clips = HeldOut(Recipe("held out"), place.budget.held_out)
+    if name.startswith("exact"):
+        exact = Exact(int(name.split("-")[1]), "v")
+        return {
+            "loss": clips.loss(exact).mean().item(),
+            "by_class": clips.loss(exact, True).mean().item(),
+        }
+    recipe = place.recipe(name)
+    job = train(recipe, place.cache / "networks")
+    out = {"steps": job.step, "cpu": job.cpu, "wall": job.wall, "curve": job.curve}
+    out["parameters"] = sum(p.numel() for p in job.net.parameters())
+    if recipe.conditional:
+        out["loss"] = clips.loss(job.average).mean().item()
+        out["by_class"] = clips.loss(job.average, True).mean().item()
+    return out
+
+
+# --- Table 6: extension ---------------------------------------------------------------------------
+
+ROWS = [Row(w) for w in (None, 1.0, 8 / 3, "auto")]
+ROWS += [Row(w, langevin=True) for w in (None, "auto")]
+ROWS += [Row(w, "many") for w in (None, "auto")]
+ROWS += [Row(w, "many", True) for w in (None, "auto")]
+# One window is enough to see what is unstable.
+LIMITS = [Row(w, s, False, x) for s in ("few", "many") for w in (8.0, 20.0, 50.0)
+          for x in ("none", "stable")]  # fmt: skip
+
+
+def extension(place: Place, row: Row, seed: int, length: int = LENGTH) -> dict[str, Any]:
+    """8 true frames, continued."""
+    count = place.budget.clips
+    given = data.draw(count, data.FRAMES, generator(20, seed))
+    video = extend(
+        place.net(f"main-{seed}"),
+        given.video,
+        length,
+        window=data.FRAMES,
+        overlap=OVERLAP,
+        cond=no_class(count),
+        seed=seed,
+        **row.options(place),
+    )
+    keep(place, f"extension-{length}-{row.name}-{seed}", video)
+    parts = measure.windows(data.FRAMES, length, data.FRAMES - OVERLAP)
+    out: dict[str, Any] = measure.score(video, given, parts)._asdict()
+    if length >= 2 * data.FRAMES:
+        out["ends"] = measure.ends(video).tolist()
+        out["pictures"] = pictures(place).features(video[:, :, -data.FRAMES :]).tolist()
+    return out
+
+
+def keep(place: Place, name: str, video: Tensor, count: int = 4) -> None:
+    """The first clips, for the pictures of the report."""
+    folder = place.cache / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(((video[:count].clamp(-1, 1) + 1) * 127.5).round().byte(), folder / f"{name}.pt")
+
+
+@lru_cache(maxsize=2)
+def pictures(place: Place) -> measure.Pictures:
+    return measure.Pictures(data.draw(place.budget.true_clips, data.FRAMES, generator(30, 0)).video)
+
+
+# --- Prediction, interpolation and the cascade ----------------------------------------------------
+
+
+def prediction(place: Place, row: Row, seed: int) -> dict[str, Any]:
+    """7 frames after 1: where the digit goes is not known, the rest is."""
+    count = place.budget.clips
+    truth = data.draw(count, data.FRAMES, generator(21, seed))
+    condition = Condition(truth.video[:, :, :1], **row.condition())
+    options = {k: v for k, v in row.options(place).items() if k not in row.condition()}
+    video = sample(
+        place.net(f"main-{seed}"),
+        truth.video.shape,
+        cond=no_class(count),
+        condition=condition,
+        seed=seed,
+        **options,
+    )
+    return measure.score(video, truth, [slice(1, data.FRAMES)])._asdict()
+
+
+def interpolation(place: Place, row: Row, seed: int, overlap: int) -> dict[str, Any]:
+    """Every fourth frame of 29 is given."""
+    count, length = place.budget.clips, 4 * data.FRAMES - 3
+    truth = data.draw(count, length, generator(22, seed))
+    video = interpolate_frames(
+        place.net(f"main-{seed}"),
+        truth.video[:, :, ::FACTOR],
+        FACTOR,
+        window=data.FRAMES,
+        overlap=overlap,
+        cond=no_class(count),
+        seed=seed,
+        **row.options(place),
+    )
+    drawn = [slice(i + 1, i + FACTOR) for i in range(0, length - 1, FACTOR)]
+    scores = measure.score(video, truth, drawn)
+    jumps = (change(video) / change(truth.video)).sort().values
+    out = {name: sum(v) / len(v) for name, v in scores._asdict().items() if name != "seam"}
+    return out | {"jump": jumps[-1].item(), "median": jumps[len(jumps) // 2].item()}
+
+
+def change(video: Tensor) -> Tensor:
+    """(F - 1,) mean square change from frame to frame."""
+    return (video[:, :, 1:] - video[:, :, :-1]).square().mean(dim=(0, 1, 3, 4))
+
+
+def two_stages(place: Place, weight: float, seed: int, overlap: int) -> dict[str, Any]:
+    """8 frames of 8 x 8 at every fourth frame, then 32 of 16 x 16."""
+    count, b = place.budget.clips, place.budget
+    options: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE, num_steps=b.few)
+    low, fine = cascade(
+        place.net("base"),
+        place.net(f"main-{seed}"),
+        (count, 3, data.FRAMES, data.SIZE // 2, data.SIZE // 2),
+        (data.SIZE, data.SIZE),
+        window=data.FRAMES,
+        overlap=overlap,
+        frameskip=FACTOR,
+        seed=seed,
+        base_options=options,
+        cond=no_class(count),
+        low_res_weight=weight,
+        **options,
+    )
+    keep(place, f"cascade-{weight:g}-{overlap}-{seed}", fine)
+    keep(place, f"cascade-low-{seed}", low)
+    got = data.read(fine)
+    spread = got.colours.var(dim=1).mean((0, 2))  # over the frames of a clip
+    small = average_downsample(fine[:, :, ::FACTOR], tuple(low.shape[3:]))
+    starts = list(range(data.FRAMES, fine.shape[2], data.FRAMES - overlap))
+    return {
+        "residual": ((small - low).square().mean() / low.var()).item(),
+        "background": (spread[:2].mean() / data.SD[0] ** 2).item(),
+        "colour": (spread[2] / data.SD[2] ** 2).item(),
+        "digit": (got.digit == got.digit.mode(1, keepdim=True).values).float().mean().item(),
+        "seam": measure.seam(fine, starts),
+    }
+
+
+# --- Tables 4 and 5 -------------------------------------------------------------------------------
+
+
+def joint(place: Place, images: int, seed: int) -> dict[str, Any]:
+    """Held-out losses of a network trained with image frames, and its first frames."""
+    net, b = place.net(f"joint-{images}-{seed}"), place.budget
+    recipe = Recipe("held out")
+    videos = HeldOut(recipe, b.held_out).loss(net, None).mean().item()
+    frames = HeldOut(recipe, 4 * b.held_out, 1).loss(net, None).mean().item()
+    drawn = sample(
+        net,
+        (b.clips, 3, data.FRAMES, data.SIZE, data.SIZE),
+        prediction="v",
+        schedule=SCHEDULE,
+        num_steps=b.few,
+        seed=seed,
+    )
+    first = measure.Pictures(data.draw(b.true_clips, 1, generator(31, 0)).video)
+    return {
+        "videos": videos,
+        "frames": frames,
+        "first": first.distance(drawn[:, :, :1]),
+        "pictures": pictures(place).distance(drawn),
+    }
+
+
+def by_class(place: Place, scale: float, seed: int) -> dict[str, Any]:
+    """Clips of each digit in turn, with classifier-free guidance."""
+    count = place.budget.clips
+    digit = torch.arange(count) % 10
+    video = sample(
+        place.net(f"main-{seed}"),
+        (count, 3, data.FRAMES, data.SIZE, data.SIZE),
+        prediction="v",
+        schedule=SCHEDULE,
+        num_steps=place.budget.few,
+        cond=one_hot(digit),
+        guidance_scale=scale,
+        seed=seed,
+    )
+    keep(place, f"scale-{scale:g}-{seed}", video)
+    right = (data.read(video).digit == digit[:, None]).float().mean().item()
+    return {"digit": right, "pictures": pictures(place).distance(video)}
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """``run(place, *args)``, kept in the cache as ``name``; needs the networks first."""
+
+    name: str
+    run: Callable[..., dict[str, Any]]
+    args: tuple
+
+    def __call__(self, place: Place) -> dict[str, Any]:
+        torch.set_num_threads(1)  # one thread a process: the same numbers however many there are
+        return cached(place.cache / "rows", self.name, lambda: self.run(place, *self.args))
+
+
+def networks(budget: Budget) -> list[str]:
+    """Longest first, so that two processes end at about the same time."""
+    seeds = range(budget.seeds)
+    return [
+        *(f"main-{s}" for s in seeds),
+        "base",
+        *(f"joint-{k}-{s}" for s in seeds for k in IMAGES),
+    ]
+
+
+def jobs(budget: Budget) -> list[Job]:
+    out = [Job(f"held-out-{n}", held_out, (n,)) for n in ("exact-1", "exact-8")]
+    out += [Job(f"held-out-{n}", held_out, (n,)) for n in networks(budget)]
+    for s in range(budget.seeds):
+        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for r in ROWS]
+        one = data.FRAMES + data.FRAMES - OVERLAP
+        out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
+        out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
+        out += [
+            Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o))
+            for o in (1, 4)
+            for r in INTERPOLATION
+        ]
+        out += [Job(f"cascade-{w:g}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
+        out += [Job(f"joint-{k}-{s}", joint, (k, s)) for k in IMAGES]
+        out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
+    return out
+
+
+PREDICTION = [Row(w) for w in (None, 1.0, "auto")]
+INTERPOLATION = [Row(w) for w in (None, "auto")]
+CASCADE = [(1.0, 1), (1.0, 3), (0.25, 1)]  # the last is Eq. 8 with w_r = 1

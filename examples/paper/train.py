@@ -1,0 +1,264 @@
+"""Networks for the tables: small 3D U-Nets, trained until they know more than single frames tell.
+
+The bar is the held-out loss of the best denoiser that treats every frame on its own: a network
+above it has not learned that anything persists, and says nothing about reconstruction guidance.
+Training ends when a network is ``MARGIN`` below the bar, or after so many steps. It resumes from
+its last checkpoint, and a run that was interrupted gives the same network.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper import data
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fastvdm import UNet3D
+from fastvdm.diffusion import CosineSchedule, diffusion_loss, sigma_of
+from fastvdm.diffusion.joint import append_images, joint_loss
+
+
+SCHEDULE = CosineSchedule(logsnr_max=5.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One network. A run stops early where ``goal`` (a held-out loss) is reached."""
+
+    name: str
+    seed: int = 0
+    steps: int = 2400
+    batch: int = 16
+    dim: int = 16
+    dim_mults: tuple[int, ...] = (1, 2)
+    lr: float = 3e-3
+    decay: int = 400  # of the steps, the last ones
+    average: float = 0.995
+    num_images: int = 0  # independent image frames after each clip
+    conditional: bool = True
+    patches: bool = False  # the network sees blocks of 2 x 2 pixels
+    coarse: bool = False  # every fourth frame at half the size: the base of the cascade
+    goal: float = 0.0
+    every: int = 100  # steps between looks at the held-out clips, and checkpoints
+
+
+def coarse(video: Tensor) -> Tensor:
+    """What the base of the cascade draws: every fourth frame, averaged over blocks of 2 x 2."""
+    return F.avg_pool3d(video[:, :, ::4], (1, 2, 2))
+
+
+def clips(recipe: Recipe, batch: int, generator: torch.Generator) -> data.Batch:
+    """Clips of 8 frames as this network sees them."""
+    if not recipe.coarse:
+        return data.draw(batch, data.FRAMES, generator)
+    drawn = data.draw(batch, 4 * data.FRAMES - 3, generator)
+    return drawn._replace(video=coarse(drawn.video))
+
+
+def one_hot(digit: Tensor) -> Tensor:
+    return F.one_hot(digit, 10).float()
+
+
+class Patches(nn.Module):
+    """A network on blocks of 2 x 2 pixels as channels: a quarter of the pixels at each level."""
+
+    time_input = "logsnr"
+
+    def __init__(self, net: UNet3D) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z: Tensor, time: Tensor, **options: Any) -> Tensor:
+        sigma = sigma_of(time)[:, None, None, None, None]
+        flat = F.avg_pool3d(F.pad(z, (1, 1, 1, 1, 0, 0), mode="replicate"), (1, 3, 3), 1)
+        x = torch.cat((z, torch.tanh(0.5 * (z - flat) / sigma)), dim=1)
+        b, c, f, h, w = x.shape
+        x = x.view(b, c, f, h // 2, 2, w // 2, 2).permute(0, 4, 6, 1, 2, 3, 5)
+        out = self.net(x.reshape(b, 4 * c, f, h // 2, w // 2), time, **options)
+        out = out.view(b, 2, 2, 3, f, h // 2, w // 2).permute(0, 3, 4, 5, 1, 6, 2)
+        return out.reshape(b, 3, f, h, w)
+
+
+def network(recipe: Recipe) -> nn.Module:
+    """The untrained network; a condition of zeros is no condition."""
+    torch.manual_seed(recipe.seed)
+    net = UNet3D(
+        recipe.dim,
+        dim_mults=recipe.dim_mults,
+        channels=24 if recipe.patches else 3,
+        out_dim=12 if recipe.patches else 3,
+        attn_heads=4,
+        attn_dim_head=16,
+        init_kernel_size=3,
+        cond_dim=10 if recipe.conditional else None,
+        cond_drop_prob=0.0,  # dropped here, from the generator that a checkpoint keeps
+        null_cond="zeros",
+        norm="rms",
+        time_input="logsnr",
+        use_sparse_linear_attn=False,
+    )
+    return Patches(net) if recipe.patches else net
+
+
+class HeldOut:
+    """Fixed clips, noise levels (one of each of N equal parts of [0, 1]) and noise."""
+
+    def __init__(self, recipe: Recipe, count: int, frames: int = data.FRAMES) -> None:
+        generator = torch.Generator().manual_seed(9_000_001)
+        batch = clips(recipe, count, generator)
+        self.video, self.cond = batch.video[:, :, :frames], one_hot(batch.digit)
+        self.t = (torch.randperm(count, generator=generator) + 0.5) / count
+        self.noise = torch.randn(self.video.shape, generator=generator)
+
+    def loss(self, model: Any, by_class: bool | None = False) -> Tensor:
+        """(N,) v-losses; ``by_class`` None is a network without classes."""
+        parts = []
+        for video, cond, t, noise in zip(
+            *(x.split(32) for x in (self.video, self.cond, self.t, self.noise))
+        ):
+            given = None if by_class is None else cond if by_class else torch.zeros_like(cond)
+            with torch.no_grad():
+                parts.append(
+                    diffusion_loss(
+                        model, video, prediction="v", loss_space="v", schedule=SCHEDULE, cond=given, t=t, noise=noise,
+                        time_input="logsnr", reduction="none",
+                    )
+                )  # fmt: skip
+        return torch.cat(parts)
+
+
+def learning_rate(recipe: Recipe, step: int, decay_from: int) -> float:
+    """Warm-up over 50 steps, constant, then a cosine to zero."""
+    done = (step - decay_from) / max(1, recipe.decay)
+    end = 1.0 if done < 0 else 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+    return recipe.lr * min(1.0, (step + 1) / 50) * end
+
+
+class Training:
+    """A network on its way, and all that a checkpoint holds."""
+
+    def __init__(self, recipe: Recipe, held_out: HeldOut) -> None:
+        self.recipe, self.held_out = recipe, held_out
+        self.net = network(recipe)
+        self.average = copy.deepcopy(self.net).eval()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, betas=(0.9, 0.99))
+        # A stream each, so that networks with more image frames see the same clips and noise.
+        self.streams = [torch.Generator().manual_seed(1000 * recipe.seed + i) for i in range(4)]
+        self.step, self.cpu, self.wall = 0, 0.0, 0.0
+        self.decay_from = recipe.steps - recipe.decay
+        self.curve: list[tuple[int, float]] = []
+
+    @property
+    def end(self) -> int:
+        return min(self.recipe.steps, self.decay_from + self.recipe.decay)
+
+    def advance(self) -> None:
+        r, (of_clips, of_noise, of_images, of_image_noise) = self.recipe, self.streams
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(r, self.step, self.decay_from)
+        batch = clips(r, r.batch, of_clips)
+        video, t = (
+            batch.video,
+            ((torch.rand((), generator=of_noise) + torch.arange(r.batch) / r.batch) % 1),
+        )
+        noise = torch.randn(video.shape, generator=of_noise)
+        keep = torch.rand(r.batch, 1, generator=of_noise) < 0.5
+        if r.num_images:
+            others = clips(r, r.batch * r.num_images, of_images).video[:, :, 0]
+            images = others.unflatten(0, (r.batch, r.num_images)).transpose(1, 2)
+            video = append_images(video, images)
+            more = torch.randn(images.shape, generator=of_image_noise)
+            noise = torch.cat((noise, more), dim=2)
+        loss = joint_loss(
+            self.net,
+            video,
+            r.num_images,
+            prediction="v",
+            loss_space="v",
+            schedule=SCHEDULE,
+            cond=one_hot(batch.digit) * keep if r.conditional else None,
+            t=t,
+            noise=noise,
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        rate = min(r.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for a, p in zip(self.average.parameters(), self.net.parameters()):
+                a.lerp_(p, 1 - rate)
+        self.step += 1
+
+    def look(self) -> float:
+        """The held-out loss of the averaged weights; where it is low enough, the decay begins."""
+        by_class = False if self.recipe.conditional else None
+        loss = self.held_out.loss(self.average, by_class).mean().item()
+        self.curve.append((self.step, loss))
+        if loss < self.recipe.goal:
+            self.decay_from = min(self.decay_from, self.step)
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "recipe": asdict(self.recipe),
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "streams": [g.get_state() for g in self.streams],
+            "numbers": (self.step, self.cpu, self.wall, self.decay_from),
+            "curve": self.curve,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for generator, kept in zip(self.streams, state["streams"]):
+            generator.set_state(kept)
+        self.step, self.cpu, self.wall, self.decay_from = state["numbers"]
+        self.curve = [tuple(point) for point in state["curve"]]
+
+
+def train(recipe: Recipe, out: Path, held_out_clips: int = 128) -> Training:
+    """The trained network, from ``out/name.pt`` where it is there already.
+
+    Raises:
+        ValueError: the file there is of another recipe.
+    """
+    path = out / f"{recipe.name}.pt"
+    job = Training(recipe, HeldOut(recipe, held_out_clips))
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise ValueError(f"{path} is of {state['recipe']}, not {asdict(recipe)}: remove it")
+        job.load(state)
+    out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=recipe.steps, initial=job.step, desc=recipe.name, mininterval=5)
+    wall, cpu = time.perf_counter(), time.process_time()
+    while job.step < job.end:
+        job.advance()
+        bar.update()
+        if job.step % recipe.every == 0 or job.step == job.end:
+            bar.set_postfix_str(f"held-out {job.look():.4f}")
+            now = time.perf_counter(), time.process_time()
+            job.wall, job.cpu = job.wall + now[0] - wall, job.cpu + now[1] - cpu
+            wall, cpu = now
+            partial = path.with_suffix(".part")
+            torch.save(job.state(), partial)
+            partial.replace(path)
+    bar.close()
+    job.average.eval().requires_grad_(False)
+    return job
+
+
+Denoise = Callable[..., Tensor]
