@@ -61,7 +61,7 @@ def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_la
         z=rand(*shape),
         m=m,
         grad=grad,
-        seed_coef=rand(b, 3),
+        seed_coef=rand(b, 4),
         coef=rand(b, 9),
         known=rand(b, c, 2, h, w),
         slot=slot.to(device),
@@ -174,7 +174,7 @@ def test_exact_low_resolution(lane):
     """Integer operands and a factor of 4: an index error cannot hide in a tolerance."""
     backend, device = lane
     z = torch.arange(2 * 1 * 3 * 8 * 12, dtype=torch.float32, device=device).reshape(2, 1, 3, 8, 12)
-    coef = torch.tensor([[1.0, 2.0, 16.0]], device=device).repeat(2, 1)
+    coef = torch.tensor([[1.0, 2.0, 0.0, 16.0]], device=device).repeat(2, 1)
     low = torch.arange(2 * 2 * 2 * 3, dtype=torch.float32, device=device).reshape(2, 1, 2, 2, 3)
     slot = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
     with use_backend(backend):
