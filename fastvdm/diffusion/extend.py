@@ -18,7 +18,9 @@ from fastvdm.diffusion.denoiser import Model
 from fastvdm.diffusion.sample import sample
 
 # Options of the Condition that a window is given; the rest of ``options`` goes to ``sample``.
-_CONDITION = ("method", "guidance_weight", "replacement", "clip_before_loss", "downsample")
+_FRAMES = ("guidance_weight",)
+_LOW_RES = ("low_res_weight", "downsample")
+_CONDITION = ("method", "guidance_limit", "replacement", "clip_before_loss", *_FRAMES, *_LOW_RES)
 
 
 class _Timeline:
@@ -112,9 +114,8 @@ def _condition(
         parts["low_res_index"] = [f - first for f in low]
     if not parts:
         return None
-    if "low_res" not in parts:
-        options = {k: v for k, v in options.items() if k != "downsample"}
-    return Condition(**parts, **options)
+    absent = (*(() if "frames" in parts else _FRAMES), *(() if "low_res" in parts else _LOW_RES))
+    return Condition(**parts, **{k: v for k, v in options.items() if k not in absent})
 
 
 def _check_video(video: Tensor, name: str) -> None:
