@@ -130,7 +130,8 @@ class Condition:
             takes 50 with 1 known frame and 9 with 5; 1 is the derived value and the default,
             more is recommended. 0 is replacement at the price of replacement.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
-            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative.
+            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative and the weaker one:
+            where the answer is known in closed form it was never better and often worse.
         clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
             get no gradient, so the default is not to; the paper does not say.
 
