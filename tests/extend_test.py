@@ -129,9 +129,10 @@ def test_a_step_that_no_window_spans():
         interpolate_frames(None, video, 5, window=8, overlap=4)
     with pytest.raises(ValueError, match="frameskip 5 exceeds window - overlap = 8 - 4"):
         upscale(None, video, (4, 4), frameskip=5, window=8, overlap=4)
-    base = dict(num_steps=1, prediction="x")
     with pytest.raises(ValueError, match="frameskip 4 exceeds window - overlap = 4 - 1"):
-        cascade(lambda z, t: z, None, video.shape, (4, 4), window=4, base_options=base)
+        cascade(None, None, video.shape, (4, 4), window=4)  # before the first stage is drawn
+    with pytest.raises(ValueError, match="frameskip must be at least 1, got 0"):
+        upscale(None, video, (4, 4), frameskip=0, window=2)
 
 
 # -- no seam: videos of one Gaussian process, the perfect denoiser ------------------------------

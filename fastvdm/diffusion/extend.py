@@ -59,12 +59,20 @@ def _check_window(window: int, overlap: int, length: int) -> None:
         raise ValueError(f"overlap must be in [0, {window - 1}] for window {window}, got {overlap}")
 
 
-def _span(name: str, step: int, last: int, window: int, overlap: int) -> int:
-    """The overlap of windows over frames that are given every ``step``, up to frame ``last``.
+def _check_steps(name: str, step: int, count: int, length: int, window: int, overlap: int) -> int:
+    """Windows over ``count`` frames given every ``step``: the overlap to use.
 
     A window begins after a given frame and must reach the next one, or it would have to guess. The
     given frame before it is seen in any case: without it nothing ties the windows together.
     """
+    if step < 1:
+        raise ValueError(f"{name} must be at least 1, got {step}")
+    last = (count - 1) * step
+    if not last < length <= count * step:
+        raise ValueError(f"num_frames must be in [{last + 1}, {count * step}], got {length}")
+    _check_window(window, overlap, length)
+    if length < window:
+        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
     if step == 1:
         return overlap
     overlap = min(max(overlap, 1), window - 1)
@@ -277,16 +285,10 @@ def interpolate_frames(
         raise ValueError(f"factor must be at least 2, got {factor}")
     b, c, f, h, w = video.shape
     length = (f - 1) * factor + 1 if num_frames is None else num_frames
-    places = [i * factor for i in range(f)]
-    if not places[-1] < length <= f * factor:
-        raise ValueError(f"num_frames must be in [{places[-1] + 1}, {f * factor}], got {length}")
-    _check_window(window, overlap, length)
-    if length < window:
-        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
-    overlap = _span("factor", factor, places[-1], window, overlap)
+    overlap = _check_steps("factor", factor, f, length, window, overlap)
     blocks = _blocks(
         model,
-        _Timeline(length, video, places),
+        _Timeline(length, video, range(0, f * factor, factor)),
         (b, c, h, w),
         start=0,
         window=window,
@@ -335,20 +337,11 @@ def upscale(
     """
     _check_video(low_res, "low_res")
     b, c, count = low_res.shape[:3]
-    if frameskip < 1:
-        raise ValueError(f"frameskip must be at least 1, got {frameskip}")
     if size[0] < low_res.shape[3] or size[1] < low_res.shape[4]:
         raise ValueError(f"size {tuple(size)} is below that of low_res {tuple(low_res.shape)}")
     length = count * frameskip if num_frames is None else num_frames
-    places = [i * frameskip for i in range(count)]
-    if not places[-1] < length <= count * frameskip:
-        raise ValueError(
-            f"num_frames must be in [{places[-1] + 1}, {count * frameskip}], got {length}"
-        )
-    _check_window(window, overlap, length)
-    if length < window:
-        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
-    overlap = _span("frameskip", frameskip, places[-1], window, overlap)
+    overlap = _check_steps("frameskip", frameskip, count, length, window, overlap)
+    places = range(0, count * frameskip, frameskip)
     blocks = _blocks(
         model,
         _Timeline(length, low_res=low_res, low_places=places),
@@ -386,7 +379,12 @@ def cascade(
 
     Returns:
         (coarse (B, C, F, h, w), fine (B, C, F * frameskip, H, W)).
+
+    Raises:
+        ValueError: as ``upscale``; windows are checked before anything is drawn.
     """
+    if len(shape) == 5:  # before the first stage is drawn for nothing
+        _check_steps("frameskip", frameskip, shape[2], shape[2] * frameskip, window, overlap)
     coarse = sample(base, shape, seed=seed, **(base_options or {}))
     later = None if seed is None else seed + 1
     fine = upscale(
