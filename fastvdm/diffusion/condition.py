@@ -145,7 +145,8 @@ class Condition:
             an error (``fastvdm.diffusion.stability``); a warning says so where a number was asked
             for. "none" takes them as they are.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
-            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative.
+            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative and the weaker one:
+            where the answer is known in closed form it was never better and often worse.
         clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
             get no gradient, so the default is not to; the paper does not say.
 
