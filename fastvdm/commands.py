@@ -43,9 +43,7 @@ Overlap = Annotated[int, typer.Option(help="Frames that a window shares with the
 Method = Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")]
 WeightR = Annotated[
     str,
-    typer.Option(
-        help="w_r of the known frames: a number, or auto, 3 F/n with n of F frames known."
-    ),
+    typer.Option(help="w_r of the known frames: a number or auto, 3 F/n, n of F known."),
 ]
 Limit = Annotated[
     str,

@@ -307,7 +307,7 @@ def _check_range(condition: Condition, clip: str) -> None:
         most = 0.0 if video is None or video.numel() == 0 else float(video.detach().abs().max())
         if most > 1.001:
             raise ValueError(
-                f"{name} must be in [-1, 1], as clip={clip!r} keeps the video there, but has values "
+                f"{name} must be in [-1, 1], where clip={clip!r} keeps the video, but has values "
                 f"up to {most:.4g}: scale 0..255 by x / 127.5 - 1 and 0..1 by x * 2 - 1; latents "
                 "need clip=None"
             )

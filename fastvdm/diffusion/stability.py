@@ -1,13 +1,14 @@
 """How large a guidance weight may be before a step amplifies its own error.
 
-A step of any rule here is z_s/alpha_s = (1 - c) z_t/alpha_t + c x_tilde + noise, with c = u_x/alpha_s
-in (0, 1]: 1 at the last step, 1 - e^(lt - ls) before, delta/2 for the corrector. Let x_hat = K z
-with P = alpha K symmetric, 0 <= P <= 1 (the perfect denoiser of a Gaussian; its null space is what
-data never are). Eq. 7 with w and Eq. 8 with y = w_y |D|^2 then leave of an error in the drawn frames
+A step of any rule here is z_s/alpha_s = (1 - c) z_t/alpha_t + c x_tilde + noise with
+c = u_x/alpha_s in (0, 1]: 1 at the last step, 1 - e^(lt - ls) before, delta/2 for the corrector.
+Let x_hat = K z with P = alpha K symmetric, 0 <= P <= 1 (the perfect denoiser of a Gaussian; its
+null space is what data never are). With the weights w of Eq. 7 and w_y = y/|D|^2 of Eq. 8 a step
+multiplies an error in the drawn frames by
 
     1 - c (1 - P_bb + w P_ba P_ab + w_y (P D^T D P)_bb)
 
-of it. A mode that has the share p of its energy in the drawn frames has P_bb = p, P_ba P_ab =
+A mode that has the share p of its energy in the drawn frames has P_bb = p, P_ba P_ab =
 p (1 - p), and at most y p from the low resolution: the bracket is 1 + p (w (1 - p) + y - 1), at
 most max(1, y, 1 + (w + y - 1)^2/(4 w)) over all p. Nothing grows where c times that is below 2, and
 at KAPPA = 1.5 the factor is above -1/2. The bound holds for any data and any split of the frames:
@@ -21,8 +22,8 @@ from torch import Tensor
 
 KAPPA = 1.5
 
-# For what all frames share, w = F/n is the weight that ends the error of a step at once; the paper's
-# 50 (1 of 16 frames known) and 9 (5 of 16) are 3.1 and 2.8 times that.
+# w = F/n ends an error in what all frames share at once; the paper's 50 (1 of 16 frames known) and
+# 9 (5 of 16) are 3.1 and 2.8 times that.
 AUTO = 3.0
 
 
