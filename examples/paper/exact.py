@@ -65,6 +65,7 @@ class Exact:
         self.settings = {"prediction": prediction}  # where ``sample`` looks
         path, weight = motions(frames)
         self.log_prior = weight.log()
+        self.paths = path
         # A table has a row for each (y, frame, x): a position of the digit in a frame.
         width = ROOM[1] + 1
         self.rows = (path // width * frames + torch.arange(frames)) * width + path % width  # (M, F)
@@ -84,6 +85,7 @@ class Exact:
         bands = torch.stack(bands).permute(0, 5, 3, 4, 1, 2)  # (10, 12, 2, 10, 7, 16)
         self.bands = bands.reshape(len(bands), width * 20, HEIGHT * SIZE).contiguous()
         self.ends = tables.ends.T.contiguous()  # (2, 256)
+        self.pictures = inside.permute(3, 4, 5, 2, 0, 1).reshape(10 * PLACES, 2, SIZE * SIZE)
 
     def __call__(self, z: Tensor, log_snr: Tensor, cond: Tensor | None = None) -> Tensor:
         if z.ndim != 5 or z.shape[1] != 3 or z.shape[3:] != (SIZE, SIZE):
@@ -135,9 +137,10 @@ class _Posterior(torch.autograd.Function):
 class _Chunk:
     """The mixture for some noisy clips.
 
-    Inside, tensors are (M, 10, 3, B): motion, digit, channel and clip, so that what belongs to one
-    place of a frame lies together. Once the probabilities are known, only the components with more
-    than 1e-9 are kept, as (K, 3, B), where they are few.
+    Tensors of all components are (M, 10, 3, B): motion, digit, channel and clip, so that what
+    belongs to one place of a frame lies together. Where a few components have all the probability
+    (at most 32 above 1e-9: below a log-SNR of about 0 they have not) the rest is dropped, and
+    these are (K, 3, B). In place where that matters: new memory costs more than the arithmetic.
     """
 
     def __init__(self, exact: Exact, z: Tensor, log_snr: Tensor) -> None:
@@ -154,108 +157,79 @@ class _Chunk:
         a, c, d = (p + 1 / s**2 for p, s in zip((a, c, d), SD))
         det = a * c - b * b
         self.log_weight = exact.log_prior[:, None, None] - 1.5 * (det * d).log()  # three channels
-        self.cov = torch.stack((c / det, -b / det, a / det, 1 / d)).flatten(1, 2).to(z)
-        self.index: Tensor | None = None
+        self.cov = [t.to(z)[:, :, None] for t in (c / det, -b / det, a / det, 1 / d)]
+        self.pictures: Tensor | None = None  # (K, B, F, 2, 256), what the kept ones have inside
 
     def _columns(self, video: Tensor) -> Tensor:
         """(B, 3, F, 16, 16) → (F, 256, 3 * B)."""
         return video.permute(2, 3, 4, 1, 0).reshape(self.exact.frames, SIZE * SIZE, -1)
 
-    def _table(self, columns: Tensor) -> Tensor:
-        """Inner products with both ends of the background inside every mask: a row of
-        (2, 10, 3, B) for each position in each frame."""
+    def _inside(self, columns: Tensor) -> Tensor:
+        """(2, M, 10, 3, B): inner products with both ends of the background inside the masks.
+
+        First a table with a row for each position in each frame, then its sums along motions.
+        """
         f, n = self.exact.frames, columns.shape[2]
         table = columns.new_empty(len(self.bands), f, self.bands.shape[1], n)
         for y, band in enumerate(self.bands):
             lines = columns[:, SIZE * y : SIZE * (y + HEIGHT)]
             torch.bmm(band.expand(f, -1, -1), lines, out=table[y])
-        return table.reshape(f * PLACES, -1)
+        inside = embedding_bag(self.exact.rows, table.reshape(f * PLACES, -1), mode="sum")
+        return inside.reshape(-1, 2, 10, 3, self.batch).transpose(0, 1)
 
-    def _totals(self, columns: Tensor) -> Tensor:
-        """(2, 3, B) inner products with the two ends of the background, over whole frames."""
-        return (self.ends @ columns.sum(0)).reshape(2, 3, self.batch)
-
-    def _gather(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inner products of a video with the three pictures of the kept clips, (K, 3, B) each."""
+    def _gather(self, video: Tensor) -> list[Tensor]:
+        """Inner products of a video with the three pictures of each component."""
         columns = self._columns(video)
-        return self._split(self._table(columns), self._totals(columns))
-
-    def _split(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.index is None:
-            inside = embedding_bag(self.exact.rows, table, mode="sum")
-            inside = inside.reshape(-1, 2, 10, 3, self.batch).transpose(0, 1).flatten(1, 2)
+        total = (self.ends @ columns.sum(0)).reshape(2, 3, self.batch)
+        if self.pictures is None:
+            inside = self._inside(columns)
         else:
-            inside = table.flatten()[self.index].sum(0)
-        back = total[:, None] - inside
-        return back[0], back[1], inside.sum(0)
+            inside = torch.einsum("kbfjn,bcfn->jkcb", self.pictures, video.flatten(3))
+        front = inside[0] + inside[1]
+        return [inside[0].neg_().add_(total[0]), inside[1].neg_().add_(total[1]), front]
 
     def _scatter(self, upper: Tensor, lower: Tensor, front: Tensor) -> Tensor:
         """The transpose of ``_gather``: the sum of all pictures with these coefficients."""
         exact, f, n = self.exact, self.exact.frames, 3 * self.batch
-        inside = torch.stack((front - upper, front - lower))  # (2, K, 3, B)
-        if self.index is None:
-            inside = inside.unflatten(1, (-1, 10)).transpose(0, 1).reshape(-1, 20 * n)
-            table = embedding_bag(exact.through, inside, exact.offsets, mode="sum")
-        else:
-            table = inside.new_zeros(f * PLACES * 20 * n)
-            table.scatter_add_(0, self.index.flatten(), inside.expand(f, -1, -1, -1, -1).flatten())
-        table = table.reshape(len(self.bands), f, -1, n)
-        ends = torch.stack((upper.sum(0), lower.sum(0))).reshape(2, n)
+        dims = tuple(range(upper.ndim - 2))
+        ends = torch.stack((upper.sum(dims), lower.sum(dims))).reshape(2, n)
+        inside = torch.empty(len(front), 2, *front.shape[1:], dtype=front.dtype)
+        torch.sub(front, upper, out=inside[:, 0])
+        torch.sub(front, lower, out=inside[:, 1])
         columns = (self.ends.T @ ends).repeat(f, 1, 1)
-        for y, band in enumerate(self.bands):
-            lines = columns[:, SIZE * y : SIZE * (y + HEIGHT)]
-            lines.baddbmm_(band.T.expand(f, -1, -1), table[y])
-        return columns.reshape(f, SIZE, SIZE, 3, self.batch).permute(4, 3, 0, 1, 2)
+        if self.pictures is None:
+            inside = inside.reshape(len(front), -1)
+            table = embedding_bag(exact.through, inside, exact.offsets, mode="sum")
+            table = table.reshape(len(self.bands), f, -1, n)
+            for y, band in enumerate(self.bands):
+                lines = columns[:, SIZE * y : SIZE * (y + HEIGHT)]
+                lines.baddbmm_(band.T.expand(f, -1, -1), table[y])
+        out = columns.reshape(f, SIZE, SIZE, 3, self.batch).permute(4, 3, 0, 1, 2)
+        if self.pictures is None:
+            return out
+        inside = torch.einsum("kbfjn,kjcb->bcfn", self.pictures, inside)
+        return out + inside.reshape(out.shape)
 
-    def _colours(self, h: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        uu, ul, ll, ff = self.kept_cov
-        return uu * h[0] + ul * h[1], ul * h[0] + ll * h[1], ff * h[2]
-
-    def _probabilities(self, table: Tensor, base: list[Tensor], log_digit: Tensor) -> Tensor:
-        """(M * 10, B). ``base`` (3, B) each: h without what comes from inside the masks.
-
-        log p is half the squared length of L^T h, cov = L L^T, less log-determinants; in place, as
-        new memory would cost more than the arithmetic.
-        """
-        inside = embedding_bag(self.exact.rows, table, mode="sum")
-        inside = inside.reshape(-1, 2, 10, 3, self.batch)
-        upper, lower = inside[:, 0], inside[:, 1]
-        uu, ul, ll, ff = self.cov.unflatten(1, (-1, 10))[:, :, :, None]
-        first, out = uu.sqrt(), torch.empty_like(upper)
-        second = ul / first
-        torch.mul(first, base[0], out=out).addcmul_(second, base[1])
-        out.addcmul_(first * -self.gain, upper).addcmul_(second * -self.gain, lower).square_()
-        third = (ll - second.square()).sqrt()
-        work = third * base[1]
-        out.addcmul_(work.addcmul_(third * -self.gain, lower), work)
-        fourth = ff.sqrt()
-        torch.mul(fourth, base[2], out=work)
-        fourth = fourth * self.gain
-        work.addcmul_(fourth, upper).addcmul_(fourth, lower)
-        evidence = out.addcmul_(work, work).sum(2)
-        evidence -= evidence.amax((0, 1))  # so that the next sum keeps its digits
-        weight = (self.log_weight + log_digit.T.to(self.log_weight)).to(evidence)
-        return torch.softmax(evidence.mul_(0.5).add_(weight).flatten(0, 1), dim=0)
+    def _colours(self, h: list[Tensor]) -> list[Tensor]:
+        """cov h, the two ends and the digit apart."""
+        uu, ul, ll, ff = self.cov
+        return [(uu * h[0]).addcmul_(ul, h[1]), (ul * h[0]).addcmul_(ll, h[1]), ff * h[2]]
 
     def _keep(self, p: Tensor) -> None:
-        """Chooses the components that count, and finds their places in a table."""
+        """Drops all but a few components where they have no probability; p (M * 10, B)."""
         count = int((p > 1e-9).sum(0).max())
-        self.kept_cov = self.cov[:, :, None]
-        if count > len(p) // 8:
-            self.p = p[:, None]
+        if count > 32:
+            self.p = p.reshape(-1, 10, 1, self.batch)
             return
         top = p.T.contiguous().topk(count, dim=1)
-        kept = top.indices.T.contiguous()  # (K, B)
+        kept = top.indices.T.contiguous()[:, None]  # (K, 1, B)
         self.p = top.values.T[:, None]
-        if self.cov.shape[2] == 1:
-            self.kept_cov = self.cov[:, kept, 0][:, :, None]
-        else:
-            self.kept_cov = self.cov.gather(1, kept.expand(4, -1, -1))[:, :, None]
-        b = self.batch
-        place = self.exact.rows[kept // 10].permute(2, 0, 1) * 20 + kept % 10  # (F, K, B)
-        place = place[:, None] + 10 * torch.arange(2)[:, None, None]  # (F, 2, K, B)
-        place = place[:, :, :, None] * 3 + torch.arange(3)[:, None]
-        self.index = place * b + torch.arange(b)  # (F, 2, K, 3, B)
+        every = [t.flatten(0, 1).expand(-1, -1, self.batch) for t in self.cov]
+        self.cov = [t.gather(0, kept) for t in every]
+        every, kept = [t.flatten(0, 1) for t in self.mean], kept.expand(-1, 3, -1)
+        self.mean = [t.gather(0, kept) for t in every]
+        place, digit = self.exact.paths[kept[:, 0] // 10], kept[:, 0] % 10
+        self.pictures = self.exact.pictures.to(p)[digit[..., None] * PLACES + place]
 
     def posterior(self, z: Tensor, log_digit: Tensor) -> Tensor:
         """E[x | z], (B, 3, F, 16, 16); keeps what ``covariance`` needs."""
@@ -263,25 +237,29 @@ class _Chunk:
         # of large numbers, keeps more digits.
         shift = self.alpha * z.mean((2, 3, 4)).T  # (3, B)
         flat = shift.T[..., None, None, None]
-        columns = self._columns(z - self.alpha[:, None, None, None, None] * flat)
-        table, total = self._table(columns), self._totals(columns)
-        prior = [(m - shift) / s**2 for m, s in zip(MEAN, SD)]
-        base = [prior[0] + self.gain * total[0], prior[1] + self.gain * total[1], prior[2]]
-        self._keep(self._probabilities(table, base, log_digit))
-        h = self._split(table, total)
-        self.mean = self._colours(tuple(m + self.gain * p for m, p in zip(prior, h)))
+        h = self._gather(z - self.alpha[:, None, None, None, None] * flat)
+        for part, m, s in zip(h, MEAN, SD):
+            part.mul_(self.gain).add_((m - shift) / s**2)
+        self.mean = self._colours(h)
+        h[0].mul_(self.mean[0]).addcmul_(h[1], self.mean[1]).addcmul_(h[2], self.mean[2])
+        evidence = h[0].sum(2)
+        evidence -= evidence.amax((0, 1))  # so that the next sum keeps its digits
+        weight = (self.log_weight + log_digit.T.to(self.log_weight)).to(evidence)
+        self._keep(torch.softmax(evidence.mul_(0.5).add_(weight).flatten(0, 1), dim=0))
         return self._scatter(*(m * self.p for m in self.mean)) + flat
 
     def covariance(self, video: Tensor) -> Tensor:
         """alpha/sigma^2 Cov[x | z] applied to (B, 3, F, 16, 16)."""
         h = self._gather(video)
-        along = sum((m * p).sum(1, keepdim=True) for m, p in zip(self.mean, h))  # (K, 1, B)
-        best = self.p.argmax(0, keepdim=True)
-        along = along - along.gather(0, best)  # keeps the digits where one has p = 1
-        along = along - (self.p * along).sum(0)
         within = self._colours(h)
-        out = self._scatter(*(self.p * (m * along + w) for m, w in zip(self.mean, within)))
-        return out * self.gain.reshape(-1, 1, 1, 1, 1)
+        h[0].mul_(self.mean[0]).addcmul_(h[1], self.mean[1]).addcmul_(h[2], self.mean[2])
+        along = h[0].sum(-2, keepdim=True).reshape(-1, self.batch)
+        p = self.p.reshape(along.shape)
+        along = along - along.gather(0, p.argmax(0, keepdim=True))  # exact where one has p = 1
+        along = (along - (p * along).sum(0)).reshape(self.p.shape)
+        for part, mean in zip(within, self.mean):
+            part.addcmul_(mean, along).mul_(self.p)
+        return self._scatter(*within) * self.gain.reshape(-1, 1, 1, 1, 1)
 
 
 class Loss(NamedTuple):
