@@ -34,7 +34,7 @@ def ends_contest(case: str, device: str) -> Contest:
     z, out, grad, noise = (torch.randn(size, device=device) for _ in range(4))
     known = torch.randn(s.batch, 3, 5, s.height, s.width, device=device)
     slot = torch.tensor([*range(5), *[-1] * (s.frames - 5)], dtype=torch.int32, device=device)
-    seed_coef = torch.rand(s.batch, 3, device=device)
+    seed_coef = torch.rand(s.batch, 4, device=device)
     coef = torch.rand(s.batch, 9, device=device)
 
     def ends(wide=lambda t: t):

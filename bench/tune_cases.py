@@ -175,7 +175,7 @@ def guided(s: Shape, device: str, dtype: torch.dtype, *, what: str) -> Run:
     z, out, grad, noise = torch.randn(4, *size, device=device, dtype=dtype).unbind()
     known = torch.randn(s.batch, 3, 5, s.height, s.width, device=device, dtype=dtype)
     slot = torch.tensor([*range(5), *[-1] * (s.frames - 5)], dtype=torch.int32, device=device)
-    coef = torch.rand(s.batch, 3 if what == "seed" else 9, device=device, dtype=dtype)
+    coef = torch.rand(s.batch, 4 if what == "seed" else 9, device=device, dtype=dtype)
     if what == "seed":
         return lambda: guidance.guidance_seed_fwd(
             z, out, coef, known, slot, None, None, None, False

@@ -42,8 +42,8 @@ class Settings:
     schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
     with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
     step indices and "cosine" for one that takes log-SNRs.
-    num_steps, gamma, langevin and guidance_weight (w_r) are defaults for sampling (Appendix A has
-    them for the paper's models).
+    num_steps, gamma and langevin are defaults for sampling (Appendix A has them for the paper's
+    models; its w_r are those of guidance_weight="auto").
     """
 
     num_frames: int = 16
@@ -60,7 +60,6 @@ class Settings:
     num_steps: int | None = None
     gamma: float = 0.0
     langevin: bool = False
-    guidance_weight: float | None = None
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction)
@@ -271,6 +270,7 @@ def _of_peer(
 
 
 def _settings(stored: dict[str, Any]) -> Settings:
+    stored.pop("guidance_weight", None)  # of older files: one w_r for whatever is known
     unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}")

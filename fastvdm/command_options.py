@@ -182,10 +182,13 @@ class Run:
     def window(self, asked: int | None) -> int:
         return self.settings.num_frames if asked is None else asked
 
-    def guidance(self, method: str, weight: float | None) -> dict[str, Any]:
-        usual = self.settings.guidance_weight
-        usual = 1.0 if usual is None else usual
-        return {"method": method, "guidance_weight": usual if weight is None else weight}
+    def guidance(self, weight: str, limit: str) -> dict[str, Any]:
+        """The options of a ``Condition`` that every command with known frames has."""
+        try:
+            number: str | float = weight if weight == "auto" else float(weight)
+        except ValueError:
+            raise ValueError(f"guidance_weight must be auto or a number, got {weight!r}") from None
+        return {"guidance_weight": number, "guidance_limit": limit}
 
     def read(
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,

@@ -42,7 +42,12 @@ Window = Annotated[
 Overlap = Annotated[int, typer.Option(help="Frames that a window shares with the one before.")]
 Method = Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")]
 WeightR = Annotated[
-    float | None, typer.Option(help="w_r of reconstruction guidance; the model's own or 1.")
+    str,
+    typer.Option(help="w_r of the known frames: a number or auto, 3 F/n, n of F known."),
+]
+Limit = Annotated[
+    str,
+    typer.Option(help="stable: no weight beyond what a step can bear. none: weights as they are."),
 ]
 
 
@@ -95,7 +100,8 @@ def extend(
     overlap: Overlap = 1,
     window: Window = None,
     method: Method = "reconstruction",
-    guidance_weight: WeightR = None,
+    guidance_weight: WeightR = "auto",
+    guidance_limit: Limit = "stable",
 ) -> None:
     """Continue a video, block by block, to any length."""
     from fastvdm.diffusion.extend import extend as run_extend
@@ -110,7 +116,8 @@ def extend(
         window=run.window(window),
         overlap=overlap,
         seed=options.seed,
-        **run.guidance(method, guidance_weight),
+        method=method,
+        **run.guidance(guidance_weight, guidance_limit),
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) / frameskip)
@@ -127,7 +134,8 @@ def interpolate(
     overlap: Overlap = 1,
     window: Window = None,
     method: Method = "reconstruction",
-    guidance_weight: WeightR = None,
+    guidance_weight: WeightR = "auto",
+    guidance_limit: Limit = "stable",
 ) -> None:
     """Raise the frame rate: every frame of the input is kept, those between are drawn."""
     from fastvdm.diffusion.extend import interpolate_frames
@@ -141,7 +149,8 @@ def interpolate(
         window=run.window(window),
         overlap=overlap,
         seed=options.seed,
-        **run.guidance(method, guidance_weight),
+        method=method,
+        **run.guidance(guidance_weight, guidance_limit),
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) * factor)
@@ -161,16 +170,19 @@ def upscale(
         int, typer.Option(help="Input frame i becomes frame frameskip * i: raises the rate too.")
     ] = 1,
     downsample: Annotated[str, typer.Option(help="average or bilinear: D of Eq. 8.")] = "average",
+    low_res_weight: Annotated[
+        float, typer.Option(help="Weight of the input in units of 1/|D|^2; 1 enforces it.")
+    ] = 1.0,
     overlap: Overlap = 1,
     window: Window = None,
-    guidance_weight: WeightR = None,
+    guidance_weight: WeightR = "auto",
+    guidance_limit: Limit = "stable",
 ) -> None:
     """Draw a larger version of a video (Eq. 8) with a model of the larger size."""
     from fastvdm.diffusion.extend import upscale as run_upscale
 
     check_positive(low_size=low_size, frameskip=frameskip, window=window)
     run = Run(model, [output], options)
-    weight = run.guidance("reconstruction", guidance_weight)["guidance_weight"]
     result = run_upscale(
         run.unet,
         run.read(video, low_size),
@@ -180,7 +192,8 @@ def upscale(
         frameskip=frameskip,
         seed=options.seed,
         downsample=downsample,
-        guidance_weight=weight,
+        low_res_weight=low_res_weight,
+        **run.guidance(guidance_weight, guidance_limit),
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) * frameskip)

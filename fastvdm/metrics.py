@@ -167,9 +167,11 @@ def InceptionScore(features: nn.Module, splits: int = 10, **kwargs: Any) -> Any:
     """exp E KL(p(y|x) || p(y)): ``update(video)``, then ``compute()`` → (mean, std over splits).
 
     ``features`` returns class logits. The samples are shuffled before they are split, from torch's
-    global generator.
+    global generator. One split, as in the paper, has no spread: its deviation is 0.
     """
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
-    inception = require("torchmetrics.image.inception", "metrics")
-    return inception.InceptionScore(feature=features, splits=splits, **kwargs)
+    require("torchmetrics.image.inception", "metrics")
+    from fastvdm._inception import SplitScore
+
+    return SplitScore(feature=features, splits=splits, **kwargs)

@@ -185,7 +185,7 @@ class TrainConfig:
         """What sampling will need to know."""
         index = self.unet_arguments().get("time_input", "index") == "index"
         recipe = RECIPES.get(self.preset or "", {})
-        names = ("num_steps", "gamma", "langevin", "guidance_weight")
+        names = ("num_steps", "gamma", "langevin")
         return Settings(
             num_frames=self.num_frames,
             image_size=self.size,

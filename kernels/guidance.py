@@ -1,7 +1,7 @@
 """The two elementwise kernels of a guided sampling step (Ho et al. 2022, §3.1, Eqs. 7 and 8).
 
-    seed:    x_hat = p_z z + p_m m;  r = 2 (x_hat - x^a) on given frames + 2 D^T (D x_hat - y);
-             seed = seed_scale r
+    seed:    x_hat = p_z z + p_m m;
+             seed = known_scale 2 (x_hat - x^a) on given frames + low_scale 2 D^T (D x_hat - y)
     update:  x = e_z z + e_m x_hat - grad - direct seed, clipped;  z_next = u_z z + u_x x + u_n n,
              or k_z z + k_x x^a + k_n n on given frames
 
@@ -107,9 +107,10 @@ def _guidance_seed_kernel(
     cell = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     mask = cell < (pid * 0 + C) * F * low_h * low_w
     c, f, h, w = _split(cell, F, low_h, low_w)
-    p_z = tl.load(coef_ptr + b * 3)
-    p_m = tl.load(coef_ptr + b * 3 + 1)
-    seed_scale = tl.load(coef_ptr + b * 3 + 2)
+    p_z = tl.load(coef_ptr + b * 4)
+    p_m = tl.load(coef_ptr + b * 4 + 1)
+    known_scale = tl.load(coef_ptr + b * 4 + 2)
+    low_scale = tl.load(coef_ptr + b * 4 + 3)
 
     # of the top left pixel of each cell
     z_offs = (((b * C + c) * F + f) * H + h * FACTOR) * W + w * FACTOR
@@ -151,17 +152,18 @@ def _guidance_seed_kernel(
         x_hat = raw
         if CLIP:
             x_hat = at_most(at_least(raw, -1.0), 1.0)
-        r = r_low
+        seed = r_low
+        if HAS_EXTRA:
+            seed += tl.load(extra_ptr + z_offs + at, mask=mask, other=0.0).to(ACC)
+        seed *= low_scale
         if HAS_KNOWN:
             x_a = tl.load(known_ptr + known_offs + at, mask=given, other=0.0).to(ACC)
-            r += tl.where(given, 2.0 * (x_hat - x_a), 0.0)
-        if HAS_EXTRA:
-            r += tl.load(extra_ptr + z_offs + at, mask=mask, other=0.0).to(ACC)
+            seed += tl.where(given, 2.0 * known_scale * (x_hat - x_a), 0.0)
         if CLIP:
-            r = tl.where(tl.abs(raw) <= 1.0, r, 0.0)
+            seed = tl.where(tl.abs(raw) <= 1.0, seed, 0.0)
         tl.store(x_hat_ptr + z_offs + at, x_hat.to(x_hat_ptr.dtype.element_ty), mask=mask)
         seed_at = seed_ptr + s_offs + dh * stride_sh + dw * stride_sw
-        tl.store(seed_at, (seed_scale * r).to(seed_ptr.dtype.element_ty), mask=mask)
+        tl.store(seed_at, seed.to(seed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["step"])  # it counts: no recompile at 1 or at multiples of 16

@@ -372,6 +372,8 @@ BAD = {
                        "num_frames must exceed the 3 frames given"),
     "overlap": (["extend", "{model}", "{clip}", "{out}", "--num-frames", "9", "--overlap", "4"],
                 "overlap must be in"),
+    "factor": (["interpolate", "{model}", "{clip}", "{out}", "--factor", "3", "--overlap", "2"],
+               "factor 3 exceeds window - overlap = 4 - 2"),
     "negative weight": (["extend", "{model}", "{clip}", "{out}", "--num-frames", "9",
                          "--guidance-weight", "-1"], "guidance_weight"),
     "no model": (["sample", "{broken}x", "{out}"], "no model at"),

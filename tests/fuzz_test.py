@@ -228,7 +228,7 @@ def guidance(data, network, seed):
         seed_options |= dict(low_res=low["values"], low_slot=low["slot"])
     if draw(st.booleans()):
         seed_options["extra"] = torch.randn_like(z)
-    compare(guidance_seed, (z, like(network), torch.randn(b, 3)), seed_options)
+    compare(guidance_seed, (z, like(network), torch.randn(b, 4)), seed_options)
 
     options: dict[str, Any] = dict(given_frames, clip=draw(st.booleans()))
     if draw(st.booleans()):

@@ -55,7 +55,7 @@ def frames(device: str = "cpu") -> dict[str, Condition]:
     return {
         "frames": Condition(known, frame_index=[0, -1], guidance_weight=5.0),
         "replacement": Condition(known, method="replacement", replacement="posterior"),
-        "low_res": Condition(low_res=low, guidance_weight=2.0),
+        "low_res": Condition(low_res=low, low_res_weight=0.5),
         "bilinear": Condition(known, low_res=low, downsample="bilinear", clip_before_loss=True),
     }
 

@@ -61,7 +61,7 @@ def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_la
         z=rand(*shape),
         m=m,
         grad=grad,
-        seed_coef=rand(b, 3),
+        seed_coef=rand(b, 4),
         coef=rand(b, 9),
         known=rand(b, c, 2, h, w),
         slot=slot.to(device),
@@ -174,7 +174,7 @@ def test_exact_low_resolution(lane):
     """Integer operands and a factor of 4: an index error cannot hide in a tolerance."""
     backend, device = lane
     z = torch.arange(2 * 1 * 3 * 8 * 12, dtype=torch.float32, device=device).reshape(2, 1, 3, 8, 12)
-    coef = torch.tensor([[1.0, 2.0, 16.0]], device=device).repeat(2, 1)
+    coef = torch.tensor([[1.0, 2.0, 0.0, 16.0]], device=device).repeat(2, 1)
     low = torch.arange(2 * 2 * 2 * 3, dtype=torch.float32, device=device).reshape(2, 1, 2, 2, 3)
     slot = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
     with use_backend(backend):
@@ -309,11 +309,23 @@ CONDITIONS = {
 }
 
 
-def loss_of(x_hat, t):
-    """||x^a - x_hat^a||^2 + ||y - D(x_hat)||^2, written from Eqs. 7 and 8."""
+# 1/|D|^2 of each: an average spreads evenly, the diagonal's only gain is sqrt(.3^2 + .7^2)
+INVERSE_NORMS = {"average": 4.0, "bilinear": 4.0, diagonal_pick: 1 / (0.3**2 + 0.7**2)}
+
+
+def weights_of(t, known, low):
+    """Options of a Condition on ``t``, and the factor of ||y - D(x_hat)||^2 that they mean."""
+    options = dict(guidance_limit="none") | (dict(guidance_weight=known) if "frames" in t else {})
+    if "low_res" not in t:
+        return options, 0.0
+    return options | dict(low_res_weight=low), low * INVERSE_NORMS[t["downsample"]]
+
+
+def loss_of(x_hat, t, known, low):
+    """w_r ||x^a - x_hat^a||^2 + w_y ||y - D(x_hat)||^2, written from Eqs. 7 and 8."""
     total = x_hat.new_zeros(())
     if "frames" in t:
-        total = total + (t["frames"] - x_hat[:, :, t["frame_index"]]).square().sum()
+        total = total + known * (t["frames"] - x_hat[:, :, t["frame_index"]]).square().sum()
     if "low_res" in t:
         down = {
             "average": pool,
@@ -321,25 +333,25 @@ def loss_of(x_hat, t):
         }.get(t["downsample"], t["downsample"])
         index = t["low_res_index"]
         seen = x_hat if index is None else x_hat[:, :, index]
-        total = total + (t["low_res"] - down(seen)).square().sum()
+        total = total + low * (t["low_res"] - down(seen)).square().sum()
     return total
 
 
 @pytest.mark.parametrize("case", CONDITIONS)
 @pytest.mark.parametrize("prediction", ["eps", "v", "x"])
 def test_x_tilde_is_eq_7_and_8(case, prediction):
-    """Every x_tilde of a run equals x_hat - (w_r alpha/2) grad, the gradient in closed form."""
+    """Every x_tilde of a run equals x_hat - (alpha/2) grad, the gradient in closed form."""
     data = Gaussian(frames=5)
     shape = (2, 1, 5, 4, 6)
     t = targets(shape, *CONDITIONS[case])
-    weight = 3.0
+    options, low = weights_of(t, 3.0, 0.7)
     run = trace(
         data.denoiser(prediction),
         shape,
         prediction=prediction,
         num_steps=5,
         corrector=None,
-        condition=Condition(**t, guidance_weight=weight),
+        condition=Condition(**t, **options),
     )
     known = [i % 5 for i in t.get("frame_index", [])]
     rest = [i for i in range(5) if i not in known]
@@ -347,9 +359,9 @@ def test_x_tilde_is_eq_7_and_8(case, prediction):
         gain, offset = data.gain(log_snr)
         leaf = z.clone().requires_grad_()
         x_hat = torch.einsum("ij,bcjhw->bcihw", gain, leaf) + offset.reshape(1, 1, -1, 1, 1)
-        (g,) = torch.autograd.grad(loss_of(x_hat, t), leaf)
+        (g,) = torch.autograd.grad(loss_of(x_hat, t, 3.0, low), leaf)
         alpha = alpha_of(torch.tensor(log_snr, dtype=DOUBLE))
-        expected = (x_hat - weight * alpha / 2 * g).detach()
+        expected = (x_hat - alpha / 2 * g).detach()
         torch.testing.assert_close(x_tilde[:, :, rest], expected[:, :, rest], rtol=1e-9, atol=1e-9)
         if known:
             assert torch.equal(x_tilde[:, :, known], t["frames"])
@@ -361,12 +373,13 @@ def test_clip_before_loss(case):
     data = Gaussian(frames=5, mean=0.6)
     shape = (1, 1, 5, 4, 6)
     t = targets(shape, *CONDITIONS[case])
+    options, low = weights_of(t, 0.5, 0.2)
     run = trace(
         data.denoiser("v"),
         shape,
         prediction="v",
         num_steps=4,
-        condition=Condition(**t, guidance_weight=0.5, clip_before_loss=True),
+        condition=Condition(**t, **options, clip_before_loss=True),
     )
     rest = [i for i in range(5) if i not in t.get("frame_index", [])]
     saturated = False
@@ -375,8 +388,8 @@ def test_clip_before_loss(case):
         leaf = z.clone().requires_grad_()
         raw = torch.einsum("ij,bcjhw->bcihw", gain, leaf) + offset.reshape(1, 1, -1, 1, 1)
         x_hat = raw.clamp(-1, 1)
-        (g,) = torch.autograd.grad(loss_of(x_hat, t), leaf)
-        expected = (x_hat - 0.25 * alpha_of(torch.tensor(log_snr, dtype=DOUBLE)) * g).detach()
+        (g,) = torch.autograd.grad(loss_of(x_hat, t, 0.5, low), leaf)
+        expected = (x_hat - 0.5 * alpha_of(torch.tensor(log_snr, dtype=DOUBLE)) * g).detach()
         torch.testing.assert_close(x_tilde[:, :, rest], expected[:, :, rest], rtol=1e-9, atol=1e-9)
         saturated |= bool((raw.abs() > 1).any())
     assert saturated
@@ -405,7 +418,7 @@ def test_unguided_corrector(guided, backwards):
 @pytest.mark.parametrize("prediction", ["eps", "v", "x"])
 @pytest.mark.parametrize("case", ["prediction", "low_res", "both_custom"])
 def test_gradient_through_unet(case, prediction):
-    """w_r alpha/2 <grad, d> by central differences through the whole UNet3D, in fp64."""
+    """alpha/2 <grad, d> by central differences through the whole UNet3D, in fp64."""
     torch.manual_seed(0)
     net = fastvdm.UNet3D(
         8, dim_mults=(1, 2), channels=1, attn_heads=2, attn_dim_head=8, time_input="logsnr"
@@ -413,13 +426,13 @@ def test_gradient_through_unet(case, prediction):
     shape = (1, 1, 3, 4, 8)
     known = CONDITIONS[case][0]
     t = targets(shape, *CONDITIONS[case])
-    weight = 2.0
+    options, low = weights_of(t, 2.0, 0.6)
     run = trace(
         net,
         shape,
         prediction=prediction,
         num_steps=4,
-        condition=Condition(**t, guidance_weight=weight),
+        condition=Condition(**t, **options),
     )
     rest = [i for i in range(3) if i not in known]
     for log_snr, z, x_tilde in run[1:]:  # two levels
@@ -434,9 +447,9 @@ def test_gradient_through_unet(case, prediction):
             direction = torch.zeros_like(z)
             direction[:, :, rest] = torch.randn_like(shift)
             h = 1e-5
-            up, down = (loss_of(x_hat_of(z + s * h * direction), t) for s in (1, -1))
+            up, down = (loss_of(x_hat_of(z + s * h * direction), t, 2.0, low) for s in (1, -1))
         slope = (up - down) / (2 * h)
-        expected = weight * alpha_of(level)[0] / 2 * slope
+        expected = alpha_of(level)[0] / 2 * slope
         found = (shift * direction[:, :, rest]).sum()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
@@ -571,6 +584,7 @@ def test_launches_per_step(guided, corrector, device):
                 network(count),
                 shape,
                 num_steps=steps,
+                clip=None,
                 corrector=corrector,
                 condition=condition if guided else None,
                 seed=0,
@@ -602,6 +616,7 @@ def test_fused_equals_unfused(sampler, lane):
         seed=11,
         device=device,
         condition=Condition(**t, guidance_weight=2.0),
+        clip=None,
     )
     data = Gaussian(frames=4)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from peer import peer_or_skip
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm.diffusion import joint
 from fastvdm.diffusion.loss import diffusion_loss
@@ -59,6 +61,64 @@ def test_every_other_frame_is_drawn_equally_often():
     assert values.tolist() == [100, 101, 102, 103, 200, 201, 202, 203]
     p = 1 / 8
     assert (counts / draws - p).abs().max() < 4.5 * (p * (1 - p) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("count", [2, 3])  # by rejection, by a permutation
+def test_other_videos_are_drawn_uniformly_in_any_order(count):
+    generator, draws = torch.Generator().manual_seed(2), 6000
+    drawn = torch.stack([joint._others(2, 6, count, generator) for _ in range(draws)])
+    kinds, counts = drawn.unique(dim=0, return_counts=True)
+    assert len(kinds) == (20 if count == 2 else 60)  # every ordered choice of distinct others
+    assert all(len({2, *kind.tolist()}) == count + 1 for kind in kinds)
+    expected = draws / len(kinds)
+    chi_square = ((counts - expected).square() / expected).sum()
+    assert chi_square < (44 if count == 2 else 99)  # exceeded by chance once in 1000 seeds
+
+
+def test_others_repeat_only_where_there_are_too_few():
+    for total, count in itertools.product((2, 3, 9, 40), (0, 1, 2, 8, 20)):
+        for own in (0, total - 1):
+            drawn = [
+                joint._others(own, total, count, torch.Generator().manual_seed(4)) for _ in range(2)
+            ]
+            assert torch.equal(*drawn)
+            values, counts = drawn[0].unique(return_counts=True)
+            assert len(drawn[0]) == count and own not in values.tolist()
+            assert set(values.tolist()) <= set(range(total))
+            assert len(values) == min(count, total - 1)
+            assert (counts <= -(-count // (total - 1))).all()
+
+
+def test_an_item_of_millions_of_videos_costs_what_it_holds():
+    """No tensor grows with the data set."""
+
+    class Clips:
+        def __len__(self):
+            return 10_000_000
+
+        def __getitem__(self, index):
+            return torch.full((1, 1, 1, 1), index, dtype=torch.long)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    with Largest() as mode:
+        item = joint.JointDataset(Clips(), 8)[7].flatten()
+    assert item[0] == 7 and item.unique().numel() == 9 and mode.numel == 9
+    assert item[1:].max() > 1_000_000
+
+
+def test_a_negative_index_is_not_its_own_image():
+    items = joint.JointDataset(list(_coded(3, 1)), 2)
+    for _ in range(20):
+        owners = (items[-1][0, :, 0, 0] // 100).tolist()
+        assert owners[0] == 2 and sorted(owners[1:]) == [0, 1]
 
 
 def test_captions_travel_with_their_frames():
@@ -161,6 +221,7 @@ def test_bad_input():
     x = torch.randn(2, 3, 4, 2, 2)
     with pytest.raises(ValueError, match="at least 2"):
         joint.images_from_batch(x[:1], 1)
+    assert joint.images_from_batch(x[:1], 0).shape == (1, 3, 0, 2, 2)
     with pytest.raises(ValueError, match="at least 2"):
         joint.JointDataset([x[0]], 1)
     with pytest.raises(ValueError, match="num_images must be at least 0"):

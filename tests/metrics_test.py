@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -82,19 +83,62 @@ def test_torchscript_file_and_resize(tmp_path):
         metrics.load_network(tmp_path / "none.pt")
 
 
-@pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save", "ignore:std\\(\\)")
-def test_inception_score_closed_form():
-    """n classes, each predicted with certainty and equally often: the score is n."""
+class Table(nn.Module):
+    """Sample n has the logits of row n."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return self.logits[x.flatten().long()]
+
+
+saves_all = pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save")
+
+
+@saves_all
+@pytest.mark.parametrize("certainty", [100, 1000])  # exp(-100) is in fp32, exp(-1000) is 0
+def test_inception_score_closed_form(certainty):
+    """n of 6 classes, each predicted with certainty and equally often: the score is n, and one
+    score has no spread."""
     pytest.importorskip("torchmetrics")
-    logits = torch.eye(4)[torch.arange(80) % 4] * 100
-
-    class Table(nn.Module):
-        def forward(self, x):
-            return logits[x.flatten().long()]
-
-    score = metrics.InceptionScore(Table(), splits=1)
+    score = metrics.InceptionScore(
+        Table(torch.eye(4, 6)[torch.arange(80) % 4] * certainty), splits=1
+    )
     score.update(torch.arange(80))
-    assert math.isclose(score.compute()[0].item(), 4.0, rel_tol=1e-4)
+    mean, deviation = score.compute()
+    assert math.isclose(mean.item(), 4.0, rel_tol=1e-4) and deviation == 0
+
+
+@saves_all
+@pytest.mark.filterwarnings("ignore:std\\(\\)")
+@pytest.mark.parametrize("splits", [1, 3, 10])
+def test_inception_score_is_that_of_torchmetrics(splits):
+    inception = pytest.importorskip("torchmetrics.image.inception")
+    features = Table(torch.randn(50, 7))
+    ours = metrics.InceptionScore(features, splits=splits)
+    theirs = inception.InceptionScore(features, splits=splits)
+    values = []
+    for score in (ours, theirs):
+        for batch in torch.arange(50).split(16):
+            score.update(batch)
+        torch.manual_seed(3)
+        values.append(score.compute())
+    torch.testing.assert_close(values[0][0], values[1][0])
+    if splits > 1:
+        torch.testing.assert_close(values[0][1], values[1][1], atol=1e-6, rtol=1e-4)
+    copy = pickle.loads(pickle.dumps(ours))
+    torch.manual_seed(3)
+    assert copy.compute() == values[0]
+
+
+@saves_all
+def test_inception_score_of_one_sample():
+    pytest.importorskip("torchmetrics")
+    score = metrics.InceptionScore(Table(torch.randn(1, 5)))
+    score.update(torch.zeros(1))
+    torch.testing.assert_close(score.compute(), (torch.tensor(1.0), torch.tensor(0.0)))
 
 
 def test_bad_input():

@@ -62,7 +62,7 @@ void run(const GuidanceArgs& a, int64_t batch, Kernel kernel) {
 std::tuple<Tensor, Tensor> guidance_seed_fwd(Tensor z, Tensor model_out, Tensor coef,
                                              OptTensor known, OptTensor slot, OptTensor low_res,
                                              OptTensor low_slot, OptTensor extra, bool clip) {
-  GuidanceArgs a = make_args(z, coef, 3, known, slot, clip);
+  GuidanceArgs a = make_args(z, coef, 4, known, slot, clip);
   Tensor x_hat = empty(z, sizes_of(z), ScalarType::Float);
   Tensor seed = torch::stable::empty_like(model_out);
   a.out = strided(model_out, z, "model_out");

@@ -18,7 +18,7 @@ struct GuidanceArgs {
   int64_t num_known, num_low;
   int factor;
   bool clip;
-  const float *z, *coef;  // contiguous; coef (B, 3) of the seed, (B, 9) of the update
+  const float *z, *coef;  // contiguous; coef (B, 4) of the seed, (B, 9) of the update
   const float* known;     // (B, C, num_known, H, W)
   const int32_t* slot;    // (F,), -1 where a frame is not given
   // seed

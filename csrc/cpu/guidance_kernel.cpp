@@ -97,7 +97,7 @@ void guidance_seed(const GuidanceArgs& a, int64_t begin, int64_t end, float* scr
   float *raw = scratch, *spread = raw + k * line, *r_out = spread + line;
   for (int64_t item = begin; item < end; ++item) {
     const Row at = row_of(a, item);
-    const float* coef = a.coef + at.b * 3;
+    const float* coef = a.coef + at.b * 4;
     const int64_t image = ((at.b * a.channels + at.c) * a.frames + at.f) * plane;
     for (int dh = 0; dh < k; ++dh) {
       float* line_of = raw + dh * line;
@@ -139,11 +139,12 @@ void guidance_seed(const GuidanceArgs& a, int64_t begin, int64_t end, float* scr
         const vf full = load(raw + dh * line + i);
         const vf x_hat = a.clip ? clamp(full, one) : full;
         vf r = has_low ? load(spread + i) : vf{};
-        if (given) r += 2.f * (x_hat - FASTVDM_LOAD(known, i, n));
         if (a.extra != nullptr) r += FASTVDM_LOAD(a.extra + here, i, n);
+        r *= coef[3];
+        if (given) r += 2.f * coef[2] * (x_hat - FASTVDM_LOAD(known, i, n));
         if (a.clip) r = full <= one && full >= -one ? r : vf{};
         FASTVDM_STORE(a.x_hat + here, i, x_hat, n);
-        store(r_out + i, r * coef[2]);
+        store(r_out + i, r);
       }
       const int64_t to = offset(a.seed, at, h);
       FASTVDM_BY_DTYPE(a.seed.dtype, narrow_at, a.seed, to, width, r_out)

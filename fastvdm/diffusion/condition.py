@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvdm.diffusion.stability import auto_weight
+
 Downsample = Callable[[Tensor], Tensor]  # (B, C, L, H, W) -> (B, C, L, h, w), differentiable
 
 
@@ -35,8 +37,10 @@ class Given:
 
     def __init__(self, condition: Condition, shape: tuple[int, ...], device, dtype) -> None:
         f = shape[2]
-        self.weight = float(condition.guidance_weight)
-        self.guided = condition.method == "reconstruction" and self.weight > 0
+        self.limited = condition.guidance_limit == "stable"
+        # w_r, and the weight of the low resolution in units of 1/|D|^2; 0: not there
+        self.weight, self.low_weight, self.norm_squared = 0.0, 0.0, 1.0
+        self.explicit = condition.guidance_weight != "auto" or condition.low_res_weight != 1
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
         self.known: Tensor | None = None
@@ -48,12 +52,16 @@ class Given:
             index = _indices(condition.frame_index, condition.frames.shape[2], f, "frame_index")
             _check_video(condition.frames, (*shape[:2], len(index), *shape[3:]), "frames")
             self.known, self.slot = _send(condition.frames, device, dtype), _slots(index, f, device)
+            asked = condition.guidance_weight
+            self.weight = auto_weight(f, len(index)) if asked == "auto" else float(asked)
         if condition.low_res is not None:
             low = condition.low_res
             index = _indices(condition.low_res_index, low.shape[2], f, "low_res_index")
             self._set_low_res(condition, shape, index, device, dtype)
             self.low_slot = _slots(index, f, device)
             self._index = torch.tensor(index, device=device)
+            self.low_weight = float(condition.low_res_weight)
+        self.guided = condition.method == "reconstruction" and max(self.weight, self.low_weight) > 0
 
     def _set_low_res(self, condition, shape, index, device, dtype) -> None:
         low = condition.low_res
@@ -66,18 +74,19 @@ class Given:
                 raise ValueError(
                     f"downsample='average' needs one whole factor, got {shape[3:]} to {size}"
                 )
+            self.norm_squared = 1 / factors[0] ** 2
             return
         if condition.downsample == "bilinear":
             self._down = lambda x: bilinear_downsample(x, size)
         else:
             self._down = condition.downsample
-        trial = self._down(
-            torch.zeros((*shape[:2], len(index), *shape[3:]), device=device, dtype=dtype)
-        )
+        zeros = torch.zeros((*shape[:2], len(index), *shape[3:]), device=device, dtype=dtype)
+        trial = self._down(zeros)
         if trial.shape != low.shape:
             raise ValueError(
                 f"downsample gives {tuple(trial.shape)}, low_res is {tuple(low.shape)}"
             )
+        self.norm_squared = _norm_squared(self._down, zeros)
 
     @property
     def has_low_res(self) -> bool:
@@ -126,11 +135,18 @@ class Condition:
             "bilinear", or any differentiable callable on (B, C, L, H, W).
         method: "reconstruction": x_tilde of Eqs. 7-8, with z^a replaced as well. "replacement":
             replaced only, which lacks the term that ties the rest of the video to what is known.
-        guidance_weight: w_r. The squared error is a sum over all elements, as in the paper, which
-            takes 50 with 1 known frame and 9 with 5; 1 is the derived value and the default,
-            more is recommended. 0 is replacement at the price of replacement.
+        guidance_weight: w_r of the known frames. The squared error is a sum over all elements, as
+            in the paper. "auto" (default) is 3 F/n for n known frames of F: 48 for 1 of 16, where
+            the paper takes 50, and 9.6 for 5 of 16, where it takes 9. 1 is the derived value; 0 is
+            replacement at the price of replacement.
+        low_res_weight: weight of the low resolution in units of 1/|D|^2, the square of the largest
+            gain of D (1/k^2 for averaging by k; measured for any other D). 1 (default) enforces it.
+        guidance_limit: "stable" (default) lowers both weights in the steps where they would amplify
+            an error (``fastvdm.diffusion.stability``); a warning says so where a number was asked
+            for. "none" takes them as they are.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
-            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative.
+            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative and the weaker one:
+            where the answer is known in closed form it was never better and often worse.
         clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
             get no gradient, so the default is not to; the paper does not say.
 
@@ -145,7 +161,9 @@ class Condition:
     low_res_index: Sequence[int] | None = None
     downsample: Literal["average", "bilinear"] | Downsample = "average"
     method: Literal["reconstruction", "replacement"] = "reconstruction"
-    guidance_weight: float = 1.0
+    guidance_weight: float | Literal["auto"] = "auto"
+    low_res_weight: float = 1.0
+    guidance_limit: Literal["stable", "none"] = "stable"
     replacement: Literal["marginal", "posterior"] = "marginal"
     clip_before_loss: bool = False
 
@@ -156,8 +174,16 @@ class Condition:
             raise ValueError(f"method must be reconstruction|replacement, got {self.method!r}")
         if self.replacement not in ("marginal", "posterior"):
             raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
-        if not 0 <= self.guidance_weight < float("inf"):
-            raise ValueError(f"guidance_weight must be finite and >= 0, got {self.guidance_weight}")
+        if self.guidance_weight != "auto":
+            _check_weight("guidance_weight", self.guidance_weight, ", or 'auto'")
+            if self.frames is None:
+                raise ValueError(
+                    f"guidance_weight={self.guidance_weight} is of known frames, and there are "
+                    "none; low_res_weight is of the low resolution"
+                )
+        _check_weight("low_res_weight", self.low_res_weight)
+        if self.guidance_limit not in ("stable", "none"):
+            raise ValueError(f"guidance_limit must be stable|none, got {self.guidance_limit!r}")
         if self.low_res is not None and self.method == "replacement":
             raise ValueError("a low-resolution video cannot be replaced: method='reconstruction'")
         if not callable(self.downsample) and self.downsample not in ("average", "bilinear"):
@@ -196,6 +222,39 @@ def _indices(index: Sequence[int] | None, count: int, frames: int, name: str) ->
     if len(set(places)) < count:
         raise ValueError(f"{name} names a frame twice: {given}")
     return places
+
+
+def _check_weight(name: str, value: object, other: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number{other}, got {value!r}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and >= 0{other}, got {value}")
+
+
+def _norm_squared(down: Downsample, zeros: Tensor) -> float:
+    """|D|^2, the largest ||D v||^2/||v||^2, by power iteration; D may be affine.
+
+    Raises:
+        ValueError: D does not depend on its input.
+    """
+    g = torch.Generator().manual_seed(0)
+    # Averages are largest on constants, so a constant is where it starts from.
+    v = 1 + 0.1 * torch.randn(zeros.shape, generator=g, dtype=zeros.dtype).to(zeros.device)
+    offset, gain = down(zeros).detach(), 0.0
+    for _ in range(16):
+        v = v / v.norm()
+        with torch.enable_grad():
+            v.requires_grad_()
+            error = (down(v) - offset).square().sum()
+            if not error.requires_grad:
+                raise ValueError("downsample must be differentiable, its output has no gradient")
+            (v,) = torch.autograd.grad(0.5 * error, v)  # D^T D v
+        before, gain = gain, float(v.norm())
+        if abs(gain - before) <= 1e-3 * gain:
+            break
+    if gain == 0:
+        raise ValueError("downsample does not depend on its input")
+    return gain
 
 
 def _check_video(video: Tensor, expected: tuple[int, ...], name: str) -> None:

@@ -18,7 +18,9 @@ from fastvdm.diffusion.denoiser import Model
 from fastvdm.diffusion.sample import sample
 
 # Options of the Condition that a window is given; the rest of ``options`` goes to ``sample``.
-_CONDITION = ("method", "guidance_weight", "replacement", "clip_before_loss", "downsample")
+_FRAMES = ("guidance_weight",)
+_LOW_RES = ("low_res_weight", "downsample")
+_CONDITION = ("method", "guidance_limit", "replacement", "clip_before_loss", *_FRAMES, *_LOW_RES)
 
 
 class _Timeline:
@@ -35,6 +37,13 @@ class _Timeline:
         self.length = length
         self.frames, self.place = frames, {p: i for i, p in enumerate(places)}
         self.low_res, self.low_place = low_res, {p: i for i, p in enumerate(low_places)}
+        self.given = self.place.keys() | self.low_place.keys()
+
+    def frame(self, f: int) -> Tensor | None:
+        """Frame ``f`` (B, C, H, W) if it is given in full."""
+        if self.frames is None or f not in self.place:
+            return None
+        return self.frames[:, :, self.place[f]].detach()
 
 
 def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,6 +61,32 @@ def _check_window(window: int, overlap: int, length: int) -> None:
         raise ValueError(f"overlap must be in [0, {window - 1}] for window {window}, got {overlap}")
 
 
+def _check_steps(name: str, step: int, count: int, length: int, window: int, overlap: int) -> int:
+    """Windows over ``count`` frames given every ``step``: the overlap to use.
+
+    A window begins after a given frame and must reach the next one, or it would have to guess. The
+    given frame before it is seen in any case: without it nothing ties the windows together.
+    """
+    if step < 1:
+        raise ValueError(f"{name} must be at least 1, got {step}")
+    last = (count - 1) * step
+    if not last < length <= count * step:
+        raise ValueError(f"num_frames must be in [{last + 1}, {count * step}], got {length}")
+    _check_window(window, overlap, length)
+    if length < window:
+        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
+    if step == 1:
+        return overlap
+    overlap = min(max(overlap, 1), window - 1)
+    if last >= window and step > window - overlap:
+        raise ValueError(
+            f"{name} {step} exceeds window - overlap = {window} - {overlap}: no window would reach "
+            f"from one given frame to the next. Take a smaller overlap, a larger window, or a "
+            f"smaller {name} in two passes"
+        )
+    return overlap
+
+
 def _blocks(
     model: Model,
     timeline: _Timeline,
@@ -63,36 +98,46 @@ def _blocks(
     seed: int | None,
     options: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """Yields the frames from ``start`` on, window by window.
+    """Yields the frames from ``start`` on, window by window; given ones as they are.
 
-    A window begins ``overlap`` frames before the first frame that is missing; the last one is moved
-    back to end with the video, as networks are trained on one length.
+    A window begins ``overlap`` frames before the first frame that is missing and is put out up to
+    the last frame given in it (in full or in low resolution), if there is one after that: what
+    lies behind would be drawn without a view of the next given frame, and jump there. The last
+    window is put out whole and moved back to end with the video, as networks are trained on one
+    length.
     """
     condition_options, sample_options = _split_options(options)
     batch, channels, height, width = size
     shape = (batch, channels, window, height, width)
-    drawn: Tensor | None = None  # the last frames put out, at most one window
+    drawn: dict[int, Tensor] = {}  # the last frames drawn, at most one window
     done = start
     number = 0
     while done < timeline.length:
+        given = timeline.frame(done)
+        if given is not None:
+            yield given[:, :, None]
+            done += 1
+            continue
         first = max(0, min(done - overlap, timeline.length - window))
+        inside = range(first, first + window)
         known: dict[int, Tensor] = {}
-        for f in range(first, first + window):
-            if f in timeline.place and timeline.frames is not None:
-                known[f - first] = timeline.frames[:, :, timeline.place[f]]
-            elif start <= f < done and drawn is not None:
-                known[f - first] = drawn[:, :, f - done]
-        low = [f for f in range(first, first + window) if f in timeline.low_place]
+        for f in inside:
+            frame = drawn.get(f) if f not in timeline.place else timeline.frame(f)
+            if frame is not None:
+                known[f - first] = frame
+        low = [f for f in inside if f in timeline.low_place]
         condition = _condition(timeline, known, low, first, condition_options)
         # every window has its own stream of noise
         extra: dict[str, Any] = {} if seed is None else {"seed": seed + 0x632BE5AB * number}
         block = sample(model, shape, condition=condition, **sample_options, **extra)
-        new = block[:, :, done - first :]
-        drawn = block if drawn is None else torch.cat((drawn, new.to(drawn)), dim=2)
-        drawn = drawn[:, :, -window:].clone()
-        done += new.shape[2]
         number += 1
-        yield new
+        stop = inside.stop
+        if stop < timeline.length:
+            stop = max((f + 1 for f in inside if f >= done and f in timeline.given), default=stop)
+        drawn |= {f: block[:, :, f - first].clone() for f in range(done, stop)}
+        drawn = {f: frame for f, frame in drawn.items() if f >= stop - window}
+        yield block[:, :, done - first : stop - first]
+        done = stop
 
 
 def _condition(
@@ -112,9 +157,8 @@ def _condition(
         parts["low_res_index"] = [f - first for f in low]
     if not parts:
         return None
-    if "low_res" not in parts:
-        options = {k: v for k, v in options.items() if k != "downsample"}
-    return Condition(**parts, **options)
+    absent = (*(() if "frames" in parts else _FRAMES), *(() if "low_res" in parts else _LOW_RES))
+    return Condition(**parts, **{k: v for k, v in options.items() if k not in absent})
 
 
 def _check_video(video: Tensor, name: str) -> None:
@@ -225,7 +269,8 @@ def interpolate_frames(
         model: trained at the higher frame rate.
         factor: at least 2.
         window: frames of one network call.
-        overlap: frames already drawn that the next window sees, besides the given ones in it.
+        overlap: frames before the first missing one that the next window sees, at least 1; a
+            window draws up to the last given frame in it, so ``factor <= window - overlap``.
         num_frames: of the result; (F - 1) * factor + 1 by default, which ends on a given frame.
         options: as for ``extend``.
 
@@ -233,22 +278,18 @@ def interpolate_frames(
         (B, C, num_frames, H, W) fp32 on the CPU.
 
     Raises:
-        ValueError: a factor, window, overlap or number of frames out of range.
+        ValueError: a factor, window, overlap or number of frames out of range, or a factor above
+            ``window - overlap``.
     """
     _check_video(video, "video")
     if factor < 2:
         raise ValueError(f"factor must be at least 2, got {factor}")
     b, c, f, h, w = video.shape
     length = (f - 1) * factor + 1 if num_frames is None else num_frames
-    places = [i * factor for i in range(f)]
-    if not places[-1] < length <= f * factor:
-        raise ValueError(f"num_frames must be in [{places[-1] + 1}, {f * factor}], got {length}")
-    _check_window(window, overlap, length)
-    if length < window:
-        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
+    overlap = _check_steps("factor", factor, f, length, window, overlap)
     blocks = _blocks(
         model,
-        _Timeline(length, video, places),
+        _Timeline(length, video, range(0, f * factor, factor)),
         (b, c, h, w),
         start=0,
         window=window,
@@ -282,7 +323,8 @@ def upscale(
         size: (H, W) of the result.
         window, overlap: as for ``extend``; the paper's network has 9 frames and its overlap is not
             given.
-        frameskip: low-resolution frame i is frame ``frameskip * i`` of the result.
+        frameskip: low-resolution frame i is frame ``frameskip * i`` of the result; above 1 a window
+            draws up to the last of them in it, so ``frameskip <= window - overlap``.
         num_frames: of the result, L * frameskip by default; the last ``frameskip - 1`` then have no
             low-resolution frame after them.
         options: ``downsample``, ``guidance_weight``, ``replacement``, ``clip_before_loss`` as in
@@ -292,23 +334,15 @@ def upscale(
         (B, C, num_frames, H, W) fp32 on the CPU.
 
     Raises:
-        ValueError: sizes, a window or an overlap out of range.
+        ValueError: sizes, a window or an overlap out of range, or such a frameskip too large.
     """
     _check_video(low_res, "low_res")
     b, c, count = low_res.shape[:3]
-    if frameskip < 1:
-        raise ValueError(f"frameskip must be at least 1, got {frameskip}")
     if size[0] < low_res.shape[3] or size[1] < low_res.shape[4]:
         raise ValueError(f"size {tuple(size)} is below that of low_res {tuple(low_res.shape)}")
     length = count * frameskip if num_frames is None else num_frames
-    places = [i * frameskip for i in range(count)]
-    if not places[-1] < length <= count * frameskip:
-        raise ValueError(
-            f"num_frames must be in [{places[-1] + 1}, {count * frameskip}], got {length}"
-        )
-    _check_window(window, overlap, length)
-    if length < window:
-        raise ValueError(f"the result of {length} frames is shorter than the window {window}")
+    overlap = _check_steps("frameskip", frameskip, count, length, window, overlap)
+    places = range(0, count * frameskip, frameskip)
     blocks = _blocks(
         model,
         _Timeline(length, low_res=low_res, low_places=places),
@@ -346,7 +380,12 @@ def cascade(
 
     Returns:
         (coarse (B, C, F, h, w), fine (B, C, F * frameskip, H, W)).
+
+    Raises:
+        ValueError: as ``upscale``; windows are checked before anything is drawn.
     """
+    if len(shape) == 5:  # before the first stage is drawn for nothing
+        _check_steps("frameskip", frameskip, shape[2], shape[2] * frameskip, window, overlap)
     coarse = sample(base, shape, seed=seed, **(base_options or {}))
     later = None if seed is None else seed + 1
     fine = upscale(

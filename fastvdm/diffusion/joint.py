@@ -64,12 +64,20 @@ def _check_count(num_images: int) -> None:
 
 
 def _others(own: int, total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` of the indices 0..total-1 but ``own``: a permutation, repeated if too short."""
-    rounds = -(-count // (total - 1))
-    order = torch.cat(
-        [torch.randperm(total - 1, generator=generator) for _ in range(rounds)]
-        or [torch.zeros(0, dtype=torch.long)]
-    )[:count]
+    """``count`` of the indices 0..total-1 but ``own``, uniform and in random order.
+
+    They are distinct, or repeated by whole rounds where there are too few.
+    """
+    rest = total - 1
+    if 2 * count > rest > 0:
+        rounds = [torch.randperm(rest, generator=generator) for _ in range(-(-count // rest))]
+        order = torch.cat(rounds)[:count]
+    else:  # by rejection: a permutation of millions of videos for a few of them takes seconds
+        drawn: dict[int, None] = {}
+        while len(drawn) < count:
+            new = torch.randint(rest, (count - len(drawn),), generator=generator)
+            drawn |= dict.fromkeys(new.tolist())
+        order = torch.tensor(list(drawn), dtype=torch.long)
     return order + (order >= own)
 
 
@@ -100,7 +108,8 @@ class JointDataset(Dataset):
         parts, captions = [item[0] if captioned else item], [item[1] if captioned else None]
         if self.num_images == 0:
             return (parts[0], captions) if captioned else parts[0]
-        for other in _others(index, len(self.dataset), self.num_images).tolist():
+        total = len(self.dataset)
+        for other in _others(index % total, total, self.num_images).tolist():
             image, caption = self._frame(other, captioned)
             parts.append(image[:, None])
             captions.append(caption)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from fastvdm.diffusion.samplers import (
     posterior,
 )
 from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of
+from fastvdm.diffusion.stability import stable_weights
 from fastvdm.ops.guidance import guidance_seed, guidance_update
 
 
@@ -47,7 +49,7 @@ class _Row(NamedTuple):
     """Everything per-sample that one network call and its update need, on the device."""
 
     time: Tensor  # (B,)
-    seed: Tensor  # (B, 3) for guidance_seed
+    seed: Tensor  # (B, 4) for guidance_seed
     after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
     direct: Tensor  # (B, 9) the same, estimate = the network's output
     noisy: bool  # whether the update draws noise at all
@@ -123,14 +125,16 @@ class _Plan:
         time = levels.network_time(time_input)
         self._send = (batch, device, dtype)
         self._replaces = given is not None and given.known is not None
-        weight = given.weight if given is not None else 0.0
-        self.steps = self._rows(lt, time, prediction, steps, replace, weight, guided)
+        contraction = steps.u_x / alpha_of(ls)
+        weights = _weights(given, contraction, report=True)
+        self.steps = self._rows(lt, time, prediction, steps, replace, weights, guided)
         self.corrections: list[_Row] = []
         if corrector is not None:
             still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
             fix = corrector.update(lt)
             on = guided and corrector.guided
-            self.corrections = self._rows(lt, time, prediction, fix, still, weight, on)
+            weights = _weights(given, fix.u_x / alpha_of(lt))
+            self.corrections = self._rows(lt, time, prediction, fix, still, weights, on)
         first = marginal(lt[:1])
         zero = torch.zeros(1)
         start = [zero, zero, zero, zero, zero, zero + 1, zero, first.u_x, first.u_n]
@@ -148,14 +152,15 @@ class _Plan:
         prediction: Prediction,
         step: Update,
         replace: Update,
-        weight: float,
+        weights: tuple[Tensor, Tensor],
         guided: bool,
     ) -> list[_Row]:
         batch, device, dtype = self._send
         p_z, p_m = x_coefficients(log_snr, prediction)
         zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         tail = [p_z / p_m, *step, *replace]
-        seed = self._table([p_z, p_m, 0.5 * weight * alpha_of(log_snr) * p_m])
+        half = 0.5 * alpha_of(log_snr) * p_m
+        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half])
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
         time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
@@ -164,6 +169,28 @@ class _Plan:
             _Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
             for i in range(len(log_snr))
         ]
+
+
+def _weights(
+    given: Given | None, contraction: Tensor, report: bool = False
+) -> tuple[Tensor, Tensor]:
+    """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
+    if given is None:
+        return torch.zeros_like(contraction), torch.zeros_like(contraction)
+    known, low = given.weight, given.low_weight
+    kept = stable_weights(contraction, known, low)
+    if not given.limited:
+        kept = torch.full_like(contraction, known), torch.full_like(contraction, low)
+    elif report and given.explicit:
+        for name, asked, now in zip(("guidance_weight", "low_res_weight"), (known, low), kept):
+            if lowered := int((now < asked).sum()):
+                warnings.warn(
+                    f"{name}={asked:g} is beyond the stable range in {lowered} of {len(now)} steps "
+                    f"and lowered there, to {float(now.min()):.3g} at the least; "
+                    "Condition(guidance_limit='none') takes it as it is",
+                    stacklevel=2,
+                )
+    return kept[0], kept[1] / given.norm_squared
 
 
 class _Run:
@@ -274,6 +301,18 @@ def _progress(count: int, on: bool) -> Iterator[int]:
     return iter(tqdm(range(count), desc="sampling"))
 
 
+def _check_range(condition: Condition, clip: str) -> None:
+    """With clipping everything drawn is in [-1, 1], and so must be what is known."""
+    for name, video in (("frames", condition.frames), ("low_res", condition.low_res)):
+        most = 0.0 if video is None or video.numel() == 0 else float(video.detach().abs().max())
+        if most > 1.001:
+            raise ValueError(
+                f"{name} must be in [-1, 1], where clip={clip!r} keeps the video, but has values "
+                f"up to {most:.4g}: scale 0..255 by x / 127.5 - 1 and 0..1 by x * 2 - 1; latents "
+                "need clip=None"
+            )
+
+
 def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:
     module = module_of(model)
     first = next(iter(module.parameters()), None) if module is not None else None
@@ -361,6 +400,8 @@ def sample(
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
+    if condition is not None and clip is not None:
+        _check_range(condition, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
     if cuda_graph:
         check_capturable(where, generator, condition.downsample if condition else None)

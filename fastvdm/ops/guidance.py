@@ -176,19 +176,18 @@ def guidance_seed(
     Args:
         z: (B, C, F, H, W) fp32 or fp64.
         model_out: the network's output at z, any strides, fp32/fp16/bf16/fp64.
-        coef: (B, 3) p_z, p_m, seed_scale in the dtype of z: x_hat = p_z z + p_m model_out,
-            seed_scale = p_m w_r alpha/2.
+        coef: (B, 4) p_z, p_m, known_scale, low_scale in the dtype of z: x_hat = p_z z + p_m
+            model_out; the scales are p_m alpha/2 times the weight of each squared error.
         known, slot: (B, C, K, H, W) given frames; (F,) int32, the place of each frame among them,
             -1 for a frame that is not given.
         low_res, low_slot: (B, C, L, H/k, W/k) a low-resolution video and the place of each frame
             in it; D is average pooling over k x k, its adjoint is taken in the kernel.
-        extra: (B, C, F, H, W) added to dL/dx_hat: the term of any other D, from autograd.
+        extra: (B, C, F, H, W) d||y - D(x_hat)||^2/dx_hat of any other D, from autograd.
         clip: clamp x_hat to [-1, 1] before the loss; saturated elements then get no gradient.
 
     Returns:
-        x_hat (contiguous, dtype of z) and seed (dtype and strides of model_out), the gradient of
-        (w_r alpha/2) ||residual||^2 with respect to ``model_out``. The residual itself is
-        seed/(2 seed_scale).
+        x_hat (contiguous, dtype of z) and seed (dtype and strides of model_out): alpha/2 times the
+        gradient of the weighted squared errors with respect to ``model_out``.
 
     Raises:
         ValueError, TypeError: shapes, slots or dtypes that do not fit.

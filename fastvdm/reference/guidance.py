@@ -2,13 +2,13 @@
 
 With m the network's output at z and every estimate linear in it, x_hat = p_z z + p_m m:
 
-    L        = ||x^a - x_hat^a||^2 + ||y - D(x_hat)||^2          (sums over all elements)
+    L        = w_r ||x^a - x_hat^a||^2 + w_y ||y - D(x_hat)||^2      (sums over all elements)
     G        = dL/dz = (dm/dz)^T p_m r + p_z r,    r = dL/dx_hat
-    x_tilde  = x_hat - (w_r alpha/2) G                            on the frames not given
+    x_tilde  = x_hat - (alpha/2) G                                  on the frames not given
 
-``guidance_seed`` makes x_hat and seed = (w_r alpha/2) p_m r, what the network's backward pass
+``guidance_seed`` makes x_hat and seed = (alpha/2) p_m r, what the network's backward pass
 starts from; ``guidance_update`` takes its result, adds the direct term (p_z/p_m) seed and steps.
-Folding w_r alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
+Folding alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-SEED_COEFFICIENTS = ("p_z", "p_m", "seed_scale")
+SEED_COEFFICIENTS = ("p_z", "p_m", "known_scale", "low_scale")
 UPDATE_COEFFICIENTS = ("e_z", "e_m", "direct", "u_z", "u_x", "u_n", "k_z", "k_x", "k_n")
 
 
@@ -47,13 +47,13 @@ def guidance_seed_ref(
 ) -> tuple[Tensor, Tensor]:
     """(x_hat, seed); arguments as in ``fastvdm.ops.guidance.guidance_seed``."""
     acc = torch.promote_types(z.dtype, torch.float32)
-    p_z, p_m, seed_scale = _columns(coef, acc)
+    p_z, p_m, known_scale, low_scale = _columns(coef, acc)
     raw = p_z * z + p_m * model_out.to(acc)
     x_hat = raw.clamp(-1, 1) if clip else raw
-    r = torch.zeros_like(x_hat)  # dL/dx_hat
+    seed = torch.zeros_like(x_hat)
     if known is not None and slot is not None:
         x_a, given = _scatter_frames(known.to(acc), slot)
-        r = r + torch.where(given, 2 * (x_hat - x_a), 0)
+        seed = torch.where(given, known_scale * 2 * (x_hat - x_a), 0)
     if low_res is not None and low_slot is not None:
         factor = z.shape[3] // low_res.shape[3]
         y, given = _scatter_frames(low_res.to(acc), low_slot)
@@ -61,12 +61,12 @@ def guidance_seed_ref(
             x_hat, "b c f (h i) (w j) -> b c f h w", "mean", i=factor, j=factor
         )  # D = average pooling; its adjoint spreads evenly
         spread = torch.where(given, 2 * (mean - y) / factor**2, 0)
-        r = r + spread.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
+        seed = seed + low_scale * spread.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
     if extra is not None:
-        r = r + extra.to(acc)
+        seed = seed + low_scale * extra.to(acc)
     if clip:
-        r = torch.where(raw.abs() <= 1, r, 0)  # the gradient of clamp
-    return x_hat.to(z.dtype), (seed_scale * r).to(model_out.dtype)
+        seed = torch.where(raw.abs() <= 1, seed, 0)  # the gradient of clamp
+    return x_hat.to(z.dtype), seed.to(model_out.dtype)
 
 
 def guidance_update_ref(

@@ -74,9 +74,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "ucf101": {"num_frames": 16, "prediction": "eps", "num_steps": 256, "gamma": 0.1},
     "bair": {"num_frames": 16, "prediction": "v", "num_steps": 256, "gamma": 0.0,
-             "langevin": True, "guidance_weight": 50.0},
+             "langevin": True},
     "kinetics600": {"num_frames": 16, "prediction": "v", "num_steps": 128, "gamma": 0.0,
-                    "langevin": True, "guidance_weight": 9.0},
+                    "langevin": True},
     "t2v-small": {"num_frames": 16, "prediction": "eps", "num_steps": 256, "gamma": 0.3},
     "t2v-large": {"num_frames": 16, "prediction": "eps", "num_steps": 256, "gamma": 0.3},
     "t2v-128": {"num_frames": 9, "prediction": "eps", "num_steps": 256, "gamma": 0.3},
