@@ -23,7 +23,7 @@ from paper.common import cached
 from paper.exact import Exact
 from paper.train import SCHEDULE, HeldOut, Recipe, one_hot, train
 
-OVERLAP, LENGTH = 3, 40  # of the extension
+OVERLAP, LENGTH = 3, 32  # of the extension
 FACTOR = 4  # of interpolation and of the cascade
 IMAGES = (0, 4, 8)
 SCALES = (0.0, 1.0, 2.0, 3.0, 6.0)
@@ -34,10 +34,11 @@ class Budget:
     """How much of everything."""
 
     seeds: int = 3
-    steps: int = 3000  # of training, at most
-    joint_steps: int = 600
-    base_steps: int = 1200
-    clips: int = 64  # drawn for each row and network
+    steps: int = 2000  # of training, in a cycle
+    cycles: int = 3
+    joint_steps: int = 400
+    base_steps: int = 600
+    clips: int = 32  # drawn for each row and network
     held_out: int = 256
     few: int = 24  # sampling steps
     many: int = 64
@@ -45,7 +46,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(1, 2, 2, 2, 2, 4, 2, 4, 40)
+QUICK = Budget(1, 2, 1, 2, 2, 4, 4, 2, 4, 40)
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,19 @@ class Place:
     def recipe(self, name: str) -> Recipe:
         """Of "main-SEED", "base" or "joint-IMAGES-SEED"."""
         kind, *numbers = name.split("-")
-        b, every = self.budget, max(1, self.budget.joint_steps // 6)
+        b = self.budget
+        steps = {"main": b.steps, "base": b.base_steps, "joint": b.joint_steps}[kind]
+        every = 100 if steps >= 100 else steps
+        common: dict[str, Any] = dict(steps=steps, decay=3 * steps // 5, every=every)
         if kind == "main":
-            return Recipe(name, int(numbers[0]), b.steps, goal=GOAL, every=every)
+            return Recipe(name, int(numbers[0]), cycles=b.cycles, goal=0.95, **common)
         if kind == "base":
-            return Recipe(name, 0, b.base_steps, coarse=True, conditional=False, every=every)
+            return Recipe(name, coarse=True, conditional=False, **common)
         images, seed = (int(n) for n in numbers)
-        return Recipe(
-            name, seed, b.joint_steps, batch=2, num_images=images, conditional=False, every=every
-        )
+        return Recipe(name, seed, batch=2, num_images=images, conditional=False, **common)
 
     def net(self, name: str) -> nn.Module:
         return _net(self, name)
-
-
-GOAL = 0.0
 
 
 @lru_cache(maxsize=4)
@@ -95,19 +94,19 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        weight = "replacement" if self.weight is None else f"w{self.weight}"
-        return (
-            f"{weight}-{self.steps}"
-            + "-langevin" * self.langevin
-            + "-free" * (self.limit == "none")
-        )
+        number = isinstance(self.weight, float)
+        parts = [
+            "replacement" if self.weight is None else f"w{self.weight:.3g}" if number else "auto"
+        ]
+        parts += [self.steps] + ["langevin"] * self.langevin + ["free"] * (self.limit == "none")
+        return "-".join(parts)
 
     @property
     def label(self) -> str:
         if self.weight is None:
             return "replacement"
-        text = "w_r = auto" if self.weight == "auto" else f"w_r = {self.weight:.3g}"
-        return text + ", no limit" * (self.limit == "none")
+        text = "w_r = auto (3 F/n)" if self.weight == "auto" else f"w_r = {self.weight:.2g}"
+        return text + " (F/n)" * (self.weight == data.FRAMES / OVERLAP)
 
     def options(self, place: Place) -> dict[str, Any]:
         """Of ``sample`` and of everything that calls it."""
@@ -149,13 +148,12 @@ def held_out(place: Place, name: str) -> dict[str, Any]:
 
 # --- Table 6: extension ---------------------------------------------------------------------------
 
-ROWS = [Row(w) for w in (None, 1.0, 8 / 3, "auto")]
+ROWS = [Row(w) for w in (None, 1.0, data.FRAMES / OVERLAP, "auto")]
 ROWS += [Row(w, langevin=True) for w in (None, "auto")]
 ROWS += [Row(w, "many") for w in (None, "auto")]
 ROWS += [Row(w, "many", True) for w in (None, "auto")]
 # One window is enough to see what is unstable.
-LIMITS = [Row(w, s, False, x) for s in ("few", "many") for w in (8.0, 20.0, 50.0)
-          for x in ("none", "stable")]  # fmt: skip
+LIMITS = [Row(w, limit=x) for w in (8.0, 20.0, 50.0) for x in ("none", "stable")]
 
 
 def extension(place: Place, row: Row, seed: int, length: int = LENGTH) -> dict[str, Any]:
@@ -215,7 +213,7 @@ def prediction(place: Place, row: Row, seed: int) -> dict[str, Any]:
 
 def interpolation(place: Place, row: Row, seed: int, overlap: int) -> dict[str, Any]:
     """Every fourth frame of 29 is given."""
-    count, length = place.budget.clips, 4 * data.FRAMES - 3
+    count, length = place.budget.clips // 2, 4 * data.FRAMES - 3
     truth = data.draw(count, length, generator(22, seed))
     video = interpolate_frames(
         place.net(f"main-{seed}"),
@@ -241,7 +239,7 @@ def change(video: Tensor) -> Tensor:
 
 def two_stages(place: Place, weight: float, seed: int, overlap: int) -> dict[str, Any]:
     """8 frames of 8 x 8 at every fourth frame, then 32 of 16 x 16."""
-    count, b = place.budget.clips, place.budget
+    count, b = place.budget.clips // 2, place.budget
     options: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE, num_steps=b.few)
     low, fine = cascade(
         place.net("base"),
@@ -343,24 +341,27 @@ def networks(budget: Budget) -> list[str]:
 
 
 def jobs(budget: Budget) -> list[Job]:
+    seeds = range(budget.seeds)
+    one = 2 * data.FRAMES - OVERLAP  # frames of a clip with one new window
     out = [Job(f"held-out-{n}", held_out, (n,)) for n in ("exact-1", "exact-8")]
-    for s in range(budget.seeds):
-        out.append(Job(f"held-out-main-{s}", held_out, (f"main-{s}",)))
-        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for r in ROWS]
-        one = data.FRAMES + data.FRAMES - OVERLAP
-        out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
-        out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
-        out += [
-            Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o))
-            for o in (1, 4)
-            for r in INTERPOLATION
-        ]
-        out += [Job(f"cascade-{w:g}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
-        out += [Job(f"joint-{k}-{s}", joint, (k, s)) for k in IMAGES]
-        out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
+    out += [Job(f"held-out-main-{s}", held_out, (f"main-{s}",)) for s in seeds]
+    for steps in ("few", "many"):
+        rows = [r for r in ROWS if r.steps == steps]
+        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for s in seeds for r in rows]
+        if steps == "many":
+            break
+        for k in IMAGES:
+            out += [Job(f"joint-{k}-{s}", joint, (k, s)) for s in seeds]
+        for s in seeds:
+            out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
+            out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
+            out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
+            for r, o in INTERPOLATION:
+                out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o)))
+            out += [Job(f"cascade-{w:g}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
     return out
 
 
 PREDICTION = [Row(w) for w in (None, 1.0, "auto")]
-INTERPOLATION = [Row(w) for w in (None, "auto")]
+INTERPOLATION = [(Row(None), 1), (Row("auto"), 1), (Row("auto"), 4)]
 CASCADE = [(1.0, 1), (1.0, 3), (0.25, 1)]  # the last is Eq. 8 with w_r = 1

@@ -1,9 +1,9 @@
 """Networks for the tables: small 3D U-Nets, trained until they know more than single frames tell.
 
 The bar is the held-out loss of the best denoiser that treats every frame on its own: a network
-above it has not learned that anything persists, and says nothing about reconstruction guidance.
-Training ends when a network is ``MARGIN`` below the bar, or after so many steps. It resumes from
-its last checkpoint, and a run that was interrupted gives the same network.
+above it need not have learned that anything persists. Training is in cycles of the learning rate
+(warm restarts); it ends after a cycle that has brought a network below the bar, or after so many.
+It resumes from its last checkpoint, and an interrupted run gives the same network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastvdm import UNet3D
 from fastvdm.diffusion import CosineSchedule, diffusion_loss, sigma_of
 from fastvdm.diffusion.joint import append_images, joint_loss
 from paper import data
+from paper.exact import Exact
 
 # Cleaner clips are seen by no sampler here (24 steps look at 5.4 last), and a small network cannot
 # tell what noise is left in them: it would spend its time on that.
@@ -32,19 +34,20 @@ SCHEDULE = CosineSchedule(logsnr_max=5.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """One network. A run stops early where ``goal`` (a held-out loss) is reached."""
+    """One network."""
 
     name: str
     seed: int = 0
-    steps: int = 2400
+    steps: int = 2000  # of a cycle
+    cycles: int = 1  # at most
     batch: int = 8
     dim: int = 32
-    decay: int = 400  # of the steps, the last ones
+    decay: int = 1200  # of a cycle's steps, the last ones
     average: float = 0.995
     num_images: int = 0  # independent image frames after each clip
     conditional: bool = True
     coarse: bool = False  # every fourth frame at half the size: the base of the cascade
-    goal: float = 0.0
+    goal: float = 0.0  # relative to the bar: no further cycle below this held-out loss
     every: int = 100  # steps between looks at the held-out clips, and checkpoints
 
 
@@ -120,6 +123,11 @@ class HeldOut:
         self.t = (torch.randperm(count, generator=generator) + 0.5) / count
         self.noise = torch.randn(self.video.shape, generator=generator)
 
+    @cached_property
+    def bar(self) -> float:
+        """Of the best denoiser of single frames."""
+        return self.loss(Exact(1, "v")).mean().item()
+
     def loss(self, model: Any, by_class: bool | None = False) -> Tensor:
         """(N,) v-losses; ``by_class`` None is a network without classes."""
         parts = []
@@ -178,10 +186,11 @@ def optimizers(net: nn.Module) -> list[torch.optim.Optimizer]:
     return [Muon(inside, 0.02), adam]
 
 
-def factor(recipe: Recipe, step: int, decay_from: int) -> float:
-    """Of the learning rates: warm-up over 50 steps, constant, then a cosine to zero."""
-    done = (step - decay_from) / max(1, recipe.decay)
-    end = 1.0 if done < 0 else 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
+def factor(recipe: Recipe, step: int) -> float:
+    """Of the learning rates. A cycle warms up over 50 steps, then a cosine ends it at zero."""
+    step = step % recipe.steps
+    done = (step - recipe.steps + recipe.decay) / recipe.decay
+    end = 1.0 if done < 0 else 0.5 + 0.5 * math.cos(math.pi * done)
     return min(1.0, (step + 1) / 50) * end
 
 
@@ -196,18 +205,21 @@ class Training:
         # A stream each, so that networks with more image frames see the same clips and noise.
         self.streams = [torch.Generator().manual_seed(1000 * recipe.seed + i) for i in range(4)]
         self.step, self.cpu, self.wall = 0, 0.0, 0.0
-        self.decay_from = recipe.steps - recipe.decay
         self.curve: list[tuple[int, float]] = []
 
     @property
-    def end(self) -> int:
-        return min(self.recipe.steps, self.decay_from + self.recipe.decay)
+    def done(self) -> bool:
+        cycles, rest = divmod(self.step, self.recipe.steps)
+        if rest or not cycles:
+            return False
+        enough = self.recipe.goal and self.curve[-1][1] < self.recipe.goal * self.held_out.bar
+        return cycles >= self.recipe.cycles or bool(enough)
 
     def advance(self) -> None:
         r, (of_clips, of_noise, of_images, of_image_noise) = self.recipe, self.streams
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor(r, self.step, self.decay_from)
+                group["lr"] = group["initial_lr"] * factor(r, self.step)
         batch = clips(r, r.batch, of_clips)
         video = batch.video
         t = (torch.rand((), generator=of_noise) + torch.arange(r.batch) / r.batch) % 1
@@ -242,12 +254,10 @@ class Training:
         self.step += 1
 
     def look(self) -> float:
-        """The held-out loss of the averaged weights; where it is low enough, the decay begins."""
+        """The held-out loss of the averaged weights."""
         by_class = False if self.recipe.conditional else None
         loss = self.held_out.loss(self.average, by_class).mean().item()
         self.curve.append((self.step, loss))
-        if loss < self.recipe.goal:
-            self.decay_from = min(self.decay_from, self.step)
         return loss
 
     def state(self) -> dict[str, Any]:
@@ -257,7 +267,7 @@ class Training:
             "average": self.average.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "streams": [g.get_state() for g in self.streams],
-            "numbers": (self.step, self.cpu, self.wall, self.decay_from),
+            "numbers": (self.step, self.cpu, self.wall),
             "curve": self.curve,
         }
 
@@ -268,7 +278,7 @@ class Training:
             optimizer.load_state_dict(kept)
         for generator, kept in zip(self.streams, state["streams"]):
             generator.set_state(kept)
-        self.step, self.cpu, self.wall, self.decay_from = state["numbers"]
+        self.step, self.cpu, self.wall = state["numbers"]
         self.curve = [tuple(point) for point in state["curve"]]
 
 
@@ -286,12 +296,13 @@ def train(recipe: Recipe, out: Path, held_out_clips: int = 128) -> Training:
             raise ValueError(f"{path} is of {state['recipe']}, not {asdict(recipe)}: remove it")
         job.load(state)
     out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=recipe.steps, initial=job.step, desc=recipe.name, mininterval=5)
+    most = recipe.cycles * recipe.steps
+    bar = tqdm(total=most, initial=job.step, desc=recipe.name, mininterval=5)
     wall, cpu = time.perf_counter(), time.process_time()
-    while job.step < job.end:
+    while not job.done:
         job.advance()
         bar.update()
-        if job.step % recipe.every == 0 or job.step == job.end:
+        if job.step % recipe.every == 0 or job.step % recipe.steps == 0:
             bar.set_postfix_str(f"held-out {job.look():.4f}")
             now = time.perf_counter(), time.process_time()
             job.wall, job.cpu = job.wall + now[0] - wall, job.cpu + now[1] - cpu
