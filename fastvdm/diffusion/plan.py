@@ -17,6 +17,8 @@ from fastvdm.diffusion.samplers import Langevin, Sampler, Update, marginal, post
 from fastvdm.diffusion.schedule import Schedule, alpha_of
 from fastvdm.diffusion.stability import stable_weights
 
+_WEIGHTS = ("guidance_weight", "low_res_weight")
+
 
 class Row(NamedTuple):
     """Everything per-sample that one network call and its update need, on the device."""
@@ -110,19 +112,20 @@ def _weights(
     given: Given | None, contraction: Tensor, report: bool = False
 ) -> tuple[Tensor, Tensor]:
     """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
-    if given is None:
-        return torch.zeros_like(contraction), torch.zeros_like(contraction)
-    known, low = given.weight, given.low_weight
-    kept = stable_weights(contraction, known, low)
-    if not given.limited:
-        kept = torch.full_like(contraction, known), torch.full_like(contraction, low)
-    elif report and given.explicit:
-        for name, asked, now in zip(("guidance_weight", "low_res_weight"), (known, low), kept):
-            if lowered := int((now < asked).sum()):
-                warnings.warn(
-                    f"{name}={asked:g} is beyond the stable range in {lowered} of {len(now)} steps "
-                    f"and lowered there, to {float(now.min()):.3g} at the least; "
-                    "Condition(guidance_limit='none') takes it as it is",
-                    stacklevel=2,
-                )
+    zero = torch.zeros_like(contraction)
+    if given is None or not given.guided:
+        return zero, zero
+    asked = given.weight, given.low_weight
+    kept = zero + asked[0], zero + asked[1]
+    if given.limited:
+        kept = stable_weights(contraction, *asked)
+    for name, number, value, now in zip(_WEIGHTS, given.asked_for, asked, kept):
+        lowered = int((now < value).sum())
+        if report and number and lowered:
+            warnings.warn(
+                f"{name}={value:g} is beyond the stable range in {lowered} of {len(now)} steps and "
+                f"lowered there, to {float(now.min()):.3g} at the least; "
+                "Condition(guidance_limit='none') takes it as it is",
+                stacklevel=2,
+            )
     return kept[0], kept[1] / given.norm_squared
