@@ -175,18 +175,19 @@ def _weights(
     given: Given | None, contraction: Tensor, report: bool = False
 ) -> tuple[Tensor, Tensor]:
     """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
-    if given is None:
+    if given is None or not given.guided:
         return torch.zeros_like(contraction), torch.zeros_like(contraction)
     known, low = given.weight, given.low_weight
     kept = stable_weights(contraction, known, low)
     if not given.limited:
         kept = torch.full_like(contraction, known), torch.full_like(contraction, low)
-    elif report and given.explicit:
-        for name, asked, now in zip(("guidance_weight", "low_res_weight"), (known, low), kept):
-            if lowered := int((now < asked).sum()):
+    elif report:
+        names, asked = ("guidance_weight", "low_res_weight"), (known, low)
+        for name, weight, now, explicit in zip(names, asked, kept, given.asked):
+            if explicit and (lowered := int((now < weight).sum())):
                 warnings.warn(
-                    f"{name}={asked:g} is beyond the stable range in {lowered} of {len(now)} steps "
-                    f"and lowered there, to {float(now.min()):.3g} at the least; "
+                    f"{name}={weight:g} is beyond the stable range in {lowered} of {len(now)} "
+                    f"steps and lowered there, to {float(now.min()):.3g} at the least; "
                     "Condition(guidance_limit='none') takes it as it is",
                     stacklevel=2,
                 )
