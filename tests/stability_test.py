@@ -73,9 +73,8 @@ def test_known_values():
 
 
 def _projection(generator, rank, size):
-    return (q := torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=DOUBLE))[0]) @ (
-        q.T
-    )
+    basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=DOUBLE))
+    return basis @ basis.T
 
 
 @pytest.mark.parametrize("low", [0.0, 1.0, 30.0])
@@ -117,7 +116,7 @@ def test_the_bound_is_of_the_worst_data(c):
 
 @pytest.mark.parametrize("rule", [Ancestral(0.3), DDIM(0.0), DDIM(0.7), Langevin(0.1)])
 def test_every_rule_is_a_contraction_towards_x(rule):
-    """z_s/alpha_s = (1 - c) z_t/alpha_t + c x + noise with c in (0, 1], which the bound rests on."""
+    """z_s/alpha_s = (1 - c) z_t/alpha_t + c x + noise, 0 < c <= 1: what the bound rests on."""
     levels = CosineSchedule().levels(12).log_snr
     lt, ls = levels[:-1], levels[1:]
     update = rule.update(lt) if isinstance(rule, Langevin) else rule.update(lt, ls)
