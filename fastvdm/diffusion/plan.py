@@ -115,11 +115,11 @@ def _weights(
     zero = torch.zeros_like(contraction)
     if given is None or not given.guided:
         return zero, zero
-    asked = given.weight, given.low_weight
-    kept = zero + asked[0], zero + asked[1]
+    weights = given.weight, given.low_weight
+    kept = zero + weights[0], zero + weights[1]
     if given.limited:
-        kept = stable_weights(contraction, *asked)
-    for name, number, value, now in zip(_WEIGHTS, given.asked_for, asked, kept):
+        kept = stable_weights(contraction, *weights)
+    for name, number, value, now in zip(_WEIGHTS, given.asked, weights, kept):
         lowered = int((now < value).sum())
         if report and number and lowered:
             warnings.warn(
