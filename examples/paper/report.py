@@ -36,14 +36,10 @@ class Results:
 
 def core_minutes(place: Place) -> tuple[float, float]:
     """Process time of all networks, and of all rows."""
-    nets = [
-        torch.load(place.cache / "networks" / f"{n}.pt", weights_only=True)["numbers"]
-        for n in tables.networks(place.budget)
-    ]
-    r = Results(place)
-    return sum(n[1] for n in nets) / 60, sum(
-        r.one(j.name)["seconds"][0] for j in tables.jobs(place.budget)
-    ) / 60
+    files = [place.cache / "networks" / f"{n}.pt" for n in tables.networks(place.budget)]
+    training = sum(torch.load(f, weights_only=True)["numbers"][1] for f in files)
+    rows = [Results(place).one(job.name) for job in tables.jobs(place.budget)]
+    return training / 60, sum(row["seconds"][0] for row in rows) / 60
 
 
 def markdown(table: Table) -> str:
@@ -323,20 +319,21 @@ HEAD = """# The paper's claims in the small
 `make paper-tables` on {machine}, torch {torch}, fastvdm {version}. {quick}Coloured digits bounce
 over colour gradients, 8 frames of 16 x 16 (`examples/paper/data.py`): digit, colours and motion
 persist for ever, so the true continuation of a clip is known and is read off in closed form. All
-± are 95 % intervals; over networks they are Student's, of {seeds}. Process time of the trained part:
-{training:.0f} core-minutes of training, {rows:.0f} of sampling.
+± are 95 % intervals; over networks they are Student's, of {seeds}. The trained part took
+{training:.0f} core-minutes of training and {rows:.0f} of sampling (process time).
 """
 
 
 def write(place: Place, out: Path, exact: list[Table], quick: bool) -> Path:
     out.mkdir(parents=True, exist_ok=True)
+    training, rows = core_minutes(place)
     head = HEAD.format(
         machine=f"{platform.machine()} {platform.system()}",
         torch=torch.__version__,
         version=fastvdm.__version__,
         seeds=place.budget.seeds,
-        training=core_minutes(place)[0],
-        rows=core_minutes(place)[1],
+        training=training,
+        rows=rows,
         quick="**--quick: these numbers mean nothing.** " if quick else "",
     )
     write_pictures(place, out)
