@@ -1,0 +1,34 @@
+"""With a perfect denoiser, guidance keeps what replacement loses; and the tables run to the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paper import data
+from paper.exact import Exact
+from paper.intervals import bootstrap, mean_of
+
+from fastvdm.diffusion import Condition, sample
+
+
+def right_digit(clips: int, **options) -> float:
+    true = data.draw(clips, data.FRAMES, torch.Generator().manual_seed(20))
+    condition = Condition(true.video[:, :, :1], **options)
+    video = sample(Exact(), true.video.shape, condition=condition, num_steps=24, seed=0)
+    got = data.read(video[:, :, 1:]).digit.mode(dim=1).values
+    return (got == true.digit).float().mean().item()
+
+
+def test_guidance_keeps_the_digit():
+    """One known frame. Here 8 against 28 of 40; over 200 other clips 0.18 against 0.55."""
+    replacement, guided = right_digit(40, method="replacement"), right_digit(40)
+    assert guided >= 2 * replacement and guided > 0.4
+
+
+def test_intervals():
+    share = mean_of(torch.tensor([True] * 30 + [False] * 10))
+    assert share.value == 0.75 and share.half == pytest.approx(0.13, abs=0.01)
+    assert mean_of(torch.zeros(100)).half > 0.01  # no clip of 100 is not "never"
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    again = bootstrap(lambda i: values[i].mean().item(), 400)
+    assert again.half == pytest.approx(mean_of(values).half, rel=0.3)
