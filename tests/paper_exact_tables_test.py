@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paper import data
+from paper import data, exact_tables
 from paper.exact import Exact
 from paper.intervals import bootstrap, mean_of
 
@@ -32,3 +32,14 @@ def test_intervals():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
     again = bootstrap(lambda i: values[i].mean().item(), 400)
     assert again.half == pytest.approx(mean_of(values).half, rel=0.3)
+
+
+@pytest.mark.slow
+def test_tables_run_to_the_end_and_resume(tmp_path):
+    tables = exact_tables.tables(tmp_path, exact_tables.QUICK, processes=1)
+    for table in tables:
+        assert table.rows and all(len(row) == len(table.head) for row in table.rows)
+        assert not any("nan" in str(cell) for row in table.rows for cell in row)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    assert exact_tables.tables(tmp_path, exact_tables.QUICK, processes=1) == tables
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}

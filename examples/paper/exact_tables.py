@@ -42,7 +42,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=2)
+QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=4)
 
 
 def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
