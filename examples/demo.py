@@ -302,11 +302,11 @@ def restore(
 
 
 def continue_clips(average: Any, args: argparse.Namespace, device: str, out: Findings) -> None:
-    """Prediction from the first frames; w_r = 9 is the paper's for five given frames (App. A)."""
+    """Prediction from the first frames, as many of all as the paper's five of sixteen."""
     known = max(1, args.frames * 5 // 16)
     out.predicted, seconds = predict(
         average.denoise_fn, out.clips[:3], frames=args.frames, known=known,
-        timesteps=args.timesteps, steps=min(args.predict_steps, args.timesteps), weight=9.0,
+        timesteps=args.timesteps, steps=min(args.predict_steps, args.timesteps),
         device=device, seed=args.seed,
     )  # fmt: skip
     out.prediction = {"known": known, "frames": args.frames, "seconds": seconds}

@@ -31,11 +31,11 @@ def rms(x: Tensor) -> float:
 
 def predict(
     network: Any, clips: list[tuple[str, Tensor]], *, frames: int, known: int, timesteps: int,
-    steps: int, weight: float, device: str, seed: int = 0,
+    steps: int, device: str, seed: int = 0,
 ) -> tuple[list[Predicted], dict[str, float]]:  # fmt: skip
     """The first ``known`` frames of each clip are given, the others drawn.
 
-    Replacement and reconstruction guidance (Ho et al. 2022, §3.1, Eq. 7, w_r = ``weight``) see the
+    Replacement and reconstruction guidance (Ho et al. 2022, §3.1, Eq. 7) see the
     same noise. Returns the videos and the seconds each method took.
     """
     names = [name for name, _ in clips]
@@ -43,7 +43,7 @@ def predict(
     x = 2 * truth - 1
     seconds, drawn = {}, {}
     for method in METHODS:
-        condition = Condition(frames=x[:, :, :known], method=method, guidance_weight=weight)
+        condition = Condition(frames=x[:, :, :known], method=method)
         start = time.monotonic()
         z = sample(
             network, tuple(x.shape), schedule=DiscreteSchedule(timesteps), num_steps=steps,

@@ -100,7 +100,7 @@ def test_prediction_keeps_what_is_given() -> None:
     network = demo.Unet3D(8, dim_mults=(1, 2), attn_heads=2)
     clips = [("a", torch.rand(3, 4, 8, 8)), ("b", torch.rand(3, 5, 8, 8))]
     found, seconds = demo_predict.predict(
-        network, clips, frames=4, known=2, timesteps=10, steps=2, weight=9.0, device="cpu"
+        network, clips, frames=4, known=2, timesteps=10, steps=2, device="cpu"
     )
     assert set(seconds) == set(demo_predict.METHODS) and [p.name for p in found] == ["a", "b"]
     for p in found:

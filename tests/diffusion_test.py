@@ -438,6 +438,7 @@ BAD = {
     "no overlap": (lambda: extend(ramp_model, VIDEO, 9, window=4, overlap=0), "overlap"),
     "overlap given": (lambda: extend(ramp_model, VIDEO, 9, window=4, overlap=3), "overlap"),
     "owned": (lambda: extend(ramp_model, VIDEO, 9, window=4, condition=1), "window by window"),
+    "no low res": (lambda: extend(ramp_model, VIDEO, 9, window=4, low_res_weight=1.0), "none here"),
     "factor": (lambda: interpolate_frames(ramp_model, VIDEO, 1, window=2), "factor"),
     "too long": (lambda: interpolate_frames(ramp_model, VIDEO, 2, window=2, num_frames=9), "in"),
     "smaller": (lambda: upscale(ramp_model, VIDEO, (2, 2), window=2), "below"),

@@ -158,7 +158,7 @@ def test_no_jump_where_a_window_ends(kind, overlap, joints):
     video = _process(33, 32)
     options = dict(
         window=16, overlap=overlap, seed=1, num_frames=33, num_steps=48, corrector=Langevin(),
-        prediction="x", clip=None, guidance_weight=4.0,
+        prediction="x", clip=None,
     )  # fmt: skip
     if kind == "interpolate":
         out = interpolate_frames(data.denoiser("x"), video[:, :, ::4], 4, **options)

@@ -40,7 +40,8 @@ class Given:
         self.limited = condition.guidance_limit == "stable"
         # w_r, and the weight of the low resolution in units of 1/|D|^2; 0: not there
         self.weight, self.low_weight, self.norm_squared = 0.0, 0.0, 1.0
-        self.explicit = condition.guidance_weight != "auto" or condition.low_res_weight != 1
+        # which of the two a number was asked for
+        self.asked = (condition.guidance_weight != "auto", condition.low_res_weight != 1)
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
         self.known: Tensor | None = None

@@ -46,10 +46,13 @@ class _Timeline:
         return self.frames[:, :, self.place[f]].detach()
 
 
-def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_options(options: dict[str, Any], low_res: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in ("condition", "shape"):
         if name in options:
             raise ValueError(f"{name} is set window by window here; do not pass it")
+    for name in () if low_res else _LOW_RES:
+        if name in options:
+            raise ValueError(f"{name} is of a low-resolution video, and there is none here")
     ours = {k: options[k] for k in _CONDITION if k in options}
     return ours, {k: v for k, v in options.items() if k not in _CONDITION}
 
@@ -106,7 +109,7 @@ def _blocks(
     window is put out whole and moved back to end with the video, as networks are trained on one
     length.
     """
-    condition_options, sample_options = _split_options(options)
+    condition_options, sample_options = _split_options(options, timeline.low_res is not None)
     batch, channels, height, width = size
     shape = (batch, channels, window, height, width)
     drawn: dict[int, Tensor] = {}  # the last frames drawn, at most one window
@@ -235,8 +238,8 @@ def extend(
         overlap: frames of the past that a window is conditioned on. The paper conditions BAIR on 1
             and Kinetics on 5 in prediction and does not say for extension; 1 is the default.
         seed: as in ``sample``; each window gets a stream of its own.
-        options: ``method``, ``guidance_weight``, ``replacement``, ``clip_before_loss`` as in
-            ``Condition``; all others go to ``sample``.
+        options: ``method``, ``guidance_weight``, ``guidance_limit``, ``replacement`` and
+            ``clip_before_loss`` as in ``Condition``; all others go to ``sample``.
 
     Returns:
         (B, C, num_frames, H, W) fp32 on the CPU. The device holds one window at a time; with
@@ -327,8 +330,7 @@ def upscale(
             draws up to the last of them in it, so ``frameskip <= window - overlap``.
         num_frames: of the result, L * frameskip by default; the last ``frameskip - 1`` then have no
             low-resolution frame after them.
-        options: ``downsample``, ``guidance_weight``, ``replacement``, ``clip_before_loss`` as in
-            ``Condition``; all others go to ``sample``.
+        options: as for ``extend``; ``downsample`` and ``low_res_weight`` as in ``Condition``.
 
     Returns:
         (B, C, num_frames, H, W) fp32 on the CPU.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,17 +20,10 @@ from fastvdm.diffusion.denoiser import (
     time_input_of,
 )
 from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs, check_capturable
-from fastvdm.diffusion.prediction import Prediction, x_coefficients
-from fastvdm.diffusion.samplers import (
-    Ancestral,
-    Langevin,
-    Sampler,
-    Update,
-    marginal,
-    posterior,
-)
-from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of
-from fastvdm.diffusion.stability import stable_weights
+from fastvdm.diffusion.plan import Plan, Row
+from fastvdm.diffusion.prediction import Prediction
+from fastvdm.diffusion.samplers import Ancestral, Langevin, Sampler
+from fastvdm.diffusion.schedule import CosineSchedule, Schedule
 from fastvdm.ops.guidance import guidance_seed, guidance_update
 
 
@@ -43,17 +35,6 @@ class Step(NamedTuple):
     log_snr: float  # of z
     z: Tensor  # (B, C, F, H, W) the state reached
     x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate it was made from
-
-
-class _Row(NamedTuple):
-    """Everything per-sample that one network call and its update need, on the device."""
-
-    time: Tensor  # (B,)
-    seed: Tensor  # (B, 4) for guidance_seed
-    after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
-    direct: Tensor  # (B, 9) the same, estimate = the network's output
-    noisy: bool  # whether the update draws noise at all
-    guided: bool
 
 
 class _Noise:
@@ -94,105 +75,6 @@ class _Noise:
         return {"noise": noise}
 
 
-class _Plan:
-    """The whole run's tables, computed in fp64 on the CPU and sent to the device once."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        prediction: Prediction,
-        sampler: Sampler,
-        corrector: Langevin | None,
-        num_steps: int | None,
-        time_input: str,
-        given: Given | None,
-        batch: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        levels = schedule.levels(num_steps)
-        self.log_snr = levels.log_snr.tolist()
-        self.num_steps = n = len(self.log_snr) - 1
-        guided = given is not None and given.guided
-        lt, ls = levels.log_snr[:-1], levels.log_snr[1:].clone()
-        ls[-1] = torch.inf  # the final step returns x_hat itself
-        steps = sampler.update(lt, ls)
-        replace = posterior(lt, ls) if given and given.replacement == "posterior" else marginal(ls)
-        # The last update is exact by construction, whatever rounding the rule would leave.
-        for rule in (steps, replace):
-            for column, value in zip(rule, (0.0, 1.0, 0.0)):
-                column[-1] = value
-        time = levels.network_time(time_input)
-        self._send = (batch, device, dtype)
-        self._replaces = given is not None and given.known is not None
-        contraction = steps.u_x / alpha_of(ls)
-        weights = _weights(given, contraction, report=True)
-        self.steps = self._rows(lt, time, prediction, steps, replace, weights, guided)
-        self.corrections: list[_Row] = []
-        if corrector is not None:
-            still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
-            fix = corrector.update(lt)
-            on = guided and corrector.guided
-            weights = _weights(given, fix.u_x / alpha_of(lt))
-            self.corrections = self._rows(lt, time, prediction, fix, still, weights, on)
-        first = marginal(lt[:1])
-        zero = torch.zeros(1)
-        start = [zero, zero, zero, zero, zero, zero + 1, zero, first.u_x, first.u_n]
-        self.start = self._table(start)[0]
-
-    def _table(self, columns: list[Tensor]) -> Tensor:
-        batch, device, dtype = self._send
-        table = torch.stack([c.double() for c in columns], dim=1)[:, None]  # (N, 1, n)
-        return table.expand(-1, batch, -1).to(dtype).contiguous().to(device)
-
-    def _rows(
-        self,
-        log_snr: Tensor,
-        time: Tensor,
-        prediction: Prediction,
-        step: Update,
-        replace: Update,
-        weights: tuple[Tensor, Tensor],
-        guided: bool,
-    ) -> list[_Row]:
-        batch, device, dtype = self._send
-        p_z, p_m = x_coefficients(log_snr, prediction)
-        zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
-        tail = [p_z / p_m, *step, *replace]
-        half = 0.5 * alpha_of(log_snr) * p_m
-        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half])
-        after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
-        time = time.to(dtype) if time.is_floating_point() else time
-        times = time[:, None].expand(-1, batch).contiguous().to(device)
-        noisy = ((step.u_n != 0) | (self._replaces & (replace.u_n != 0))).tolist()
-        return [
-            _Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
-            for i in range(len(log_snr))
-        ]
-
-
-def _weights(
-    given: Given | None, contraction: Tensor, report: bool = False
-) -> tuple[Tensor, Tensor]:
-    """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
-    if given is None:
-        return torch.zeros_like(contraction), torch.zeros_like(contraction)
-    known, low = given.weight, given.low_weight
-    kept = stable_weights(contraction, known, low)
-    if not given.limited:
-        kept = torch.full_like(contraction, known), torch.full_like(contraction, low)
-    elif report and given.explicit:
-        for name, asked, now in zip(("guidance_weight", "low_res_weight"), (known, low), kept):
-            if lowered := int((now < asked).sum()):
-                warnings.warn(
-                    f"{name}={asked:g} is beyond the stable range in {lowered} of {len(now)} steps "
-                    f"and lowered there, to {float(now.min()):.3g} at the least; "
-                    "Condition(guidance_limit='none') takes it as it is",
-                    stacklevel=2,
-                )
-    return kept[0], kept[1] / given.norm_squared
-
-
 class _Run:
     """One sampling run: the state z and how a row of the plan advances it."""
 
@@ -209,7 +91,7 @@ class _Run:
         self.clip, self.percentile, self.want_x = clip, percentile, want_x
 
     def start(
-        self, plan: _Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype
+        self, plan: Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """z_1 ~ N(0, I), given frames at their own marginal."""
         z = torch.zeros(tuple(shape), device=device, dtype=dtype)
@@ -223,7 +105,7 @@ class _Run:
         return {"known": self.given.known, "slot": self.given.slot}
 
     def advance(
-        self, z: Tensor, row: _Row, noise: _Noise | DeviceNoise | None = None
+        self, z: Tensor, row: Row, noise: _Noise | DeviceNoise | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x_tilde, z_next): one network call, and its backward pass where the row is guided.
 
@@ -252,7 +134,7 @@ class _Run:
             want_x=self.want_x,
         )
 
-    def _guide(self, z: Tensor, row: _Row) -> tuple[Tensor, dict[str, Tensor]]:
+    def _guide(self, z: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
         """x_hat, and the gradient that Eqs. 7 and 8 subtract from it."""
         given = self.given
         assert given is not None
@@ -411,7 +293,7 @@ def sample(
             cond = (cond.clone() if cond.is_inference() else cond).to(where)
         denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
         given = condition.prepare(tuple(shape), where, dtype) if condition is not None else None
-        plan = _Plan(
+        plan = Plan(
             schedule,
             prediction,
             sampler,

@@ -1,0 +1,131 @@
+"""The tables of a sampling run: what every network call and its update need, per step and sample.
+
+Computed in fp64 on the CPU and sent to the device once, so that a step never waits for the host.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvdm.diffusion.condition import Given
+from fastvdm.diffusion.prediction import Prediction, x_coefficients
+from fastvdm.diffusion.samplers import Langevin, Sampler, Update, marginal, posterior
+from fastvdm.diffusion.schedule import Schedule, alpha_of
+from fastvdm.diffusion.stability import stable_weights
+
+_WEIGHTS = ("guidance_weight", "low_res_weight")
+
+
+class Row(NamedTuple):
+    """Everything per-sample that one network call and its update need, on the device."""
+
+    time: Tensor  # (B,)
+    seed: Tensor  # (B, 4) for guidance_seed
+    after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
+    direct: Tensor  # (B, 9) the same, estimate = the network's output
+    noisy: bool  # whether the update draws noise at all
+    guided: bool
+
+
+class Plan:
+    """All rows of a run, in the order of its steps."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Prediction,
+        sampler: Sampler,
+        corrector: Langevin | None,
+        num_steps: int | None,
+        time_input: str,
+        given: Given | None,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        levels = schedule.levels(num_steps)
+        self.log_snr = levels.log_snr.tolist()
+        self.num_steps = n = len(self.log_snr) - 1
+        guided = given is not None and given.guided
+        lt, ls = levels.log_snr[:-1], levels.log_snr[1:].clone()
+        ls[-1] = torch.inf  # the final step returns x_hat itself
+        steps = sampler.update(lt, ls)
+        replace = posterior(lt, ls) if given and given.replacement == "posterior" else marginal(ls)
+        # The last update is exact by construction, whatever rounding the rule would leave.
+        for rule in (steps, replace):
+            for column, value in zip(rule, (0.0, 1.0, 0.0)):
+                column[-1] = value
+        time = levels.network_time(time_input)
+        self._send = (batch, device, dtype)
+        self._replaces = given is not None and given.known is not None
+        contraction = steps.u_x / alpha_of(ls)
+        weights = _weights(given, contraction, report=True)
+        self.steps = self._rows(lt, time, prediction, steps, replace, weights, guided)
+        self.corrections: list[Row] = []
+        if corrector is not None:
+            still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
+            fix = corrector.update(lt)
+            on = guided and corrector.guided
+            weights = _weights(given, fix.u_x / alpha_of(lt))
+            self.corrections = self._rows(lt, time, prediction, fix, still, weights, on)
+        first = marginal(lt[:1])
+        zero = torch.zeros(1)
+        start = [zero, zero, zero, zero, zero, zero + 1, zero, first.u_x, first.u_n]
+        self.start = self._table(start)[0]
+
+    def _table(self, columns: list[Tensor]) -> Tensor:
+        batch, device, dtype = self._send
+        table = torch.stack([c.double() for c in columns], dim=1)[:, None]  # (N, 1, n)
+        return table.expand(-1, batch, -1).to(dtype).contiguous().to(device)
+
+    def _rows(
+        self,
+        log_snr: Tensor,
+        time: Tensor,
+        prediction: Prediction,
+        step: Update,
+        replace: Update,
+        weights: tuple[Tensor, Tensor],
+        guided: bool,
+    ) -> list[Row]:
+        batch, device, dtype = self._send
+        p_z, p_m = x_coefficients(log_snr, prediction)
+        zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        tail = [p_z / p_m, *step, *replace]
+        half = 0.5 * alpha_of(log_snr) * p_m
+        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half])
+        after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
+        time = time.to(dtype) if time.is_floating_point() else time
+        times = time[:, None].expand(-1, batch).contiguous().to(device)
+        noisy = ((step.u_n != 0) | (self._replaces & (replace.u_n != 0))).tolist()
+        return [
+            Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
+            for i in range(len(log_snr))
+        ]
+
+
+def _weights(
+    given: Given | None, contraction: Tensor, report: bool = False
+) -> tuple[Tensor, Tensor]:
+    """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
+    zero = torch.zeros_like(contraction)
+    if given is None or not given.guided:
+        return zero, zero
+    weights = given.weight, given.low_weight
+    kept = zero + weights[0], zero + weights[1]
+    if given.limited:
+        kept = stable_weights(contraction, *weights)
+    for name, number, value, now in zip(_WEIGHTS, given.asked, weights, kept):
+        lowered = int((now < value).sum())
+        if report and number and lowered:
+            warnings.warn(
+                f"{name}={value:g} is beyond the stable range in {lowered} of {len(now)} steps and "
+                f"lowered there, to {float(now.min()):.3g} at the least; "
+                "Condition(guidance_limit='none') takes it as it is",
+                stacklevel=2,
+            )
+    return kept[0], kept[1] / given.norm_squared

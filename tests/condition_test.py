@@ -1,0 +1,128 @@
+"""What a ``Condition`` refuses, and what is said where a weight is lowered."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from fastvdm.diffusion import Condition, Langevin, extend, sample
+
+ZEROS = torch.zeros(1, 1, 2, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["guidance_weight", "low_res_weight"])
+@pytest.mark.parametrize(
+    "value, error",
+    [
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (True, TypeError),
+        (None, TypeError),
+        ("Auto", TypeError),
+        ("5", TypeError),
+        ((5.0,), TypeError),
+    ],
+)
+def test_weights_are_checked(name, value, error):
+    with pytest.raises(error, match=f"{name} must be"):
+        Condition(ZEROS, low_res=ZEROS, **{name: value})
+
+
+def test_conditions_are_checked():
+    for weight in (0, 2.0):
+        with pytest.raises(ValueError, match="low_res_weight is of the low resolution"):
+            Condition(low_res=ZEROS, guidance_weight=weight)
+    with pytest.raises(TypeError, match="low_res_weight"):
+        Condition(low_res=ZEROS, low_res_weight="auto")
+    for limit in ("Stable", None, 3.7, True):
+        with pytest.raises(ValueError, match=r"guidance_limit must be stable\|none"):
+            Condition(ZEROS, guidance_limit=limit)
+
+
+@pytest.mark.parametrize("clip", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["frames", "low_res"])
+def test_values_beyond_the_range(name, clip):
+    calls = []
+
+    def model(z, log_snr):
+        calls.append(1)
+        return 0.5 * z
+
+    run = dict(prediction="x", num_steps=2, seed=0)
+    for value in (-200.0, 1.01):
+        given = Condition(**{name: ZEROS[:, :, :1] + value}, **_first(name))
+        with pytest.raises(ValueError, match=rf"{name} must be in \[-1, 1\].*clip=None"):
+            sample(model, ZEROS.shape, condition=given, clip=clip, **run)
+        assert not calls
+        assert sample(model, ZEROS.shape, condition=given, clip=None, **run).isfinite().all()
+        calls.clear()
+    given = Condition(**{name: ZEROS[:, :, :1] + 1.0005}, **_first(name))  # rounding is none
+    sample(model, ZEROS.shape, condition=given, clip=clip, **run)
+
+
+def _first(name):
+    return {"low_res_index": [0]} if name == "low_res" else {}
+
+
+@pytest.mark.parametrize(
+    "down, message",
+    [
+        (lambda x: torch.zeros(1, 1, 2, 4, 4), "differentiable"),
+        (lambda x: x.detach(), "differentiable"),
+        (lambda x: x.sign() * 1.0, "does not depend"),
+        (lambda x: 0 * x, "does not depend"),
+        (lambda x: x[..., ::2], "downsample gives"),
+    ],
+)
+def test_bad_downsampling(down, message):
+    given = Condition(low_res=ZEROS, downsample=down)
+    with pytest.raises(ValueError, match=message):
+        sample(lambda z, t: z, ZEROS.shape, condition=given, prediction="x", num_steps=2)
+
+
+def _warned(condition, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sample(
+            lambda z, t: 0.5 * z,
+            ZEROS.shape,
+            condition=condition,
+            prediction="x",
+            num_steps=6,
+            **options,
+        )
+    return [str(w.message) for w in caught]
+
+
+def test_what_is_lowered_is_said():
+    """For a number that was asked for, once a run, corrector or not; not for what was not asked."""
+    frame = ZEROS[:, :, :1]
+    for options in ({}, dict(corrector=Langevin(1.0))):
+        (text,) = _warned(Condition(frame, guidance_weight=50), **options)
+        assert text.startswith("guidance_weight=50 is beyond") and "of 6 steps" in text
+        assert "3.73" in text and "guidance_limit='none'" in text
+        (text,) = _warned(Condition(low_res=ZEROS, low_res_weight=7), **options)
+        assert text.startswith("low_res_weight=7 is beyond") and "1.5" in text
+        for silent in (
+            Condition(frame),
+            Condition(frame, low_res=ZEROS),
+            Condition(frame, guidance_weight=3.5),
+            Condition(frame, guidance_weight=50, guidance_limit="none"),
+            Condition(frame, guidance_weight=50, method="replacement"),
+            Condition(low_res=ZEROS, low_res_weight=1.5),
+        ):
+            assert _warned(silent, **options) == []
+    # "auto" is lowered without a word, also where the other weight was asked for
+    texts = _warned(Condition(frame, low_res=ZEROS, low_res_weight=7))
+    assert len(texts) == 1 and texts[0].startswith("low_res_weight=7")
+
+
+def test_a_warning_of_every_window_is_shown_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        options = dict(window=4, prediction="x", num_steps=4, guidance_weight=50)
+        extend(lambda z, t: 0.5 * z, ZEROS[:, :, :1], 16, **options)
+    assert len(caught) == 1
