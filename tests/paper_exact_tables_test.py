@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paper import data, exact_tables
+from paper import data, exact_tables, limits
 from paper.exact import Exact
 from paper.intervals import bootstrap, mean_of
 
@@ -35,7 +35,10 @@ def test_intervals():
 
 
 @pytest.mark.slow
-def test_tables_run_to_the_end_and_resume(tmp_path):
+def test_tables_run_to_the_end_and_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "FEW", 2)
+    monkeypatch.setattr(limits, "MANY", 3)
+    monkeypatch.setattr(limits, "CALLS", (2, 4))
     tables = exact_tables.tables(tmp_path, exact_tables.QUICK, processes=1)
     for table in tables:
         assert table.rows and all(len(row) == len(table.head) for row in table.rows)
