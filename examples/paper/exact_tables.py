@@ -6,7 +6,6 @@ as a small file, so that an interrupted run goes on where it was; about ten minu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion import Ancestral, Langevin, extend, sample
-from paper import data, measure
+from paper import data, limits, measure
 from paper.common import Table, cached
 from paper.exact import Exact, held_out_loss, one_hot
+from paper.intervals import frechet, mean_of, ratio
 from paper.measure import Mean
 
 OVERLAP, LENGTH = 3, 32  # of the extension
-AUTO = data.FRAMES / OVERLAP  # of its windows but the last
+RATIO = data.FRAMES / OVERLAP  # F/n of its windows, but for the last
 TRUE_CLIPS = 4096  # that Fréchet distances are to
 Result = dict[str, Any]
 
@@ -42,37 +42,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=2)
-
-
-# --- Means over independent clips, with 95 % intervals --------------------------------------------
-
-
-def mean_of(values: Tensor) -> Mean:
-    """Of one number a clip; of a share near 0 or 1 by Wilson's formula, else by the normal one."""
-    values = values.double()
-    n, mean = len(values), values.mean().item()
-    if bool(((values == 0) | (values == 1)).all()):
-        half = 1.96 * math.sqrt(mean * (1 - mean) / n + 0.98**2 / n**2) / (1 + 1.96**2 / n)
-    else:
-        half = 1.96 * values.std().item() / math.sqrt(n)
-    return Mean(mean, half)
-
-
-def bootstrap(function: Callable[[Tensor], float], count: int, draws: int = 100) -> Mean:
-    """``function`` of all clips, and the spread of it over clips drawn again; it takes indices."""
-    generator = torch.Generator().manual_seed(0)
-    again = [function(torch.randint(count, (count,), generator=generator)) for _ in range(draws)]
-    return Mean(function(torch.arange(count)), 1.96 * torch.tensor(again).double().std().item())
-
-
-def ratio(above: Tensor, below: Tensor) -> Mean:
-    """Ratio of the means of two numbers a clip."""
-    return bootstrap(lambda i: (above[i].mean() / below[i].mean()).item(), len(above))
-
-
-def frechet(true: Tensor, drawn: Tensor) -> Mean:
-    return bootstrap(lambda i: measure.frechet(true, drawn[i]), len(drawn))
+QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=4)
 
 
 def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
@@ -98,12 +68,13 @@ def _rows() -> list[Row]:
     replacement = ("replacement", dict(method="replacement"))
     posterior = ("replacement, posterior", dict(method="replacement", replacement="posterior"))
     one = ("w_r = 1", dict(guidance_weight=1.0))
-    auto = (f"w_r = auto ({AUTO:.2g})", dict(guidance_weight=AUTO))
-    three = (f"w_r = {3 * AUTO:.2g}", dict(guidance_weight=3 * AUTO))
-    rows = [Row(*r) for r in (replacement, posterior, one, auto, three)]
-    rows += [Row(*r, langevin=True) for r in (replacement, auto, three)]
-    rows += [Row(*r, "many") for r in (replacement, one, auto, three)]
-    return rows + [Row(*r, "many", True) for r in (replacement, auto, three)]
+    third = (f"w_r = {RATIO:.2g} (F/n)", dict(guidance_weight=RATIO))
+    auto = ("w_r = auto (3 F/n)", dict(guidance_weight="auto"))
+    free = ("w_r = auto, no limit", dict(guidance_weight="auto", guidance_limit="none"))
+    rows = [Row(*r) for r in (replacement, posterior, one, third, auto, free)]
+    rows += [Row(*r, langevin=True) for r in (replacement, third, auto)]
+    rows += [Row(*r, "many") for r in (replacement, one, auto)]
+    return rows + [Row(*r, "many", True) for r in (replacement, auto)]
 
 
 ROWS = _rows()
@@ -170,9 +141,7 @@ def extension(budget: Budget, number: int, seed: int = 0) -> Result:
         **steps(getattr(budget, row.calls), row.langevin),
         **row.condition,
     )
-    out = continuation_scores(video, given)
-    out["clips"] = ((video[:3].clamp(-1, 1) + 1) * 127.5).round().byte().tolist()
-    return out
+    return continuation_scores(video, given)
 
 
 def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
@@ -290,6 +259,21 @@ def bar_table(budget: Budget, results: dict[int, Result]) -> Table:
     )
 
 
+# --- Limits of the weights, and the corrector -----------------------------------------------------
+
+
+def still(budget: Budget, number: int) -> Result:
+    return limits.still_row(budget.pixels, number)
+
+
+def clips(budget: Budget, number: int) -> Result:
+    return limits.clips_row(max(2, budget.clips // 4), number)
+
+
+def corrector(budget: Budget, number: int) -> Result:
+    return limits.corrector_row(max(2, budget.pixels // 2), number)
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -312,6 +296,9 @@ def jobs(budget: Budget) -> dict[str, list[Job]]:
     return {
         "extension": [Job(f"extension-{i}", extension, (i,)) for i in many],
         "sampler": [Job("sampler-{}-{}".format(*a), sampler, a) for a in [*runs, (-1, 0), (-2, 0)]],
+        "still": [Job(f"still-{i}", still, (i,)) for i in range(len(limits.STILL))],
+        "clips": [Job(f"clips-{i}", clips, (i,)) for i in range(len(limits.CLIPS))],
+        "corrector": [Job(f"corrector-{i}", corrector, (i,)) for i in range(len(limits.CORRECTOR))],
         "bar": [Job(f"bar-{i}", bar, (i,)) for i in range(len(BARS))],
     }
 
@@ -337,6 +324,9 @@ def tables(out: Path, budget: Budget = FULL, processes: int = 2) -> list[Table]:
         bar_table(budget, dict(enumerate(of("bar")))),
         *extension_tables(budget, by_row),
         sampler_table(budget, by_run),
+        limits.corrector_table(max(2, budget.pixels // 2), of("corrector")),
+        limits.still_table(budget.pixels, of("still")),
+        limits.clips_table(of("clips")),
     ]
 
 
