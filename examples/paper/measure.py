@@ -23,7 +23,7 @@ class Mean(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        digits = 3 if abs(self.value) < 10 else 1
+        digits = 1 if abs(self.value) >= 10 else 3 if abs(self.value) >= 0.01 else 4
         if math.isnan(self.half):
             return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} ± {self.half:.{digits}f}"
