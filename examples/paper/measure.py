@@ -87,8 +87,8 @@ def seam(video: Tensor, starts: Sequence[int]) -> float:
 
 
 def ends(video: Tensor) -> Tensor:
-    """(B, 18): the colours of the first frame and of the last, the features of a long clip."""
-    return data.read(video[:, :, [0, -1]]).colours.flatten(1)
+    """(B, 18): the colours of the first frame and of the last, background first."""
+    return data.read(video[:, :, [0, -1]]).colours.transpose(1, 2).flatten(1)
 
 
 class Pictures:
