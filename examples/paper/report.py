@@ -156,9 +156,10 @@ def extension_tables(r: Results) -> list[Table]:
             "Table 6: the same clips, Fréchet distances",
             ["", "calls", *FEATURES],
             distances,
-            f"All {count} clips together, to {place.budget.true_clips} true ones. Colours of the first "
-            "and the last frame; 16 components of the pixels of 8 frames, 3 of them true in the first "
-            f"window. Intervals by jackknife over clips. Rows of {place.budget.many} calls are of one network.",
+            f"All {count} clips together, to {place.budget.true_clips} true ones. Colours of the "
+            "first and the last frame; 16 components of the pixels of 8 frames, 3 of them true in "
+            "the first window. Intervals by jackknife over clips. Rows of "
+            f"{place.budget.many} calls are of one network.",
         ),
     ]
 
