@@ -1,0 +1,1 @@
+"""What ``make paper-tables`` runs: the paper's claims in the small."""

@@ -1,0 +1,35 @@
+"""What every part of the tables shares: a table as data, and results kept between runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    """One table of the report; its cells are strings or numbers."""
+
+    title: str
+    head: list[str]
+    rows: list[list[Any]]
+    note: str = ""
+
+
+def cached(out: Path, name: str, make: Callable[[], Any]) -> Any:
+    """The result of ``make()`` (what JSON can hold), kept as ``out/name.json`` for the next run."""
+    path = out / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    value = make()
+    out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+    return value
+
+
+def cached_table(out: Path, name: str, make: Callable[[], Table]) -> Table:
+    """The same for a table."""
+    return Table(*cached(out, name, make))

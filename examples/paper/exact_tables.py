@@ -1,0 +1,336 @@
+"""The tables that need no training: samplers and guidance with the exact denoiser.
+
+What is wrong here is wrong in the sampler, not in a network. Every row is a job of its own, kept
+as a small file, so that an interrupted run goes on where it was; about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvdm.diffusion import Ancestral, Langevin, extend, sample
+from paper import data, limits, measure
+from paper.common import Table, cached
+from paper.exact import Exact, held_out_loss, one_hot
+from paper.intervals import frechet, mean_of, ratio
+from paper.measure import Mean
+
+OVERLAP, LENGTH = 3, 32  # of the extension
+RATIO = data.FRAMES / OVERLAP  # F/n of its windows, but for the last
+TRUE_CLIPS = 4096  # that Fréchet distances are to
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything."""
+
+    clips: int = 128
+    few: int = 24  # network calls of a window
+    many: int = 96
+    calls: tuple[int, ...] = (12, 24, 48, 96)  # of the sampler table
+    held_out: int = 2048
+    pixels: int = 64  # videos of 64 x 64 independent pixels, in the Gaussian tables
+
+
+FULL = Budget()
+QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=4)
+
+
+def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
+    """(B, 19 n): colours in units of their deviation and the digit (one-hot) of these frames."""
+    got = data.read(video[:, :, list(frames)])
+    colours = got.colours / torch.tensor(data.SD)[:, None]
+    return torch.cat((colours.flatten(2), one_hot(got.digit)), dim=2).flatten(1)
+
+
+# --- Extension ------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One way of extending. ``calls`` is a field of ``Budget``; Langevin has half the steps."""
+
+    label: str
+    condition: Result
+    calls: str = "few"
+    langevin: bool = False
+
+
+def _rows() -> list[Row]:
+    replacement = ("replacement", dict(method="replacement"))
+    posterior = ("replacement, posterior", dict(method="replacement", replacement="posterior"))
+    one = ("w_r = 1", dict(guidance_weight=1.0))
+    third = (f"w_r = {RATIO:.2g} (F/n)", dict(guidance_weight=RATIO))
+    auto = ("w_r = auto (3 F/n)", dict(guidance_weight="auto"))
+    free = ("w_r = auto, no limit", dict(guidance_weight="auto", guidance_limit="none"))
+    rows = [Row(*r) for r in (replacement, posterior, one, third, auto, free)]
+    rows += [Row(*r, langevin=True) for r in (replacement, third, auto)]
+    rows += [Row(*r, "many") for r in (replacement, one, auto)]
+    return rows + [Row(*r, "many", True) for r in (replacement, auto)]
+
+
+ROWS = _rows()
+
+
+def steps(calls: int, langevin: bool) -> Result:
+    """Options of ``sample``; the corrector calls once more a step, but for the last."""
+    if not langevin:
+        return dict(num_steps=calls)
+    return dict(num_steps=max(1, calls // 2), corrector=Langevin(0.1))
+
+
+def continuation_scores(video: Tensor, truth: data.Batch) -> Result:
+    """Means and intervals of continuations (B, 3, F, 16, 16), a list with one for each window."""
+    parts = measure.windows(data.FRAMES, video.shape[2], data.FRAMES - OVERLAP)
+    true = data.continued(truth, video.shape[2])
+    got = data.read(video)
+    wrong = (got.colours - truth.colours[:, None]).square().mean(-1)  # (B, F, part)
+    back = wrong[..., :2].mean(-1) / (2 * data.SD[0] ** 2)
+    front = wrong[..., 2] / (2 * data.SD[2] ** 2)
+    place = data.positions(truth.moving, truth.phase, video.shape[2])
+    there = (got.position == place).all(-1).float()
+
+    def squares(x: Tensor) -> Tensor:  # (B, F)
+        return x.square().mean((1, 3, 4))
+
+    error, random = squares(video - true), squares(true - true.roll(1, 0))
+    jump, true_jump = (squares(v.diff(dim=2)) for v in (video, true))
+    out: Result = {"digit": [], "background": [], "colour": [], "position": []}
+    out |= {"error": [], "seam": []}
+    for part in parts:
+        majority = got.digit[:, part].mode(dim=1).values
+        out["digit"].append(mean_of(majority == truth.digit))
+        out["background"].append(mean_of(back[:, part].mean(1)))
+        out["colour"].append(mean_of(front[:, part].mean(1)))
+        out["position"].append(mean_of(there[:, part].mean(1)))
+        out["error"].append(ratio(error[:, part].mean(1), random[:, part].mean(1)))
+        out["seam"].append(ratio(jump[:, part.start - 1], true_jump[:, part.start - 1]))
+    out["frechet"] = frechet(true_attributes(), attributes(video, (0, video.shape[2] - 1)))
+    return out
+
+
+def true_attributes(frames: int = 2) -> Tensor:
+    """(TRUE_CLIPS, 19 * frames) of true clips, which have the same in every frame."""
+    true = data.draw(TRUE_CLIPS, 1, torch.Generator().manual_seed(31))
+    colours = true.colours / torch.tensor(data.SD)[:, None]
+    return torch.cat((colours.flatten(1), one_hot(true.digit)), dim=1).repeat(1, frames)
+
+
+def extension(budget: Budget, number: int, seed: int = 0) -> Result:
+    """Row ``number``: 8 true frames continued to 32. Rows -1 and -2 are true clips."""
+    if number < 0:
+        other = data.draw(budget.clips, LENGTH, torch.Generator().manual_seed(20 - number))
+        return continuation_scores(other.video, other)
+    row = ROWS[number]
+    given = data.draw(budget.clips, data.FRAMES, torch.Generator().manual_seed(20))
+    video = extend(
+        Exact(),
+        given.video,
+        LENGTH,
+        window=data.FRAMES,
+        overlap=OVERLAP,
+        seed=seed,
+        **steps(getattr(budget, row.calls), row.langevin),
+        **row.condition,
+    )
+    return continuation_scores(video, given)
+
+
+def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
+    """One table of what is right in the first and the last window, one of the digit by window."""
+    numbers = [*range(len(ROWS)), -1, -2]
+
+    def label(i: int) -> list[str]:
+        if i < 0:
+            return ["true clips" if i == -1 else "other true clips", ""]
+        calls = getattr(budget, ROWS[i].calls)
+        return [ROWS[i].label + ", Langevin" * ROWS[i].langevin, str(calls)]
+
+    count = len(results[0]["digit"])
+    rows = [label(i) + [cell(m) for m in results[i]["digit"]] for i in numbers]
+    digits = Table(
+        "Extension with the exact denoiser: the right digit, window by window",
+        ["", "calls", *(f"window {k + 1}" for k in range(count))],
+        rows,
+        f"{budget.clips} clips; {data.FRAMES} true frames, continued to {LENGTH} in windows of "
+        f"{data.FRAMES} that overlap by {OVERLAP}. Share of clips where most of the new frames of "
+        "a window show the digit given; chance is 0.1. ± is a 95 % interval over clips.",
+    )
+    names = ("background", "colour", "position", "error", "seam")
+    rows = []
+    for i in numbers:
+        r = results[i]
+        pairs = [f"{cell(r[n][0])}; {cell(r[n][-1])}" for n in names]
+        rows.append(label(i) + pairs + [cell(r["frechet"])])
+    head = ["background colours", "digit colour", "position", "error", "seam", "Fréchet distance"]
+    rest = Table(
+        "The same clips: first window; last window",
+        ["", "calls", *head],
+        rows,
+        "Colours: squared error over that between two random clips. Position: share of frames with "
+        "the digit where it must be. Error: square distance to the true continuation, over that of "
+        "a random clip. Seam: square change from the frame before to the first of the window, over "
+        "the true one there. Fréchet: between colours and digit of the first and the last frame "
+        f"and those of {TRUE_CLIPS} true clips; the rows of true clips are its floor.",
+    )
+    return [digits, rest]
+
+
+def cell(mean: Sequence[float]) -> str:
+    return str(Mean(*mean))
+
+
+# --- Samplers without a condition -----------------------------------------------------------------
+
+SAMPLERS = [("ancestral", g, False) for g in (0.0, 0.1, 0.3, 1.0)]
+SAMPLERS += [("Langevin", 0.0, True), ("Langevin", 0.3, True)]
+
+
+def sampler(budget: Budget, number: int, calls: int) -> Result:
+    """Clips drawn without any condition, by one of ``SAMPLERS``, or (-1, -2) true ones."""
+    if number < 0:
+        video = data.draw(
+            budget.clips, data.FRAMES, torch.Generator().manual_seed(20 - number)
+        ).video
+    else:
+        _, gamma, langevin = SAMPLERS[number]
+        shape = (budget.clips, 3, data.FRAMES, data.SIZE, data.SIZE)
+        options = steps(calls, langevin)
+        video = sample(Exact(), shape, sampler=Ancestral(gamma), seed=number, **options)
+    got = data.read(video)
+    one = (got.digit == got.digit[:, :1]).all(1) & (got.residual.mean(1) < 1e-3)
+    colours = got.colours.mean(1).flatten(1)  # (B, 9)
+    centre, sd = (torch.tensor(p).repeat_interleave(3) for p in (data.MEAN, data.SD))
+    return {
+        "whole": mean_of(one),
+        "spread": mean_of(((colours - centre) / sd).square().mean(1)),
+        "residual": mean_of(got.residual.mean(1)),
+        "frechet": frechet(true_attributes(), attributes(video, (0, data.FRAMES - 1))),
+    }
+
+
+def sampler_table(budget: Budget, results: dict[tuple[int, int], Result]) -> Table:
+    rows = []
+    for (number, calls), r in results.items():
+        name = "true clips" if number < 0 else "{}, gamma {:g}".format(*SAMPLERS[number][:2])
+        values = [cell(r[n]) for n in ("whole", "spread", "frechet")]
+        rows.append([name, str(calls) if number >= 0 else "", *values])
+    return Table(
+        "Samplers with the exact denoiser, no condition",
+        ["", "calls", "whole clips", "spread of colours", "Fréchet distance"],
+        rows,
+        f"{budget.clips} clips. Whole: the same digit in all frames and nothing else in it "
+        "(residual below 1e-3). Spread: variance of the colours about their true mean, over the "
+        "true one. Fréchet: as in the extension, of the first and the last of 8 frames.",
+    )
+
+
+# --- Held-out losses ------------------------------------------------------------------------------
+
+BARS = [("all frames together", 8, False), ("every frame on its own", 1, False)]
+BARS += [("all frames together, digit told", 8, True)]
+
+
+def bar(budget: Budget, number: int) -> Result:
+    _, frames, cond = BARS[number]
+    loss = held_out_loss(Exact(frames), budget.held_out, cond=cond)
+    return {"loss": Mean(loss.mean, 1.96 * loss.error)}
+
+
+def bar_table(budget: Budget, results: dict[int, Result]) -> Table:
+    rows = []
+    for i, (name, _, _) in enumerate(BARS):
+        loss = results[i]["loss"]
+        rows.append([name, "{:.4f} ± {:.4f}".format(*loss)])
+    return Table(
+        "Held-out loss of perfect denoisers",
+        ["denoiser", "loss in v"],
+        rows,
+        f"{budget.held_out} clips, the same times and noise for all. A network above the second "
+        "row has learned nothing that frames share, and guidance has nothing to work with.",
+    )
+
+
+# --- Limits of the weights, and the corrector -----------------------------------------------------
+
+
+def still(budget: Budget, number: int) -> Result:
+    return limits.still_row(budget.pixels, number)
+
+
+def clips(budget: Budget, number: int) -> Result:
+    return limits.clips_row(max(2, budget.clips // 4), number)
+
+
+def corrector(budget: Budget, number: int) -> Result:
+    return limits.corrector_row(max(2, budget.pixels // 2), number)
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """``run(budget, *args)``, kept as ``name``."""
+
+    name: str
+    run: Callable[..., Result]
+    args: tuple
+
+    def __call__(self, out: Path, budget: Budget) -> Result:
+        torch.set_num_threads(1)  # the same numbers however many processes there are
+        return cached(out / "exact", self.name, lambda: self.run(budget, *self.args))
+
+
+def jobs(budget: Budget) -> dict[str, list[Job]]:
+    """All rows by table, the longest table first."""
+    many = sorted(range(-2, len(ROWS)), key=lambda i: i < 0 or ROWS[i].calls == "few")
+    runs = [(i, calls) for i in range(len(SAMPLERS)) for calls in budget.calls]
+    return {
+        "extension": [Job(f"extension-{i}", extension, (i,)) for i in many],
+        "sampler": [Job("sampler-{}-{}".format(*a), sampler, a) for a in [*runs, (-1, 0), (-2, 0)]],
+        "still": [Job(f"still-{i}", still, (i,)) for i in range(len(limits.STILL))],
+        "clips": [Job(f"clips-{i}", clips, (i,)) for i in range(len(limits.CLIPS))],
+        "corrector": [Job(f"corrector-{i}", corrector, (i,)) for i in range(len(limits.CORRECTOR))],
+        "bar": [Job(f"bar-{i}", bar, (i,)) for i in range(len(BARS))],
+    }
+
+
+def tables(out: Path, budget: Budget = FULL, processes: int = 2) -> list[Table]:
+    """All tables; what ``out`` has from an earlier run is not done again."""
+    todo = jobs(budget)
+    flat = [job for table in todo.values() for job in table]
+    if processes > 1:
+        # spawn: a forked child inherits the threads of torch as locks that nobody opens
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            done = list(pool.map(_call, flat, [out] * len(flat), [budget] * len(flat)))
+    else:
+        done = [job(out, budget) for job in flat]
+    results = dict(zip([job.name for job in flat], done))
+
+    def of(table: str) -> list[Result]:
+        return [results[job.name] for job in todo[table]]
+
+    by_row = {job.args[0]: r for job, r in zip(todo["extension"], of("extension"))}
+    by_run = {job.args: r for job, r in zip(todo["sampler"], of("sampler"))}
+    return [
+        bar_table(budget, dict(enumerate(of("bar")))),
+        *extension_tables(budget, by_row),
+        sampler_table(budget, by_run),
+        limits.corrector_table(max(2, budget.pixels // 2), of("corrector")),
+        limits.still_table(budget.pixels, of("still")),
+        limits.clips_table(of("clips")),
+    ]
+
+
+def _call(job: Job, out: Path, budget: Budget) -> Result:
+    result = job(out, budget)
+    print(job.name, "done", flush=True)
+    return result

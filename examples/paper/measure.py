@@ -1,0 +1,112 @@
+"""What the tables measure: what persists, seams, and Fréchet distances with their floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvdm.metrics import frechet_feature_distance
+from paper import data
+
+# Two-sided 95 % points of Student's t with 1, 2, .. degrees of freedom.
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Mean(NamedTuple):
+    """A mean and the half-width of its 95 % interval; prints as ``0.12 ± 0.03``."""
+
+    value: float
+    half: float
+
+    def __str__(self) -> str:
+        digits = 3 if abs(self.value) < 10 else 1
+        if math.isnan(self.half):
+            return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} ± {self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Mean:
+    """Of independent repetitions (networks, sets of clips), by Student's t; one has no interval."""
+    x = torch.tensor(list(values), dtype=torch.float64)
+    if len(x) == 1:
+        return Mean(x.item(), math.nan)
+    student = _STUDENT[min(len(x) - 2, len(_STUDENT) - 1)]
+    return Mean(x.mean().item(), student * x.std().item() / math.sqrt(len(x)))
+
+
+def windows(start: int, length: int, new: int) -> list[slice]:
+    """The frames that each window of an extension adds: ``new``, or what is left at the end."""
+    return [slice(i, min(i + new, length)) for i in range(start, length, new)]
+
+
+class Score(NamedTuple):
+    """Means over clips for each window. Squared errors of colours are relative to those between two
+    random clips: 0 is perfect, 1 is a clip that has nothing to do with the one given."""
+
+    background: list[float]
+    colour: list[float]  # of the digit
+    digit: list[float]  # share of frames with the right digit, read off; chance is 0.1
+    position: list[float]  # share of frames with the digit where it must be
+    seam: float  # see ``seam``
+
+    def at(self, window: int) -> dict[str, float]:
+        return {name: getattr(self, name)[window] for name in self._fields[:-1]}
+
+
+def score(video: Tensor, truth: data.Batch, parts: Sequence[slice]) -> Score:
+    """Of continuations (B, 3, F, 16, 16) of the clips of ``truth``."""
+    got = data.read(video)
+    wrong = (got.colours - truth.colours[:, None]).square().mean(-1)  # (B, F, part)
+    back = wrong[..., :2].mean(-1) / (2 * data.SD[0] ** 2)
+    front = wrong[..., 2] / (2 * data.SD[2] ** 2)
+    digit = got.digit == truth.digit[:, None]
+    true = data.positions(truth.moving, truth.phase, video.shape[2])
+    place = (got.position == true).all(-1)
+    by_window = [
+        [values[:, part].float().mean().item() for part in parts]
+        for values in (back, front, digit, place)
+    ]
+    return Score(*by_window, seam=seam(video, [part.start for part in parts]))
+
+
+def seam(video: Tensor, starts: Sequence[int]) -> float:
+    """Mean square change to the first frame of a window, over that between the other frames.
+
+    1 is a seam that does not show. Frames before the first start are not counted.
+    """
+    change = (video[:, :, 1:] - video[:, :, :-1]).square().mean(dim=(0, 1, 3, 4))
+    at = torch.zeros(len(change), dtype=torch.bool)
+    at[torch.tensor(list(starts)) - 1] = True
+    inside = ~at
+    inside[: starts[0] - 1] = False
+    return (change[at].mean() / change[inside].mean()).item()
+
+
+def ends(video: Tensor) -> Tensor:
+    """(B, 18): the colours of the first frame and of the last, the features of a long clip."""
+    return data.read(video[:, :, [0, -1]]).colours.flatten(1)
+
+
+class Pictures:
+    """Fréchet distance of short clips in the leading components of true clips' pixels."""
+
+    def __init__(self, true: Tensor, components: int = 16) -> None:
+        flat = true.flatten(1)
+        self.mean = flat.mean(0)
+        self.basis = torch.linalg.svd(flat - self.mean, full_matrices=False).Vh[:components].T
+        self.true = self.features(true)
+
+    def features(self, video: Tensor) -> Tensor:
+        return (video.flatten(1) - self.mean) @ self.basis
+
+    def distance(self, video: Tensor) -> float:
+        return frechet_feature_distance(self.true, self.features(video)).item()
+
+
+def frechet(true: Tensor, drawn: Tensor) -> float:
+    """Between features (N, n) of true clips and of drawn ones."""
+    return frechet_feature_distance(true, drawn).item()
