@@ -65,7 +65,7 @@ def test_every_frame_is_drawn_between_the_given_ones_beside_it(kind, monkeypatch
                 continue
             windows, given = Windows(monkeypatch), range(0, count * step, step)
             if step > window - max(overlap, 1) and given[-1] >= window:
-                with pytest.raises(ValueError, match="smaller overlap, a larger window, or a sm"):
+                with pytest.raises(ValueError, match="smaller overlap, a larger window or a sm"):
                     _run(kind, count, step, window, overlap, length)
                 refused += 1
                 continue

@@ -122,7 +122,8 @@ def interpolate_frames(
         factor: at least 2.
         window: frames of one network call.
         overlap: frames before the first missing one that the next window sees, 0 as 1; a
-            window draws up to the last given frame in it, so ``factor <= window - overlap``.
+            window draws up to the last given frame in it, so ``factor <= window - overlap``
+            unless one window holds all that is given.
         num_frames: of the result; (F - 1) * factor + 1 by default, which ends on a given frame.
         options: as for ``extend``.
 

@@ -98,8 +98,8 @@ def check_steps(name: str, step: int, count: int, length: int, window: int, over
     if last >= window and step > window - overlap:
         raise ValueError(
             f"{name} {step} exceeds window - overlap = {window} - {overlap}: no window would reach "
-            f"from one given frame to the next. Take a smaller overlap, a larger window, or a "
-            f"smaller {name} in two passes"
+            f"from one given frame to the next. Take a smaller overlap, a larger window or a "
+            f"smaller {name}"
         )
     return overlap
 
