@@ -233,7 +233,9 @@ def _read_folder(
 ) -> Bundle:
     """What ``Bundle.save`` or ``save_pretrained`` wrote, or other weights of that network."""
     unet = UNet3D(**read_config(folder))
-    settings = _settings(read_settings(folder) | overrides)
+    stored = dict(read_settings(folder))
+    stored.pop("guidance_weight", None)  # of older folders: one w_r for whatever is known
+    settings = _settings(stored | overrides)
     text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
     weights = files.read_source(folder / "model.safetensors") if weights is None else weights
     unet.load_state_dict(weights)
@@ -270,7 +272,6 @@ def _of_peer(
 
 
 def _settings(stored: dict[str, Any]) -> Settings:
-    stored.pop("guidance_weight", None)  # of older files: one w_r for whatever is known
     unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}")

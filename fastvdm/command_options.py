@@ -182,14 +182,6 @@ class Run:
     def window(self, asked: int | None) -> int:
         return self.settings.num_frames if asked is None else asked
 
-    def guidance(self, weight: str, limit: str) -> dict[str, Any]:
-        """The options of a ``Condition`` that every command with known frames has."""
-        try:
-            number: str | float = weight if weight == "auto" else float(weight)
-        except ValueError:
-            raise ValueError(f"guidance_weight must be auto or a number, got {weight!r}") from None
-        return {"guidance_weight": number, "guidance_limit": limit}
-
     def read(
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,
         frameskip: int = 1,
@@ -202,6 +194,27 @@ class Run:
         """(C, F, H, W) in [-1, 1], at ``fps`` unless the command line says another rate."""
         files.write_video(path, (video + 1) / 2, fps if self.given.fps is None else self.given.fps)
         typer.echo(f"{path}: {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]}")
+
+
+def guidance(low_res: bool = False, **options: Any) -> dict[str, Any]:
+    """Options of a ``Condition`` from the command line, checked before anything is read.
+
+    Raises:
+        ValueError: a weight that is neither auto nor a number, or whatever a ``Condition`` refuses.
+    """
+    from fastvdm.diffusion import Condition
+
+    for name in ("guidance_weight", "low_res_weight"):
+        if name in options and options[name] != "auto":
+            try:
+                options[name] = float(options[name])
+            except ValueError:
+                raise ValueError(
+                    f"{name} must be auto or a number, got {options[name]!r}"
+                ) from None
+    frame = torch.zeros(1, 1, 1, 1, 1)
+    Condition(frame, low_res=frame if low_res else None, **options)
+    return options
 
 
 def load_model(

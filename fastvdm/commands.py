@@ -25,6 +25,7 @@ from fastvdm.command_options import (
     Weights,
     check_output,
     check_positive,
+    guidance,
     load_model,
     with_options,
 )
@@ -107,6 +108,7 @@ def extend(
     from fastvdm.diffusion.extend import extend as run_extend
 
     check_positive(num_frames=num_frames, given=given, window=window)
+    known = guidance(method=method, guidance_weight=guidance_weight, guidance_limit=guidance_limit)
     run = Run(model, [output], options)
     frameskip = run.settings.frameskip
     result = run_extend(
@@ -116,8 +118,7 @@ def extend(
         window=run.window(window),
         overlap=overlap,
         seed=options.seed,
-        method=method,
-        **run.guidance(guidance_weight, guidance_limit),
+        **known,
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) / frameskip)
@@ -141,6 +142,7 @@ def interpolate(
     from fastvdm.diffusion.extend import interpolate_frames
 
     check_positive(factor=factor, window=window)
+    known = guidance(method=method, guidance_weight=guidance_weight, guidance_limit=guidance_limit)
     run = Run(model, [output], options)
     result = interpolate_frames(
         run.unet,
@@ -149,8 +151,7 @@ def interpolate(
         window=run.window(window),
         overlap=overlap,
         seed=options.seed,
-        method=method,
-        **run.guidance(guidance_weight, guidance_limit),
+        **known,
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) * factor)
@@ -171,8 +172,9 @@ def upscale(
     ] = 1,
     downsample: Annotated[str, typer.Option(help="average or bilinear: D of Eq. 8.")] = "average",
     low_res_weight: Annotated[
-        float, typer.Option(help="Weight of the input in units of 1/|D|^2; 1 enforces it.")
-    ] = 1.0,
+        str,
+        typer.Option(help="Weight of the input in units of 1/|D|^2, or auto, which enforces it."),
+    ] = "auto",
     overlap: Overlap = 1,
     window: Window = None,
     guidance_weight: WeightR = "auto",
@@ -182,6 +184,10 @@ def upscale(
     from fastvdm.diffusion.extend import upscale as run_upscale
 
     check_positive(low_size=low_size, frameskip=frameskip, window=window)
+    given = guidance(
+        low_res=True, downsample=downsample, low_res_weight=low_res_weight,
+        guidance_weight=guidance_weight, guidance_limit=guidance_limit,
+    )  # fmt: skip
     run = Run(model, [output], options)
     result = run_upscale(
         run.unet,
@@ -191,9 +197,7 @@ def upscale(
         overlap=overlap,
         frameskip=frameskip,
         seed=options.seed,
-        downsample=downsample,
-        low_res_weight=low_res_weight,
-        **run.guidance(guidance_weight, guidance_limit),
+        **given,
         **run.options,
     )
     run.write(output, result[0], files.video_fps(video) * frameskip)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from fastvdm.diffusion import Condition, Langevin, extend, sample
+from fastvdm.diffusion import (
+    Condition,
+    Langevin,
+    cascade,
+    extend,
+    interpolate_frames,
+    sample,
+    upscale,
+)
 
 ZEROS = torch.zeros(1, 1, 2, 4, 4)
 
@@ -24,6 +34,7 @@ ZEROS = torch.zeros(1, 1, 2, 4, 4)
         ("Auto", TypeError),
         ("5", TypeError),
         ((5.0,), TypeError),
+        (np.array([3.0, 1.0]), TypeError),
     ],
 )
 def test_weights_are_checked(name, value, error):
@@ -35,8 +46,8 @@ def test_conditions_are_checked():
     for weight in (0, 2.0):
         with pytest.raises(ValueError, match="low_res_weight is of the low resolution"):
             Condition(low_res=ZEROS, guidance_weight=weight)
-    with pytest.raises(TypeError, match="low_res_weight"):
-        Condition(low_res=ZEROS, low_res_weight="auto")
+    for weight in (3, np.float32(3), np.int64(3)):  # any real number
+        assert Condition(ZEROS, guidance_weight=weight).guidance_weight == 3.0
     for limit in ("Stable", None, 3.7, True):
         with pytest.raises(ValueError, match=r"guidance_limit must be stable\|none"):
             Condition(ZEROS, guidance_limit=limit)
@@ -72,8 +83,9 @@ def _first(name):
     [
         (lambda x: torch.zeros(1, 1, 2, 4, 4), "differentiable"),
         (lambda x: x.detach(), "differentiable"),
-        (lambda x: x.sign() * 1.0, "does not depend"),
-        (lambda x: 0 * x, "does not depend"),
+        (lambda x: x.sign() * 1.0, "must depend"),
+        (lambda x: 0 * x, "must depend"),
+        (lambda x: x * math.nan, "finite"),
         (lambda x: x[..., ::2], "downsample gives"),
     ],
 )
@@ -81,6 +93,58 @@ def test_bad_downsampling(down, message):
     given = Condition(low_res=ZEROS, downsample=down)
     with pytest.raises(ValueError, match=message):
         sample(lambda z, t: z, ZEROS.shape, condition=given, prediction="x", num_steps=2)
+
+
+def test_downsampling_may_leave_the_range():
+    """Averages of a video in [-1, 1] are there too, and D need not be defined at a constant."""
+    for down in (lambda x: 3 * x, lambda x: x / x.std((3, 4), keepdim=True)):
+        given = Condition(low_res=ZEROS + 2, downsample=down)
+        out = sample(
+            lambda z, t: 0.5 * z, ZEROS.shape, condition=given, prediction="x", num_steps=2
+        )
+        assert out.isfinite().all()
+
+
+BEFORE = {
+    "weight": dict(guidance_weight=-1.0),
+    "low weight": dict(low_res_weight=-1.0),
+    "limit": dict(guidance_limit="on"),
+    "method": dict(method="replacement"),
+    "typo": dict(low_weight=1.0),
+    "size": dict(size=(9, 9)),
+    "unclipped base": dict(base_options=dict(clip=None)),
+}
+
+
+@pytest.mark.parametrize("options", BEFORE.values(), ids=BEFORE)
+def test_a_cascade_is_checked_before_anything_is_drawn(options):
+    def model(z, log_snr):
+        raise AssertionError("drawn")
+
+    options = dict(size=(8, 8), window=5, num_steps=2, prediction="x") | options
+    with pytest.raises((ValueError, TypeError)):
+        cascade(model, model, (1, 1, 2, 4, 4), **options)
+
+
+def test_a_whole_video_is_checked_before_its_first_window():
+    def model(z, log_snr):
+        raise AssertionError("drawn")
+
+    late = torch.zeros(1, 1, 9, 4, 4)
+    late[:, :, -1] = 200.0
+    with pytest.raises(ValueError, match=r"the video must be in \[-1, 1\]"):
+        interpolate_frames(model, late, 2, window=4)
+    with pytest.raises(ValueError, match=r"low_res must be in \[-1, 1\]"):
+        upscale(model, late, (8, 8), window=4)
+    with pytest.raises(ValueError, match="overlap=0 leaves none"):
+        upscale(model, late[:, :, :4], (8, 8), window=2, overlap=0, guidance_weight=4.0)
+
+
+def test_nothing_to_guide_is_not_guided():
+    """All frames known: no backward pass, and a model without a gradient will do."""
+    whole = Condition(ZEROS)
+    out = sample(lambda z, t: z.detach(), ZEROS.shape, condition=whole, num_steps=2)
+    assert torch.equal(out, ZEROS)
 
 
 def _warned(condition, **options):
@@ -94,6 +158,7 @@ def _warned(condition, **options):
             num_steps=6,
             **options,
         )
+    assert all(w.filename == __file__ for w in caught)  # the line that asked for it
     return [str(w.message) for w in caught]
 
 

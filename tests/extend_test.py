@@ -19,12 +19,12 @@ class Windows:
     -1 in what is given. So the video that comes out says where every frame of it is from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        module = importlib.import_module("fastvdm.diffusion.extend")
+        module = importlib.import_module("fastvdm.diffusion.windows")
         monkeypatch.setattr(module, "sample", self)
         self.spans: list[range] = []
         self.seeds: list[int] = []
 
-    def __call__(self, model, shape, *, condition, seed):
+    def __call__(self, model, shape, *, condition, seed, clip):
         video, index = condition.frames, condition.frame_index
         if condition.low_res is not None:
             video, index = condition.low_res, condition.low_res_index
@@ -47,7 +47,7 @@ def _given(count: int, step: int) -> torch.Tensor:
 
 
 def _run(kind, count, step, window, overlap, length):
-    options = dict(window=window, overlap=overlap, num_frames=length, seed=SEED)
+    options = dict(window=window, overlap=overlap, num_frames=length, seed=SEED, clip=None)
     if kind == "interpolate":
         return interpolate_frames(None, _given(count, step), step, **options)
     return upscale(None, _given(count, step), (1, 1), frameskip=step, **options)
@@ -65,7 +65,7 @@ def test_every_frame_is_drawn_between_the_given_ones_beside_it(kind, monkeypatch
                 continue
             windows, given = Windows(monkeypatch), range(0, count * step, step)
             if step > window - max(overlap, 1) and given[-1] >= window:
-                with pytest.raises(ValueError, match="smaller overlap, a larger window, or a sm"):
+                with pytest.raises(ValueError, match="smaller overlap, a larger window or a sm"):
                     _run(kind, count, step, window, overlap, length)
                 refused += 1
                 continue

@@ -139,6 +139,15 @@ def test_no_call_is_noise(name, clip):
         assert call(*args, **options, clip=clip, guidance_limit="none") > 0.4
 
 
+@pytest.mark.parametrize("known", [1, 2, 5, 8, 12, 15])
+def test_auto_is_never_the_worse_choice(known):
+    """Against replacement, the derived weight 1 and F/n, from one known frame to all but one."""
+    auto = error_of_sample(known, "static")
+    others = dict(method="replacement"), dict(guidance_weight=1), dict(guidance_weight=16 / known)
+    for options, margin in zip(others, (0.3, 0.3, 1.1)):
+        assert auto < margin * error_of_sample(known, "static", **options) + 1e-5, options
+
+
 # -- low resolution -----------------------------------------------------------------------------
 
 DOWN = {
@@ -173,8 +182,7 @@ def test_the_default_enforces_the_low_resolution(name, steps, bound):
     assert error < 0.15 and x.abs().max() < 4.5 * SD
     error, _ = residual(name, steps, low_res_weight=1e3, guidance_limit="none")
     assert not error < 10  # or it overflows
-    if name != "gain 3":  # its low resolution is not in [-1, 1]
-        assert residual(name, steps, clip="static")[0] < 0.056
+    assert residual(name, steps, clip="static")[0] < 0.056
 
 
 # -- every combination --------------------------------------------------------------------------
@@ -217,13 +225,15 @@ def network(prediction, dtype):
     return call
 
 
-@pytest.mark.parametrize("clip", [None, "static", "dynamic"])
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize(
+    "name, clip",
+    [*itertools.product(GIVEN, (None, "static")), ("first, 1000", "dynamic"), ("both", "dynamic")],
+)
 def test_values_stay_those_of_videos(name, clip):
     schedules = [
         (CosineSchedule(), 1),
         (CosineSchedule(), 7),
-        (DiscreteSchedule(37, time_input="logsnr"), None),
+        (DiscreteSchedule(17, time_input="logsnr"), None),
         (DiscreteSchedule(37, time_input="logsnr"), 5),
     ]
     kinds = itertools.cycle(itertools.product(("v", "x", "eps"), (torch.float32, torch.bfloat16)))
@@ -292,7 +302,7 @@ def test_classifier_free_guidance(clip):
             x = sample(model, x0.shape, prediction="v", num_steps=24, seed=2, **options)
             errors.append(rms((x - x0)[:, :, 5:]))
         if clip is None and within < 0.1:
-            assert errors[0] > 1e3
+            assert not errors[0] < 1e3  # or it overflows
         else:
             assert errors[0] < worst * errors[1]
 

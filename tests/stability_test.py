@@ -18,7 +18,7 @@ from fastvdm.diffusion import (
     bilinear_downsample,
 )
 from fastvdm.diffusion.condition import _norm_squared
-from fastvdm.diffusion.stability import KAPPA, auto_weight, stable_weights
+from fastvdm.diffusion.stability import KAPPA, auto_weight, stable_weights, still_weights
 
 CONTRACTIONS = torch.tensor([1.0, 0.9, 0.75, 0.4, 0.1, 0.05, 1e-3, 1e-6], dtype=DOUBLE)
 KNOWN = (0.0, 0.3, 1.0, 3.7, 10.0, 48.0, 1e3, 1e8)
@@ -28,6 +28,10 @@ LOW = (0.0, 0.5, 1.0, 1.4, 3.0, 100.0)
 def bracket(p, w, y):
     """What c is multiplied by in a mode with the share p of its energy in the drawn frames."""
     return 1 + p * (w * (1 - p) + y - 1)
+
+
+def stable(c: torch.Tensor, known: float, low: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return stable_weights(c, torch.full_like(c, known), torch.full_like(c, low))
 
 
 def largest(w: float, y: float) -> float:
@@ -42,7 +46,7 @@ def largest(w: float, y: float) -> float:
 @pytest.mark.parametrize("known", KNOWN)
 def test_within_the_range_and_no_lower_than_need_be(known, low):
     p = torch.linspace(0, 1, 2001, dtype=DOUBLE)
-    kept = stable_weights(CONTRACTIONS, known, low)
+    kept = stable(CONTRACTIONS, known, low)
     for c, w, y in zip(CONTRACTIONS.tolist(), *(k.tolist() for k in kept)):
         factor = 1 - c * bracket(p, w, y)
         assert factor.min() >= 1 - KAPPA - 1e-9 and factor.max() <= 1 + 1e-12
@@ -58,18 +62,29 @@ def test_within_the_range_and_no_lower_than_need_be(known, low):
 def test_known_values():
     assert auto_weight(16, 1) == 48 and auto_weight(16, 5) == pytest.approx(9.6)
     assert auto_weight(8, 8) == 3
-    (last, corrector), _ = stable_weights(torch.tensor([1.0, 0.05], dtype=DOUBLE), 1e3, 0.0)
+    (last, corrector), _ = stable(torch.tensor([1.0, 0.05], dtype=DOUBLE), 1e3, 0.0)
     assert last == pytest.approx(2 + 3**0.5) and corrector == pytest.approx(118, abs=0.1)
     # the low resolution enforces in the last step, and leaves w_r what is there at p = 1/2
-    w, y = stable_weights(torch.ones(1, dtype=DOUBLE), 1e3, 1.0)
+    w, y = stable(torch.ones(1, dtype=DOUBLE), 1e3, 1.0)
     assert y.item() == 1 and w.item() == pytest.approx(2)
     # at the limit of y a p of 1 is at the bound, and w may not bend the parabola above it
-    w, y = stable_weights(torch.ones(1, dtype=DOUBLE), 1e3, 100.0)
+    w, y = stable(torch.ones(1, dtype=DOUBLE), 1e3, 100.0)
     assert y.item() == KAPPA and w.item() == pytest.approx(KAPPA - 1)
     # a step that moves nothing bears any weight
-    still = torch.tensor([1e-300, 0.0], dtype=DOUBLE)
-    for found, asked in zip(stable_weights(still, 1e4, 1e4), (1e4, 1e4)):
+    still = torch.tensor([1e-12], dtype=DOUBLE)
+    for found, asked in zip(stable(still, 1e4, 1e4), (1e4, 1e4)):
         assert (found == asked).all()
+
+
+@pytest.mark.parametrize("frames, known", [(16, 1), (16, 5), (16, 15), (2, 1)])
+def test_still_content_is_not_carried_too_far(frames, known):
+    """The factor of an error in what all frames share is 0 with these weights, at any step."""
+    w = still_weights(CONTRACTIONS, frames, known)
+    share = (frames - known) / frames  # of the drawn ones
+    factor = 1 - CONTRACTIONS * (1 - share) * (1 + w * share)
+    torch.testing.assert_close(factor, torch.zeros_like(factor), atol=1e-12, rtol=0)
+    last = still_weights(torch.ones(1, dtype=DOUBLE), frames, known)
+    torch.testing.assert_close(last, torch.full_like(last, frames / known))
 
 
 def _projection(generator, rank, size):
@@ -83,7 +98,7 @@ def test_error_map_of_any_data(known, low):
     """Gaussian denoisers (0 <= P <= 1) of random modes, D of random rows and gains, over random
     frames: no error in the drawn pixels grows."""
     g, size = torch.Generator().manual_seed(0), 12
-    kept = stable_weights(CONTRACTIONS, known, low)
+    kept = stable(CONTRACTIONS, known, low)
     for trial in range(60):
         p = _projection(g, int(torch.randint(1, size, (1,), generator=g)), size)
         if trial % 3 == 2:  # noise levels at which nothing is certain yet
@@ -106,7 +121,7 @@ def test_error_map_of_any_data(known, low):
 @pytest.mark.parametrize("c", [1.0, 0.5, 0.05])
 def test_the_bound_is_of_the_worst_data(c):
     """One mode of share (w - 1)/(2 w) reaches the bound, and twice the weight amplifies it."""
-    w = stable_weights(torch.tensor([c], dtype=DOUBLE), 1e9, 0.0)[0].item()
+    w = stable(torch.tensor([c], dtype=DOUBLE), 1e9, 0.0)[0].item()
     share = (w - 1) / (2 * w)
     v = torch.tensor([share, 1 - share], dtype=DOUBLE).sqrt()  # (drawn, known)
     p = v[:, None] * v

@@ -23,7 +23,7 @@ from paper.exact import Exact, held_out_loss, one_hot
 from paper.intervals import frechet, mean_of, ratio
 from paper.measure import Mean
 
-OVERLAP, LENGTH = 3, 32  # of the extension
+OVERLAP, LENGTH = 2, 32  # of the extension
 RATIO = data.FRAMES / OVERLAP  # F/n of its windows, but for the last
 TRUE_CLIPS = 4096  # that Fréchet distances are to
 Result = dict[str, Any]

@@ -6,15 +6,15 @@ or both (Ho et al. 2022, §3.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from fastvdm.diffusion.stability import auto_weight
 
 Downsample = Callable[[Tensor], Tensor]  # (B, C, L, H, W) -> (B, C, L, h, w), differentiable
 
@@ -38,10 +38,11 @@ class Given:
     def __init__(self, condition: Condition, shape: tuple[int, ...], device, dtype) -> None:
         f = shape[2]
         self.limited = condition.guidance_limit == "stable"
-        # w_r, and the weight of the low resolution in units of 1/|D|^2; 0: not there
-        self.weight, self.low_weight, self.norm_squared = 0.0, 0.0, 1.0
-        # which of the two a number was asked for
-        self.asked = (condition.guidance_weight != "auto", condition.low_res_weight != 1)
+        # Numbers, or "auto"; 0 where there is nothing of the kind.
+        self.weight: float | str = 0.0  # w_r
+        self.low_weight: float | str = 0.0  # in units of 1/|D|^2
+        self.norm_squared = 1.0  # |D|^2
+        self.num_frames, self.num_known = f, 0
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
         self.known: Tensor | None = None
@@ -53,16 +54,18 @@ class Given:
             index = _indices(condition.frame_index, condition.frames.shape[2], f, "frame_index")
             _check_video(condition.frames, (*shape[:2], len(index), *shape[3:]), "frames")
             self.known, self.slot = _send(condition.frames, device, dtype), _slots(index, f, device)
-            asked = condition.guidance_weight
-            self.weight = auto_weight(f, len(index)) if asked == "auto" else float(asked)
+            self.num_known = len(index)
+            if self.num_known < f:
+                self.weight = condition.guidance_weight
         if condition.low_res is not None:
             low = condition.low_res
             index = _indices(condition.low_res_index, low.shape[2], f, "low_res_index")
             self._set_low_res(condition, shape, index, device, dtype)
             self.low_slot = _slots(index, f, device)
             self._index = torch.tensor(index, device=device)
-            self.low_weight = float(condition.low_res_weight)
-        self.guided = condition.method == "reconstruction" and max(self.weight, self.low_weight) > 0
+            self.low_weight = condition.low_res_weight
+        active = self.weight != 0 or self.low_weight != 0
+        self.guided = condition.method == "reconstruction" and active
 
     def _set_low_res(self, condition, shape, index, device, dtype) -> None:
         low = condition.low_res
@@ -70,12 +73,7 @@ class Given:
         _check_video(low, (*shape[:2], len(index), *size), "low_res")
         self.low_res = _send(low, device, dtype)
         if condition.downsample == "average":
-            factors = [n // s if n % s == 0 else 0 for n, s in zip(shape[3:], size)]
-            if factors[0] != factors[1] or factors[0] < 1:
-                raise ValueError(
-                    f"downsample='average' needs one whole factor, got {shape[3:]} to {size}"
-                )
-            self.norm_squared = 1 / factors[0] ** 2
+            self.norm_squared = check_factor(condition, shape[3:]) ** -2
             return
         if condition.downsample == "bilinear":
             self._down = lambda x: bilinear_downsample(x, size)
@@ -87,7 +85,8 @@ class Given:
             raise ValueError(
                 f"downsample gives {tuple(trial.shape)}, low_res is {tuple(low.shape)}"
             )
-        self.norm_squared = _norm_squared(self._down, zeros)
+        if condition.low_res_weight != 0:
+            self.norm_squared = _norm_squared(self._down, zeros[:1])
 
     @property
     def has_low_res(self) -> bool:
@@ -138,13 +137,16 @@ class Condition:
             replaced only, which lacks the term that ties the rest of the video to what is known.
         guidance_weight: w_r of the known frames. The squared error is a sum over all elements, as
             in the paper. "auto" (default) is 3 F/n for n known frames of F: 48 for 1 of 16, where
-            the paper takes 50, and 9.6 for 5 of 16, where it takes 9. 1 is the derived value; 0 is
+            the paper takes 50, and 9.6 for 5 of 16, where it takes 9; less in the steps where that
+            would carry what all frames share beyond the known ones. 1 is the derived value; 0 is
             replacement at the price of replacement.
-        low_res_weight: weight of the low resolution in units of 1/|D|^2, the square of the largest
-            gain of D (1/k^2 for averaging by k; measured for any other D). 1 (default) enforces it.
+        low_res_weight: of the low resolution, in units of 1/|D|^2, the square of the largest gain
+            of a linear D (1/k^2 for averaging by k; measured for any other, at random values in
+            [-1, 1] where it is not linear). "auto" (default) ends the error of every step at once;
+            in the last step that is 1.
         guidance_limit: "stable" (default) lowers both weights in the steps where they would amplify
             an error (``fastvdm.diffusion.stability``); a warning says so where a number was asked
-            for. "none" takes them as they are.
+            for. "none" takes numbers as they are, and "auto" as 3 F/n and 1.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
             introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative and the weaker one:
             where the answer is known in closed form it was never better and often worse.
@@ -163,7 +165,7 @@ class Condition:
     downsample: Literal["average", "bilinear"] | Downsample = "average"
     method: Literal["reconstruction", "replacement"] = "reconstruction"
     guidance_weight: float | Literal["auto"] = "auto"
-    low_res_weight: float = 1.0
+    low_res_weight: float | Literal["auto"] = "auto"
     guidance_limit: Literal["stable", "none"] = "stable"
     replacement: Literal["marginal", "posterior"] = "marginal"
     clip_before_loss: bool = False
@@ -175,14 +177,13 @@ class Condition:
             raise ValueError(f"method must be reconstruction|replacement, got {self.method!r}")
         if self.replacement not in ("marginal", "posterior"):
             raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
-        if self.guidance_weight != "auto":
-            _check_weight("guidance_weight", self.guidance_weight, ", or 'auto'")
-            if self.frames is None:
-                raise ValueError(
-                    f"guidance_weight={self.guidance_weight} is of known frames, and there are "
-                    "none; low_res_weight is of the low resolution"
-                )
-        _check_weight("low_res_weight", self.low_res_weight)
+        for name in ("guidance_weight", "low_res_weight"):
+            object.__setattr__(self, name, _weight(name, getattr(self, name)))
+        if self.frames is None and self.guidance_weight != "auto":
+            raise ValueError(
+                f"guidance_weight={self.guidance_weight:g} is of known frames, and there are none; "
+                "low_res_weight is of the low resolution"
+            )
         if self.guidance_limit not in ("stable", "none"):
             raise ValueError(f"guidance_limit must be stable|none, got {self.guidance_limit!r}")
         if self.low_res is not None and self.method == "replacement":
@@ -225,36 +226,76 @@ def _indices(index: Sequence[int] | None, count: int, frames: int, name: str) ->
     return places
 
 
-def _check_weight(name: str, value: object, other: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{other}, got {value!r}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and >= 0{other}, got {value}")
+def _weight(name: str, value: Any) -> float | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or 'auto', got {value!r}")
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, or 'auto', got {value}")
+    return number
+
+
+def check_factor(condition: Condition, size: Sequence[int]) -> float:
+    """By how much (H, W) is larger than ``low_res``; any factor but of averaging is 1.
+
+    Raises:
+        ValueError: averaging over parts of pixels, or a size that is not square blocks of them.
+    """
+    if condition.low_res is None or condition.downsample != "average":
+        return 1.0
+    low = tuple(condition.low_res.shape[3:])
+    factors = {n // s if n % s == 0 else 0 for n, s in zip(size, low)}
+    if len(factors) > 1 or 0 in factors:
+        raise ValueError(f"downsample='average' needs one whole factor, got {tuple(size)} to {low}")
+    return float(factors.pop())
+
+
+def check_range(name: str, video: Tensor | None, clip: str | None) -> None:
+    """With clipping everything drawn is in [-1, 1], and so must be what is known.
+
+    Raises:
+        ValueError: values beyond, or NaN.
+    """
+    if video is None or clip is None or video.numel() == 0:
+        return
+    most = float(video.detach().abs().max())
+    if not most <= 1.001:
+        raise ValueError(
+            f"{name} must be in [-1, 1], where clip={clip!r} keeps the video, but has values up to "
+            f"{most:.4g}: scale 0..255 by x / 127.5 - 1 and 0..1 by x * 2 - 1; latents need "
+            "clip=None"
+        )
 
 
 def _norm_squared(down: Downsample, zeros: Tensor) -> float:
-    """|D|^2, the largest ||D v||^2/||v||^2, by power iteration; D may be affine.
+    """|D|^2, the largest ||D v||^2/||v||^2, by power iteration; of the slope of D where it has one.
 
     Raises:
-        ValueError: D does not depend on its input.
+        ValueError: D is not differentiable, not finite, or does not depend on its input.
     """
     g = torch.Generator().manual_seed(0)
-    # Averages are largest on constants, so a constant is where it starts from.
-    v = 1 + 0.1 * torch.randn(zeros.shape, generator=g, dtype=zeros.dtype).to(zeros.device)
-    offset, gain = down(zeros).detach(), 0.0
-    for _ in range(16):
-        v = v / v.norm()
-        with torch.enable_grad():
-            v.requires_grad_()
-            error = (down(v) - offset).square().sum()
-            if not error.requires_grad:
-                raise ValueError("downsample must be differentiable, its output has no gradient")
-            (v,) = torch.autograd.grad(0.5 * error, v)  # D^T D v
-        before, gain = gain, float(v.norm())
-        if abs(gain - before) <= 1e-3 * gain:
-            break
-    if gain == 0:
-        raise ValueError("downsample does not depend on its input")
+    at, v = torch.rand((2, *zeros.shape), generator=g, dtype=zeros.dtype).to(zeros.device)
+    at = 2 * at - 1
+    v, step = v + 1, 0.01  # averages are largest on constants
+    with torch.enable_grad():
+        at.requires_grad_()
+        value = down(at)
+        if not value.requires_grad:
+            raise ValueError("downsample must be differentiable: its output has no gradient")
+        gain = 0.0
+        for _ in range(16):
+            v = v / v.square().mean().sqrt()
+            slope = (down(at.detach() + step * v).detach() - value.detach()) / step  # J v
+            (v,) = torch.autograd.grad(value, at, slope, retain_graph=True, allow_unused=True)
+            before, gain = gain, 0.0 if v is None else float(v.square().mean().sqrt())
+            if v is None or abs(gain - before) <= 1e-3 * gain or not math.isfinite(gain):
+                break
+    if not 0 < gain < math.inf:
+        raise ValueError(
+            f"downsample must depend on its input and be finite, its largest gain is {gain}"
+        )
     return gain
 
 

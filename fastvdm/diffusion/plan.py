@@ -5,7 +5,6 @@ Computed in fp64 on the CPU and sent to the device once, so that a step never wa
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,7 @@ from fastvdm.diffusion.condition import Given
 from fastvdm.diffusion.prediction import Prediction, x_coefficients
 from fastvdm.diffusion.samplers import Langevin, Sampler, Update, marginal, posterior
 from fastvdm.diffusion.schedule import Schedule, alpha_of
-from fastvdm.diffusion.stability import stable_weights
-
-_WEIGHTS = ("guidance_weight", "low_res_weight")
+from fastvdm.diffusion.stability import auto_weight, stable_weights, still_weights
 
 
 class Row(NamedTuple):
@@ -53,7 +50,7 @@ class Plan:
         guided = given is not None and given.guided
         lt, ls = levels.log_snr[:-1], levels.log_snr[1:].clone()
         ls[-1] = torch.inf  # the final step returns x_hat itself
-        steps = sampler.update(lt, ls)
+        steps = Update(*sampler.update(lt, ls))
         replace = posterior(lt, ls) if given and given.replacement == "posterior" else marginal(ls)
         # The last update is exact by construction, whatever rounding the rule would leave.
         for rule in (steps, replace):
@@ -62,15 +59,15 @@ class Plan:
         time = levels.network_time(time_input)
         self._send = (batch, device, dtype)
         self._replaces = given is not None and given.known is not None
-        contraction = steps.u_x / alpha_of(ls)
-        weights = _weights(given, contraction, report=True)
+        self.notes: list[str] = []  # what the caller should know
+        weights = _weights(given, steps.u_x / alpha_of(ls), self.notes)
         self.steps = self._rows(lt, time, prediction, steps, replace, weights, guided)
         self.corrections: list[Row] = []
         if corrector is not None:
             still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
             fix = corrector.update(lt)
             on = guided and corrector.guided
-            weights = _weights(given, fix.u_x / alpha_of(lt))
+            weights = _weights(given, fix.u_x / alpha_of(lt), [])
             self.corrections = self._rows(lt, time, prediction, fix, still, weights, on)
         first = marginal(lt[:1])
         zero = torch.zeros(1)
@@ -108,24 +105,30 @@ class Plan:
         ]
 
 
-def _weights(
-    given: Given | None, contraction: Tensor, report: bool = False
-) -> tuple[Tensor, Tensor]:
-    """w_r of Eq. 7 and the weight of Eq. 8 for every step, within the stable range."""
-    zero = torch.zeros_like(contraction)
+def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tuple[Tensor, Tensor]:
+    """The factors of the two squared errors in every step, within the stable range.
+
+    ``notes`` takes a sentence on each number that is lowered.
+    """
     if given is None or not given.guided:
-        return zero, zero
-    weights = given.weight, given.low_weight
-    kept = zero + weights[0], zero + weights[1]
+        return torch.zeros_like(contraction), torch.zeros_like(contraction)
+    c = contraction.abs().clamp_min(1e-12)
+    f, n = given.num_frames, given.num_known
+    known = torch.full_like(c, auto_weight(f, n) if given.weight == "auto" else float(given.weight))
+    low = torch.full_like(c, 1.0 if given.low_weight == "auto" else float(given.low_weight))
     if given.limited:
-        kept = stable_weights(contraction, *weights)
-    for name, number, value, now in zip(_WEIGHTS, given.asked, weights, kept):
-        lowered = int((now < value).sum())
-        if report and number and lowered:
-            warnings.warn(
-                f"{name}={value:g} is beyond the stable range in {lowered} of {len(now)} steps and "
-                f"lowered there, to {float(now.min()):.3g} at the least; "
-                "Condition(guidance_limit='none') takes it as it is",
-                stacklevel=2,
-            )
-    return kept[0], kept[1] / given.norm_squared
+        if given.weight == "auto":
+            known = torch.minimum(known, still_weights(c, f, n))
+        if given.low_weight == "auto":
+            low = 1 / c
+        asked = ("guidance_weight", given.weight, known), ("low_res_weight", given.low_weight, low)
+        known, low = stable_weights(c, known, low)
+        for (name, number, before), after in zip(asked, (known, low)):
+            lowered = int((after < before).sum())
+            if lowered and number != "auto":
+                notes.append(
+                    f"{name}={number:g} is beyond the limit of {lowered} of {len(c)} steps and "
+                    f"lowered there, to {float(after.min()):.3g} at the least; "
+                    "Condition(guidance_limit='none') takes it as it is"
+                )
+    return known, low / given.norm_squared

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, Given
+from fastvdm.diffusion.condition import Condition, Given, check_range
 from fastvdm.diffusion.denoiser import (
     Denoiser,
     Model,
@@ -183,18 +184,6 @@ def _progress(count: int, on: bool) -> Iterator[int]:
     return iter(tqdm(range(count), desc="sampling"))
 
 
-def _check_range(condition: Condition, clip: str) -> None:
-    """With clipping everything drawn is in [-1, 1], and so must be what is known."""
-    for name, video in (("frames", condition.frames), ("low_res", condition.low_res)):
-        most = 0.0 if video is None or video.numel() == 0 else float(video.detach().abs().max())
-        if most > 1.001:
-            raise ValueError(
-                f"{name} must be in [-1, 1], where clip={clip!r} keeps the video, but has values "
-                f"up to {most:.4g}: scale 0..255 by x / 127.5 - 1 and 0..1 by x * 2 - 1; latents "
-                "need clip=None"
-            )
-
-
 def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:
     module = module_of(model)
     first = next(iter(module.parameters()), None) if module is not None else None
@@ -282,8 +271,10 @@ def sample(
         raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
-    if condition is not None and clip is not None:
-        _check_range(condition, clip)
+    if condition is not None:
+        check_range("frames", condition.frames, clip)
+        if not callable(condition.downsample):  # any other D may give any other values
+            check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
     if cuda_graph:
         check_capturable(where, generator, condition.downsample if condition else None)
@@ -305,6 +296,8 @@ def sample(
             where,
             dtype,
         )
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=2)
         noise = _Noise(shape[0], where, generator, seed)
         run = _Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
         with evaluating(denoiser.model), input_gradient(denoiser.model):

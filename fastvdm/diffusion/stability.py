@@ -15,45 +15,50 @@ at KAPPA = 1.5 the factor is above -1/2. The bound holds for any data and any sp
 for w alone it is (w + 1)^2/(4 w) <= KAPPA/c, which is 3.7 at the last step and 118 for a corrector
 of 0.1. More steps (a smaller c) raise it in the middle of a run, never at its ends.
 
-Two things are outside of it. Between the modes of a mixture P passes 1, for a few steps: single
-values of up to 16 at 2-8 steps without clipping, none from 24 on. And with classifier-free guidance
-of scale s P is s times one such map less s - 1 times another, as low as 1 - s. A bound that holds
-in all of that range is so low (0.2 at the last step of scale 5) that it undoes the guidance of
-ordinary classes, to which this one does no harm; where a class leaves next to nothing open, large
-scales at few steps diverge unless x is clipped.
+Two things are outside of it. Between the modes of a mixture P passes 1 for a few steps: where there
+are fewer than 8 and nothing is clipped, single values land far outside. And with classifier-free
+guidance of scale s P is s times one such map less s - 1 times another, as low as 1 - s, which no
+weight makes stable, not even 0; clipping does, and for ordinary classes the bound does no harm.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 KAPPA = 1.5
 
-# w = F/n ends an error in what all frames share at once; the paper's 50 (1 of 16 frames known) and
-# 9 (5 of 16) are 3.1 and 2.8 times that.
+# The paper's 50 (1 of 16 frames known) and 9 (5 of 16) are 3.1 and 2.8 times F/n.
 AUTO = 3.0
 
 
 def auto_weight(num_frames: int, num_known: int) -> float:
-    """w_r of guidance_weight="auto": 3 F/n, n of F frames known."""
+    """w_r of guidance_weight="auto" before its limit: 3 F/n, n of F frames known."""
     return AUTO * num_frames / num_known
 
 
-def stable_weights(contraction: Tensor, known: float, low_res: float) -> tuple[Tensor, Tensor]:
+def still_weights(contraction: Tensor, num_frames: int, num_known: int) -> Tensor:
+    """(N,) the w_r that end an error in what all frames share at once, and beyond which it would
+    come back with the other sign: F/(F - n) (F/(c n) - 1), which is F/n at the last step."""
+    f, n = num_frames, num_known
+    return f / (f - n) * (f / (contraction * n) - 1)
+
+
+def stable_weights(contraction: Tensor, known: Tensor, low_res: Tensor) -> tuple[Tensor, Tensor]:
     """The weights of every step, lowered to the stable range where they are beyond it.
 
     Args:
-        contraction: (N,) c = u_x/alpha_s of every step, fp64.
-        known: w_r; 0 without known frames.
-        low_res: y, the weight of the low resolution in units of 1/|D|^2; 0 without one. It is
-            lowered first, to KAPPA/c (never below 1, which enforces), and w_r to what that leaves.
+        contraction: (N,) c = u_x/alpha_s of every step, fp64, positive.
+        known: (N,) w_r; 0 without known frames.
+        low_res: (N,) y, the weight of the low resolution in units of 1/|D|^2; 0 without one. It is
+            lowered first, to KAPPA/c, and w_r to what that leaves.
 
     Returns:
         w_r and y, each (N,).
     """
-    room = KAPPA / contraction.clamp_min(1e-12)  # of the bracket
-    low = room.clamp_min(1.0).clamp_max(low_res)
+    room = KAPPA / contraction  # of the bracket
+    low = torch.minimum(low_res, room.clamp_min(1.0))
     a, e = (room - 1).clamp_min(0), low - 1
     # (w + e)^2 <= 4 w a; any w <= e is within the bound of y alone
     most = (2 * a - e) + 2 * (a * (a - e)).clamp_min(0).sqrt()
-    return most.clamp_min(0).clamp_max(known), low
+    return torch.minimum(known, most.clamp_min(0)), low
