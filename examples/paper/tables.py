@@ -110,7 +110,7 @@ class Row(NamedTuple):
     def label(self) -> str:
         if self.weight is None:
             return "replacement"
-        text = "w_r = auto (3 F/n)" if self.weight == "auto" else f"w_r = {self.weight:.2g}"
+        text = "w_r = auto" if self.weight == "auto" else f"w_r = {self.weight:.2g}"
         return text + " (F/n)" * (self.weight == data.FRAMES / OVERLAP)
 
     def options(self, place: Place) -> dict[str, Any]:
@@ -148,6 +148,7 @@ def held_out(place: Place, name: str) -> dict[str, Any]:
         out["parameters"] = sum(p.numel() for p in job.net.parameters())
     loss, level = clips.loss(model), SCHEDULE.log_snr(clips.t)
     out |= {"loss": loss.mean().item(), "noisy": loss[level < 0].mean().item()}
+    out["x"] = (loss * torch.sigmoid(-level)).mean().item()  # sigma^2, of x_hat itself
     ends = zip(LEVELS, LEVELS[1:])
     out["levels"] = [loss[(level >= a) & (level < b)].mean().item() for a, b in ends]
     out["by_class"] = clips.loss(model, True).mean().item()
@@ -250,7 +251,7 @@ def change(video: Tensor) -> Tensor:
     return (video[:, :, 1:] - video[:, :, :-1]).square().mean(dim=(0, 1, 3, 4))
 
 
-def two_stages(place: Place, weight: float, seed: int, overlap: int) -> dict[str, Any]:
+def two_stages(place: Place, weight: float | str, seed: int, overlap: int) -> dict[str, Any]:
     """8 frames of 8 x 8 at every fourth frame, then 32 of 16 x 16."""
     count, b = place.budget.clips // 2, place.budget
     options: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE, num_steps=b.few)
@@ -268,7 +269,7 @@ def two_stages(place: Place, weight: float, seed: int, overlap: int) -> dict[str
         low_res_weight=weight,
         **options,
     )
-    keep(place, f"cascade-{weight:g}-{overlap}-{seed}", fine)
+    keep(place, f"cascade-{weight}-{overlap}-{seed}", fine)
     keep(place, f"cascade-low-{seed}", low)
     got = data.read(fine)
     spread = got.colours.var(dim=1).mean((0, 2))  # over the frames of a clip
@@ -377,10 +378,11 @@ def jobs(budget: Budget) -> list[Job]:
             out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
             for r, o in INTERPOLATION:
                 out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o)))
-            out += [Job(f"cascade-{w:g}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
+            out += [Job(f"cascade-{w}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
     return out
 
 
 PREDICTION = [Row(w) for w in (None, 1.0, "auto")]
 INTERPOLATION = [(Row(None), 1), (Row("auto"), 1), (Row("auto"), 4)]
-CASCADE = [(1.0, 1), (1.0, 3), (0.25, 1)]  # the last is Eq. 8 with w_r = 1
+# The last is Eq. 8 with w_r = 1.
+CASCADE: list[tuple[float | str, int]] = [("auto", 1), ("auto", 3), (0.25, 1)]
