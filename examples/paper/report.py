@@ -70,36 +70,36 @@ def networks_tables(r: Results) -> list[Table]:
         numbers = [f"{run[k]:.4f}" for k in KINDS]
         rows.append([name, run.get("steps", "-"), minutes, *numbers])
         by_level.append([name, *(f"{x:.4f}" for x in run["levels"])])
+
+    def below(kind: str) -> str:
+        return f"{sum(run[kind] < runs[0][kind] for run in runs[2:])} of {len(runs) - 2}"
+
     ends = [f"{x:g}" for x in tables.LEVELS[1:-1]]
     spans = [f"< {ends[0]}", *(f"{a} to {b}" for a, b in zip(ends, ends[1:])), f"> {ends[-1]}"]
     return [
         Table(
-            "Networks: held-out losses",
-            [
-                "",
-                "steps",
-                "core-minutes",
-                "in x",
-                "in v",
-                "by class",
-                "log-SNR < 0",
-                "mixed frames",
-                "x_hat",
-            ],
+            "Networks: held-out v-loss",
+            ["", "steps", "core-minutes", *KINDS.values()],
             rows,
             f"{runs[-1]['parameters']:,} parameters, batch 8. A network above the bar may know "
-            "nothing that frames share. In x: of the estimate itself; in v (all the other columns) "
-            "the error is divided by sigma^2, and where there is little noise it is a contest in "
-            "drawing edges, which small networks lose. Below log-SNR 0 there is more noise than signal: there "
+            f"nothing that frames share. **{below('loss')} networks are below it over all levels, "
+            f"{below('noisy')} below log-SNR 0**, where there is more noise than signal: there "
             "other frames tell most, and there guidance decides what is drawn. Mixed frames: the "
-            "same levels, each frame from another clip, so that frames share nothing. x_hat: mean "
-            "square error of the estimate of x, all levels; in v its errors count 1/sigma^2.",
+            "same levels, each frame from another clip, so that frames share nothing; a network "
+            "that used nothing else would lose nothing. In x: mean square error of x_hat, all "
+            "levels; v divides it by sigma^2, so that sharp edges at little noise count most.",
         ),
         Table("The same by log-SNR", ["", *spans], by_level),
     ]
 
 
-KINDS = ("x", "loss", "by_class", "noisy", "mixed")
+KINDS = {
+    "loss": "all levels",
+    "by_class": "by class",
+    "noisy": "log-SNR < 0",
+    "mixed": "mixed frames",
+    "x": "in x",
+}
 
 
 def calls(r: Results, row: Row) -> str:
