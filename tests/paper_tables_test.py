@@ -30,6 +30,8 @@ def test_quick(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "paper_tables.md").read_text()
     assert "mean nothing" in report and "nan" not in report
+    exact = (tmp_path / "paper_tables_exact.md").read_text()
+    assert "mean nothing" in exact and "### Extension" in exact
     for title in ("Networks", "Table 4", "Table 5", "Table 6", "Cascade", "Interpolation"):
         assert f"### {title}" in report, title
     for name in ("extension.gif", "extension.png", "curves.png"):
