@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--only", help="run networks and rows whose names start so; no report")
     parser.add_argument("--trained", action="store_true", help="without the exact denoiser's part")
+    parser.add_argument("--render", action="store_true", help="run nothing: what the cache has")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick needs --out: it would overwrite the real report")
@@ -64,11 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     cache = args.cache or (args.out / "cache" if args.quick else ROOT / "out" / "paper")
     place = Place(cache, QUICK if args.quick else FULL)
     torch.set_num_threads(1)
-    run_all(place, args.processes, args.only or "")
+    if not args.render:
+        run_all(place, args.processes, args.only or "")
     if args.only:
         return 0
     budget = exact_tables.QUICK if args.quick else exact_tables.FULL
-    exact = [] if args.trained else exact_tables.tables(cache, budget, args.processes)
+    rows = [job.name for table in exact_tables.jobs(budget).values() for job in table]
+    there = all((cache / "exact" / f"{name}.json").exists() for name in rows)
+    wanted = there if args.render else not args.trained
+    exact = exact_tables.tables(cache, budget, args.processes) if wanted else []
     print(f"wrote {report.write(place, out, exact, args.quick)}")
     return 0
 

@@ -30,16 +30,22 @@ class Results:
     def one(self, name: str) -> Result:
         return json.loads((self.place.cache / "rows" / f"{name}.json").read_text())
 
+    def has(self, name: str) -> bool:
+        return (self.place.cache / "rows" / f"{name}.json").exists()
+
     def over_seeds(self, name: str, seeds: Sequence[int] | None = None) -> list[Result]:
-        return [self.one(f"{name}-{seed}") for seed in seeds or self.seeds]
+        """Those that there are: all of them, unless a report is written before the end."""
+        names = [f"{name}-{seed}" for seed in seeds or self.seeds]
+        return [self.one(n) for n in names if self.has(n)]
 
 
 def core_minutes(place: Place) -> tuple[float, float]:
     """Process time of all networks, and of all rows."""
     files = [place.cache / "networks" / f"{n}.pt" for n in tables.networks(place.budget)]
     training = sum(torch.load(f, weights_only=True)["numbers"][1] for f in files)
-    rows = [Results(place).one(job.name) for job in tables.jobs(place.budget)]
-    return training / 60, sum(row["seconds"][0] for row in rows) / 60
+    r = Results(place)
+    rows = [r.one(job.name) for job in tables.jobs(place.budget) if r.has(job.name)]
+    return training / 60, sum(row.get("seconds", [0])[0] for row in rows) / 60
 
 
 def markdown(table: Table) -> str:
@@ -52,8 +58,8 @@ def markdown(table: Table) -> str:
     return "\n\n".join(parts)
 
 
-def of(results: Sequence[Result], get: Callable[[Result], float]) -> Mean:
-    return interval([get(r) for r in results])
+def of(results: Sequence[Result], get: Callable[[Result], float]) -> Mean | str:
+    return interval([get(r) for r in results]) if results else "-"
 
 
 # --- The tables -----------------------------------------------------------------------------------
@@ -140,9 +146,11 @@ def extension_tables(r: Results) -> list[Table]:
         cells = [of(runs, lambda x, k=k, w=w: x[k][w]) for k, w in shown]
         cells.append(of(runs, lambda x: x["seam"]))
         persist.append([row.label, calls(r, row), *cells])
-        kept = {k: torch.cat([torch.tensor(x[k]) for x in runs]) for k in ("ends", "first", "last")}
-        drawn = [kept["ends"][:, :12], kept["ends"], kept["first"], kept["last"]]
-        both = [measure.jackknife(*pair) for pair in zip(true, drawn)]
+        kept = {k: [torch.tensor(x[k]) for x in runs if k in x] for k in ("ends", "first", "last")}
+        drawn = [torch.cat(kept[k]) if kept[k] else None for k in ("ends", "ends", "first", "last")]
+        if drawn[0] is not None:
+            drawn[0] = drawn[0][:, :12]
+        both = [measure.jackknife(x, y) if y is not None else "-" for x, y in zip(true, drawn)]
         distances.append([row.label, calls(r, row), *both])
     sizes = {place.budget.clips * n for n in (len(r.seeds), len(place.budget.many_seeds))}
     for size in sorted(sizes, reverse=True):
