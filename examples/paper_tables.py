@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--only", help="run networks and rows whose names start so; no report")
     parser.add_argument("--fast", action="store_true", help="only the part without training")
+    parser.add_argument("--render", action="store_true", help="run nothing: what the cache has")
     args = parser.parse_args(argv)
     if args.quick and args.out is None:
         parser.error("--quick needs --out: it would overwrite the real report")
@@ -65,13 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     cache = args.cache or (args.out / "cache" if args.quick else ROOT / "out" / "paper")
     place = Place(cache, QUICK if args.quick else FULL)
     torch.set_num_threads(1)
-    if not args.only:
+    if args.fast or not (args.only or args.render):
         budget = exact_tables.QUICK if args.quick else exact_tables.FULL
         exact = exact_tables.tables(cache, budget, args.processes)
         print(f"wrote {report.write_exact(out, exact, args.quick)}")
-    if not args.fast:
+    if args.fast:
+        return 0
+    if not args.render:
         run_all(place, args.processes, args.only or "")
-    if not args.fast and not args.only:
+    if not args.only:
         print(f"wrote {report.write(place, out, args.quick)}")
     return 0
 

@@ -51,7 +51,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(1, 2, 1, 2, 2, 4, 4, 2, 4, (0,), 40)
+QUICK = Budget(1, 2, 1, 2, 2, 4, 16, 2, 4, (0,), 40)  # 16: clips at all levels
 
 
 @dataclass(frozen=True)
