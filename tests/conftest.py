@@ -63,7 +63,8 @@ if not GPU and importlib.util.find_spec("triton"):
 LONGEST = (
     "aot", "axis_attention", "conv_group_norm_conv", "export", "conv_group_norm_norm",
     "conv_group_norm_bias", "parallel", "compile", "temporal_block", "conv_group_norm_prologue",
-    "packaging", "trainers", "training", "unet", "linear_residual", "norm_linear", "guidance",
+    "packaging", "trainers", "training", "guidance_edges", "paper_tables", "unet",
+    "linear_residual", "norm_linear", "guidance",
 )  # fmt: skip
 
 
