@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paper.data import DIGITS, FRAMES, ROOM, continued, draw, positions, read
+from paper.data import FRAMES, GLYPHS, ROOM, continued, draw, positions, read
 
 
 def test_what_is_drawn_is_read():
     batch = draw(40, 20, torch.Generator().manual_seed(0))
     assert batch.video.shape == (40, 3, 20, 16, 16) and batch.video.abs().max() <= 1
     got = read(batch.video, chunk=77)
-    assert torch.equal(got.digit, batch.digit[:, None].expand(40, 20))
+    assert torch.equal(got.glyph, batch.glyph[:, None].expand(40, 20))
     assert torch.equal(got.position, positions(batch.moving, batch.phase, 20))
     colours = batch.colours[:, None].expand_as(got.colours)
     torch.testing.assert_close(got.colours, colours, atol=1e-4, rtol=0)
@@ -22,7 +22,7 @@ def test_read_stands_noise():
     generator = torch.Generator().manual_seed(1)
     batch = draw(40, 2, generator)
     got = read(batch.video + 0.05 * torch.randn(batch.video.shape, generator=generator))
-    assert (got.digit == batch.digit[:, None]).float().mean() > 0.95
+    assert (got.glyph == batch.glyph[:, None]).float().mean() > 0.95
     assert (got.residual / 0.05**2 - 1).abs().max() < 0.3
 
 
@@ -45,8 +45,8 @@ def test_continuation_and_seed():
     assert torch.equal(longer[:, :, :FRAMES], one.video)
 
 
-def test_digits_differ():
-    flat = DIGITS.flatten(1).float()
+def test_glyphs_differ():
+    flat = GLYPHS.flatten(1).float()
     assert min((flat[i] - flat[j]).abs().sum() for i in range(10) for j in range(i)) >= 2
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paper.data import DIGITS, HEIGHT, MEAN, SD, SIZE, WIDTH, draw, gradient, read
+from paper.data import GLYPHS, HEIGHT, MEAN, SD, SIZE, WIDTH, draw, gradient, read
 from paper.exact import Exact, held_out_loss, motions
 from torch.distributions import LowRankMultivariateNormal as Normal
 
@@ -17,27 +17,27 @@ from fastvdm.diffusion import alpha_of, convert, sample, sigma_of
 DOUBLE = torch.float64
 
 
-def pictures(digit: int, path: list[int]) -> torch.Tensor:
+def pictures(glyph: int, path: list[int]) -> torch.Tensor:
     """(F * 256, 3): what one unit of each colour adds to a clip of this motion."""
     frames = []
     g = gradient().double()[:, None].expand(SIZE, SIZE)
     for place in path:
-        y, x = divmod(place, 12)
+        y, x = divmod(place, 8)
         mask = torch.zeros(SIZE, SIZE, dtype=DOUBLE)
-        mask[y : y + HEIGHT, x : x + WIDTH] = DIGITS[digit].double()
+        mask[y : y + HEIGHT, x : x + WIDTH] = GLYPHS[glyph].double()
         frames.append(torch.stack(((1 - g) * (1 - mask), g * (1 - mask), mask), -1))
     return torch.stack(frames).flatten(0, 2)
 
 
-def brute(z: torch.Tensor, level: float, digits: list[int]) -> torch.Tensor:
+def brute(z: torch.Tensor, level: float, glyphs: list[int]) -> torch.Tensor:
     """E[x | z] for (B, 3, F, 16, 16) fp64, differentiable."""
     alpha, sigma = (fn(torch.tensor(level, dtype=DOUBLE)) for fn in (alpha_of, sigma_of))
     path, weight = motions(z.shape[2])
-    basis = torch.stack([pictures(d, p) for d in digits for p in path.tolist()])
+    basis = torch.stack([pictures(d, p) for d in glyphs for p in path.tolist()])
     mean, sd = torch.tensor(MEAN, dtype=DOUBLE), torch.tensor(SD, dtype=DOUBLE)
     noise = (sigma**2).expand(basis.shape[1])
     law = Normal(alpha * basis @ mean, alpha * basis * sd, noise.expand(len(basis), -1))
-    prior = (weight / len(digits)).log().repeat(len(digits))
+    prior = (weight / len(glyphs)).log().repeat(len(glyphs))
     with torch.enable_grad():
         z = z if z.requires_grad else z.clone().requires_grad_()
         channels = law.log_prob(z.flatten(2).transpose(0, 1)[:, :, None])  # (3, B, components)
@@ -55,15 +55,15 @@ def noisy(batch: int, frames: int, level: float, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("level", [-6.0, -2.0, 1.0, 5.0])
-@pytest.mark.parametrize("case", ["one_frame", "one_digit"])
+@pytest.mark.parametrize("case", ["one_frame", "one_glyph"])
 def test_against_brute_force(case, level):
-    """Value and gradient; one frame of every digit (1,200 components), or a digit over two."""
-    frames, digits = (1, list(range(10))) if case == "one_frame" else (2, [3])
+    """Value and gradient; one frame of every glyph (640 components), or a glyph over two."""
+    frames, glyphs = (1, list(range(10))) if case == "one_frame" else (2, [3])
     z = noisy(2, frames, level, seed=int(level) + 20).requires_grad_()
     cond = None
-    if case == "one_digit":
-        cond = torch.zeros(2, 10).index_fill_(1, torch.tensor(digits), 1.0)
-    want = brute(z, level, digits)
+    if case == "one_glyph":
+        cond = torch.zeros(2, 10).index_fill_(1, torch.tensor(glyphs), 1.0)
+    want = brute(z, level, glyphs)
     got = Exact(frames)(z, torch.full((2,), level), cond)
     torch.testing.assert_close(got, want, atol=1e-8, rtol=0)
     seed = torch.randn(z.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
@@ -123,7 +123,7 @@ def test_samples_come_from_the_data():
     x = sample(Exact(8), (2, 3, 8, 16, 16), num_steps=12, seed=1)
     got = read(x)
     assert got.residual.max() < 1e-3
-    assert (got.digit == got.digit[:, :1]).all()
+    assert (got.glyph == got.glyph[:, :1]).all()
     v = Exact(8, prediction="v")
     level = torch.full((2,), 1.0)
     z = noisy(2, 8, 1.0).float()

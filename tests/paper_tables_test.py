@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from paper.tables import QUICK, Place, Row, jobs, networks
 from paper.train import HeldOut, Recipe, Training, factor, train
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "paper_tables.py"
-TINY = Recipe("tiny", steps=4, decay=2, batch=2, every=2)
+TINY = Recipe("tiny", steps=4, batch=2, every=2)
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -66,12 +65,10 @@ def test_training_goes_on_where_it_was(tmp_path):
         train(Recipe("tiny", steps=5), tmp_path / "part", held_out_clips=4)
 
 
-@pytest.mark.parametrize("goal, steps", [(0.0, 8), (1e6, 4)])
-def test_cycles_end_below_the_goal(tmp_path, goal, steps):
-    recipe = replace(TINY, cycles=2, goal=goal)
-    assert train(recipe, tmp_path, held_out_clips=4).step == steps
-    rates = [factor(recipe, step) for step in range(8)]
-    assert rates[:4] == rates[4:] and rates[3] < rates[2]
+def test_learning_rate():
+    rates = [factor(Recipe("x", steps=1000), step) for step in range(1000)]
+    assert rates[0] == 0.02 and max(rates) == rates[49] == rates[400] == 1
+    assert rates[400:] == sorted(rates[400:], reverse=True) and rates[-1] < 1e-4
 
 
 def test_networks_with_images_see_the_same_clips():
@@ -96,11 +93,11 @@ def test_score_of_the_truth_and_of_another_clip():
     parts = measure.windows(8, 18, 5)
     perfect = measure.score(video, truth, parts)
     assert max(perfect.background + perfect.colour) < 1e-6
-    assert min(perfect.digit + perfect.position) == 1
+    assert min(perfect.glyph + perfect.position) == 1
     assert abs(perfect.seam - 1) < 0.1
     other = measure.score(video.roll(1, 0), truth, parts)
     assert all(abs(x - 1) < 0.2 for x in other.background + other.colour)
-    assert all(x < 0.2 for x in other.digit)
+    assert all(x < 0.2 for x in other.glyph)
 
 
 def test_interval_and_jackknife():

@@ -1,8 +1,8 @@
 """The perfect denoiser of the clips of ``paper.data``: E[x | z] in closed form, and its gradient.
 
-A clip is a mixture of 10 digits x 832 motions; given both, it is linear in nine Gaussian numbers,
+A clip is a mixture of 10 glyphs x 420 motions; given both, it is linear in nine Gaussian numbers,
 three colours of three channels (that a colour coefficient outside [-1, 1] is drawn again, 0.13 %,
-is neglected). So the posterior of a noisy clip needs, for every digit and motion, the inner
+is neglected). So the posterior of a noisy clip needs, for every glyph and motion, the inner
 products of z with three pictures, a 2 x 2 solve that the channels share, and a softmax. A sampler
 with it shows what the method does where the network has learned all there is to learn.
 """
@@ -17,7 +17,19 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from fastvdm.diffusion import CosineSchedule, Prediction, alpha_of, convert, sigma_of
-from paper.data import FRAMES, HEIGHT, MEAN, PLACES, ROOM, SD, SIZE, Tables, draw, positions
+from paper.data import (
+    FRAMES,
+    HEIGHT,
+    MEAN,
+    PLACES,
+    ROOM,
+    SD,
+    SIZE,
+    Tables,
+    draw,
+    one_hot,
+    positions,
+)
 
 
 def motions(frames: int) -> tuple[Tensor, Tensor]:
@@ -35,11 +47,6 @@ def motions(frames: int) -> tuple[Tensor, Tensor]:
     return path, torch.zeros(len(path)).double().index_add(0, index, torch.cat(weights))
 
 
-def one_hot(digit: Tensor) -> Tensor:
-    """(B,) → (B, 10)."""
-    return torch.nn.functional.one_hot(digit, 10).float()
-
-
 class Exact:
     """``model(z, log_snr)`` or ``model(z, log_snr, cond=one_hot)``: (B, 3, F, 16, 16) → the same.
 
@@ -49,7 +56,7 @@ class Exact:
         prediction: what is returned, "x" or "v" (for a loss).
         chunk: frames of one pass; the temporaries of a small one stay in the cache.
 
-    ``cond`` (B, 10) holds the relative probabilities of the digits; a row of zeros is no condition.
+    ``cond`` (B, 10) holds the relative probabilities of the glyphs; a row of zeros is no condition.
     Gradients flow to z, once. Computes in the dtype of z.
 
     Raises:
@@ -66,7 +73,7 @@ class Exact:
         path, weight = motions(frames)
         self.log_prior = weight.log()
         self.paths = path
-        # A table has a row for each (y, frame, x): a position of the digit in a frame.
+        # A table has a row for each (y, frame, x): a position of the glyph in a frame.
         width = ROOM[1] + 1
         self.rows = (path // width * frames + torch.arange(frames)) * width + path % width  # (M, F)
         # the same backwards: for each row the motions that pass through it
@@ -79,10 +86,10 @@ class Exact:
         gram = tables.gram.unflatten(0, (10, PLACES))[:, path].sum(2)  # (10, M, 2, 2)
         parts = (gram[..., 0, 0], gram[..., 0, 1], gram[..., 1, 1], area)
         self.grams = torch.stack(parts).transpose(1, 2).contiguous()  # (4, M, 10)
-        # Both ends of the background inside each mask; for a digit at y only its 7 lines count.
+        # Both ends of the background inside each mask; for a glyph at y only its 9 lines count.
         inside = tables.inside.reshape(SIZE, SIZE, 2, 10, ROOM[0] + 1, width)
         bands = [inside[y : y + HEIGHT, :, :, :, y] for y in range(ROOM[0] + 1)]
-        bands = torch.stack(bands).permute(0, 5, 3, 4, 1, 2)  # (10, 12, 2, 10, 7, 16)
+        bands = torch.stack(bands).permute(0, 5, 3, 4, 1, 2)  # (8, 8, 2, 10, 9, 16)
         self.bands = bands.reshape(len(bands), width * 20, HEIGHT * SIZE).contiguous()
         self.ends = tables.ends.T.contiguous()  # (2, 256)
         self.pictures = inside.permute(3, 4, 5, 2, 0, 1).reshape(10 * PLACES, 2, SIZE * SIZE)
@@ -98,11 +105,11 @@ class Exact:
         parts = z.unflatten(2, (-1, f)).transpose(1, 2).flatten(0, 1)  # (B * parts, 3, F, 16, 16)
         count = len(parts) // b
         level = log_snr.repeat_interleave(count)
-        log_digit = torch.zeros(1, 10)
+        log_glyph = torch.zeros(1, 10)
         if cond is not None:
-            log_digit = torch.where(cond.sum(1, keepdim=True) > 0, cond, 1.0).log()
-            log_digit = log_digit.repeat_interleave(count, dim=0)
-        x: Tensor = _Posterior.apply(parts, level, log_digit, self)
+            log_glyph = torch.where(cond.sum(1, keepdim=True) > 0, cond, 1.0).log()
+            log_glyph = log_glyph.repeat_interleave(count, dim=0)
+        x: Tensor = _Posterior.apply(parts, level, log_glyph, self)
         x = x.unflatten(0, (b, count)).transpose(1, 2).flatten(2, 3)
         return convert(x, z, log_snr, source="x", target=self.settings["prediction"])
 
@@ -115,13 +122,13 @@ class _Posterior(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, log_snr, log_digit, exact):
+    def forward(ctx, z, log_snr, log_glyph, exact):
         ctx.chunks, out = [], []
         for i in range(0, len(z), exact.chunk):
             part = slice(i, i + exact.chunk)
             chunk = _Chunk(exact, z[part], log_snr[part])
-            digits = log_digit if len(log_digit) == 1 else log_digit[part]
-            out.append(chunk.posterior(z[part], digits))
+            glyphs = log_glyph if len(log_glyph) == 1 else log_glyph[part]
+            out.append(chunk.posterior(z[part], glyphs))
             if ctx.needs_input_grad[0]:
                 ctx.chunks.append(chunk)
         return torch.cat(out)
@@ -137,7 +144,7 @@ class _Posterior(torch.autograd.Function):
 class _Chunk:
     """The mixture for some noisy clips.
 
-    Tensors of all components are (M, 10, 3, B): motion, digit, channel and clip, so that what
+    Tensors of all components are (M, 10, 3, B): motion, glyph, channel and clip, so that what
     belongs to one place of a frame lies together. Where a few components have all the probability
     (at most 32 above 1e-9: below a log-SNR of about 0 they have not) the rest is dropped, and
     these are (K, 3, B). In place where that matters: new memory costs more than the arithmetic.
@@ -211,7 +218,7 @@ class _Chunk:
         return out + inside.reshape(out.shape)
 
     def _colours(self, h: list[Tensor]) -> list[Tensor]:
-        """cov h, the two ends and the digit apart."""
+        """cov h, the two ends and the glyph apart."""
         uu, ul, ll, ff = self.cov
         return [(uu * h[0]).addcmul_(ul, h[1]), (ul * h[0]).addcmul_(ll, h[1]), ff * h[2]]
 
@@ -228,10 +235,10 @@ class _Chunk:
         self.cov = [t.gather(0, kept) for t in every]
         every, kept = [t.flatten(0, 1) for t in self.mean], kept.expand(-1, 3, -1)
         self.mean = [t.gather(0, kept) for t in every]
-        place, digit = self.exact.paths[kept[:, 0] // 10], kept[:, 0] % 10
-        self.pictures = self.exact.pictures.to(p)[digit[..., None] * PLACES + place]
+        place, glyph = self.exact.paths[kept[:, 0] // 10], kept[:, 0] % 10
+        self.pictures = self.exact.pictures.to(p)[glyph[..., None] * PLACES + place]
 
-    def posterior(self, z: Tensor, log_digit: Tensor) -> Tensor:
+    def posterior(self, z: Tensor, log_glyph: Tensor) -> Tensor:
         """E[x | z], (B, 3, F, 16, 16); keeps what ``covariance`` needs."""
         # A constant added to a clip is added to its colours; without it the evidence, a difference
         # of large numbers, keeps more digits.
@@ -244,7 +251,7 @@ class _Chunk:
         h[0].mul_(self.mean[0]).addcmul_(h[1], self.mean[1]).addcmul_(h[2], self.mean[2])
         evidence = h[0].sum(2)
         evidence -= evidence.amax((0, 1))  # so that the next sum keeps its digits
-        weight = (self.log_weight + log_digit.T.to(self.log_weight)).to(evidence)
+        weight = (self.log_weight + log_glyph.T.to(self.log_weight)).to(evidence)
         self._keep(torch.softmax(evidence.mul_(0.5).add_(weight).flatten(0, 1), dim=0))
         return self._scatter(*(m * self.p for m in self.mean)) + flat
 
@@ -285,7 +292,7 @@ def held_out_loss(
     it alone; the standard error is therefore that of differences between neighbours.
 
     Args:
-        model: ``model(z, log_snr)``, or with ``cond`` also ``cond=one_hot`` of the digit.
+        model: ``model(z, log_snr)``, or with ``cond`` also ``cond=one_hot`` of the glyph.
         prediction: what it returns.
 
     Raises:
@@ -302,7 +309,7 @@ def held_out_loss(
         x, level = batch.video[part], CosineSchedule().log_snr(t[part])
         alpha, sigma = (fn(level)[:, None, None, None, None] for fn in (alpha_of, sigma_of))
         noise = torch.randn(x.shape, generator=generator)
-        options = {"cond": one_hot(batch.digit[part])} if cond else {}
+        options = {"cond": one_hot(batch.glyph[part])} if cond else {}
         z = alpha * x + sigma * noise
         out = model(z, level, **options)
         v = convert(out, z, level, source=prediction, target="v")

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastvdm.diffusion import Ancestral, Langevin, extend, sample
 from paper import data, limits, measure
 from paper.common import Table, cached
-from paper.exact import Exact, held_out_loss, one_hot
+from paper.exact import Exact, held_out_loss
 from paper.intervals import frechet, mean_of, ratio
 from paper.measure import Mean
 
@@ -46,10 +46,10 @@ QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=4)
 
 
 def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
-    """(B, 19 n): colours in units of their deviation and the digit (one-hot) of these frames."""
+    """(B, 19 n): colours in units of their deviation and the glyph (one-hot) of these frames."""
     got = data.read(video[:, :, list(frames)])
     colours = got.colours / torch.tensor(data.SD)[:, None]
-    return torch.cat((colours.flatten(2), one_hot(got.digit)), dim=2).flatten(1)
+    return torch.cat((colours.flatten(2), data.one_hot(got.glyph)), dim=2).flatten(1)
 
 
 # --- Extension ------------------------------------------------------------------------------------
@@ -103,11 +103,11 @@ def continuation_scores(video: Tensor, truth: data.Batch) -> Result:
 
     error, random = squares(video - true), squares(true - true.roll(1, 0))
     jump, true_jump = (squares(v.diff(dim=2)) for v in (video, true))
-    out: Result = {"digit": [], "background": [], "colour": [], "position": []}
+    out: Result = {"glyph": [], "background": [], "colour": [], "position": []}
     out |= {"error": [], "seam": []}
     for part in parts:
-        majority = got.digit[:, part].mode(dim=1).values
-        out["digit"].append(mean_of(majority == truth.digit))
+        majority = got.glyph[:, part].mode(dim=1).values
+        out["glyph"].append(mean_of(majority == truth.glyph))
         out["background"].append(mean_of(back[:, part].mean(1)))
         out["colour"].append(mean_of(front[:, part].mean(1)))
         out["position"].append(mean_of(there[:, part].mean(1)))
@@ -121,7 +121,7 @@ def true_attributes(frames: int = 2) -> Tensor:
     """(TRUE_CLIPS, 19 * frames) of true clips, which have the same in every frame."""
     true = data.draw(TRUE_CLIPS, 1, torch.Generator().manual_seed(31))
     colours = true.colours / torch.tensor(data.SD)[:, None]
-    return torch.cat((colours.flatten(1), one_hot(true.digit)), dim=1).repeat(1, frames)
+    return torch.cat((colours.flatten(1), data.one_hot(true.glyph)), dim=1).repeat(1, frames)
 
 
 def extension(budget: Budget, number: int, seed: int = 0) -> Result:
@@ -145,7 +145,7 @@ def extension(budget: Budget, number: int, seed: int = 0) -> Result:
 
 
 def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
-    """One table of what is right in the first and the last window, one of the digit by window."""
+    """One table of what is right in the first and the last window, one of the glyph by window."""
     numbers = [*range(len(ROWS)), -1, -2]
 
     def label(i: int) -> list[str]:
@@ -154,15 +154,15 @@ def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
         calls = getattr(budget, ROWS[i].calls)
         return [ROWS[i].label + ", Langevin" * ROWS[i].langevin, str(calls)]
 
-    count = len(results[0]["digit"])
-    rows = [label(i) + [cell(m) for m in results[i]["digit"]] for i in numbers]
-    digits = Table(
-        "Extension with the exact denoiser: the right digit, window by window",
+    count = len(results[0]["glyph"])
+    rows = [label(i) + [cell(m) for m in results[i]["glyph"]] for i in numbers]
+    glyphs = Table(
+        "Extension with the exact denoiser: the right glyph, window by window",
         ["", "calls", *(f"window {k + 1}" for k in range(count))],
         rows,
         f"{budget.clips} clips; {data.FRAMES} true frames, continued to {LENGTH} in windows of "
         f"{data.FRAMES} that overlap by {OVERLAP}. Share of clips where most of the new frames of "
-        "a window show the digit given; chance is 0.1. ± is a 95 % interval over clips.",
+        "a window show the glyph given; chance is 0.1. ± is a 95 % interval over clips.",
     )
     names = ("background", "colour", "position", "error", "seam")
     rows = []
@@ -170,18 +170,18 @@ def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
         r = results[i]
         pairs = [f"{cell(r[n][0])}; {cell(r[n][-1])}" for n in names]
         rows.append(label(i) + pairs + [cell(r["frechet"])])
-    head = ["background colours", "digit colour", "position", "error", "seam", "Fréchet distance"]
+    head = ["background colours", "glyph colour", "position", "error", "seam", "Fréchet distance"]
     rest = Table(
         "The same clips: first window; last window",
         ["", "calls", *head],
         rows,
         "Colours: squared error over that between two random clips. Position: share of frames with "
-        "the digit where it must be. Error: square distance to the true continuation, over that of "
+        "the glyph where it must be. Error: square distance to the true continuation, over that of "
         "a random clip. Seam: square change from the frame before to the first of the window, over "
-        "the true one there. Fréchet: between colours and digit of the first and the last frame "
+        "the true one there. Fréchet: between colours and glyph of the first and the last frame "
         f"and those of {TRUE_CLIPS} true clips; the rows of true clips are its floor.",
     )
-    return [digits, rest]
+    return [glyphs, rest]
 
 
 def cell(mean: Sequence[float]) -> str:
@@ -206,7 +206,7 @@ def sampler(budget: Budget, number: int, calls: int) -> Result:
         options = steps(calls, langevin)
         video = sample(Exact(), shape, sampler=Ancestral(gamma), seed=number, **options)
     got = data.read(video)
-    one = (got.digit == got.digit[:, :1]).all(1) & (got.residual.mean(1) < 1e-3)
+    one = (got.glyph == got.glyph[:, :1]).all(1) & (got.residual.mean(1) < 1e-3)
     colours = got.colours.mean(1).flatten(1)  # (B, 9)
     centre, sd = (torch.tensor(p).repeat_interleave(3) for p in (data.MEAN, data.SD))
     return {
@@ -227,7 +227,7 @@ def sampler_table(budget: Budget, results: dict[tuple[int, int], Result]) -> Tab
         "Samplers with the exact denoiser, no condition",
         ["", "calls", "whole clips", "spread of colours", "Fréchet distance"],
         rows,
-        f"{budget.clips} clips. Whole: the same digit in all frames and nothing else in it "
+        f"{budget.clips} clips. Whole: the same glyph in all frames and nothing else in it "
         "(residual below 1e-3). Spread: variance of the colours about their true mean, over the "
         "true one. Fréchet: as in the extension, of the first and the last of 8 frames.",
     )
@@ -236,7 +236,7 @@ def sampler_table(budget: Budget, results: dict[tuple[int, int], Result]) -> Tab
 # --- Held-out losses ------------------------------------------------------------------------------
 
 BARS = [("all frames together", 8, False), ("every frame on its own", 1, False)]
-BARS += [("all frames together, digit told", 8, True)]
+BARS += [("all frames together, glyph told", 8, True)]
 
 
 def bar(budget: Budget, number: int) -> Result:

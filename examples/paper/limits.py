@@ -224,16 +224,16 @@ CLIPS = [
 
 
 def clips_row(clips: int, number: int) -> dict[str, Any]:
-    """For both options, by clip: whether most frames have the right digit, and square errors."""
+    """For both options, by clip: whether most frames have the right glyph, and square errors."""
     call = CLIPS[number]
     true = data.draw(clips, call.length, torch.Generator().manual_seed(23))
     out: dict[str, Any] = {}
     for name, options in (("before", call.options), ("after", {})):
         video = call.run(true, FEW, options)[:, :, call.counted]
-        got = data.read(video).digit.mode(dim=1).values
+        got = data.read(video).glyph.mode(dim=1).values
         goal = true.video[:, :, call.counted]
         out[name] = {
-            "digit": (got == true.digit).tolist(),
+            "glyph": (got == true.glyph).tolist(),
             "error": (video - goal).square().mean((1, 2, 3, 4)).tolist(),
             "random": (goal - goal.roll(1, 0)).square().mean((1, 2, 3, 4)).tolist(),
         }
@@ -247,14 +247,14 @@ def clips_table(results: list[dict[str, Any]]) -> Table:
         for name in ("before", "after"):
             error, random = (torch.tensor(r[name][n]) for n in ("error", "random"))
             row.append(str(ratio(error, random)))
-            row.append(str(mean_of(torch.tensor(r[name]["digit"]))))
+            row.append(str(mean_of(torch.tensor(r[name]["glyph"]))))
         rows.append(row)
-    head = ["call", "without limit", "error", "right digit", "defaults: error", "right digit"]
+    head = ["call", "without limit", "error", "right glyph", "defaults: error", "right glyph"]
     return Table(
         "A weight that is too large, and the defaults: the clips",
         head,
         rows,
-        f"{len(results[0]['after']['digit'])} clips, exact denoiser, {FEW} steps. Error: square "
+        f"{len(results[0]['after']['glyph'])} clips, exact denoiser, {FEW} steps. Error: square "
         "distance of the drawn frames to the true ones, over that of a random clip; ± is a 95 % "
         "interval over clips.",
     )

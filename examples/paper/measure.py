@@ -48,9 +48,9 @@ class Score(NamedTuple):
     random clips: 0 is perfect, 1 is a clip that has nothing to do with the one given."""
 
     background: list[float]
-    colour: list[float]  # of the digit
-    digit: list[float]  # share of frames with the right digit, read off; chance is 0.1
-    position: list[float]  # share of frames with the digit where it must be
+    colour: list[float]  # of the glyph
+    glyph: list[float]  # share of frames with the right glyph, read off; chance is 0.1
+    position: list[float]  # share of frames with the glyph where it must be
     seam: float  # see ``seam``
 
     def at(self, window: int) -> dict[str, float]:
@@ -63,12 +63,12 @@ def score(video: Tensor, truth: data.Batch, parts: Sequence[slice]) -> Score:
     wrong = (got.colours - truth.colours[:, None]).square().mean(-1)  # (B, F, part)
     back = wrong[..., :2].mean(-1) / (2 * data.SD[0] ** 2)
     front = wrong[..., 2] / (2 * data.SD[2] ** 2)
-    digit = got.digit == truth.digit[:, None]
+    glyph = got.glyph == truth.glyph[:, None]
     true = data.positions(truth.moving, truth.phase, video.shape[2])
     place = (got.position == true).all(-1)
     by_window = [
         [values[:, part].float().mean().item() for part in parts]
-        for values in (back, front, digit, place)
+        for values in (back, front, glyph, place)
     ]
     return Score(*by_window, seam=seam(video, [part.start for part in parts]))
 

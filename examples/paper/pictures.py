@@ -29,9 +29,9 @@ class Results:
     def has(self, name: str) -> bool:
         return (self.place.cache / "rows" / f"{name}.json").exists()
 
-    def over_seeds(self, name: str, seeds: Sequence[int] | None = None) -> list[Result]:
+    def over_seeds(self, name: str) -> list[Result]:
         """Those that there are: all of them, unless a report is written before the end."""
-        names = [f"{name}-{seed}" for seed in seeds or self.seeds]
+        names = [f"{name}-{seed}" for seed in self.seeds]
         return [self.one(n) for n in names if self.has(n)]
 
 

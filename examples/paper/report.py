@@ -87,11 +87,11 @@ KINDS = {
 
 
 def calls(r: Results, row: Row) -> str:
-    count = getattr(r.place.budget, row.steps)
+    count = r.place.budget.calls
     return f"{count // 2} + {count // 2}" if row.langevin else str(count)
 
 
-FEATURES = ("background at both ends", "and of the digit", "first window", "last 8 frames")
+FEATURES = ("background at both ends", "and of the glyph", "first window", "last 8 frames")
 
 
 def features(place: Place, video: torch.Tensor) -> list[torch.Tensor]:
@@ -116,10 +116,9 @@ def extension_tables(r: Results) -> list[Table]:
     long = data.draw(place.budget.true_clips, tables.LENGTH, tables.generator(32, 0)).video
     true = features(place, long)
     for row in tables.ROWS:
-        seeds = place.budget.many_seeds if row.steps == "many" else None
-        runs = r.over_seeds(f"extension-{row.name}", seeds)
+        runs = r.over_seeds(f"extension-{row.name}")
         shown = [("background", w) for w in (0, 2, -1)] + [("colour", 0), ("colour", -1)]
-        shown += [("digit", 0), ("digit", -1), ("position", 0), ("position", -1)]
+        shown += [("glyph", 0), ("glyph", -1), ("position", 0), ("position", -1)]
         cells = [of(runs, lambda x, k=k, w=w: x[k][w]) for k, w in shown]
         cells.append(of(runs, lambda x: x["seam"]))
         persist.append([row.label, calls(r, row), *cells])
@@ -130,14 +129,13 @@ def extension_tables(r: Results) -> list[Table]:
         both = [measure.jackknife(x, y) if y is not None else "-" for x, y in zip(true, drawn)]
         shown_clips = place.budget.clips * len(runs)
         distances.append([row.label, calls(r, row), shown_clips, *both])
-    sizes = {place.budget.clips * n for n in (len(r.seeds), len(place.budget.many_seeds))}
-    for size in sorted(sizes, reverse=True):
-        distances.append(["true clips (the floor)", "-", size, *floor(place, true, size)])
+    size = place.budget.clips * len(r.seeds)
+    distances.append(["true clips (the floor)", "-", size, *floor(place, true, size)])
     last_window = str(
         len(measure.windows(data.FRAMES, tables.LENGTH, data.FRAMES - tables.OVERLAP))
     )
     head = ["", "calls", "background, window 1", "3", last_window]
-    for name in ("digit colour", "right digit", "right place"):
+    for name in ("glyph colour", "right glyph", "right place"):
         head += [f"{name}, window 1", last_window]
     head.append("seam")
     return [
@@ -145,12 +143,11 @@ def extension_tables(r: Results) -> list[Table]:
             f"Table 6: extension from {data.FRAMES} to {tables.LENGTH} frames, what persists",
             head,
             persist,
-            f"{place.budget.clips} clips with each of {len(r.seeds)} networks (one of them where "
-            f"there are {place.budget.many} calls), windows of 8 frames with {tables.OVERLAP} "
-            "known; the last has 4. Squared errors of colours relative to those between two random "
-            "clips (a digit that is not there at all: 6.6); chance of the digit is 0.1; true clips "
-            "have 0, 0, 1, 1 and seam 1. The networks draw strokes but few readable digits. "
-            "Guidance goes on with what it is given, so that a damaged digit fades from window to "
+            f"{place.budget.clips} clips with each of {len(r.seeds)} networks, windows of 8 frames "
+            f"with {tables.OVERLAP} known; the last has 4. Squared errors of colours relative to those between two random "
+            "clips (a glyph that is not there at all: 6.6); chance of the glyph is 0.1; true clips "
+            "have 0, 0, 1, 1 and seam 1. The networks draw strokes but few readable glyphs. "
+            "Guidance goes on with what it is given, so that a damaged glyph fades from window to "
             "window; replacement draws another one each time, in whatever colour. Window 1, whose "
             "past is true, is free of that.",
         ),
@@ -169,13 +166,13 @@ def limit_table(r: Results) -> Table:
     rows = []
     for row in tables.LIMITS:
         runs = r.over_seeds(f"limit-{row.name}")
-        names = ("background", "colour", "digit")
+        names = ("background", "colour", "glyph")
         cells = [of(runs, lambda x, k=k: x[k][0]) for k in names]
         limit = "off" if row.limit == "none" else "on"
         rows.append([f"{row.weight:g}", limit, calls(r, row), *cells])
     return Table(
         "Large weights, with and without the limit: one window, 3 of 8 frames known",
-        ["w_r", "limit", "calls", "background", "digit colour", "right digit"],
+        ["w_r", "limit", "calls", "background", "glyph colour", "right glyph"],
         rows,
         f"{r.place.budget.clips} clips with each network.",
     )
@@ -185,20 +182,20 @@ def conditional_tables(r: Results) -> list[Table]:
     rows = []
     for row in tables.PREDICTION:
         runs = r.over_seeds(f"prediction-{row.name}")
-        names = ("background", "colour", "digit")
+        names = ("background", "colour", "glyph")
         rows.append([row.label, *(of(runs, lambda x, k=k: x[k][0]) for k in names)])
     first = Table(
         "Prediction of 7 frames from 1",
-        ["", "background", "digit colour", "right digit"],
+        ["", "background", "glyph colour", "right glyph"],
         rows,
-        f"{r.place.budget.few} calls.",
+        f"{r.place.budget.calls} calls.",
     )
     rows = []
     for row, overlap in tables.INTERPOLATION:
         runs = r.over_seeds(f"interpolation-{row.name}-{overlap}")
-        names = ("background", "colour", "digit", "position", "jump", "median")
+        names = ("background", "colour", "glyph", "position", "jump", "median")
         rows.append([row.label, overlap, *(of(runs, lambda x, k=k: x[k]) for k in names)])
-    head = ["", "overlap", "background", "digit colour", "right digit", "right place"]
+    head = ["", "overlap", "background", "glyph colour", "right glyph", "right place"]
     return [
         first,
         Table(
@@ -215,17 +212,17 @@ def cascade_table(r: Results) -> Table:
     rows = []
     for weight, overlap in tables.CASCADE:
         runs = r.over_seeds(f"cascade-{weight}-{overlap}")
-        names = ("residual", "background", "colour", "digit", "seam")
+        names = ("residual", "background", "colour", "glyph", "seam")
         cells = [of(runs, lambda x, k=k: x[k]) for k in names]
         rows.append([weight, overlap, *cells])
-    head = ["low_res_weight", "overlap", "residual / signal", "background", "digit colour"]
+    head = ["low_res_weight", "overlap", "residual / signal", "background", "glyph colour"]
     return Table(
         "Cascade of Fig. 2: 8 frames of 8 x 8, then 32 of 16 x 16",
-        [*head, "same digit", "seam"],
+        [*head, "same glyph", "seam"],
         rows,
         "The second network knows nothing of low resolution. Colours: variance over the frames of "
-        "a clip relative to that between clips. Same digit: share of frames with the commonest "
-        "digit of their clip. 0.25 is w_r = 1 of Eq. 8 as it stands.",
+        "a clip relative to that between clips. Same glyph: share of frames with the commonest "
+        "glyph of their clip. 0.25 is w_r = 1 of Eq. 8 as it stands.",
     )
 
 
@@ -254,14 +251,14 @@ def scale_table(r: Results) -> Table:
     rows = []
     for scale in tables.SCALES:
         runs = r.over_seeds(f"scale-{scale:g}")
-        rows.append([f"{scale:g}", *(of(runs, lambda x, k=k: x[k]) for k in ("digit", "pictures"))])
+        rows.append([f"{scale:g}", *(of(runs, lambda x, k=k: x[k]) for k in ("glyph", "pictures"))])
     nets = [r.one(f"held-out-{n}") for n in ("exact-1", *(f"main-{s}" for s in r.seeds))]
     bar, *gains = (1 - net["by_class"] / net["loss"] for net in nets)
     return Table(
-        "Table 5: classifier-free guidance by digit",
-        ["scale (1 + w of Eq. 6)", "right digit", "Fréchet, 8 frames"],
+        "Table 5: classifier-free guidance by glyph",
+        ["scale (1 + w of Eq. 6)", "right glyph", "Fréchet, 8 frames"],
         rows,
-        f"{r.place.budget.clips} clips with each network, {r.place.budget.few} steps. The class "
+        f"{r.place.budget.clips} clips with each network, {r.place.budget.calls} steps. The class "
         f"lowers the held-out loss of the networks by {sum(gains) / len(gains):.1%}, and that of "
         f"the best denoiser of single frames by {bar:.1%}: a network that has not learned the "
         "class has nothing to guide with.",
@@ -285,8 +282,8 @@ def trained_tables(place: Place) -> list[Table]:
 
 HEAD = """# The paper's claims in the small
 
-`make paper-tables` on {machine}, torch {torch}, fastvdm {version}. {quick}Coloured digits bounce
-over colour gradients, 8 frames of 16 x 16 (`examples/paper/data.py`): digit, colours and motion
+`make paper-tables` on {machine}, torch {torch}, fastvdm {version}. {quick}Coloured glyphs bounce
+over colour gradients, 8 frames of 16 x 16 (`examples/paper/data.py`): glyph, colours and motion
 persist for ever, so the true continuation of a clip is known and is read off in closed form. All
 ± are 95 % intervals; over networks they are Student's, of {seeds}. Training took {training:.0f}
 core-minutes and sampling {rows:.0f} (process time). The same with the perfect denoiser, which shows

@@ -22,7 +22,7 @@ from fastvdm.diffusion.condition import average_downsample
 from paper import data, measure
 from paper.common import cached
 from paper.exact import Exact
-from paper.train import SCHEDULE, HeldOut, Recipe, one_hot, train
+from paper.train import SCHEDULE, HeldOut, Recipe, train
 
 OVERLAP, LENGTH = 3, 32  # of the extension
 FIRST = slice(data.FRAMES - OVERLAP, 2 * data.FRAMES - OVERLAP)  # its first window
@@ -38,20 +38,17 @@ class Budget:
     """How much of everything."""
 
     seeds: int = 3
-    steps: int = 2000  # of training, in a cycle
-    cycles: int = 1
+    steps: int = 5000  # of training
     joint_steps: int = 400
     base_steps: int = 600
     clips: int = 32  # drawn for each row and network
     held_out: int = 256
-    few: int = 24  # sampling steps
-    many: int = 64
-    many_seeds: tuple[int, ...] = (1,)  # networks that draw with as many: it takes long
+    calls: int = 24  # of the network, for each window
     true_clips: int = 1024  # that Fréchet distances are to
 
 
 FULL = Budget()
-QUICK = Budget(1, 2, 1, 2, 2, 4, 16, 2, 4, (0,), 40)  # 16: clips at all levels
+QUICK = Budget(1, 2, 2, 2, 4, 16, 2, 40)  # 16: clips at all levels
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,9 @@ class Place:
         b = self.budget
         steps = {"main": b.steps, "base": b.base_steps, "joint": b.joint_steps}[kind]
         every = 100 if steps >= 100 else steps
-        common: dict[str, Any] = dict(steps=steps, decay=3 * steps // 5, every=every)
+        common: dict[str, Any] = dict(steps=steps, every=every)
         if kind == "main":
-            return Recipe(name, int(numbers[0]), cycles=b.cycles, goal=0.95, **common)
+            return Recipe(name, int(numbers[0]), **common)
         if kind == "base":
             return Recipe(name, coarse=True, conditional=False, **common)
         images, seed = (int(n) for n in numbers)
@@ -93,7 +90,6 @@ class Row(NamedTuple):
     """One way of conditioning. The weight None is replacement."""
 
     weight: float | str | None
-    steps: str = "few"
     langevin: bool = False  # half the steps, as each calls the network twice
     limit: str = "stable"
 
@@ -103,7 +99,7 @@ class Row(NamedTuple):
         parts = [
             "replacement" if self.weight is None else f"w{self.weight:.3g}" if number else "auto"
         ]
-        parts += [self.steps] + ["langevin"] * self.langevin + ["free"] * (self.limit == "none")
+        parts += ["langevin"] * self.langevin + ["free"] * (self.limit == "none")
         return "-".join(parts)
 
     @property
@@ -116,8 +112,8 @@ class Row(NamedTuple):
     def options(self, place: Place) -> dict[str, Any]:
         """Of ``sample`` and of everything that calls it."""
         out: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE)
-        steps = getattr(place.budget, self.steps)
-        out["num_steps"] = steps // 2 if self.langevin else steps
+        calls = place.budget.calls
+        out["num_steps"] = calls // 2 if self.langevin else calls
         if self.langevin:
             out["corrector"] = Langevin(0.1)
         return out | self.condition()
@@ -163,8 +159,6 @@ def held_out(place: Place, name: str) -> dict[str, Any]:
 
 ROWS = [Row(w) for w in (None, 1.0, data.FRAMES / OVERLAP, "auto")]
 ROWS += [Row(w, langevin=True) for w in (None, "auto")]
-ROWS += [Row(w, "many") for w in (None, "auto")]
-ROWS += [Row(w, "many", True) for w in (None, "auto")]
 # One window is enough to see what is unstable.
 LIMITS = [Row(w, limit=x) for w in (8.0, 20.0, 50.0) for x in ("none", "stable")]
 
@@ -209,7 +203,7 @@ def pictures(place: Place) -> measure.Pictures:
 
 
 def prediction(place: Place, row: Row, seed: int) -> dict[str, Any]:
-    """7 frames after 1: where the digit goes is not known, the rest is."""
+    """7 frames after 1: where the glyph goes is not known, the rest is."""
     count = place.budget.clips
     truth = data.draw(count, data.FRAMES, generator(21, seed))
     condition = Condition(truth.video[:, :, :1], **row.condition())
@@ -254,7 +248,7 @@ def change(video: Tensor) -> Tensor:
 def two_stages(place: Place, weight: float | str, seed: int, overlap: int) -> dict[str, Any]:
     """8 frames of 8 x 8 at every fourth frame, then 32 of 16 x 16."""
     count, b = place.budget.clips // 2, place.budget
-    options: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE, num_steps=b.few)
+    options: dict[str, Any] = dict(prediction="v", schedule=SCHEDULE, num_steps=b.calls)
     low, fine = cascade(
         place.net("base"),
         place.net(f"main-{seed}"),
@@ -279,7 +273,7 @@ def two_stages(place: Place, weight: float | str, seed: int, overlap: int) -> di
         "residual": ((small - low).square().mean() / low.var()).item(),
         "background": (spread[:2].mean() / data.SD[0] ** 2).item(),
         "colour": (spread[2] / data.SD[2] ** 2).item(),
-        "digit": (got.digit == got.digit.mode(1, keepdim=True).values).float().mean().item(),
+        "glyph": (got.glyph == got.glyph.mode(1, keepdim=True).values).float().mean().item(),
         "seam": measure.seam(fine, starts),
     }
 
@@ -298,7 +292,7 @@ def joint(place: Place, images: int, seed: int) -> dict[str, Any]:
         (b.clips, 3, data.FRAMES, data.SIZE, data.SIZE),
         prediction="v",
         schedule=SCHEDULE,
-        num_steps=b.few,
+        num_steps=b.calls,
         seed=seed,
     )
     first = measure.Pictures(data.draw(b.true_clips, 1, generator(31, 0)).video)
@@ -311,22 +305,22 @@ def joint(place: Place, images: int, seed: int) -> dict[str, Any]:
 
 
 def by_class(place: Place, scale: float, seed: int) -> dict[str, Any]:
-    """Clips of each digit in turn, with classifier-free guidance."""
+    """Clips of each glyph in turn, with classifier-free guidance."""
     count = place.budget.clips
-    digit = torch.arange(count) % 10
+    glyph = torch.arange(count) % 10
     video = sample(
         place.net(f"main-{seed}"),
         (count, 3, data.FRAMES, data.SIZE, data.SIZE),
         prediction="v",
         schedule=SCHEDULE,
-        num_steps=place.budget.few,
-        cond=one_hot(digit),
+        num_steps=place.budget.calls,
+        cond=data.one_hot(glyph),
         guidance_scale=scale,
         seed=seed,
     )
     keep(place, f"scale-{scale:g}-{seed}", video)
-    right = (data.read(video).digit == digit[:, None]).float().mean().item()
-    return {"digit": right, "pictures": pictures(place).distance(video)}
+    right = (data.read(video).glyph == glyph[:, None]).float().mean().item()
+    return {"glyph": right, "pictures": pictures(place).distance(video)}
 
 
 # --- All of them ----------------------------------------------------------------------------------
@@ -364,21 +358,16 @@ def jobs(budget: Budget) -> list[Job]:
     one = 2 * data.FRAMES - OVERLAP  # frames of a clip with one new window
     out = [Job(f"held-out-{n}", held_out, (n,)) for n in ("exact-1", "exact-8")]
     out += [Job(f"held-out-main-{s}", held_out, (f"main-{s}",)) for s in seeds]
-    for steps in ("few", "many"):
-        rows = [r for r in ROWS if r.steps == steps]
-        some = seeds if steps == "few" else budget.many_seeds
-        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for s in some for r in rows]
-        if steps == "many":
-            break
-        for k in IMAGES:
-            out += [Job(f"joint-{k}-{s}", joint, (k, s)) for s in seeds]
-        for s in seeds:
-            out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
-            out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
-            out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
-            for r, o in INTERPOLATION:
-                out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o)))
-            out += [Job(f"cascade-{w}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
+    for s in seeds:
+        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for r in ROWS]
+    for s in seeds:
+        out += [Job(f"joint-{k}-{s}", joint, (k, s)) for k in IMAGES]
+        out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
+        out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
+        out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
+        for r, o in INTERPOLATION:
+            out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o)))
+        out += [Job(f"cascade-{w}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
     return out
 
 

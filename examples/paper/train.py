@@ -1,9 +1,8 @@
 """Networks for the tables: small 3D U-Nets, trained until they know more than single frames tell.
 
 The bar is the held-out loss of the best denoiser that treats every frame on its own: a network
-above it need not have learned that anything persists. Training is in cycles of the learning rate
-(warm restarts); it ends after a cycle that has brought a network below the bar, or after so many.
-It resumes from its last checkpoint, and an interrupted run gives the same network.
+above it need not have learned that anything persists. Training resumes from its last checkpoint,
+and an interrupted run gives the same network.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastvdm import UNet3D
-from fastvdm.diffusion import CosineSchedule, diffusion_loss, sigma_of
+from fastvdm.diffusion import CosineSchedule, diffusion_loss
 from fastvdm.diffusion.joint import append_images, joint_loss
 from paper import data
-from paper.exact import Exact
 
 # Cleaner clips are seen by no sampler here (24 steps look at 5.4 last), and a small network cannot
 # tell what noise is left in them: it would spend its time on that.
@@ -38,16 +35,13 @@ class Recipe:
 
     name: str
     seed: int = 0
-    steps: int = 2000  # of a cycle
-    cycles: int = 1  # at most
+    steps: int = 2000
     batch: int = 8
-    dim: int = 32
-    decay: int = 1200  # of a cycle's steps, the last ones
+    dim: int = 16
     average: float = 0.995
     num_images: int = 0  # independent image frames after each clip
     conditional: bool = True
     coarse: bool = False  # every fourth frame at half the size: the base of the cascade
-    goal: float = 0.0  # relative to the bar: no further cycle below this held-out loss
     every: int = 100  # steps between looks at the held-out clips, and checkpoints
 
 
@@ -64,43 +58,12 @@ def clips(recipe: Recipe, batch: int, generator: torch.Generator) -> data.Batch:
     return drawn._replace(video=coarse(drawn.video))
 
 
-def one_hot(digit: Tensor) -> Tensor:
-    return F.one_hot(digit, 10).float()
-
-
-class Patches(nn.Module):
-    """A U-Net on blocks of 2 x 2 pixels as channels: at full size with half the width it learns as
-    much in the same time, but sampling takes 2.3 times as long.
-
-    Beside z it sees how a pixel differs from its neighbours in units of the noise: where there is
-    little noise, a network would have to learn to amplify it.
-    """
-
-    time_input = "logsnr"
-
-    def __init__(self, net: UNet3D) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, z: Tensor, time: Tensor, **options: Any) -> Tensor:
-        sigma = sigma_of(time)[:, None, None, None, None]
-        around = F.avg_pool3d(F.pad(z, (1, 1, 1, 1, 0, 0), mode="replicate"), (1, 3, 3), 1)
-        x = torch.cat((z, torch.tanh(0.5 * (z - around) / sigma)), dim=1)
-        b, c, f, h, w = x.shape
-        x = x.view(b, c, f, h // 2, 2, w // 2, 2).permute(0, 4, 6, 1, 2, 3, 5)
-        out = self.net(x.reshape(b, 4 * c, f, h // 2, w // 2), time, **options)
-        out = out.view(b, 2, 2, 3, f, h // 2, w // 2).permute(0, 3, 4, 5, 1, 6, 2)
-        return out.reshape(b, 3, f, h, w)
-
-
-def network(recipe: Recipe) -> nn.Module:
+def network(recipe: Recipe) -> UNet3D:
     """The untrained network; a condition of zeros is no condition."""
     torch.manual_seed(recipe.seed)
-    net = UNet3D(
+    return UNet3D(
         recipe.dim,
-        dim_mults=(1, 2),
-        channels=24,
-        out_dim=12,
+        dim_mults=(1, 2, 4),
         attn_heads=4,
         attn_dim_head=16,
         init_kernel_size=3,
@@ -111,7 +74,6 @@ def network(recipe: Recipe) -> nn.Module:
         time_input="logsnr",
         use_sparse_linear_attn=False,
     )
-    return Patches(net)
 
 
 class HeldOut:
@@ -120,14 +82,9 @@ class HeldOut:
     def __init__(self, recipe: Recipe, count: int, frames: int = data.FRAMES) -> None:
         generator = torch.Generator().manual_seed(9_000_001)
         batch = clips(recipe, count, generator)
-        self.video, self.cond = batch.video[:, :, :frames], one_hot(batch.digit)
+        self.video, self.cond = batch.video[:, :, :frames], data.one_hot(batch.glyph)
         self.t = (torch.randperm(count, generator=generator) + 0.5) / count
         self.noise = torch.randn(self.video.shape, generator=generator)
-
-    @cached_property
-    def bar(self) -> float:
-        """Of the best denoiser of single frames."""
-        return self.loss(Exact(1, "v")).mean().item()
 
     def loss(self, model: Any, by_class: bool | None = False) -> Tensor:
         """(N,) v-losses; ``by_class`` None is a network without classes."""
@@ -188,11 +145,9 @@ def optimizers(net: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def factor(recipe: Recipe, step: int) -> float:
-    """Of the learning rates. A cycle warms up over 50 steps, then a cosine ends it at zero."""
-    step = step % recipe.steps
-    done = (step - recipe.steps + recipe.decay) / recipe.decay
-    end = 1.0 if done < 0 else 0.5 + 0.5 * math.cos(math.pi * done)
-    return min(1.0, (step + 1) / 50) * end
+    """Of the learning rates: 50 steps of warm-up; the last 60 % are half a cosine, to zero."""
+    done = max(0.0, step / recipe.steps - 0.4) / 0.6
+    return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 class Training:
@@ -210,11 +165,7 @@ class Training:
 
     @property
     def done(self) -> bool:
-        cycles, rest = divmod(self.step, self.recipe.steps)
-        if rest or not cycles:
-            return False
-        enough = self.recipe.goal and self.curve[-1][1] < self.recipe.goal * self.held_out.bar
-        return cycles >= self.recipe.cycles or bool(enough)
+        return self.step >= self.recipe.steps
 
     def advance(self) -> None:
         r, (of_clips, of_noise, of_images, of_image_noise) = self.recipe, self.streams
@@ -239,7 +190,7 @@ class Training:
             prediction="v",
             loss_space="v",
             schedule=SCHEDULE,
-            cond=one_hot(batch.digit) * keep if r.conditional else None,
+            cond=data.one_hot(batch.glyph) * keep if r.conditional else None,
             t=t,
             noise=noise,
         )
@@ -297,8 +248,7 @@ def train(recipe: Recipe, out: Path, held_out_clips: int = 128) -> Training:
             raise ValueError(f"{path} is of {state['recipe']}, not {asdict(recipe)}: remove it")
         job.load(state)
     out.mkdir(parents=True, exist_ok=True)
-    most = recipe.cycles * recipe.steps
-    bar = tqdm(total=most, initial=job.step, desc=recipe.name, mininterval=5)
+    bar = tqdm(total=recipe.steps, initial=job.step, desc=recipe.name, mininterval=5)
     wall, cpu = time.perf_counter(), time.process_time()
     while not job.done:
         job.advance()
