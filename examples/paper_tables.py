@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,19 +35,32 @@ def run_one(place: Place, number: int) -> None:
 
 
 def run_all(place: Place, processes: int, only: str = "") -> None:
-    """First every network, then every row that is not there yet; the longest first."""
-    names = [n for n in networks(place.budget) if n.startswith(only)]
-    rows = [i for i, j in enumerate(jobs(place.budget)) if j.name.startswith(only)]
-    for function, arguments in ((train_one, names), (run_one, rows)):
-        if processes <= 1:
-            for argument in tqdm(arguments):
-                function(place, argument)
-            continue
-        # spawn: a forked child inherits the threads of torch as locks that nobody opens
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(function, place, a) for a in arguments]
-            for done in tqdm(as_completed(waiting), total=len(waiting)):
-                done.result()
+    """Every network, and every row as soon as its networks are there."""
+    rows = [(i, job) for i, job in enumerate(jobs(place.budget)) if job.name.startswith(only)]
+    needed = {name for _, job in rows for name in job.needs}
+    names = [n for n in networks(place.budget) if n in needed or n.startswith(only)]
+    progress = tqdm(total=len(names) + len(rows))
+    if processes <= 1:
+        for name in names:
+            train_one(place, name)
+            progress.update()
+        for i, _ in rows:
+            run_one(place, i)
+            progress.update()
+        return
+    # spawn: a forked child inherits the threads of torch as locks that nobody opens
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(train_one, place, name): name for name in names}
+        trained: set[str] = set()
+        while rows or waiting:
+            ready = [i for i, job in rows if trained.issuperset(job.needs)]
+            rows = [row for row in rows if row[0] not in ready]
+            waiting |= {pool.submit(run_one, place, i): "" for i in ready}
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                trained.add(waiting.pop(future))
+                progress.update()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from paper.data import GLYPHS, HEIGHT, MEAN, SD, SIZE, WIDTH, draw, gradient, read
-from paper.exact import Exact, held_out_loss, motions
+from paper.exact import Exact, motions
+from paper.train import HeldOut, Recipe
 from torch.distributions import LowRankMultivariateNormal as Normal
 
 from fastvdm.diffusion import alpha_of, convert, sample, sigma_of
@@ -132,9 +133,22 @@ def test_samples_come_from_the_data():
 
 
 def test_held_out_loss_orders_the_denoisers():
-    joint, apart = held_out_loss(Exact(8), clips=24), held_out_loss(Exact(1), clips=24)
-    assert joint.clips == apart.clips == 24
-    assert joint.mean < 0.8 * apart.mean
+    clips = HeldOut(Recipe("held out"), 24)
+    told, joint, apart = (
+        clips.loss(Exact(frames, "v"), by_class)
+        for frames, by_class in ((8, True), (8, False), (1, False))
+    )
+    assert told.mean() < joint.mean() < 0.8 * apart.mean()
+
+
+def test_held_out_error():
+    """Over sets of clips the means spread as the interval says."""
+    runs = []
+    for i in range(60):
+        clips = HeldOut(Recipe("held out"), 16, seed=i)
+        runs.append(clips.mean(clips.loss(Exact(1, "v"))))
+    spread = torch.tensor([mean for mean, _ in runs]).std().item()
+    assert 0.6 < sum(half for _, half in runs) / len(runs) / (1.96 * spread) < 1.6
 
 
 @pytest.mark.parametrize(

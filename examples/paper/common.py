@@ -28,8 +28,3 @@ def cached(out: Path, name: str, make: Callable[[], Any]) -> Any:
     partial.write_text(json.dumps(value, indent=1))
     partial.replace(path)
     return value
-
-
-def cached_table(out: Path, name: str, make: Callable[[], Table]) -> Table:
-    """The same for a table."""
-    return Table(*cached(out, name, make))

@@ -9,14 +9,11 @@ with it shows what the method does where the network has learned all there is to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fastvdm.diffusion import CosineSchedule, Prediction, alpha_of, convert, sigma_of
+from fastvdm.diffusion import Prediction, alpha_of, convert
 from paper.data import (
     FRAMES,
     HEIGHT,
@@ -26,8 +23,6 @@ from paper.data import (
     SD,
     SIZE,
     Tables,
-    draw,
-    one_hot,
     positions,
 )
 
@@ -267,53 +262,3 @@ class _Chunk:
         for part, mean in zip(within, self.mean):
             part.addcmul_(mean, along).mul_(self.p)
         return self._scatter(*within) * self.gain.reshape(-1, 1, 1, 1, 1)
-
-
-class Loss(NamedTuple):
-    """A loss on held-out clips with its standard error."""
-
-    mean: float
-    error: float
-    clips: int
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: Callable[..., Tensor],
-    clips: int = 1024,
-    prediction: Prediction = "x",
-    seed: int = 99,
-    cond: bool = False,
-) -> Loss:
-    """Mean squared error in v of a denoiser, t uniform: for every model the same clips, times and
-    noise.
-
-    Clip i has a time from the i-th of as many equal parts of [0, 1], as most of the loss depends on
-    it alone; the standard error is therefore that of differences between neighbours.
-
-    Args:
-        model: ``model(z, log_snr)``, or with ``cond`` also ``cond=one_hot`` of the glyph.
-        prediction: what it returns.
-
-    Raises:
-        ValueError: an odd number of clips.
-    """
-    if clips < 2 or clips % 2:
-        raise ValueError(f"clips must be even, got {clips}")
-    generator = torch.Generator().manual_seed(seed)
-    batch = draw(clips, FRAMES, generator)
-    t = (torch.arange(clips) + torch.rand(clips, generator=generator)) / clips
-    losses = []
-    for i in range(0, clips, 32):
-        part = slice(i, i + 32)
-        x, level = batch.video[part], CosineSchedule().log_snr(t[part])
-        alpha, sigma = (fn(level)[:, None, None, None, None] for fn in (alpha_of, sigma_of))
-        noise = torch.randn(x.shape, generator=generator)
-        options = {"cond": one_hot(batch.glyph[part])} if cond else {}
-        z = alpha * x + sigma * noise
-        out = model(z, level, **options)
-        v = convert(out, z, level, source=prediction, target="v")
-        losses.append((v - (alpha * noise - sigma * x)).square().mean(dim=(1, 2, 3, 4)))
-    loss = torch.cat(losses).double()
-    error = (loss[::2] - loss[1::2]).square().sum().sqrt() / clips
-    return Loss(loss.mean().item(), error.item(), clips)

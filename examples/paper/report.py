@@ -144,12 +144,9 @@ def extension_tables(r: Results) -> list[Table]:
             head,
             persist,
             f"{place.budget.clips} clips with each of {len(r.seeds)} networks, windows of 8 frames "
-            f"with {tables.OVERLAP} known; the last has 4. Squared errors of colours relative to those between two random "
-            "clips (a glyph that is not there at all: 6.6); chance of the glyph is 0.1; true clips "
-            "have 0, 0, 1, 1 and seam 1. The networks draw strokes but few readable glyphs. "
-            "Guidance goes on with what it is given, so that a damaged glyph fades from window to "
-            "window; replacement draws another one each time, in whatever colour. Window 1, whose "
-            "past is true, is free of that.",
+            f"with {tables.OVERLAP} known; the last has 4. Squared errors of colours relative to "
+            "those between two random clips (a glyph that is not there at all: 6.6); chance of the "
+            "glyph is 0.1; true clips have 0, 0, 1, 1 and seam 1.",
         ),
         Table(
             "Table 6: the same clips, Fréchet distances",

@@ -327,11 +327,12 @@ def by_class(place: Place, scale: float, seed: int) -> dict[str, Any]:
 
 
 class Job(NamedTuple):
-    """``run(place, *args)``, kept in the cache as ``name``; needs the networks first."""
+    """``run(place, *args)``, kept in the cache as ``name``; needs these networks first."""
 
     name: str
     run: Callable[..., dict[str, Any]]
     args: tuple
+    needs: tuple[str, ...] = ()
 
     def __call__(self, place: Place) -> dict[str, Any]:
         torch.set_num_threads(1)  # one thread a process: the same numbers however many there are
@@ -344,7 +345,7 @@ class Job(NamedTuple):
 
 
 def networks(budget: Budget) -> list[str]:
-    """Longest first, so that two processes end at about the same time."""
+    """In the order in which they are trained: the longest first."""
     seeds = range(budget.seeds)
     return [
         *(f"main-{s}" for s in seeds),
@@ -357,17 +358,18 @@ def jobs(budget: Budget) -> list[Job]:
     seeds = range(budget.seeds)
     one = 2 * data.FRAMES - OVERLAP  # frames of a clip with one new window
     out = [Job(f"held-out-{n}", held_out, (n,)) for n in ("exact-1", "exact-8")]
-    out += [Job(f"held-out-main-{s}", held_out, (f"main-{s}",)) for s in seeds]
     for s in seeds:
-        out += [Job(f"extension-{r.name}-{s}", extension, (r, s)) for r in ROWS]
-    for s in seeds:
-        out += [Job(f"joint-{k}-{s}", joint, (k, s)) for k in IMAGES]
-        out += [Job(f"scale-{x:g}-{s}", by_class, (x, s)) for x in SCALES]
-        out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one)) for r in LIMITS]
-        out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s)) for r in PREDICTION]
+        main = (f"main-{s}",)
+        out.append(Job(f"held-out-main-{s}", held_out, main, main))
+        out += [Job(f"extension-{r.name}-{s}", extension, (r, s), main) for r in ROWS]
+        out += [Job(f"scale-{x:g}-{s}", by_class, (x, s), main) for x in SCALES]
+        out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one), main) for r in LIMITS]
+        out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s), main) for r in PREDICTION]
         for r, o in INTERPOLATION:
-            out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o)))
-        out += [Job(f"cascade-{w}-{o}-{s}", two_stages, (w, s, o)) for w, o in CASCADE]
+            out.append(Job(f"interpolation-{r.name}-{o}-{s}", interpolation, (r, s, o), main))
+        for w, o in CASCADE:
+            out.append(Job(f"cascade-{w}-{o}-{s}", two_stages, (w, s, o), (*main, "base")))
+        out += [Job(f"joint-{k}-{s}", joint, (k, s), (f"joint-{k}-{s}",)) for k in IMAGES]
     return out
 
 

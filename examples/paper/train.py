@@ -23,6 +23,7 @@ from fastvdm import UNet3D
 from fastvdm.diffusion import CosineSchedule, diffusion_loss
 from fastvdm.diffusion.joint import append_images, joint_loss
 from paper import data
+from paper.measure import Mean
 
 # Cleaner clips are seen by no sampler here (24 steps look at 5.4 last), and a small network cannot
 # tell what noise is left in them: it would spend its time on that.
@@ -79,8 +80,10 @@ def network(recipe: Recipe) -> UNet3D:
 class HeldOut:
     """Fixed clips, noise levels (one of each of N equal parts of [0, 1]) and noise."""
 
-    def __init__(self, recipe: Recipe, count: int, frames: int = data.FRAMES) -> None:
-        generator = torch.Generator().manual_seed(9_000_001)
+    def __init__(
+        self, recipe: Recipe, count: int, frames: int = data.FRAMES, seed: int = 1
+    ) -> None:
+        generator = torch.Generator().manual_seed(9_000_000 + seed)
         batch = clips(recipe, count, generator)
         self.video, self.cond = batch.video[:, :, :frames], data.one_hot(batch.glyph)
         self.t = (torch.randperm(count, generator=generator) + 0.5) / count
@@ -99,6 +102,12 @@ class HeldOut:
                     diffusion_loss(model, self.video[some], noise=self.noise[some], **options)
                 )
         return torch.cat(parts)
+
+    def mean(self, loss: Tensor) -> Mean:
+        """Of (N,) losses. Most of a loss depends on the level alone, so that only differences
+        between clips of neighbouring levels tell how well the mean is known."""
+        error = loss[self.t.argsort()].double().unflatten(0, (-1, 2)).diff(dim=1).norm()
+        return Mean(loss.mean().item(), 1.96 * error.item() / len(loss))
 
 
 class Muon(torch.optim.Optimizer):
