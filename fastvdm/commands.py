@@ -44,7 +44,7 @@ Overlap = Annotated[int, typer.Option(help="Frames that a window shares with the
 Method = Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")]
 WeightR = Annotated[
     str,
-    typer.Option(help="w_r of the known frames: a number or auto, 3 F/n, n of F known."),
+    typer.Option(help="w_r of the known frames: a number or auto, 2 F/n, n of F known."),
 ]
 Limit = Annotated[
     str,
@@ -131,7 +131,7 @@ def interpolate(
     video: In,
     output: Out,
     options: Options,
-    factor: Annotated[int, typer.Option(help="New frames for each input frame.")] = 2,
+    factor: Annotated[int, typer.Option(help="Input frame i becomes frame factor * i.")] = 2,
     overlap: Overlap = 1,
     window: Window = None,
     method: Method = "reconstruction",

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from fastvdm.diffusion import (
+    DDIM,
     Condition,
+    CosineSchedule,
     Langevin,
     cascade,
     extend,
+    extend_blocks,
     interpolate_frames,
     sample,
     upscale,
@@ -48,6 +51,10 @@ def test_conditions_are_checked():
             Condition(low_res=ZEROS, guidance_weight=weight)
     for weight in (3, np.float32(3), np.int64(3)):  # any real number
         assert Condition(ZEROS, guidance_weight=weight).guidance_weight == 3.0
+    with pytest.raises(ValueError, match="low_res_weight=2 is of a low-resolution video"):
+        Condition(ZEROS, low_res_weight=2)
+    with pytest.raises(TypeError, match="frames must be a tensor, got ndarray"):
+        Condition(np.zeros((1, 1, 2, 4, 4)))
     for limit in ("Stable", None, 3.7, True):
         with pytest.raises(ValueError, match=r"guidance_limit must be stable\|none"):
             Condition(ZEROS, guidance_limit=limit)
@@ -87,6 +94,7 @@ def _first(name):
         (lambda x: 0 * x, "must depend"),
         (lambda x: x * math.nan, "finite"),
         (lambda x: x[..., ::2], "downsample gives"),
+        (lambda x: (x, x), "downsample gives tuple"),
     ],
 )
 def test_bad_downsampling(down, message):
@@ -113,6 +121,16 @@ BEFORE = {
     "typo": dict(low_weight=1.0),
     "size": dict(size=(9, 9)),
     "unclipped base": dict(base_options=dict(clip=None)),
+    "steps": dict(num_steps=0),
+    "clip": dict(clip="bogus"),
+    "prediction": dict(prediction="noise"),
+    "schedule": dict(schedule="cosine"),
+    "corrector": dict(corrector=Langevin),
+    "cond": dict(cond=torch.zeros(2, 3)),
+    "dtype": dict(dtype=torch.float16),
+    "graph": dict(cuda_graph=True),
+    "downsample": dict(downsample=lambda x: x),
+    "seed": dict(seed=[1]),
 }
 
 
@@ -124,6 +142,59 @@ def test_a_cascade_is_checked_before_anything_is_drawn(options):
     options = dict(size=(8, 8), window=5, num_steps=2, prediction="x") | options
     with pytest.raises((ValueError, TypeError)):
         cascade(model, model, (1, 1, 2, 4, 4), **options)
+
+
+@pytest.mark.parametrize("options", [dict(num_steps=0), dict(clip="x"), dict(cuda_graph=True)])
+def test_blocks_are_checked_at_the_call(options):
+    with pytest.raises((ValueError, TypeError)):
+        extend_blocks(lambda z, t: z, ZEROS, 8, window=4, **options)
+
+
+SAMPLE = {
+    "seed": (dict(seed=3.0), "seed must be one int or 1 of them, got 3.0"),
+    "seeds": (dict(seed=[3.5]), "seed must be one int"),
+    "two seeds": (dict(seed=[1, 2]), "seed must be one int or 1 of them, got 2"),
+    "corrector": (dict(corrector=True), r"corrector must be Langevin\(\) or None, got True"),
+    "corrector class": (dict(corrector=Langevin), "corrector must be Langevin"),
+    "sampler class": (dict(sampler=DDIM), "sampler must be an object such as DDIM"),
+    "sampler": (dict(sampler=Langevin()), "got a corrector"),
+    "schedule": (dict(schedule="cosine"), "schedule must be an object such as Cosine.*'cosine'"),
+    "schedule class": (dict(schedule=CosineSchedule), "schedule must be an object"),
+    "condition": (dict(condition=ZEROS), "condition must be a Condition, got Tensor"),
+    "cond": (dict(cond=np.zeros((1, 3))), "cond must be a tensor, got ndarray"),
+    "scale": (dict(cond=torch.zeros(1, 3), guidance_scale=math.inf), "must be finite"),
+    "null": (
+        dict(cond=torch.zeros(1, 3), guidance_scale=2.0, null_cond=torch.zeros(1, 4)),
+        r"null_cond must be one row like cond .* got \(1, 4\)",
+    ),
+    "places": (dict(condition=Condition(ZEROS, [0.0, 1.7])), "frame_index must be .* ints"),
+    "a mask": (dict(condition=Condition(ZEROS, [True, False])), "frame_index must be .* ints"),
+    "one place": (dict(condition=Condition(ZEROS, 0)), "frame_index must be .* ints, got 0"),
+    "shape": (dict(shape=(1, 1, 2.0, 4, 4)), "five positive extents"),
+}
+
+
+@pytest.mark.parametrize("options, message", SAMPLE.values(), ids=SAMPLE)
+def test_what_sample_refuses(options, message):
+    """With what was expected and what came, before the network is called."""
+
+    def model(z, log_snr, cond=None):
+        raise AssertionError("drawn")
+
+    options = dict(shape=ZEROS.shape, num_steps=2) | options
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(model, **options)
+
+
+def test_what_sample_takes():
+    def draw(**options):
+        return sample(lambda z, t: 0.5 * z, ZEROS.shape, prediction="x", **options)
+
+    usual = draw(seed=3, num_steps=4)
+    assert torch.equal(draw(seed=np.int64(3), num_steps=np.int64(4)), usual)
+    assert torch.equal(draw(seed=torch.tensor(3), num_steps=4), usual)
+    with pytest.raises(TypeError, match="the model must return a tensor, got tuple"):
+        sample(lambda z, t: (z,), ZEROS.shape)
 
 
 def test_a_whole_video_is_checked_before_its_first_window():
@@ -190,4 +261,4 @@ def test_a_warning_of_every_window_is_shown_once():
         warnings.simplefilter("default")
         options = dict(window=4, prediction="x", num_steps=4, guidance_weight=50)
         extend(lambda z, t: 0.5 * z, ZEROS[:, :, :1], 16, **options)
-    assert len(caught) == 1
+    assert [w.filename for w in caught] == [__file__]

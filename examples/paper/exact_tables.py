@@ -26,7 +26,7 @@ from paper.train import HeldOut, Recipe
 
 OVERLAP, LENGTH = 3, 32  # of the extension
 RATIO = data.FRAMES / OVERLAP  # F/n of its windows, but for the last
-AUTO = "w_r = auto (3 F/n)"
+AUTO = "w_r = auto (2 F/n)"
 TRUE_CLIPS = 4096  # that Fréchet distances are to
 Result = dict[str, Any]
 
@@ -76,7 +76,9 @@ def _rows() -> list[Row]:
     rows = [Row(*r) for r in (replacement, posterior, one, third, auto, free)]
     rows += [Row(*r, langevin=True) for r in (replacement, third, auto)]
     rows += [Row(*r, "many") for r in (replacement, one, auto)]
-    return rows + [Row(*r, "many", True) for r in (replacement, auto)]
+    rows += [Row(*r, "many", True) for r in (replacement, auto)]
+    more = (f"w_r = {3 * RATIO:.2g} (3 F/n)", dict(guidance_weight=3 * RATIO))
+    return [*rows, Row(*more), Row(*third, "many"), Row(*more, "many")]
 
 
 ROWS = _rows()
@@ -153,7 +155,8 @@ def extension(budget: Budget, number: int, seed: int = 0) -> Result:
 
 def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
     """One table of what is right in the first and the last window, one of the glyph by window."""
-    numbers = [*range(len(ROWS)), -1, -2]
+    order = sorted(range(len(ROWS)), key=lambda i: (ROWS[i].calls != "few", ROWS[i].langevin))
+    numbers = [*order, -1, -2]
 
     def label(i: int) -> list[str]:
         if i < 0:
@@ -308,6 +311,10 @@ def corrector(budget: Budget, number: int) -> Result:
     return limits.corrector_row(max(2, budget.pixels // 2), number)
 
 
+def weight(budget: Budget, number: int) -> Result:
+    return limits.weight_row(max(2, budget.pixels // 2), number)
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -333,6 +340,7 @@ def jobs(budget: Budget) -> dict[str, list[Job]]:
         "still": [Job(f"still-{i}", still, (i,)) for i in range(len(limits.STILL))],
         "clips": [Job(f"clips-{i}", clips, (i,)) for i in range(len(limits.CLIPS))],
         "corrector": [Job(f"corrector-{i}", corrector, (i,)) for i in range(len(limits.CORRECTOR))],
+        "weight": [Job(f"weight-{i}", weight, (i,)) for i in range(len(limits.CORRELATIONS))],
         "bar": [Job(f"bar-{i}", bar, (i,)) for i in range(len(BARS))],
     }
 
@@ -360,6 +368,7 @@ def tables(out: Path, budget: Budget = FULL, processes: int = 2) -> list[Table]:
         ahead(budget, by_row),
         sampler_table(budget, by_run),
         limits.corrector_table(max(2, budget.pixels // 2), of("corrector")),
+        limits.weight_table(max(2, budget.pixels // 2), of("weight")),
         limits.still_table(budget.pixels, of("still")),
         limits.clips_table(of("clips")),
     ]

@@ -268,30 +268,38 @@ CORRECTOR += [("w_r = auto", dict(guidance_weight="auto"))]
 
 
 def corrector_row(pixels: int, number: int) -> dict[str, Any]:
-    """Squared Wasserstein distance between the drawn and the true law of 8 frames of which 3 are
-    known, over the variance of those drawn: [ancestral, Langevin] for each number of calls."""
+    """Distances of [ancestral, Langevin] for each number of calls; 3 of 8 frames known."""
+    out = []
+    for calls in CALLS:
+        pair = (dict(num_steps=calls), dict(num_steps=calls // 2, corrector=Langevin(0.1)))
+        out.append([distance(pixels, 0.9, 3, CORRECTOR[number][1], **kind) for kind in pair])
+    return {"distance": out}
+
+
+def distance(
+    pixels: int, correlation: float, known: int, condition: dict[str, Any], **options: Any
+) -> float:
+    """Squared Wasserstein distance between the drawn and the true law of 8 frames of which some
+    are known, over the variance of those drawn."""
     i = torch.arange(8, dtype=torch.float64)
-    cov = 0.9 ** (i[:, None] - i).abs()
+    cov = correlation ** (i[:, None] - i).abs()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 1, 8, 4 * pixels, pixels, generator=generator)
     true = torch.einsum("fg,bcghw->bcfhw", torch.linalg.cholesky(cov).float(), noise)
-    condition = Condition(true[:, :, :3], **CORRECTOR[number][1])
-    gain = torch.linalg.solve(cov[:3, :3], cov[:3, 3:])
-    spread = (cov[3:, 3:] - cov[3:, :3] @ gain).trace()
-    out = []
-    for calls in CALLS:
-        pair = []
-        for options in (dict(num_steps=calls), dict(num_steps=calls // 2, corrector=Langevin(0.1))):
-            with warnings.catch_warnings():  # that a weight was lowered, which is what is measured
-                warnings.simplefilter("ignore")
-                drawn = sample(
-                    Gaussian(cov), true.shape, condition=condition, clip=None, seed=1, **options
-                )
-            flat = drawn.double().transpose(0, 2).flatten(1)
-            distance = frechet_distance(flat.mean(1), torch.cov(flat), torch.zeros(8), cov)
-            pair.append((distance / spread).item())
-        out.append(pair)
-    return {"distance": out}
+    gain = torch.linalg.solve(cov[:known, :known], cov[:known, known:])
+    spread = (cov[known:, known:] - cov[known:, :known] @ gain).trace()
+    with warnings.catch_warnings():  # that a weight was lowered, which is what is measured
+        warnings.simplefilter("ignore")
+        drawn = sample(
+            Gaussian(cov),
+            true.shape,
+            condition=Condition(true[:, :, :known], **condition),
+            clip=None,
+            seed=1,
+            **options,
+        )
+    flat = drawn.double().transpose(0, 2).flatten(1)
+    return (frechet_distance(flat.mean(1), torch.cov(flat), torch.zeros(8), cov) / spread).item()
 
 
 def corrector_table(pixels: int, results: list[dict[str, Any]]) -> Table:
@@ -306,4 +314,35 @@ def corrector_table(pixels: int, results: list[dict[str, Any]]) -> Table:
         "Correlation 0.9 from frame to frame, exact denoiser. Squared Wasserstein distance of the "
         "law of all frames from the true one, over the conditional variance of the frames drawn; "
         f"{16 * pixels**2:,} samples. The Langevin corrector has half the steps.",
+    )
+
+
+# --- How much weight ------------------------------------------------------------------------------
+
+CORRELATIONS = (0.5, 0.7, 0.9, 0.97, 0.99, 0.999)
+
+
+def weight_row(pixels: int, number: int) -> dict[str, Any]:
+    """Distances of replacement, w_r = 1, F/n and auto, with 1 and with 3 of 8 frames known."""
+    out = []
+    for known in (1, 3):
+        weights: tuple[Any, ...] = (1.0, 8 / known, "auto", 24 / known)
+        conditions = [dict(method="replacement"), *(dict(guidance_weight=w) for w in weights)]
+        rho = CORRELATIONS[number]
+        out.append([distance(pixels, rho, known, c, num_steps=MANY) for c in conditions])
+    return {"distance": out}
+
+
+def weight_table(pixels: int, results: list[dict[str, Any]]) -> Table:
+    rows = []
+    for rho, r in zip(CORRELATIONS, results):
+        columns = zip(*r["distance"])
+        rows.append([f"{rho:g}", *("; ".join(f"{x:.4f}" for x in pair) for pair in columns)])
+    return Table(
+        "How much weight: Gaussian videos, 1 of 8 frames known; 3 known",
+        ["correlation", "replacement", "w_r = 1", "F/n", "auto (2 F/n)", "3 F/n"],
+        rows,
+        f"Of one frame with the next. The same distance, {MANY} ancestral steps. More than F/n "
+        "carries the known frames too far, the more so the less the others resemble them; what it "
+        "is good for is in the tables of extension, where what a window loses is lost for good.",
     )

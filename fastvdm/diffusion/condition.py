@@ -7,6 +7,7 @@ or both (Ho et al. 2022, §3.1).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -41,7 +42,7 @@ class Given:
         # Numbers, or "auto"; 0 where there is nothing of the kind.
         self.weight: float | str = 0.0  # w_r
         self.low_weight: float | str = 0.0  # in units of 1/|D|^2
-        self.norm_squared = 1.0  # |D|^2
+        self.norm_squared = torch.ones(1)  # |D|^2, one or (B,)
         self.num_frames, self.num_known = f, 0
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
@@ -73,7 +74,7 @@ class Given:
         _check_video(low, (*shape[:2], len(index), *size), "low_res")
         self.low_res = _send(low, device, dtype)
         if condition.downsample == "average":
-            self.norm_squared = check_factor(condition, shape[3:]) ** -2
+            self.norm_squared /= check_factor(condition, shape[3:]) ** 2
             return
         if condition.downsample == "bilinear":
             self._down = lambda x: bilinear_downsample(x, size)
@@ -81,12 +82,13 @@ class Given:
             self._down = condition.downsample
         zeros = torch.zeros((*shape[:2], len(index), *shape[3:]), device=device, dtype=dtype)
         trial = self._down(zeros)
-        if trial.shape != low.shape:
-            raise ValueError(
-                f"downsample gives {tuple(trial.shape)}, low_res is {tuple(low.shape)}"
-            )
+        if not isinstance(trial, Tensor) or trial.shape != low.shape:
+            got = tuple(trial.shape) if isinstance(trial, Tensor) else type(trial).__name__
+            raise ValueError(f"downsample gives {got}, low_res is {tuple(low.shape)}")
         if condition.low_res_weight != 0:
-            self.norm_squared = _norm_squared(self._down, zeros[:1])
+            # a D of one's own may do something else with every sample, as a mask does
+            same = condition.downsample == "bilinear"
+            self.norm_squared = _norm_squared(self._down, zeros[:1] if same else zeros)
 
     @property
     def has_low_res(self) -> bool:
@@ -130,14 +132,14 @@ class Condition:
         frame_index: their K places in the video, each once, in the order of ``frames``; negative
             counts from the end. The first K by default (prediction). ``[0, -1]`` is interpolation.
         low_res: (B, C, L, h, w) a low-resolution video.
-        low_res_index: the L frames it belongs to; all of them by default.
+        low_res_index: the L frames it belongs to; the first L by default.
         downsample: D of Eq. 8: "average" pooling (default; its adjoint is in the kernel),
             "bilinear", or any differentiable callable on (B, C, L, H, W).
         method: "reconstruction": x_tilde of Eqs. 7-8, with z^a replaced as well. "replacement":
             replaced only, which lacks the term that ties the rest of the video to what is known.
         guidance_weight: w_r of the known frames. The squared error is a sum over all elements, as
-            in the paper. "auto" (default) is 3 F/n for n known frames of F: 48 for 1 of 16, where
-            the paper takes 50, and 9.6 for 5 of 16, where it takes 9; less in the steps where that
+            in the paper. "auto" (default) is 2 F/n for n known frames of F: 32 for 1 of 16, where
+            the paper takes 50, and 6.4 for 5 of 16, where it takes 9; less in the steps where that
             would carry what all frames share beyond the known ones. 1 is the derived value; 0 is
             replacement at the price of replacement.
         low_res_weight: of the low resolution, in units of 1/|D|^2, the square of the largest gain
@@ -146,10 +148,10 @@ class Condition:
             in the last step that is 1.
         guidance_limit: "stable" (default) lowers both weights in the steps where they would amplify
             an error (``fastvdm.diffusion.stability``); a warning says so where a number was asked
-            for. "none" takes numbers as they are, and "auto" as 3 F/n and 1.
+            for. "none" takes numbers as they are, and "auto" as 2 F/n and 1.
         replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
-            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative and the weaker one:
-            where the answer is known in closed form it was never better and often worse.
+            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative: the weaker one
+            without guidance, at times the better one with it.
         clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
             get no gradient, so the default is not to; the paper does not say.
 
@@ -179,6 +181,11 @@ class Condition:
             raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
         for name in ("guidance_weight", "low_res_weight"):
             object.__setattr__(self, name, _weight(name, getattr(self, name)))
+        if self.low_res is None and self.low_res_weight != "auto":
+            raise ValueError(
+                f"low_res_weight={self.low_res_weight:g} is of a low-resolution video, and there "
+                "is none; guidance_weight is of known frames"
+            )
         if self.frames is None and self.guidance_weight != "auto":
             raise ValueError(
                 f"guidance_weight={self.guidance_weight:g} is of known frames, and there are none; "
@@ -201,6 +208,8 @@ class Condition:
         for video, name in ((self.frames, "frames"), (self.low_res, "low_res")):
             if video is None:
                 continue
+            if not isinstance(video, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(video).__name__}")
             if video.ndim != 5 or video.shape[2] < 1:
                 raise ValueError(f"{name} must be (B, C, K, H, W), got {tuple(video.shape)}")
             if not video.is_floating_point():
@@ -214,7 +223,7 @@ class Condition:
 
 
 def _indices(index: Sequence[int] | None, count: int, frames: int, name: str) -> list[int]:
-    given = list(range(count)) if index is None else [int(i) for i in index]
+    given = list(range(count)) if index is None else _places(index, name)
     if len(given) != count:
         raise ValueError(f"{name} must name {count} frames, got {len(given)}")
     for i in given:
@@ -224,6 +233,16 @@ def _indices(index: Sequence[int] | None, count: int, frames: int, name: str) ->
     if len(set(places)) < count:
         raise ValueError(f"{name} names a frame twice: {given}")
     return places
+
+
+def _places(index: Any, name: str) -> list[int]:
+    try:
+        places = [operator.index(i) for i in index if not isinstance(i, bool)]
+        if len(places) == len(index):
+            return places
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be a sequence of ints, got {index!r}")
 
 
 def _weight(name: str, value: Any) -> float | str:
@@ -269,8 +288,9 @@ def check_range(name: str, video: Tensor | None, clip: str | None) -> None:
         )
 
 
-def _norm_squared(down: Downsample, zeros: Tensor) -> float:
-    """|D|^2, the largest ||D v||^2/||v||^2, by power iteration; of the slope of D where it has one.
+def _norm_squared(down: Downsample, zeros: Tensor) -> Tensor:
+    """(B,) |D|^2, the largest ||D v||^2/||v||^2, by power iteration; of the slope of D where it has
+    one. 1 for a sample that D does not look at.
 
     Raises:
         ValueError: D is not differentiable, not finite, or does not depend on its input.
@@ -284,19 +304,29 @@ def _norm_squared(down: Downsample, zeros: Tensor) -> float:
         value = down(at)
         if not value.requires_grad:
             raise ValueError("downsample must be differentiable: its output has no gradient")
-        gain = 0.0
+        size = _size(v)
+        gain = torch.zeros(len(v))
         for _ in range(16):
-            v = v / v.square().mean().sqrt()
+            v = v / size.to(v).clamp_min(1e-30)
             slope = (down(at.detach() + step * v).detach() - value.detach()) / step  # J v
-            (v,) = torch.autograd.grad(value, at, slope, retain_graph=True, allow_unused=True)
-            before, gain = gain, 0.0 if v is None else float(v.square().mean().sqrt())
-            if v is None or abs(gain - before) <= 1e-3 * gain or not math.isfinite(gain):
+            (v,) = torch.autograd.grad(
+                value, at, slope, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            size = _size(v)
+            before, gain = gain, size.flatten().double().cpu()
+            if bool(((gain - before).abs() <= 1e-3 * gain).all()):
                 break
-    if not 0 < gain < math.inf:
+    if not bool(torch.isfinite(gain).all()) or not bool((gain > 0).any()):
         raise ValueError(
-            f"downsample must depend on its input and be finite, its largest gain is {gain}"
+            "downsample must depend on its input and be finite, its largest gain is "
+            f"{float(gain.max())}"
         )
-    return gain
+    return torch.where(gain > 0, gain, 1.0)
+
+
+def _size(v: Tensor) -> Tensor:
+    """(B, 1, 1, 1, 1) root mean square of every sample."""
+    return v.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
 
 
 def _check_video(video: Tensor, expected: tuple[int, ...], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -104,8 +105,10 @@ class Denoiser:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
-        if not guidance_scale >= 0:
-            raise ValueError(f"guidance_scale must be at least 0 (1 = none), got {guidance_scale}")
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(
+                f"guidance_scale must be finite and at least 0 (1 = none), got {guidance_scale}"
+            )
         if guidance_scale != 1 and cond is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs cond")
         self.model = unwrap(model)
@@ -114,15 +117,26 @@ class Denoiser:
         self._null: Tensor | None = None
         if cond is not None and guidance_scale != 1 and self._scaled is None:
             null = torch.zeros_like(cond[:1]) if null_cond is None else null_cond
+            if null.shape[1:] != cond.shape[1:] or len(null) not in (1, len(cond)):
+                raise ValueError(
+                    f"null_cond must be one row like cond or as many: cond is {tuple(cond.shape)}, "
+                    f"got {tuple(null.shape)}"
+                )
             self._null = null.to(cond).expand_as(cond)
         parameters = next(iter(module.parameters()), None) if (module := module_of(model)) else None
         self._dtype = parameters.dtype if parameters is not None else None
+
+    def compute_dtype(self, device: str) -> torch.dtype | None:
+        """Of the network's arithmetic as far as it can be seen: autocast, or its parameters."""
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self._dtype
 
     def __call__(self, z: Tensor, time: Tensor) -> Tensor:
         """The network's output at z (B, C, F, H, W), time (B,): same shape, the network's dtype.
 
         Raises:
-            ValueError: the network returns another shape.
+            ValueError, TypeError: the network returns another shape, or no tensor.
         """
         device = z.device.type
         if self._dtype is not None and self._dtype != z.dtype:
@@ -132,6 +146,8 @@ class Denoiser:
         else:
             x = z
         out = self._call(x, time)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"the model must return a tensor, got {type(out).__name__}")
         if out.shape != z.shape:
             raise ValueError(f"the model returned {tuple(out.shape)} for an input {tuple(z.shape)}")
         return out

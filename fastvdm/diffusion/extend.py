@@ -86,7 +86,7 @@ def extend(
         window: frames of one network call, what it was trained on (16).
         overlap: frames of the past that a window is conditioned on. The paper conditions BAIR on 1
             and Kinetics on 5 in prediction and does not say for extension; 1 is the default.
-        seed: as in ``sample``; each window gets a stream of its own.
+        seed: an int; each window gets a stream of its own.
         options: ``method``, ``guidance_weight``, ``guidance_limit``, ``replacement`` and
             ``clip_before_loss`` as in ``Condition``; all others go to ``sample``.
 
@@ -206,6 +206,8 @@ def _upscale(
 ) -> Iterator[Tensor]:
     """The windows of ``upscale``; everything is checked, nothing drawn yet."""
     check_video(low_res, "low_res")
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"size must be (H, W), got {size!r}")
     b, c, count = low_res.shape[:3]
     if size[0] < low_res.shape[3] or size[1] < low_res.shape[4]:
         raise ValueError(f"size {tuple(size)} is below that of low_res {tuple(low_res.shape)}")

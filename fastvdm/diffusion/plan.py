@@ -75,9 +75,10 @@ class Plan:
         self.start = self._table(start)[0]
 
     def _table(self, columns: list[Tensor]) -> Tensor:
+        """(N, B, n) from n columns (N,), or (N, B) of numbers that differ between samples."""
         batch, device, dtype = self._send
-        table = torch.stack([c.double() for c in columns], dim=1)[:, None]  # (N, 1, n)
-        return table.expand(-1, batch, -1).to(dtype).contiguous().to(device)
+        wide = [c.double().view(len(c), -1).expand(-1, batch) for c in columns]
+        return torch.stack(wide, dim=2).to(dtype).contiguous().to(device)
 
     def _rows(
         self,
@@ -94,7 +95,7 @@ class Plan:
         zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         tail = [p_z / p_m, *step, *replace]
         half = 0.5 * alpha_of(log_snr) * p_m
-        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half])
+        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half[:, None]])
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
         time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
@@ -106,12 +107,12 @@ class Plan:
 
 
 def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """The factors of the two squared errors in every step, within the stable range.
+    """The factors (N,) and (N, 1 or B) of the two squared errors, within the stable range.
 
     ``notes`` takes a sentence on each number that is lowered.
     """
     if given is None or not given.guided:
-        return torch.zeros_like(contraction), torch.zeros_like(contraction)
+        return torch.zeros_like(contraction), torch.zeros_like(contraction)[:, None]
     c = contraction.abs().clamp_min(1e-12)
     f, n = given.num_frames, given.num_known
     known = torch.full_like(c, auto_weight(f, n) if given.weight == "auto" else float(given.weight))
@@ -129,6 +130,6 @@ def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tupl
                 notes.append(
                     f"{name}={number:g} is beyond the limit of {lowered} of {len(c)} steps and "
                     f"lowered there, to {float(after.min()):.3g} at the least; "
-                    "Condition(guidance_limit='none') takes it as it is"
+                    "guidance_limit='none' takes it as it is"
                 )
-    return known, low / given.norm_squared
+    return known, low[:, None] / given.norm_squared.double()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,21 +12,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, Given, check_range
-from fastvdm.diffusion.denoiser import (
-    Denoiser,
-    Model,
-    evaluating,
-    input_gradient,
-    module_of,
-    prediction_of,
-    time_input_of,
-)
-from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs, check_capturable
+from fastvdm.diffusion.condition import Condition, Given
+from fastvdm.diffusion.denoiser import Denoiser, Model, evaluating, input_gradient
+from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs
 from fastvdm.diffusion.plan import Plan, Row
 from fastvdm.diffusion.prediction import Prediction
-from fastvdm.diffusion.samplers import Ancestral, Langevin, Sampler
-from fastvdm.diffusion.schedule import CosineSchedule, Schedule
+from fastvdm.diffusion.samplers import Langevin, Sampler
+from fastvdm.diffusion.schedule import Schedule
+from fastvdm.diffusion.setup import prepare
 from fastvdm.ops.guidance import guidance_seed, guidance_update
 
 
@@ -33,7 +28,7 @@ class Step(NamedTuple):
 
     number: int  # 0 .. num_steps - 1
     num_steps: int
-    log_snr: float  # of z
+    log_snr: float  # of z; the last z is clean, whatever the schedule ends at
     z: Tensor  # (B, C, F, H, W) the state reached
     x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate it was made from
 
@@ -56,13 +51,17 @@ class _Noise:
             return
         if seed is None:  # follows torch.manual_seed
             seed = int(torch.randint(2**62, (1,)).item())
-        if isinstance(seed, int):
-            # distinct keys; a video's noise does not depend on how many others are in the batch
-            seeds = [(seed + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(batch)]
-        else:
-            seeds = [int(s) % 2**63 for s in seed]
-            if len(seeds) != batch:
-                raise ValueError(f"seed must be one int or {batch} of them, got {len(seeds)}")
+        try:
+            if isinstance(seed, Sequence):
+                seeds = [operator.index(s) % 2**63 for s in seed]
+            else:
+                one = operator.index(seed)
+                # distinct keys; a video's noise does not depend on how many are in the batch
+                seeds = [(one + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(batch)]
+        except TypeError:
+            raise TypeError(f"seed must be one int or {batch} of them, got {seed!r}") from None
+        if len(seeds) != batch:
+            raise ValueError(f"seed must be one int or {batch} of them, got {len(seeds)}")
         self.rng = torch.tensor(seeds, dtype=torch.int64).to(device)
 
     def draw(self, like: Tensor) -> dict[str, Any]:
@@ -149,11 +148,17 @@ class _Run:
             )
         detached = out.detach()
         extra = given.extra_gradient(z, detached, row.seed) if given.autograd_low_res else None
+        half = torch.float16 in (out.dtype, self.denoiser.compute_dtype(z.device.type))
         x_hat, seed = guidance_seed(
-            z, detached, row.seed, **given.targets(), extra=extra, clip=given.clip_before_loss
+            z,
+            detached.to(z.dtype) if half else detached,
+            row.seed,
+            **given.targets(),
+            extra=extra,
+            clip=given.clip_before_loss,
         )
-        (grad,) = torch.autograd.grad(out, leaf, seed)
-        options = {"grad": grad}
+        gradient = _scaled_gradient if half else _gradient
+        options = {"grad": gradient(out, leaf, seed)}
         if given.has_low_res:  # D(x_hat) depends on z directly as well, x_hat^a on z^b does not
             options["seed"] = seed
         return x_hat, options
@@ -174,6 +179,19 @@ class _Run:
         return torch.lerp(low, high, place - math.floor(place)).clamp_min(1.0)
 
 
+def _gradient(out: Tensor, leaf: Tensor, seed: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(out, leaf, seed)
+    return grad
+
+
+def _scaled_gradient(out: Tensor, leaf: Tensor, seed: Tensor) -> Tensor:
+    """The same in fp16, whose largest number a seed passes where there is much noise: scaled by a
+    power of two per sample, so that its largest value is near 1."""
+    most = seed.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(torch.finfo(seed.dtype).tiny)
+    scale = torch.exp2(most.log2().round())
+    return _gradient(out, leaf, (seed / scale).to(out.dtype)) * scale
+
+
 def _progress(count: int, on: bool) -> Iterator[int]:
     if not on:
         return iter(range(count))
@@ -184,19 +202,12 @@ def _progress(count: int, on: bool) -> Iterator[int]:
     return iter(tqdm(range(count), desc="sampling"))
 
 
-def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:
-    module = module_of(model)
-    first = next(iter(module.parameters()), None) if module is not None else None
-    if first is not None:
-        return first.device
-    for t in (
-        cond,
-        condition.frames if condition else None,
-        condition.low_res if condition else None,
-    ):
-        if t is not None:
-            return t.device
-    return torch.device("cpu")
+def _callers_level() -> int:
+    """``stacklevel`` of a warning in ``sample`` for the first caller outside this package."""
+    frame, level = sys._getframe(2), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("fastvdm.diffusion."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def sample(
@@ -227,7 +238,8 @@ def sample(
 
     Args:
         model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``.
-            Give an EMA copy to sample with averaged weights. Runs in eval mode, flags put back.
+            Give an EMA copy to sample with averaged weights. A module runs in eval mode, its flags
+            are put back; of a function around one neither mode nor ``time_input`` are known.
         shape: (B, C, F, H, W).
         schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for peer checkpoints.
         prediction: what the network returns, "eps", "v" or "x"; by default what the settings it
@@ -256,48 +268,30 @@ def sample(
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
         RuntimeError: with ``cuda_graph``, a step that cannot be recorded.
     """
-    schedule = CosineSchedule() if schedule is None else schedule
-    sampler = Ancestral() if sampler is None else sampler
-    if isinstance(sampler, str):
-        raise TypeError(f"sampler must be an object such as DDIM(), got {sampler!r}")
-    prediction = prediction_of(model, prediction)
-    if len(shape) != 5 or any(int(n) < 1 for n in shape):
-        raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
-    if clip not in ("static", "dynamic", None):
-        raise ValueError(f"clip must be 'static', 'dynamic' or None, got {clip!r}")
-    if not 0 < clip_percentile <= 1:
-        raise ValueError(f"clip_percentile must be in (0, 1], got {clip_percentile}")
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    if cond is not None and cond.shape[0] != shape[0]:
-        raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
-    if condition is not None:
-        check_range("frames", condition.frames, clip)
-        if not callable(condition.downsample):  # any other D may give any other values
-            check_range("low_res", condition.low_res, clip)
-    where = torch.device(device) if device is not None else _device_of(model, condition, cond)
-    if cuda_graph:
-        check_capturable(where, generator, condition.downsample if condition else None)
+    denoiser, given, plan, where = prepare(
+        model,
+        shape,
+        schedule=schedule,
+        prediction=prediction,
+        sampler=sampler,
+        corrector=corrector,
+        num_steps=num_steps,
+        clip=clip,
+        clip_percentile=clip_percentile,
+        cond=cond,
+        guidance_scale=guidance_scale,
+        null_cond=null_cond,
+        condition=condition,
+        time_input=time_input,
+        generator=generator,
+        device=device,
+        dtype=dtype,
+        cuda_graph=cuda_graph,
+    )
+    for note in plan.notes:
+        warnings.warn(note, stacklevel=_callers_level())
     # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
     with torch.inference_mode(False), torch.no_grad():
-        if cond is not None:
-            cond = (cond.clone() if cond.is_inference() else cond).to(where)
-        denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
-        given = condition.prepare(tuple(shape), where, dtype) if condition is not None else None
-        plan = Plan(
-            schedule,
-            prediction,
-            sampler,
-            corrector,
-            num_steps,
-            time_input_of(model, schedule.time_input, time_input),
-            given,
-            shape[0],
-            where,
-            dtype,
-        )
-        for note in plan.notes:
-            warnings.warn(note, stacklevel=2)
         noise = _Noise(shape[0], where, generator, seed)
         run = _Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
         with evaluating(denoiser.model), input_gradient(denoiser.model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Schedule(Protocol):
 
 
 def _check_steps(num_steps: int, most: int | None = None) -> None:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral):
         raise TypeError(f"num_steps must be an int, got {type(num_steps).__name__}")
     if num_steps < 1 or (most is not None and num_steps > most):
         limit = "at least 1" if most is None else f"between 1 and {most}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastvdm.diffusion.condition import Condition, check_factor, check_range
 from fastvdm.diffusion.denoiser import Model
 from fastvdm.diffusion.sample import sample
+from fastvdm.diffusion.setup import prepare
 
 _SAMPLE = inspect.signature(sample).parameters
 # Options of the Condition that a window is given; the rest of ``options`` goes to ``sample``.
@@ -123,7 +125,12 @@ def blocks(
     window is put out whole and moved back to end with the video, as networks are trained on one
     length. Everything is checked at the call, not at the first window.
     """
+    if seed is not None and not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an int, every window has a stream of its own; got {seed!r}")
     parts = _split_options(options, timeline, size, overlap)
+    first = max(0, min(start - overlap, timeline.length - window))
+    condition = _condition(timeline, {}, first, window, parts[0])
+    prepare(model, (*size[:2], window, *size[2:]), condition=condition, **parts[1])
     return _draw(model, timeline, size, start, window, overlap, seed, *parts)
 
 
@@ -151,13 +158,7 @@ def _draw(
             continue
         first = max(0, min(done - overlap, timeline.length - window))
         inside = range(first, first + window)
-        known: dict[int, Tensor] = {}
-        for f in inside:
-            frame = drawn.get(f) if f not in timeline.place else timeline.frame(f)
-            if frame is not None:
-                known[f - first] = frame
-        low = [f for f in inside if f in timeline.low_place]
-        condition = _condition(timeline, known, low, first, condition_options)
+        condition = _condition(timeline, drawn, first, window, condition_options)
         # every window has its own stream of noise
         extra: dict[str, Any] = {} if seed is None else {"seed": seed + 0x632BE5AB * number}
         block = sample(model, shape, condition=condition, **sample_options, **extra)
@@ -173,12 +174,19 @@ def _draw(
 
 def _condition(
     timeline: Timeline,
-    known: dict[int, Tensor],
-    low: list[int],
+    drawn: dict[int, Tensor],
     first: int,
+    window: int,
     options: dict[str, Any],
 ) -> Condition | None:
+    """Of the window that begins at frame ``first``: what is given in it or has been drawn."""
     parts: dict[str, Any] = {}
+    known: dict[int, Tensor] = {}
+    for f in range(first, first + window):
+        frame = drawn.get(f) if f not in timeline.place else timeline.frame(f)
+        if frame is not None:
+            known[f - first] = frame
+    low = [f for f in range(first, first + window) if f in timeline.low_place]
     if known:
         device = next(iter(known.values())).device
         parts["frames"] = torch.stack([t.to(device) for t in known.values()], dim=2)

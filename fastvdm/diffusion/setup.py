@@ -1,0 +1,122 @@
+"""Everything that ``sample`` looks at before its first call of the network: all of its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvdm.diffusion.condition import Condition, Given, check_range
+from fastvdm.diffusion.denoiser import Denoiser, Model, module_of, prediction_of, time_input_of
+from fastvdm.diffusion.graphs import check_capturable
+from fastvdm.diffusion.plan import Plan
+from fastvdm.diffusion.prediction import Prediction
+from fastvdm.diffusion.samplers import Ancestral, Langevin, Sampler
+from fastvdm.diffusion.schedule import CosineSchedule, Schedule
+
+
+class Setup(NamedTuple):
+    """What a run is made of."""
+
+    denoiser: Denoiser
+    given: Given | None
+    plan: Plan
+    device: torch.device
+
+
+def prepare(
+    model: Model,
+    shape: Sequence[int],
+    *,
+    schedule: Schedule | None = None,
+    prediction: Prediction | None = None,
+    sampler: Sampler | None = None,
+    corrector: Langevin | None = None,
+    num_steps: int | None = None,
+    clip: str | None = "static",
+    clip_percentile: float = 0.9,
+    cond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_cond: Tensor | None = None,
+    condition: Condition | None = None,
+    time_input: str | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    cuda_graph: bool = False,
+    **_: Any,
+) -> Setup:
+    """The arguments and errors of ``sample``; those that only its loop needs are not looked at."""
+    schedule = CosineSchedule() if schedule is None else schedule
+    sampler = Ancestral() if sampler is None else sampler
+    _check_object("schedule", schedule, "levels", "CosineSchedule()")
+    _check_object("sampler", sampler, "update", "DDIM()")
+    if isinstance(sampler, Langevin):
+        raise TypeError("sampler must be one such as DDIM(), got a corrector: corrector=Langevin()")
+    if corrector is not None and not isinstance(corrector, Langevin):
+        raise TypeError(f"corrector must be Langevin() or None, got {corrector!r}")
+    if condition is not None and not isinstance(condition, Condition):
+        raise TypeError(f"condition must be a Condition, got {type(condition).__name__}")
+    prediction = prediction_of(model, prediction)
+    if len(shape) != 5 or any(not isinstance(n, Integral) or n < 1 for n in shape):
+        raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
+    if clip not in ("static", "dynamic", None):
+        raise ValueError(f"clip must be 'static', 'dynamic' or None, got {clip!r}")
+    if not 0 < clip_percentile <= 1:
+        raise ValueError(f"clip_percentile must be in (0, 1], got {clip_percentile}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    for name, values in (("cond", cond), ("null_cond", null_cond)):
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if cond is not None and cond.shape[0] != shape[0]:
+        raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
+    if condition is not None:
+        check_range("frames", condition.frames, clip)
+        if not callable(condition.downsample):  # any other D may give any other values
+            check_range("low_res", condition.low_res, clip)
+    where = torch.device(device) if device is not None else _device_of(model, condition, cond)
+    if cuda_graph:
+        check_capturable(where, generator, condition.downsample if condition else None)
+    with torch.inference_mode(False), torch.no_grad():
+        if cond is not None:
+            cond = (cond.clone() if cond.is_inference() else cond).to(where)
+        denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
+        given = condition.prepare(tuple(shape), where, dtype) if condition is not None else None
+        plan = Plan(
+            schedule,
+            prediction,
+            sampler,
+            corrector,
+            num_steps,
+            time_input_of(model, schedule.time_input, time_input),
+            given,
+            shape[0],
+            where,
+            dtype,
+        )
+    return Setup(denoiser, given, plan, where)
+
+
+def _check_object(name: str, value: Any, method: str, example: str) -> None:
+    """The classes have the method too, but cannot be called by it."""
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise TypeError(f"{name} must be an object such as {example}, got {value!r}")
+
+
+def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:
+    module = module_of(model)
+    first = next(iter(module.parameters()), None) if module is not None else None
+    if first is not None:
+        return first.device
+    for t in (
+        cond,
+        condition.frames if condition else None,
+        condition.low_res if condition else None,
+    ):
+        if t is not None:
+            return t.device
+    return torch.device("cpu")
