@@ -61,7 +61,7 @@ def test_within_the_range_and_no_lower_than_need_be(known, low):
 
 def test_known_values():
     assert auto_weight(16, 1) == 32 and auto_weight(16, 5) == pytest.approx(6.4)
-    assert auto_weight(8, 8) == 3
+    assert auto_weight(8, 8) == 2
     (last, corrector), _ = stable(torch.tensor([1.0, 0.05], dtype=DOUBLE), 1e3, 0.0)
     assert last == pytest.approx(2 + 3**0.5) and corrector == pytest.approx(118, abs=0.1)
     # the low resolution enforces in the last step, and leaves w_r what is there at p = 1/2
