@@ -30,8 +30,8 @@ from torch import Tensor
 KAPPA = 1.5
 
 # F/n is exact for still videos, and nearest to the true law of Gaussian ones that change slowly.
-# More keeps more of a clip over many windows, up to 2, and carries what is known too far elsewhere.
-# The paper's 50 (1 of 16 frames known) and 9 (5 of 16) are 3.1 and 2.8 times F/n.
+# More keeps more of a clip over many windows, and carries what is known too far where little
+# persists: this is between F/n and the paper's 50 (1 of 16 frames known, 3.1 F/n) and 9 (5 of 16).
 AUTO = 2.0
 
 
