@@ -112,7 +112,7 @@ class Recorder:
 def recorder(monkeypatch) -> Recorder:
     recorder, check = Recorder(), graphs.check_capturable
     monkeypatch.setattr(graphs, "capture_cuda", recorder)
-    target = "fastvdm.diffusion.sample.check_capturable"
+    target = "fastvdm.diffusion.setup.check_capturable"
     with mock.patch(target, lambda device, *rest: check(torch.device("cuda"), *rest)):
         yield recorder
 
