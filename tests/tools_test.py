@@ -261,7 +261,7 @@ def flat_vector(model: nn.Module) -> None:
 
 
 def lbfgs(model: nn.Module) -> None:
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=2)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
