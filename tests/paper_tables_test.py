@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from paper import data, measure
+from paper.intervals import gains_table, joined
 from paper.tables import QUICK, Place, Row, jobs, networks
 from paper.train import HeldOut, Recipe, Training, factor, train
 
@@ -91,13 +92,17 @@ def test_score_of_the_truth_and_of_another_clip():
     truth = data.draw(200, data.FRAMES, torch.Generator().manual_seed(0))
     video = data.continued(truth, 18)
     parts = measure.windows(8, 18, 5)
-    perfect = measure.score(video, truth, parts)
-    assert max(perfect.background + perfect.colour) < 1e-6
-    assert min(perfect.glyph + perfect.position) == 1
-    assert abs(perfect.seam - 1) < 0.1
-    other = measure.score(video.roll(1, 0), truth, parts)
-    assert all(abs(x - 1) < 0.2 for x in other.background + other.colour)
-    assert all(x < 0.2 for x in other.glyph)
+    perfect, other = (measure.score(v, truth, parts) for v in (video, video.roll(1, 0)))
+    for name in ("background", "colour", "error"):
+        assert torch.tensor(perfect[name]).max() < 1e-6
+        assert (torch.tensor(other[name]).mean(1) - 1).abs().max() < 0.2
+    for name in ("glyph", "position"):
+        assert torch.tensor(perfect[name]).min() == 1 and torch.tensor(other[name]).mean() < 0.2
+    assert abs(measure.seam(video, [part.start for part in parts]) - 1) < 0.1
+    gains = gains_table(
+        "", [("", other, perfect), ("", joined([perfect] * 2), joined([other] * 2))]
+    )
+    assert "**10 of 20 are beyond it.**" in gains.note
 
 
 def test_interval_and_jackknife():

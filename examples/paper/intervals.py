@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from paper import measure
-from paper.measure import Mean
+from paper.common import Table
+from paper.measure import Mean, Score
 
 
 def mean_of(values: Tensor) -> Mean:
@@ -37,3 +39,32 @@ def ratio(above: Tensor, below: Tensor) -> Mean:
 
 def frechet(true: Tensor, drawn: Tensor) -> Mean:
     return bootstrap(lambda i: measure.frechet(true, drawn[i]), len(drawn))
+
+
+GAINS = {"glyph": 1, "position": 1, "background": -1, "colour": -1, "error": -1}
+
+
+def gains_table(title: str, pairs: Sequence[tuple[str, Any, Any]]) -> Table:
+    """What guidance gains clip by clip, from (label, without, with) with the scores of each."""
+    rows, beyond = [], []
+    for label, without, guided in pairs:
+        for name, sign in GAINS.items():
+            gains = [
+                mean_of(sign * (torch.tensor(x) - torch.tensor(y)))
+                for x, y in zip(guided[name], without[name])
+            ]
+            beyond += [gain.value > gain.half for gain in gains]
+            rows.append([name, label, *map(str, gains)])
+    return Table(
+        title,
+        ["", "calls", *(f"window {k + 1}" for k in range(len(gains)))],
+        rows,
+        "Glyph, position: by how much more are right; colours and error: by how much less is "
+        "wrong. ± is a 95 % interval of the difference, clip by clip (the same clips and noise): "
+        f"**{sum(beyond)} of {len(beyond)} are beyond it.**",
+    )
+
+
+def joined(scores: Sequence[Score]) -> Score:
+    """The clips of several networks as one set."""
+    return {k: [sum(parts, []) for parts in zip(*(s[k] for s in scores))] for k in GAINS}

@@ -43,34 +43,30 @@ def windows(start: int, length: int, new: int) -> list[slice]:
     return [slice(i, min(i + new, length)) for i in range(start, length, new)]
 
 
-class Score(NamedTuple):
-    """Means over clips for each window. Squared errors of colours are relative to those between two
-    random clips: 0 is perfect, 1 is a clip that has nothing to do with the one given."""
-
-    background: list[float]
-    colour: list[float]  # of the glyph
-    glyph: list[float]  # share of frames with the right glyph, read off; chance is 0.1
-    position: list[float]  # share of frames with the glyph where it must be
-    seam: float  # see ``seam``
-
-    def at(self, window: int) -> dict[str, float]:
-        return {name: getattr(self, name)[window] for name in self._fields[:-1]}
+Score = dict[str, list[list[float]]]
 
 
 def score(video: Tensor, truth: data.Batch, parts: Sequence[slice]) -> Score:
-    """Of continuations (B, 3, F, 16, 16) of the clips of ``truth``."""
+    """Of continuations (B, 3, F, 16, 16) of the clips of ``truth``: for every part of the frames a
+    list with a number for each clip.
+
+    background, colour (of the glyph), error (of the pixels): squared errors relative to those
+    between two random clips, 0 is perfect and 1 a clip that has nothing to do with the one given.
+    glyph, position: share of frames with the right glyph (chance is 0.1), and with it in its place.
+    """
+    true = data.continued(truth, video.shape[2])
     got = data.read(video)
     wrong = (got.colours - truth.colours[:, None]).square().mean(-1)  # (B, F, part)
-    back = wrong[..., :2].mean(-1) / (2 * data.SD[0] ** 2)
-    front = wrong[..., 2] / (2 * data.SD[2] ** 2)
-    glyph = got.glyph == truth.glyph[:, None]
-    true = data.positions(truth.moving, truth.phase, video.shape[2])
-    place = (got.position == true).all(-1)
-    by_window = [
-        [values[:, part].float().mean().item() for part in parts]
-        for values in (back, front, glyph, place)
-    ]
-    return Score(*by_window, seam=seam(video, [part.start for part in parts]))
+    place = data.positions(truth.moving, truth.phase, video.shape[2])
+    random = (true - true.roll(1, 0)).square().mean()
+    frames = {
+        "background": wrong[..., :2].mean(-1) / (2 * data.SD[0] ** 2),
+        "colour": wrong[..., 2] / (2 * data.SD[2] ** 2),
+        "glyph": got.glyph == truth.glyph[:, None],
+        "position": (got.position == place).all(-1),
+        "error": (video - true).square().mean((1, 3, 4)) / random,
+    }
+    return {k: [x[:, p].float().mean(1).tolist() for p in parts] for k, x in frames.items()}
 
 
 def seam(video: Tensor, starts: Sequence[int]) -> float:

@@ -12,6 +12,7 @@ import torch
 import fastvdm
 from paper import data, measure, tables
 from paper.common import Table
+from paper.intervals import gains_table, joined
 from paper.measure import Mean, interval
 from paper.pictures import Result, Results, write_curves, write_pictures
 from paper.tables import Place, Row
@@ -38,6 +39,11 @@ def markdown(table: Table) -> str:
 
 def of(results: Sequence[Result], get: Callable[[Result], float]) -> Mean | str:
     return interval([get(r) for r in results]) if results else "-"
+
+
+def mean(clips: Sequence[Any]) -> float:
+    """Of scores by clip, or by part and clip."""
+    return torch.tensor(clips).mean().item()
 
 
 # --- The tables -----------------------------------------------------------------------------------
@@ -119,7 +125,7 @@ def extension_tables(r: Results) -> list[Table]:
         runs = r.over_seeds(f"extension-{row.name}")
         shown = [("background", w) for w in (0, 2, -1)] + [("colour", 0), ("colour", -1)]
         shown += [("glyph", 0), ("glyph", -1), ("position", 0), ("position", -1)]
-        cells = [of(runs, lambda x, k=k, w=w: x[k][w]) for k, w in shown]
+        cells = [of(runs, lambda x, k=k, w=w: mean(x[k][w])) for k, w in shown]
         cells.append(of(runs, lambda x: x["seam"]))
         persist.append([row.label, calls(r, row), *cells])
         kept = {k: [torch.tensor(x[k]) for x in runs if k in x] for k in ("ends", "first", "last")}
@@ -129,6 +135,15 @@ def extension_tables(r: Results) -> list[Table]:
         both = [measure.jackknife(x, y) if y is not None else "-" for x, y in zip(true, drawn)]
         shown_clips = place.budget.clips * len(runs)
         distances.append([row.label, calls(r, row), shown_clips, *both])
+    title = "Table 6: the same clips, what auto gains over replacement, by window"
+    pairs = []
+    for langevin in (False, True):
+        both_rows = [Row(w, langevin) for w in (None, "auto")]
+        seeds = [s for s in r.seeds if all(r.has(f"extension-{x.name}-{s}") for x in both_rows)]
+        if not seeds:
+            continue
+        scores = [joined([r.one(f"extension-{x.name}-{s}") for s in seeds]) for x in both_rows]
+        pairs.append((calls(r, both_rows[0]), *scores))
     size = place.budget.clips * len(r.seeds)
     distances.append(["true clips (the floor)", "-", size, *floor(place, true, size)])
     last_window = str(
@@ -146,8 +161,9 @@ def extension_tables(r: Results) -> list[Table]:
             f"{place.budget.clips} clips with each of {len(r.seeds)} networks, windows of 8 frames "
             f"with {tables.OVERLAP} known; the last has 4. Squared errors of colours relative to "
             "those between two random clips (a glyph that is not there at all: 6.6); chance of the "
-            "glyph is 0.1; true clips have 0, 0, 1, 1 and seam 1.",
+            "glyph is 0.1; true clips have 0, 0, 1, 1 and seam 1. Intervals over networks.",
         ),
+        *([gains_table(title, pairs)] if pairs else []),
         Table(
             "Table 6: the same clips, Fréchet distances",
             ["", "calls", "clips", *FEATURES],
@@ -164,7 +180,7 @@ def limit_table(r: Results) -> Table:
     for row in tables.LIMITS:
         runs = r.over_seeds(f"limit-{row.name}")
         names = ("background", "colour", "glyph")
-        cells = [of(runs, lambda x, k=k: x[k][0]) for k in names]
+        cells = [of(runs, lambda x, k=k: mean(x[k])) for k in names]
         limit = "off" if row.limit == "none" else "on"
         rows.append([f"{row.weight:g}", limit, calls(r, row), *cells])
     return Table(
@@ -180,7 +196,7 @@ def conditional_tables(r: Results) -> list[Table]:
     for row in tables.PREDICTION:
         runs = r.over_seeds(f"prediction-{row.name}")
         names = ("background", "colour", "glyph")
-        rows.append([row.label, *(of(runs, lambda x, k=k: x[k][0]) for k in names)])
+        rows.append([row.label, *(of(runs, lambda x, k=k: mean(x[k])) for k in names)])
     first = Table(
         "Prediction of 7 frames from 1",
         ["", "background", "glyph colour", "right glyph"],
@@ -191,7 +207,7 @@ def conditional_tables(r: Results) -> list[Table]:
     for row, overlap in tables.INTERPOLATION:
         runs = r.over_seeds(f"interpolation-{row.name}-{overlap}")
         names = ("background", "colour", "glyph", "position", "jump", "median")
-        rows.append([row.label, overlap, *(of(runs, lambda x, k=k: x[k]) for k in names)])
+        rows.append([row.label, overlap, *(of(runs, lambda x, k=k: mean(x[k])) for k in names)])
     head = ["", "overlap", "background", "glyph colour", "right glyph", "right place"]
     return [
         first,
@@ -248,17 +264,28 @@ def scale_table(r: Results) -> Table:
     rows = []
     for scale in tables.SCALES:
         runs = r.over_seeds(f"scale-{scale:g}")
-        rows.append([f"{scale:g}", *(of(runs, lambda x, k=k: x[k]) for k in ("glyph", "pictures"))])
-    nets = [r.one(f"held-out-{n}") for n in ("exact-1", *(f"main-{s}" for s in r.seeds))]
-    bar, *gains = (1 - net["by_class"] / net["loss"] for net in nets)
+        features = [x for run in runs for x in run["features"]]
+        true = tables.pictures(r.place).true
+        distance = measure.jackknife(true, torch.tensor(features)) if features else "-"
+        rows.append([f"{scale:g}", of(runs, lambda x: x["glyph"]), distance])
+    nets = [r.one(f"held-out-{n}") for n in ("exact-8", *(f"main-{s}" for s in r.seeds))]
+    exact, *gains = (1 - net["by_class"] / net["loss"] for net in nets)
+    shares = r.over_seeds("share")
+    low, high = (of(shares, lambda x, i=i: x["share"][i]) for i in (0, 1))
+    cosines = (of(shares, lambda x, i=i: x["cosine"][i]) for i in (0, 1))
+    ends = tables.LEVELS[1:3]
     return Table(
         "Table 5: classifier-free guidance by glyph",
         ["scale (1 + w of Eq. 6)", "right glyph", "Fréchet, 8 frames"],
         rows,
-        f"{r.place.budget.clips} clips with each network, {r.place.budget.calls} steps. The class "
-        f"lowers the held-out loss of the networks by {sum(gains) / len(gains):.1%}, and that of "
-        f"the best denoiser of single frames by {bar:.1%}: a network that has not learned the "
-        "class has nothing to guide with.",
+        f"{r.place.budget.clips} clips with each network, {r.place.budget.calls} steps; Fréchet of "
+        f"the clips of all networks. Scales are large because the networks have learned little of "
+        f"the class: it lowers their held-out loss by {sum(gains) / len(gains):.1%}, that of the "
+        f"perfect denoiser by {exact:.1%}. Along the perfect denoiser's change by the class theirs "
+        f"has {low} of its length below log-SNR {ends[0]:g} and {high} up to {ends[1]:g} (cosines "
+        f"{' and '.join(map(str, cosines))}). A perfect denoiser that has learned a share s draws "
+        "the right glyph in half of the clips where scale times s is about a third ([Table 5 with "
+        "the exact denoiser](paper_tables_exact.md)).",
     )
 
 
@@ -282,9 +309,9 @@ HEAD = """# The paper's claims in the small
 `make paper-tables` on {machine}, torch {torch}, fastvdm {version}. {quick}Coloured glyphs bounce
 over colour gradients, 8 frames of 16 x 16 (`examples/paper/data.py`): glyph, colours and motion
 persist for ever, so the true continuation of a clip is known and is read off in closed form. All
-± are 95 % intervals; over networks they are Student's, of {seeds}. Training took {training:.0f}
-core-minutes and sampling {rows:.0f} (process time). The same with the perfect denoiser, which shows
-what the method can do: [exact](paper_tables_exact.md).{missing}
+± are 95 % intervals; over networks they are Student's, of {seeds} networks. Training
+took {training:.0f} core-minutes and sampling {rows:.0f} (process time). The same with the perfect
+denoiser, which shows what the method can do: [exact](paper_tables_exact.md).{missing}
 """
 
 

@@ -30,7 +30,7 @@ LAST = slice(LENGTH - data.FRAMES, LENGTH)
 FACTOR = 4  # of interpolation and of the cascade
 IMAGES = (0, 4, 8)
 LEVELS = (-20.0, -3.0, -1.5, 0.0, 1.5, 3.0, 5.1)  # ends of parts of the log-SNR
-SCALES = (0.0, 1.0, 2.0, 3.0, 6.0)
+SCALES = (0.0, 1.0, 3.0, 6.0, 12.0, 24.0, 48.0)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def extension(place: Place, row: Row, seed: int, length: int = LENGTH) -> dict[s
     )
     keep(place, f"extension-{length}-{row.name}-{seed}", video)
     parts = measure.windows(data.FRAMES, length, data.FRAMES - OVERLAP)
-    out: dict[str, Any] = measure.score(video, given, parts)._asdict()
+    out: dict[str, Any] = measure.score(video, given, parts)
+    out["seam"] = measure.seam(video, [part.start for part in parts])
     if length >= 2 * data.FRAMES:
         out["ends"] = measure.ends(video).tolist()
         for name, part in (("first", FIRST), ("last", LAST)):
@@ -217,7 +218,7 @@ def prediction(place: Place, row: Row, seed: int) -> dict[str, Any]:
         seed=seed,
         **options,
     )
-    return measure.score(video, truth, [slice(1, data.FRAMES)])._asdict()
+    return measure.score(video, truth, [slice(1, data.FRAMES)])
 
 
 def interpolation(place: Place, row: Row, seed: int, overlap: int) -> dict[str, Any]:
@@ -235,9 +236,8 @@ def interpolation(place: Place, row: Row, seed: int, overlap: int) -> dict[str, 
         **row.options(place),
     )
     drawn = [slice(i + 1, i + FACTOR) for i in range(0, length - 1, FACTOR)]
-    scores = measure.score(video, truth, drawn)
+    out: dict[str, Any] = measure.score(video, truth, drawn)
     jumps = (change(video) / change(truth.video)).sort().values
-    out = {name: sum(v) / len(v) for name, v in scores._asdict().items() if name != "seam"}
     return out | {"jump": jumps[-1].item(), "median": jumps[len(jumps) // 2].item()}
 
 
@@ -321,7 +321,29 @@ def by_class(place: Place, scale: float, seed: int) -> dict[str, Any]:
     )
     keep(place, f"scale-{scale:g}-{seed}", video)
     right = (data.read(video).glyph == glyph[:, None]).float().mean().item()
-    return {"glyph": right, "pictures": pictures(place).distance(video)}
+    return {"glyph": right, "features": pictures(place).features(video).tolist()}
+
+
+def share(place: Place, seed: int) -> dict[str, Any]:
+    """How much of what the class tells a network has learned: the change of v_hat by the class
+    along that of the exact denoiser, over the latter, and the cosine between them. By log-SNR, at
+    the two lowest parts of ``LEVELS``; above them the frames show the glyph."""
+    clips = HeldOut(Recipe("held out"), place.budget.held_out)
+    level, exact, net = SCHEDULE.log_snr(clips.t), Exact(prediction="v"), place.net(f"main-{seed}")
+    alpha = torch.sigmoid(level).sqrt()[:, None, None, None, None]
+    z = alpha * clips.video + (1 - alpha**2).sqrt() * clips.noise
+    shares, cosines = [], []
+    for low, high in zip(LEVELS, LEVELS[1:3]):
+        at = (level >= low) & (level < high)
+        given = (z[at], level[at])
+        with torch.no_grad():
+            a, b = (
+                (m(*given, cond=clips.cond[at]) - m(*given, cond=0 * clips.cond[at])).flatten()
+                for m in (exact, net)
+            )
+        shares.append((a @ b / (a @ a)).item())
+        cosines.append((a @ b / (a.norm() * b.norm())).item())
+    return {"share": shares, "cosine": cosines}
 
 
 # --- All of them ----------------------------------------------------------------------------------
@@ -364,6 +386,7 @@ def jobs(budget: Budget) -> list[Job]:
         out.append(Job(f"held-out-main-{s}", held_out, main, main))
         out += [Job(f"extension-{r.name}-{s}", extension, (r, s), main) for r in ROWS]
         out += [Job(f"scale-{x:g}-{s}", by_class, (x, s), main) for x in SCALES]
+        out.append(Job(f"share-{s}", share, (s,), main))
         out += [Job(f"limit-{r.name}-{s}", extension, (r, s, one), main) for r in LIMITS]
         out += [Job(f"prediction-{r.name}-{s}", prediction, (r, s), main) for r in PREDICTION]
         for r, o in INTERPOLATION:
