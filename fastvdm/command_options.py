@@ -81,7 +81,7 @@ class Options:
     gamma: Annotated[
         float | None, typer.Option(help="Variance of the ancestral sampler, 0 to 1.")
     ] = None
-    eta: Annotated[float, typer.Option(help="Noise of DDIM, 0 to 1.")] = 0.0
+    eta: Annotated[float | None, typer.Option(help="Noise of DDIM, 0 to 1; 0.")] = None
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0
     fps: Annotated[float | None, typer.Option(help="Frames per second of the output.")] = None
     weights: Weights = "ema"
@@ -155,12 +155,16 @@ class Run:
         sampler = options.sampler or ("langevin" if settings.langevin else "ancestral")
         if sampler not in ("ancestral", "ddim", "langevin"):
             raise ValueError(f"sampler must be ancestral, ddim or langevin, got {sampler!r}")
+        if sampler == "ddim" and options.gamma is not None:
+            raise ValueError("gamma is of the ancestral sampler; ddim has eta")
+        if sampler != "ddim" and options.eta is not None:
+            raise ValueError(f"eta is of ddim; {sampler} has gamma")
         gamma = settings.gamma if options.gamma is None else options.gamma
         steps = settings.num_steps if options.steps is None else options.steps
         self.options: dict[str, Any] = {
             "schedule": self.bundle.schedule,
             "prediction": settings.prediction,
-            "sampler": DDIM(options.eta) if sampler == "ddim" else Ancestral(gamma),
+            "sampler": DDIM(options.eta or 0.0) if sampler == "ddim" else Ancestral(gamma),
             "corrector": Langevin() if sampler == "langevin" else None,
             "num_steps": steps,
             "cond": self.bundle.cond(options.caption, len(outputs), vectors),

@@ -389,6 +389,10 @@ BAD = {
     "no cond": (["sample", "{model}", "{out}", "--cond", "{vector}"], "has no conditioning"),
     "export suffix": (["export", "{model}", "-o", "{out}"], "must end in .pt2"),
     "sampler": (["sample", "{model}", "{out}", "--sampler", "euler"], "sampler must be"),
+    "gamma of ddim": (
+        ["sample", "{model}", "{out}", "--sampler", "ddim", "--gamma", "0.1"], "ddim has eta"
+    ),
+    "eta of ancestral": (["sample", "{model}", "{out}", "--eta", "0.1"], "eta is of ddim"),
     "graph": (["sample", "{model}", "{out}", "--cuda-graph", *FEW], "needs a CUDA device"),
     "device": (["sample", "{model}", "{out}", "--device", "abacus"], "device 'abacus' cannot be"),
     "absent": (["sample", "{model}", "{out}", "--device", "cuda:64"], "device 'cuda:64' cannot be"),

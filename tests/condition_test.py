@@ -247,7 +247,7 @@ def test_what_is_lowered_is_said():
             Condition(frame, low_res=ZEROS),
             Condition(frame, guidance_weight=3.5),
             Condition(frame, guidance_weight=50, guidance_limit="none"),
-            Condition(frame, guidance_weight=50, method="replacement"),
+            Condition(frame, method="replacement"),
             Condition(low_res=ZEROS, low_res_weight=1.5),
         ):
             assert _warned(silent, **options) == []

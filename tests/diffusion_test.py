@@ -401,6 +401,16 @@ BAD = {
     "method": (lambda: Condition(VIDEO, method="inpaint"), "method"),
     "flavour": (lambda: Condition(VIDEO, replacement="both"), "replacement"),
     "low replaced": (lambda: Condition(low_res=VIDEO, method="replacement"), "cannot be replaced"),
+    "replaced weight": (
+        lambda: Condition(VIDEO, method="replacement", guidance_weight=50),
+        "guidance_weight=50.* is of method='reconstruction'",
+    ),
+    "replaced limit": (
+        lambda: Condition(VIDEO, method="replacement", guidance_limit="none"), "guidance_limit"
+    ),
+    "replaced clip": (
+        lambda: Condition(VIDEO, method="replacement", clip_before_loss=True), "clip_before_loss"
+    ),
     "low factor": (lambda: conditioned(low_res=torch.zeros(1, 1, 4, 3, 3)), "whole factor"),
     "low count": (lambda: conditioned(low_res=torch.zeros(1, 1, 9, 2, 2)), "within the 4"),
     "low custom": (

@@ -157,7 +157,8 @@ class Condition:
 
     Raises:
         ValueError, TypeError: nothing known, places out of range or twice, sizes that do not fit,
-            a negative or non-finite weight, NaN or infinite values.
+            a negative or non-finite weight, a guidance option with replacement, NaN or infinite
+            values.
     """
 
     frames: Tensor | None = None
@@ -195,6 +196,14 @@ class Condition:
             raise ValueError(f"guidance_limit must be stable|none, got {self.guidance_limit!r}")
         if self.low_res is not None and self.method == "replacement":
             raise ValueError("a low-resolution video cannot be replaced: method='reconstruction'")
+        if self.method == "replacement":
+            for name, unused in (("guidance_weight", "auto"), ("guidance_limit", "stable"),
+                                 ("clip_before_loss", False)):  # fmt: skip
+                if getattr(self, name) not in (unused, 0):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is of method='reconstruction'; "
+                        "replacement has no guidance"
+                    )
         if not callable(self.downsample) and self.downsample not in ("average", "bilinear"):
             raise ValueError(
                 f"downsample must be average|bilinear|callable, got {self.downsample!r}"
