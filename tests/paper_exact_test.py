@@ -10,6 +10,7 @@ import pytest
 import torch
 from paper.data import GLYPHS, HEIGHT, MEAN, SD, SIZE, WIDTH, draw, gradient, read
 from paper.exact import Exact, motions
+from paper.imperfect import Alone
 from paper.train import HeldOut, Recipe
 from torch.distributions import LowRankMultivariateNormal as Normal
 
@@ -158,3 +159,10 @@ def test_held_out_error():
 def test_wrong_shapes(shape, cond):
     with pytest.raises(ValueError, match="must"):
         Exact(8)(torch.zeros(shape), torch.zeros(1), None if cond is None else torch.zeros(cond))
+
+
+def test_a_part_of_what_frames_share():
+    """The error of a mean of both denoisers: the perfect one's is uncorrelated with the rest."""
+    clips = HeldOut(Recipe("held out"), 64)
+    best, half, worst = (clips.loss(Alone(part, "v")).mean().item() for part in (0, 0.5, 1))
+    assert half == pytest.approx(best + (worst - best) / 4, rel=0.05)

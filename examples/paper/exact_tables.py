@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion import Ancestral, Langevin, extend, sample
-from paper import data, limits, measure
+from paper import data, imperfect, limits, measure
 from paper.common import Table, cached
 from paper.exact import Exact
 from paper.intervals import frechet, gains_table, mean_of
@@ -27,7 +27,6 @@ from paper.train import HeldOut, Recipe
 OVERLAP, LENGTH = 3, 32  # of the extension
 RATIO = data.FRAMES / OVERLAP  # F/n of its windows, but for the last
 AUTO = "w_r = auto (2 F/n)"
-TRUE_CLIPS = 4096  # that Fréchet distances are to
 Result = dict[str, Any]
 
 
@@ -45,13 +44,6 @@ class Budget:
 
 FULL = Budget()
 QUICK = Budget(clips=4, few=2, many=4, calls=(2, 4), held_out=8, pixels=4)
-
-
-def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
-    """(B, 19 n): colours in units of their deviation and the glyph (one-hot) of these frames."""
-    got = data.read(video[:, :, list(frames)])
-    colours = got.colours / torch.tensor(data.SD)[:, None]
-    return torch.cat((colours.flatten(2), data.one_hot(got.glyph)), dim=2).flatten(1)
 
 
 # --- Extension ------------------------------------------------------------------------------------
@@ -106,15 +98,10 @@ def continuation_scores(video: Tensor, truth: data.Batch) -> Result:
     jump, true_jump = (v.diff(dim=2).square().mean((1, 3, 4)) for v in (video, true))
     at = [p.start - 1 for p in parts]
     out["seam"] = [(jump[:, i] / true_jump[:, i].mean()).tolist() for i in at]
-    out["frechet"] = frechet(true_attributes(), attributes(video, (0, video.shape[2] - 1)))
+    out["frechet"] = frechet(
+        measure.true_attributes(), measure.attributes(video, (0, video.shape[2] - 1))
+    )
     return out
-
-
-def true_attributes(frames: int = 2) -> Tensor:
-    """(TRUE_CLIPS, 19 * frames) of true clips, which have the same in every frame."""
-    true = data.draw(TRUE_CLIPS, 1, torch.Generator().manual_seed(31))
-    colours = true.colours / torch.tensor(data.SD)[:, None]
-    return torch.cat((colours.flatten(1), data.one_hot(true.glyph)), dim=1).repeat(1, frames)
 
 
 def extension(budget: Budget, number: int, seed: int = 0) -> Result:
@@ -173,7 +160,7 @@ def extension_tables(budget: Budget, results: dict[int, Result]) -> list[Table]:
         "the glyph where it must be. Error: square distance to the true continuation, over that of "
         "a random clip. Seam: square change from the frame before to the first of the window, over "
         "the true one there. Fréchet: between colours and glyph of the first and the last frame "
-        f"and those of {TRUE_CLIPS} true clips; the rows of true clips are its floor.",
+        f"and those of {measure.TRUE_CLIPS} true clips; the rows of true clips are its floor.",
     )
     return [glyphs, rest]
 
@@ -220,7 +207,9 @@ def sampler(budget: Budget, number: int, calls: int) -> Result:
         "whole": mean_of(one),
         "spread": mean_of(((colours - centre) / sd).square().mean(1)),
         "residual": mean_of(got.residual.mean(1)),
-        "frechet": frechet(true_attributes(), attributes(video, (0, data.FRAMES - 1))),
+        "frechet": frechet(
+            measure.true_attributes(), measure.attributes(video, (0, data.FRAMES - 1))
+        ),
     }
 
 
@@ -237,39 +226,6 @@ def sampler_table(budget: Budget, results: dict[tuple[int, int], Result]) -> Tab
         f"{budget.clips} clips. Whole: the same glyph in all frames and nothing else in it "
         "(residual below 1e-3). Spread: variance of the colours about their true mean, over the "
         "true one. Fréchet: as in the extension, of the first and the last of 8 frames.",
-    )
-
-
-# --- Classifier-free guidance ---------------------------------------------------------------------
-
-SCALES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-def by_class(budget: Budget, scale: float) -> Result:
-    """Clips of each glyph in turn."""
-    glyph = torch.arange(budget.clips) % 10
-    video = sample(
-        Exact(),
-        (budget.clips, 3, data.FRAMES, data.SIZE, data.SIZE),
-        cond=data.one_hot(glyph),
-        guidance_scale=scale,
-        num_steps=budget.few,
-        seed=0,
-    )
-    right = (data.read(video).glyph == glyph[:, None]).float().mean(1)
-    found = attributes(video, (0, data.FRAMES - 1))
-    return {"glyph": mean_of(right), "frechet": frechet(true_attributes(), found)}
-
-
-def class_table(budget: Budget, results: list[Result]) -> Table:
-    rows = [[f"{x:g}", cell(r["glyph"]), cell(r["frechet"])] for x, r in zip(SCALES, results)]
-    return Table(
-        "Table 5 with the exact denoiser: classifier-free guidance by glyph",
-        ["scale (1 + w of Eq. 6)", "right glyph", "Fréchet distance"],
-        rows,
-        f"{budget.clips} clips, {budget.few} steps. Scale 1 is the conditional denoiser. Below it "
-        "is a denoiser that has learned that share of what the class tells: what a network with a "
-        "share s does at scale 1 / s is what scale 1 does here.",
     )
 
 
@@ -318,6 +274,17 @@ def weight(budget: Budget, number: int) -> Result:
     return limits.weight_row(max(2, budget.pixels // 2), number)
 
 
+# --- Denoisers that know a part -------------------------------------------------------------------
+
+
+def by_class(budget: Budget, scale: float) -> Result:
+    return imperfect.by_class(budget.clips, budget.few, scale)
+
+
+def alone(budget: Budget, part: float, guided: bool) -> Result:
+    return imperfect.alone(max(2, budget.clips // 4), budget.few, part, guided)
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -344,7 +311,8 @@ def jobs(budget: Budget) -> dict[str, list[Job]]:
         "clips": [Job(f"clips-{i}", clips, (i,)) for i in range(len(limits.CLIPS))],
         "corrector": [Job(f"corrector-{i}", corrector, (i,)) for i in range(len(limits.CORRECTOR))],
         "weight": [Job(f"weight-{i}", weight, (i,)) for i in range(len(limits.CORRELATIONS))],
-        "class": [Job(f"class-{x:g}", by_class, (x,)) for x in SCALES],
+        "class": [Job(f"class-{x:g}", by_class, (x,)) for x in imperfect.SCALES],
+        "alone": [Job("alone-{:g}-{}".format(*a), alone, a) for a in imperfect.ALONE],
         "bar": [Job(f"bar-{i}", bar, (i,)) for i in range(len(BARS))],
     }
 
@@ -371,7 +339,8 @@ def tables(out: Path, budget: Budget = FULL, processes: int = 2) -> list[Table]:
         *extension_tables(budget, by_row),
         ahead(budget, by_row),
         sampler_table(budget, by_run),
-        class_table(budget, of("class")),
+        imperfect.class_table(budget.clips, budget.few, of("class")),
+        imperfect.alone_table(budget.few, of("alone")),
         limits.corrector_table(max(2, budget.pixels // 2), of("corrector")),
         limits.weight_table(max(2, budget.pixels // 2), of("weight")),
         limits.still_table(budget.pixels, of("still")),

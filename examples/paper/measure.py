@@ -69,6 +69,23 @@ def score(video: Tensor, truth: data.Batch, parts: Sequence[slice]) -> Score:
     return {k: [x[:, p].float().mean(1).tolist() for p in parts] for k, x in frames.items()}
 
 
+TRUE_CLIPS = 4096  # that Fréchet distances of attributes are to
+
+
+def attributes(video: Tensor, frames: Sequence[int]) -> Tensor:
+    """(B, 19 n): colours in units of their deviation and the glyph (one-hot) of these frames."""
+    got = data.read(video[:, :, list(frames)])
+    colours = got.colours / torch.tensor(data.SD)[:, None]
+    return torch.cat((colours.flatten(2), data.one_hot(got.glyph)), dim=2).flatten(1)
+
+
+def true_attributes(frames: int = 2) -> Tensor:
+    """(TRUE_CLIPS, 19 * frames) of true clips, which have the same in every frame."""
+    true = data.draw(TRUE_CLIPS, 1, torch.Generator().manual_seed(31))
+    colours = true.colours / torch.tensor(data.SD)[:, None]
+    return torch.cat((colours.flatten(1), data.one_hot(true.glyph)), dim=1).repeat(1, frames)
+
+
 def seam(video: Tensor, starts: Sequence[int]) -> float:
     """Mean square change to the first frame of a window, over that between the other frames.
 

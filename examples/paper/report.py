@@ -152,7 +152,9 @@ def extension_tables(r: Results) -> list[Table]:
             f"{place.budget.clips} clips with each of {len(r.seeds)} networks, windows of 8 frames "
             f"with {tables.OVERLAP} known; the last has 4. Squared errors of colours relative to "
             "those between two random clips (a glyph that is not there at all: 6.6); chance of the "
-            "glyph is 0.1; true clips have 0, 0, 1, 1 and seam 1. Intervals over networks.",
+            "glyph is 0.1; true clips have 0, 0, 1, 1 and seam 1. Intervals over networks. At "
+            "which loss a denoiser keeps the glyph from window to window: [How much a denoiser "
+            "must know](paper_tables_exact.md).",
         ),
         *extension_gains(r),
         Table(
