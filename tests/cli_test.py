@@ -73,10 +73,10 @@ def test_extend_keeps_what_was_given(model, tmp_path, clip, sampler):
 
 def test_replacement_and_reconstruction_differ(model, tmp_path, clip):
     videos = []
-    for method in ("replacement", "reconstruction"):
+    for method, weight in (("replacement", "auto"), ("reconstruction", "20")):
         out = tmp_path / f"{method}.mp4"
         arguments = ["extend", str(model), str(clip), str(out), "--num-frames", "5"]
-        assert main([*arguments, "--method", method, "--guidance-weight", "20", *FEW]) == 0
+        assert main([*arguments, "--method", method, "--guidance-weight", weight, *FEW]) == 0
         videos.append(_frames(out))
     assert (videos[0] - videos[1])[:, 3:].abs().max() > 0.05
 
@@ -380,6 +380,11 @@ BAD = {
                "guidance_weight must be auto or a number, got 'much'"),
     "low weight": (["upscale", "{broken}x", "{clip}", "{out}", "--low-res-weight", "-1"],
                    "low_res_weight must be finite"),
+    "weight of replacement": (
+        ["extend", "{broken}x", "{clip}", "{out}", "--method", "replacement",
+         "--num-frames", "5", "--guidance-weight", "9"],
+        "replacement has no guidance",
+    ),
     "limit": (["interpolate", "{broken}x", "{clip}", "{out}", "--guidance-limit", "some"],
               "guidance_limit must be stable"),
     "no model": (["sample", "{broken}x", "{out}"], "no model at"),

@@ -411,6 +411,12 @@ BAD = {
     "replaced clip": (
         lambda: Condition(VIDEO, method="replacement", clip_before_loss=True), "clip_before_loss"
     ),
+    "flavour of nothing": (
+        lambda: Condition(low_res=VIDEO, replacement="posterior"), "is of known frames"
+    ),
+    "downsample of nothing": (
+        lambda: Condition(VIDEO, downsample="bilinear"), "is of a low-resolution video"
+    ),
     "low factor": (lambda: conditioned(low_res=torch.zeros(1, 1, 4, 3, 3)), "whole factor"),
     "low count": (lambda: conditioned(low_res=torch.zeros(1, 1, 9, 2, 2)), "within the 4"),
     "low custom": (

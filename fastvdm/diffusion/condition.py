@@ -182,16 +182,18 @@ class Condition:
             raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
         for name in ("guidance_weight", "low_res_weight"):
             object.__setattr__(self, name, _weight(name, getattr(self, name)))
-        if self.low_res is None and self.low_res_weight != "auto":
-            raise ValueError(
-                f"low_res_weight={self.low_res_weight:g} is of a low-resolution video, and there "
-                "is none; guidance_weight is of known frames"
-            )
-        if self.frames is None and self.guidance_weight != "auto":
-            raise ValueError(
-                f"guidance_weight={self.guidance_weight:g} is of known frames, and there are none; "
-                "low_res_weight is of the low resolution"
-            )
+        of_frames = {"guidance_weight": "auto", "replacement": "marginal"}
+        of_low_res = {"low_res_weight": "auto", "downsample": "average"}
+        for video, options, what, others in (
+            (self.frames, of_frames, "known frames", of_low_res),
+            (self.low_res, of_low_res, "a low-resolution video", of_frames),
+        ):
+            for name, unused in options.items() if video is None else ():
+                if getattr(self, name) != unused:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is of {what}, and there is none; of what "
+                        f"there is are {' and '.join(others)}"
+                    )
         if self.guidance_limit not in ("stable", "none"):
             raise ValueError(f"guidance_limit must be stable|none, got {self.guidance_limit!r}")
         if self.low_res is not None and self.method == "replacement":

@@ -18,9 +18,9 @@ from fastvdm.diffusion.setup import prepare
 
 _SAMPLE = inspect.signature(sample).parameters
 # Options of the Condition that a window is given; the rest of ``options`` goes to ``sample``.
-_FRAMES = ("guidance_weight",)
+_FRAMES = ("guidance_weight", "replacement")
 _LOW_RES = ("low_res_weight", "downsample")
-_CONDITION = ("method", "guidance_limit", "replacement", "clip_before_loss", *_FRAMES, *_LOW_RES)
+_CONDITION = ("method", "guidance_limit", "clip_before_loss", *_FRAMES, *_LOW_RES)
 
 
 class Timeline:
@@ -60,8 +60,9 @@ def _split_options(
     for name in () if timeline.low_res is not None else _LOW_RES:
         if name in ours:
             raise ValueError(f"{name} is of a low-resolution video, and there is none here")
-    if timeline.frames is None and overlap == 0 and "guidance_weight" in ours:
-        raise ValueError("guidance_weight is of known frames, and overlap=0 leaves none")
+    for name in _FRAMES if timeline.frames is None and overlap == 0 else ():
+        if name in ours:
+            raise ValueError(f"{name} is of known frames, and overlap=0 leaves none")
     frames, low_res = timeline.frames, timeline.low_res
     clip = rest.get("clip", _SAMPLE["clip"].default)
     drawn = torch.zeros(1, 1, 1, 1, 1)  # later windows know frames, whatever is given
