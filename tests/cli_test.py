@@ -383,7 +383,7 @@ BAD = {
     "weight of replacement": (
         ["extend", "{broken}x", "{clip}", "{out}", "--method", "replacement",
          "--num-frames", "5", "--guidance-weight", "9"],
-        "replacement has no guidance",
+        "guidance_weight=9.0 is of method='reconstruction'",
     ),
     "limit": (["interpolate", "{broken}x", "{clip}", "{out}", "--guidance-limit", "some"],
               "guidance_limit must be stable"),

@@ -182,30 +182,19 @@ class Condition:
             raise ValueError(f"replacement must be marginal|posterior, got {self.replacement!r}")
         for name in ("guidance_weight", "low_res_weight"):
             object.__setattr__(self, name, _weight(name, getattr(self, name)))
-        of_frames = {"guidance_weight": "auto", "replacement": "marginal"}
-        of_low_res = {"low_res_weight": "auto", "downsample": "average"}
-        for video, options, what, others in (
-            (self.frames, of_frames, "known frames", of_low_res),
-            (self.low_res, of_low_res, "a low-resolution video", of_frames),
-        ):
-            for name, unused in options.items() if video is None else ():
-                if getattr(self, name) != unused:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} is of {what}, and there is none; of what "
-                        f"there is are {' and '.join(others)}"
-                    )
+        of_frames = ("guidance_weight", "replacement")
+        of_low_res = ("low_res_weight", "downsample")
+        if self.frames is None:
+            self._refuse(of_frames, f"known frames: here are {' and '.join(of_low_res)}")
+        if self.low_res is None:
+            self._refuse(of_low_res, f"a low-resolution video: here are {' and '.join(of_frames)}")
         if self.guidance_limit not in ("stable", "none"):
             raise ValueError(f"guidance_limit must be stable|none, got {self.guidance_limit!r}")
         if self.low_res is not None and self.method == "replacement":
             raise ValueError("a low-resolution video cannot be replaced: method='reconstruction'")
         if self.method == "replacement":
-            for name, unused in (("guidance_weight", "auto"), ("guidance_limit", "stable"),
-                                 ("clip_before_loss", False)):  # fmt: skip
-                if getattr(self, name) not in (unused, 0):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} is of method='reconstruction'; "
-                        "replacement has no guidance"
-                    )
+            weight = ("guidance_weight",) * (self.guidance_weight != 0)
+            self._refuse((*weight, "guidance_limit", "clip_before_loss"), "method='reconstruction'")
         if not callable(self.downsample) and self.downsample not in ("average", "bilinear"):
             raise ValueError(
                 f"downsample must be average|bilinear|callable, got {self.downsample!r}"
@@ -227,6 +216,12 @@ class Condition:
                 raise TypeError(f"{name} must be floating point in [-1, 1], got {video.dtype}")
             if not bool(torch.isfinite(video).all()):
                 raise ValueError(f"{name} holds NaN or infinite values")
+
+    def _refuse(self, names: Sequence[str], what: str) -> None:
+        """Options that would do nothing; the class holds their defaults."""
+        for name in names:
+            if getattr(self, name) != getattr(Condition, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is of {what}")
 
     def prepare(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Given:
         """Checks this condition against the shape (B, C, F, H, W) to be drawn."""
