@@ -1,4 +1,4 @@
-"""The paper's claims in the small: ``make paper-tables``, 60-90 minutes on two cores.
+"""The paper's claims in the small: ``make paper-tables``, 100 minutes on two AVX2 cores.
 
 Clips whose law is known, the exact denoiser of them, and small 3D U-Nets trained until they know
 what frames share; then the paper's Tables 4, 5 and 6, prediction, interpolation and the cascade.
