@@ -34,7 +34,7 @@ def test_quick(tmp_path):
     assert "mean nothing" in exact and "### Extension" in exact
     for title in ("Networks", "Table 4", "Table 5", "Table 6", "Cascade", "Interpolation"):
         assert f"### {title}" in report, title
-    for name in ("extension.gif", "extension.png", "curves.png"):
+    for name in ("extension.gif", "extension.png", "cascade.gif", "scale.png", "curves.png"):
         assert (tmp_path / f"paper_tables_{name}").stat().st_size > 0
     rows = sorted((tmp_path / "cache" / "rows").iterdir())
     assert len(rows) == len(jobs(QUICK))

@@ -63,6 +63,13 @@ def write_pictures(place: Place, out: Path) -> None:
     write_gif(out / "paper_tables_extension.gif", frames)
     stills = np.concatenate(frames[:: data.FRAMES], axis=1)
     Image.fromarray(stills).save(out / "paper_tables_extension.png")
+    low, fine = kept("cascade-low-0"), kept("cascade-auto-1-0")
+    for dim, factor in ((2, tables.FACTOR), (3, 2), (4, 2)):
+        low = low.repeat_interleave(factor, dim)
+    write_gif(out / "paper_tables_cascade.gif", side_by_side([low, fine]))
+    scales = [kept(f"scale-{x:g}-0") for x in tables.SCALES]
+    middle = side_by_side(scales)[data.FRAMES // 2]
+    Image.fromarray(middle).save(out / "paper_tables_scale.png")
 
 
 def write_curves(place: Place, out: Path) -> None:

@@ -348,6 +348,11 @@ def write(place: Place, out: Path, quick: bool) -> Path:
     pictures = "![true, replacement, w_r = 1, auto](paper_tables_extension.gif)"
     parts += ["Columns: true clips, replacement, w_r = 1, auto (seed 0).", pictures]
     parts += ["![every eighth frame](paper_tables_extension.png)"]
+    parts += ["The cascade: the coarse stage, and the fine one with w = auto (seed 0)."]
+    parts += ["![coarse, fine](paper_tables_cascade.gif)"]
+    scales = ", ".join(f"{x:g}" for x in tables.SCALES)
+    parts += [f"Glyphs 0 to 3 asked for, at scale {scales}: the middle frame (seed 0)."]
+    parts += ["![glyphs by scale](paper_tables_scale.png)"]
     parts += ["![held-out loss](paper_tables_curves.png)"]
     seeds = place.budget.seeds
     numbers = dict(seeds=seeds, training=training, rows=rows, missing=missing)
