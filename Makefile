@@ -6,7 +6,7 @@
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
 # make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
-# make paper-tables   the paper's claims in the small: 100 minutes on two cores; ARGS=--fast: 10
+# make paper-tables   the paper's claims in the small: 85-110 minutes on two cores; ARGS=--fast: 13
 # make lint | info | peer | clean
 #
 # The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,

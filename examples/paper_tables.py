@@ -1,10 +1,10 @@
-"""The paper's claims in the small: ``make paper-tables``, 100 minutes on two AVX2 cores.
+"""The paper's claims in the small: ``make paper-tables``, 85-110 minutes on two cores.
 
 Clips whose law is known, the exact denoiser of them, and small 3D U-Nets trained until they know
 what frames share; then the paper's Tables 4, 5 and 6, prediction, interpolation and the cascade.
 Networks and rows are files in a cache folder: a run that was interrupted goes on where it was.
 The reports go to bench/results, paper_tables_exact.md and paper_tables.md. ``--fast`` is the part
-with the exact denoiser alone, ten minutes; ``--quick`` runs everything in about a minute, with
+with the exact denoiser alone, 13 minutes; ``--quick`` runs everything in about a minute, with
 networks that have learned nothing.
 """
 
