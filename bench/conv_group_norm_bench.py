@@ -17,10 +17,10 @@ from cases import Shape, bench_cases, shape
 from harness import Contest, Provider, compiled, grads_of
 from torch import Tensor
 
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.conv_group_norm import conv_group_norm, norm_act
-from fastvdm.ops.conv_group_norm_conv import space_conv_cost
-from fastvdm.ops.conv_group_norm_norm import norm_act_cost
-from fastvdm.ops.cost import Cost
+from fastvdm.ops.norm_act import norm_act_cost
+from fastvdm.ops.space_conv import space_conv_cost
 
 PROVIDERS = ("conv3d", "conv3d-cl", "conv2d-cl", "conv3d-compiled", "conv2d-cl-compiled", "fastvdm")
 CASES = bench_cases("tiny", "l1", full=("l0", "l2", "l3"))

@@ -14,11 +14,11 @@ from torch._subclasses import FakeTensorMode
 
 from fastvdm import use_backend
 from fastvdm.layers import attention, conv, norm, resnet
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.axis_attention import axis_attention_cost
-from fastvdm.ops.conv_group_norm_conv import space_conv_cost, space_conv_transpose_cost
-from fastvdm.ops.conv_group_norm_norm import norm_act_cost
-from fastvdm.ops.cost import Cost
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
+from fastvdm.ops.norm_act import norm_act_cost
+from fastvdm.ops.space_conv import space_conv_cost, space_conv_transpose_cost
 from fastvdm.ops.temporal_block import temporal_block_cost
 
 

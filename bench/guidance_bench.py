@@ -16,7 +16,7 @@ from harness import Contest, Provider, need_kernel
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.diffusion import Ancestral, Condition, CosineSchedule, alpha_of, sample, sigma_of
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.guidance import (
     guidance_seed,
     guidance_seed_cost,

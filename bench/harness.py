@@ -244,7 +244,7 @@ def _has_compiler() -> bool:
 def need_kernel(op: str, device: str) -> None:
     """Raise ``Unavailable`` where ``op`` has no kernel on ``device``: there it would only race the
     reference against itself."""
-    from fastvdm import dispatch
+    from fastvdm.runtime import dispatch
 
     backend = "triton" if device.startswith("cuda") else "cpu"
     if reason := dispatch.explain(op)[backend]:

@@ -16,7 +16,7 @@ from einops import rearrange
 from harness import Contest, Provider, compiled, grads_of, need_kernel
 from torch import Tensor
 
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.linear_attention import linear_attention, linear_attention_cost
 from fastvdm.reference.linear_attention import linear_attention_ref
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from harness import Contest, Provider, compiled, grads_of, need_kernel
 from torch import Tensor
 
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block, linear_attention_block_cost
 from fastvdm.ops.linear_residual import linear_residual

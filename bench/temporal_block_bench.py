@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops import temporal_block as op
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 from fastvdm.reference.temporal_block import temporal_block_ref
 
 PROVIDERS = ("peer", "torch", "compiled", "parts", "fastvdm")

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastvdm.kernels import (
     axis_attention,
-    conv_group_norm_conv,
-    conv_group_norm_norm,
     guidance,
     linear_attention,
     linear_residual,
+    norm_act,
     norm_linear,
+    space_conv,
     temporal_block,
 )
 from fastvdm.kernels.common import next_power_of_2
@@ -55,8 +55,8 @@ def jobs() -> list[Job]:
         way = {"backward": backward}
         found += [_job(temporal, c, **way) for c in (PEER[:1] if backward else PEER[:3])]
         found += [_job(linear, c, **way) for c in PEER]
-        found += [_job(norm, c, kind=conv_group_norm_norm.GROUP, **way) for c in PEER + PAPER]
-        found += [_job(norm, c, kind=conv_group_norm_norm.RMS, **way) for c in PEER]
+        found += [_job(norm, c, kind=norm_act.GROUP, **way) for c in PEER + PAPER]
+        found += [_job(norm, c, kind=norm_act.RMS, **way) for c in PEER]
         found += [_job(over_time, c, shaw=c != "l3", **way) for c in ("l3", "ucf-16", "t2v128-32")]
         found += [_job(over_space, c, **way) for c in ("l3", *PAPER)]
     found += [_job(half, "l3", first=first) for first in (True, False)]
@@ -80,14 +80,12 @@ def norm(s: Shape, device: str, dtype: torch.dtype, *, kind: int, backward: bool
     options = (kind, s.groups, False, EPS, True)
 
     def forward() -> tuple[Tensor, ...]:
-        return conv_group_norm_norm.norm_act_fwd(
-            x, None, *vectors, *film, x, None, None, None, *options
-        )
+        return norm_act.norm_act_fwd(x, None, *vectors, *film, x, None, None, None, *options)
 
     if not backward:
         return forward
-    stats = forward()[1:] if kind == conv_group_norm_norm.GROUP else (None, None)
-    return lambda: conv_group_norm_norm.norm_act_bwd(
+    stats = forward()[1:] if kind == norm_act.GROUP else (None, None)
+    return lambda: norm_act.norm_act_bwd(
         dy, x, None, *vectors, *film, None, *stats, *options, True, True, True
     )
 
@@ -192,7 +190,7 @@ def conv(s: Shape, device: str, dtype: torch.dtype) -> Run:
     weight = torch.randn(c, c, 3, 3, device=device, dtype=dtype) * (9 * c) ** -0.5
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = torch.randn(c, device=device, dtype=dtype)
-    return lambda: conv_group_norm_conv.space_conv_stats_fwd(
+    return lambda: space_conv.space_conv_stats_fwd(
         x, None, weight, bias, residual, 1, s.groups, False, EPS
     )
 
@@ -335,7 +333,7 @@ def _consistent(choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
     """``fields`` with those that follow from them: the box of a tile of pixels, and square tiles
     where the kernel needs them."""
     if choice.kernel == "space_conv" and choice.given["tma"] and "block_p" in fields:
-        box = conv_group_norm_conv.pick_box(*choice.given["grid"], fields["block_p"])
+        box = space_conv.pick_box(*choice.given["grid"], fields["block_p"])
         return fields | dict(zip(("box_h", "box_w"), box))
     square = choice.kernel == "axis_attention_long" and (
         choice.given["shaw"] or choice.given["kind"] == "drel"

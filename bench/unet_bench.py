@@ -19,7 +19,7 @@ from peer import PeerMissing, import_peer
 from torch import Tensor, nn
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 from fastvdm.ops.linear import emulated
 
 PROVIDERS = (

@@ -1,9 +1,10 @@
 """Arguments for ``setup()`` that build ``fastvdm/_C``: libtorch stable ABI, one object per ISA.
 
-``csrc/cpu/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set of
-the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace; which of them
-runs is decided at run time (``csrc/cpu/isa.cpp``). Every other source is compiled once, for the
-baseline of the platform, so that the library loads on any CPU. No ``-march=native`` anywhere.
+``csrc/cpu/**/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set
+of the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace; which of
+them runs is decided at run time (``csrc/cpu/common/isa.cpp``). Every other source is compiled once,
+for the baseline of the platform, so that the library loads on any CPU. No ``-march=native``
+anywhere.
 
 Of torch only headers and libtorch_cpu are needed, of any version since 2.11: it is looked for, and
 not imported. It is no build requirement, which would bring gigabytes into every isolated build.
@@ -35,7 +36,7 @@ from setuptools.modified import newer_group
 OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "0x020B000000000000"
 
-# What to type; fastvdm/_ext.py says the same at run time.
+# What to type; fastvdm/runtime/extension.py says the same at run time.
 WITH_KERNELS = (
     'pip install "torch>=2.11" "setuptools>=77" && '
     "FASTVDM_BUILD_CPP=1 pip install --no-build-isolation ."

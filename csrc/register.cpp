@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "Tensor? threshold, int step, bool clip, bool want_x) -> (Tensor, Tensor)");
   m.def(
       "conv3x3_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, "
-      "bool transposed, int m) -> Tensor");
+      "bool turned, int tile) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {

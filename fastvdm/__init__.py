@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastvdm.config import use_backend
-from fastvdm.swap import accelerate, convert_optimizer_state
+from fastvdm.runtime.config import use_backend
 from fastvdm.unet import UNet3D
+from fastvdm.unet.accelerate import accelerate, convert_optimizer_state
 
 __version__ = "0.1.0"
 __all__ = ["UNet3D", "accelerate", "convert_optimizer_state", "use_backend", "__version__"]

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvdm import _ext
-from fastvdm.config import use_backend
-from fastvdm.ops import conv_group_norm_library
+from fastvdm.kernels import space_conv_library
+from fastvdm.runtime import extension
+from fastvdm.runtime.config import use_backend
 from fastvdm.unet import UNet3D
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -48,8 +48,8 @@ def library_path() -> Path:
     Raises:
         RuntimeError: the extension is not built.
     """
-    if _ext.reason_off() is not None:
-        raise RuntimeError(f"the C++ extension is off: {_ext.reason_off()}")
+    if extension.reason_off() is not None:
+        raise RuntimeError(f"the C++ extension is off: {extension.reason_off()}")
     return sorted(Path(__file__).parent.glob("_C*.so"))[0]
 
 
@@ -103,7 +103,7 @@ def _inline_library(program: torch.export.ExportedProgram) -> torch.export.Expor
     table = {}
     for node in program.graph.nodes:
         if node.args and node.args[-1] == "library":
-            compose = getattr(conv_group_norm_library, node.target._schema.name.split("::")[1])
+            compose = getattr(space_conv_library, node.target._schema.name.split("::")[1])
             table[node.target] = lambda *args, compose=compose: compose(*args[:-1])
     return program.run_decompositions(table) if table else program
 

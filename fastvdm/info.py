@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 import fastvdm.ops
-from fastvdm import _ext, dispatch
-from fastvdm.config import get_config
-from fastvdm.ops import conv_group_norm_library as library
-from fastvdm.ops.conv_group_norm_conv import choose_conv
-from fastvdm.ops.conv_group_norm_prologue import takes_prologue
+from fastvdm.kernels import space_conv_library as library
+from fastvdm.ops.norm_conv import takes_prologue
 from fastvdm.ops.norm_linear import on_triton
+from fastvdm.ops.space_conv import choose_conv
+from fastvdm.runtime import dispatch, extension
+from fastvdm.runtime.config import get_config
 
 _EXTRAS = {
     "triton": ("triton",),
@@ -104,7 +104,7 @@ def _convolution(op: str, device: torch.device) -> str:
             if (
                 runs == "oneDNN"
                 and kind == "conv"
-                and _ext.has_launcher("conv3x3_cpu")  # else the next would call it a fallback
+                and extension.has_launcher("conv3x3_cpu")  # else the next would call it a fallback
                 and library.has_own_kernel(device, weight, stride, dtype)
             ):
                 runs = _KERNELS["cpu"]
@@ -154,8 +154,8 @@ def collect() -> dict[str, Any]:
             "platform": platform.platform(),
         },
         "devices": _devices(),
-        "extension": _ext.reason_off(),
-        "cpu_isa": None if _ext.reason_off() else _ext.set_cpu_isa(config.cpu_isa),
+        "extension": extension.reason_off(),
+        "cpu_isa": None if extension.reason_off() else extension.set_cpu_isa(config.cpu_isa),
         "interpreter": dispatch.INTERPRET,
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "environment": {

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastvdm import _ext
+from fastvdm.runtime import extension
 
 # Smallest error that counts, relative to the largest reference value: a few ulps of the dtype, so
 # that a baseline which happens to be exact does not ask for the impossible.
@@ -245,15 +245,15 @@ def assert_parity(
 
 def cpu_isas() -> list[str]:
     """The instruction sets of the C++ backend that this machine and this build run, best first."""
-    if _ext.reason_off() is not None:
+    if extension.reason_off() is not None:
         return []
     found, before = [], torch.ops.fastvdm_C.cpu_isa()
     for name in ("amx", "avx512", "avx2", "portable"):
         try:
-            found.append(_ext.set_cpu_isa(name))
+            found.append(extension.set_cpu_isa(name))
         except RuntimeError:
             continue
-    _ext.set_cpu_isa(before)
+    extension.set_cpu_isa(before)
     return found
 
 
@@ -264,9 +264,9 @@ def use_cpu_isa(name: str) -> Iterator[None]:
     Raises:
         RuntimeError: the extension is off, or this machine or build has no such path.
     """
-    before = _ext.reason_off() or torch.ops.fastvdm_C.cpu_isa()
-    _ext.set_cpu_isa(name)
+    before = extension.reason_off() or torch.ops.fastvdm_C.cpu_isa()
+    extension.set_cpu_isa(name)
     try:
         yield
     finally:
-        _ext.set_cpu_isa(before)
+        extension.set_cpu_isa(before)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvdm._optional import require
+from fastvdm.runtime.optional import require
 
 POOLINGS = ("attention", "mean", "cls")
 

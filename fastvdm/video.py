@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastvdm._optional import require
+from fastvdm.runtime.optional import require
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mkv", ".mov", ".avi")
 # Per container, the encoders in order of preference; which ones exist depends on the FFmpeg build.

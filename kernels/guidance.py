@@ -382,7 +382,7 @@ def guidance_update_fwd(
 
 def aot_cases() -> list:
     """The shipped configurations: 16x64x64 video, fp32 state, bf16 and fp32 networks."""
-    from fastvdm.aot import AotCase
+    from fastvdm.kernels.aot_case import AotCase
 
     ints = {n: "i32" for n in ("blocks", "C", "F", "H", "W", "num_known")}
     axes = "bcfhw"

@@ -367,7 +367,7 @@ def linear_attention_bwd(
 def aot_cases():
     """Heads of 32 (the peer) in all kernels; 64, 128 (bf16; spills 168 bytes for sm_80, left out
     there) and fp32 in those that do both passes, which need most."""
-    from fastvdm.aot import AotCase
+    from fastvdm.kernels.aot_case import AotCase
 
     found = []
     sizes = [(torch.bfloat16, d) for d in (32, 64, 128)] + [(torch.float32, d) for d in (32, 64)]

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.aot import AotCase
+from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
-from fastvdm.kernels.linear_parts import (
+from fastvdm.kernels.linear_tiles import (
     LinearConfig,
     product,
     row_block,

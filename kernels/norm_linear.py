@@ -18,17 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.aot import AotCase
-from fastvdm.kernels.axis_attention_parts import program_budget
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.axis_attention.parts import program_budget
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
-from fastvdm.kernels.conv_group_norm_norm import LAYER, norm_act_bwd, norm_act_fwd
-from fastvdm.kernels.linear_parts import (
+from fastvdm.kernels.linear_tiles import (
     LinearConfig,
     product,
     row_block,
     tile_rows,
     weight_block,
 )
+from fastvdm.kernels.norm_act import LAYER, norm_act_bwd, norm_act_fwd
 from fastvdm.kernels.tuned import tuned
 
 

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.aot import AotCase
 from fastvdm.kernels import axis_attention
-from fastvdm.kernels.axis_attention_parts import (
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.axis_attention.parts import (
     TIME,
     head_stride,
     program_budget,

@@ -1,5 +1,5 @@
 """Every Triton configuration that our networks call for compiles for sm_90, and of each kernel the
-heaviest for sm_80 and sm_100, without spills. ``python -m fastvdm.aot`` takes all for all three."""
+heaviest for sm_80 and sm_100, without spills. ``python bench/aot.py`` takes all for all three."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from fastvdm.aot import ARCHS, AotResult, heaviest, minmax, occupancy, stems, table
+from aot import ARCHS, AotResult, heaviest, minmax, occupancy, stems, table
 
 pytest.importorskip("triton")
 
 KERNELS = Path(__file__).parent.parent / "kernels"
+AOT = Path(__file__).parent.parent / "bench" / "aot.py"
 
 
 def without_interpreter(*arguments: str) -> str:
@@ -29,7 +29,7 @@ def without_interpreter(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     """One line per case and architecture."""
-    lines = without_interpreter("-m", "fastvdm.aot", "--common", "--json").splitlines()
+    lines = without_interpreter(str(AOT), "--common", "--json").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -56,9 +56,11 @@ def test_names_are_unique(compiled) -> None:
 
 def test_every_kernel_file_declares_its_cases() -> None:
     """A file that launches a kernel is a stem of the table."""
-    for path in KERNELS.glob("*.py"):
+    declared = {stem.replace(".", "/") for stem in stems()}
+    for path in KERNELS.rglob("*.py"):
+        stem = path.relative_to(KERNELS).with_suffix("").as_posix().removesuffix("/__init__")
         if any(line.startswith("def _") and "_kernel" in line for line in path.open()):
-            assert path.stem in stems(), f"{path.name} has kernels and no aot_cases()"
+            assert stem in declared, f"{stem} has kernels and no aot_cases()"
 
 
 def test_heavier_matrix_instructions_where_tiles_allow(compiled) -> None:
@@ -85,7 +87,7 @@ def test_no_minimum_or_maximum_drops_nan(compiled) -> None:
     assert {line for name, line in found if ".NaN" not in name} == SOFTMAX
     asked = {
         line.strip()
-        for path in KERNELS.glob("*.py")
+        for path in KERNELS.rglob("*.py")
         if path.name != "common.py"
         for line in path.read_text().splitlines()
         if "at_least(" in line or "at_most(" in line
@@ -111,7 +113,7 @@ def test_every_masked_load_says_what_lies_beyond() -> None:
     """A masked load without ``other`` reads 0 under the interpreter and anything on a GPU."""
     loads = [
         (path.name, node.lineno, {k.arg for k in node.keywords})
-        for path in KERNELS.glob("*.py")
+        for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
     ]
@@ -123,8 +125,8 @@ def test_the_gate_sees_spills() -> None:
     """A kernel held to 32 registers spills, and the table says so."""
     code = """
 from dataclasses import replace
-from fastvdm.aot import cases, compile_case
-case = next(c for c in cases("axis_attention_short") if "bwd/bf16-N16-D32" in c.name)
+from aot import cases, compile_case
+case = next(c for c in cases("axis_attention.short") if "bwd/bf16-N16-D32" in c.name)
 print(compile_case(replace(case, maxnreg=32), 90).faults())
 """
     assert "bytes of spills" in without_interpreter("-c", code)

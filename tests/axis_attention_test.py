@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fastvdm import use_backend
-from fastvdm.dispatch import FallbackError, explain
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.ops import axis_attention as op
 from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost
 from fastvdm.reference.axis_attention import axis_attention_ref
+from fastvdm.runtime.dispatch import FallbackError, explain
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 OPTIONS = ("bias", "rel_k", "rel_v", "rotary", "focus_mask", "num_images", "sm_scale")

@@ -23,7 +23,7 @@ from harness import (
 )
 
 from fastvdm import UNet3D
-from fastvdm.ops.cost import Cost
+from fastvdm.ops._cost import Cost
 
 ROOT = Path(__file__).resolve().parents[1]
 X = torch.arange(12.0).reshape(3, 4)
@@ -110,7 +110,7 @@ def test_replayed_durations_are_exact() -> None:
 
 
 def test_need_kernel_names_the_reason() -> None:
-    from fastvdm import dispatch
+    from fastvdm.runtime import dispatch
 
     off = dispatch.explain("norm_act")["cpu"]
     if off is None:

@@ -1,6 +1,6 @@
 """conv_group_norm: the fused op against its parts, what it launches, and what a block keeps.
 
-Parity of the parts is in conv_group_norm_conv_test.py and conv_group_norm_norm_test.py.
+Parity of the parts is in space_conv_test.py and norm_act_test.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch._dynamo.testing
 from peer import PeerMissing, import_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvdm.config import use_backend
 from fastvdm.ops.conv_group_norm import conv_group_norm
 from fastvdm.reference.conv_group_norm import conv_group_norm_ref
+from fastvdm.runtime.config import use_backend
 from fastvdm.testing import assert_parity
 
 # name: x (B, F, H, W, C), C2, Cout, options

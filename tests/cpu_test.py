@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvdm import _ext
-from fastvdm.config import use_backend
 from fastvdm.ops.axis_attention import axis_attention
-from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.linear_attention import linear_attention
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.temporal_block import temporal_block
+from fastvdm.runtime import extension
+from fastvdm.runtime.config import use_backend
 from fastvdm.testing import (
     assert_close3,
     assert_parity,
@@ -32,7 +32,7 @@ from fastvdm.testing import (
 )
 
 pytestmark = pytest.mark.skipif(
-    _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
+    extension.reason_off() is not None, reason=f"no C++ extension: {extension.reason_off()}"
 )
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -405,7 +405,7 @@ def test_bad_input_raises_before_memory_is_touched():
             1.0,
         )
     with pytest.raises(RuntimeError, match="cpu isa"):
-        _ext.set_cpu_isa("sse9")
+        extension.set_cpu_isa("sse9")
 
 
 def _in_worker(index: int) -> Tensor:
@@ -432,7 +432,9 @@ def test_forked_dataloader_workers():
 
 
 def test_environment_variable_forces_the_path():
-    code = "from fastvdm import _ext; import torch; print(torch.ops.fastvdm_C.cpu_isa())"
+    code = (
+        "from fastvdm.runtime import extension; import torch; print(torch.ops.fastvdm_C.cpu_isa())"
+    )
     for name in ("portable", "sse9"):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -452,7 +454,7 @@ def test_only_stable_symbols():
     later, and only one OpenMP runtime (torch's) is in the process."""
     from pathlib import Path
 
-    library = next(Path(_ext.__file__).parent.glob("_C*.so"))
+    library = next(Path(extension.__file__).parent.glob("_C*.so"))
     try:
         names = subprocess.run(
             ["nm", "-D", "--undefined-only", str(library)],

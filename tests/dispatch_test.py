@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvdm import UNet3D, _ext, config, dispatch, use_backend
-from fastvdm.dispatch import FallbackError
-from fastvdm.ops import conv_group_norm_library as library
+from fastvdm import UNet3D, use_backend
+from fastvdm.kernels import space_conv_library as library
 from fastvdm.ops.conv_group_norm import norm_act, space_conv
 from fastvdm.ops.guidance import guidance_update
+from fastvdm.runtime import config, dispatch, extension
+from fastvdm.runtime.dispatch import FallbackError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REASON = "the C++ kernels are not built; type this"
@@ -34,7 +35,7 @@ def off(monkeypatch, backend: str, reason: str | None) -> None:
 @pytest.fixture
 def no_extension(monkeypatch):
     off(monkeypatch, "cpu", REASON)
-    monkeypatch.setattr(_ext, "_reason", REASON)
+    monkeypatch.setattr(extension, "_reason", REASON)
     monkeypatch.setattr(library, "_HAS_CONV", False)
     with use_backend("auto", strict=False):
         yield
@@ -114,13 +115,15 @@ def test_the_reference_by_name_is_meant(no_extension):
 
 
 def test_an_extension_that_does_not_load_or_is_old_is_a_missing_one(monkeypatch, tmp_path):
-    monkeypatch.setattr(_ext, "__file__", str(tmp_path / "_ext.py"))
-    assert _ext._load().startswith("the C++ kernels are not built; ")
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "runtime" / "extension.py"))
+    assert extension._load().startswith("the C++ kernels are not built; ")
     (tmp_path / "_C.abi3.so").write_bytes(b"no library")
-    assert _ext._load().startswith("_C.abi3.so failed to load (")
+    assert extension._load().startswith("_C.abi3.so failed to load (")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(torch.ops, "fastvdm_C", types.SimpleNamespace(), raising=False)
-    assert "older than this package" in _ext._load() and _ext._load().endswith(_ext.WITH_KERNELS)
+    assert "older than this package" in extension._load() and extension._load().endswith(
+        extension.WITH_KERNELS
+    )
 
 
 def test_a_compiled_call_warns_without_a_graph_break(no_extension):

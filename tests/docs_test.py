@@ -78,7 +78,7 @@ def command_lines() -> list[list[str]]:
 
 def test_command_lines_parse():
     typer = pytest.importorskip("typer")
-    from fastvdm.commands import app
+    from fastvdm.cli.commands import app
 
     commands = typer.main.get_command(app).commands
     lines = [line for line in command_lines() if line[0] in commands and len(line) > 2]

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch._inductor.config
 
-from fastvdm import UNet3D, _ext
+from fastvdm import UNet3D
 from fastvdm.export import example_inputs, export_program, export_unet, library_path
+from fastvdm.runtime import extension
 from fastvdm.testing import max_error
 
 needs_extension = pytest.mark.skipif(
-    _ext.reason_off() is not None, reason=f"C++ extension: {_ext.reason_off()}"
+    extension.reason_off() is not None, reason=f"C++ extension: {extension.reason_off()}"
 )
 
 

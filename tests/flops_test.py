@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fastvdm.ops
-from fastvdm import UNet3D, _ext, use_backend
+from fastvdm import UNet3D, use_backend
 from fastvdm.layers.attention import AxisAttention
-from fastvdm.ops import conv_group_norm_conv as conv
+from fastvdm.ops import space_conv as conv
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import BODIES, define, fake
 from fastvdm.ops.axis_attention import axis_attention_bwd, axis_attention_fwd
-from fastvdm.ops.conv_group_norm_prologue import norm_conv_fwd
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import BODIES, define, fake
-from fastvdm.ops.flops import flops
 from fastvdm.ops.linear import linear_bwd, linear_fwd
 from fastvdm.ops.linear_attention import linear_attention_bwd, linear_attention_fwd
 from fastvdm.ops.linear_attention_block import (
@@ -29,14 +27,16 @@ from fastvdm.ops.linear_attention_block import (
     linear_attention_block_fwd,
 )
 from fastvdm.ops.linear_residual import linear_residual_bwd, linear_residual_fwd
+from fastvdm.ops.norm_conv import norm_conv_fwd
 from fastvdm.ops.norm_linear import norm_linear_bwd, norm_linear_fwd
 from fastvdm.ops.temporal_block import temporal_block_bwd, temporal_block_fwd
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.reference.conv_group_norm_conv import space_conv_ref, space_conv_transpose_ref
 from fastvdm.reference.linear_attention import linear_attention_ref
 from fastvdm.reference.linear_residual import linear_residual_ref
 from fastvdm.reference.norm_linear import norm_linear_ref
+from fastvdm.reference.space_conv import space_conv_ref, space_conv_transpose_ref
 from fastvdm.reference.temporal_block import temporal_block_ref
+from fastvdm.runtime import extension
 
 for _module in pkgutil.iter_modules(fastvdm.ops.__path__):
     importlib.import_module(f"fastvdm.ops.{_module.name}")
@@ -71,7 +71,7 @@ def test_every_op_has_a_formula():
         assert getattr(torch.ops.fastvdm, name) in flop_registry, name
 
 
-@pytest.mark.skipif(_ext.reason_off() is not None, reason="no C++ extension")
+@pytest.mark.skipif(extension.reason_off() is not None, reason="no C++ extension")
 def test_every_launcher_has_one():
     """An exported network calls them directly."""
     schemas = torch._C._jit_get_all_schemas()
@@ -253,7 +253,7 @@ def test_network_counts_as_the_peers():
     forward, both = network_counts(network, x)
     with use_backend("reference"):
         assert network_counts(model, x) == (forward, both)
-    if _ext.reason_off() is not None:
+    if extension.reason_off() is not None:
         return  # then there is nothing else on a CPU
     for m, (b, f, h, w, _) in attention_inputs(model, x):
         n, outer = (f, h * w) if m.axis == "time" else (h * w, f)

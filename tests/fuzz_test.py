@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fastvdm import use_backend
 from fastvdm.ops.axis_attention import axis_attention
-from fastvdm.ops.conv_group_norm_conv import space_conv
-from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.guidance import guidance_seed, guidance_update
 from fastvdm.ops.linear_attention_block import linear_attention_block
+from fastvdm.ops.norm_act import norm_act
+from fastvdm.ops.space_conv import space_conv
 from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.testing import assert_close3, cpu_isas, grads, use_cpu_isa
 

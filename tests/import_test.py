@@ -52,7 +52,7 @@ def test_without(missing, tmp_path):
     out = run(
         "\n".join(block)
         + FORWARD
-        + "from fastvdm import dispatch\nprint(dispatch.explain('norm_act'))"
+        + "from fastvdm.runtime import dispatch\nprint(dispatch.explain('norm_act'))"
     )
     if missing != "triton":
         assert "not built" in out

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import fastvdm
-from fastvdm import _ext, dispatch, info, use_backend
-from fastvdm.ops import conv_group_norm_library as library
+from fastvdm import info, use_backend
+from fastvdm.kernels import space_conv_library as library
 from fastvdm.ops import linear as linear_ops
 from fastvdm.ops.conv_group_norm import space_conv
+from fastvdm.runtime import dispatch, extension
 
 BLOCKED = ("typer", "rich", "click", "av", "accelerate", "transformers", "torchmetrics")
 
@@ -48,7 +49,9 @@ def test_reasons_are_those_of_dispatch(monkeypatch):
             assert said == (reason not in (None, dispatch.NO_KERNEL))
 
 
-@pytest.mark.skipif(_ext.reason_off() is not None, reason=f"C++ extension: {_ext.reason_off()}")
+@pytest.mark.skipif(
+    extension.reason_off() is not None, reason=f"C++ extension: {extension.reason_off()}"
+)
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
 def test_what_runs_is_what_ran(backend, monkeypatch):
     """Of every size and type of convolution that the line speaks of."""
@@ -85,7 +88,7 @@ def test_what_runs_the_linear_layer(types, backend, monkeypatch):
 
 
 def test_what_runs_names_a_missing_extension(monkeypatch):
-    monkeypatch.setattr(_ext, "_reason", "not built; type this")
+    monkeypatch.setattr(extension, "_reason", "not built; type this")
     monkeypatch.setattr(library, "_HAS_CONV", False)
     monkeypatch.setattr(dispatch, "INTERPRET", False)
     for entry in dispatch._OPS.values():

@@ -33,9 +33,9 @@ def axis_attention(shape, num_images=0, need=(True,) * 4, **given) -> None:
         focus_mask=torch.zeros(b, dtype=torch.bool),
     )
     options = [t if given.get(name, True) else None for name, t in tensors.items()]
-    out, lse = kernels.axis_attention_fwd(qkv, 1, *options, num_images, 0.3)
+    out, lse = kernels.axis_attention.fwd(qkv, 1, *options, num_images, 0.3)
     wanted = [n and (i == 0 or options[i - 1] is not None) for i, n in enumerate(need)]
-    kernels.axis_attention_bwd(out, qkv, out, lse, 1, *options, num_images, 0.3, *wanted)
+    kernels.axis_attention.bwd(out, qkv, out, lse, 1, *options, num_images, 0.3, *wanted)
 
 
 def temporal_block(shape, heads, dim, dtype, need) -> None:
@@ -67,7 +67,7 @@ def linear_attention(shape) -> None:
 
 def norm_act(shape, c2, kind, needs, film, before=False) -> None:
     """``before``: with the bias of the convolution before, and its gradient."""
-    from fastvdm.kernels import conv_group_norm_norm as kernels
+    from fastvdm.kernels import norm_act as kernels
 
     x, c = torch.empty(shape, dtype=torch.bfloat16), shape[-1] + c2
     x2 = torch.empty(*shape[:-1], c2, dtype=x.dtype) if c2 else None
@@ -82,7 +82,7 @@ def norm_act(shape, c2, kind, needs, film, before=False) -> None:
 
 
 def norm_conv(shape, cout, kernel, film, rows=1) -> None:
-    from fastvdm.kernels import conv_group_norm_prologue as kernels
+    from fastvdm.kernels import norm_conv as kernels
 
     x, c = torch.empty(shape, dtype=torch.bfloat16), shape[-1]
     stats = torch.empty(2, rows, 1).unbind()
@@ -95,7 +95,7 @@ def norm_conv(shape, cout, kernel, film, rows=1) -> None:
 
 def space_conv_down(shape, cout) -> None:
     """4x4 with stride 2 and the backward of its transpose, both gather with a stride."""
-    from fastvdm.kernels import conv_group_norm_conv as kernels
+    from fastvdm.kernels import space_conv as kernels
 
     x = torch.empty(shape, dtype=torch.bfloat16)
     weight = torch.empty(cout, shape[-1], 4, 4, dtype=x.dtype)
@@ -105,7 +105,7 @@ def space_conv_down(shape, cout) -> None:
 
 
 def space_conv(shape, cout, kernel, c2=0) -> None:
-    from fastvdm.kernels import conv_group_norm_conv as kernels
+    from fastvdm.kernels import space_conv as kernels
 
     x = torch.empty(shape, dtype=torch.bfloat16)
     x2 = torch.empty(*shape[:-1], c2, dtype=x.dtype) if c2 else None
@@ -217,10 +217,10 @@ def compile_launches() -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from fastvdm.kernels import conv_group_norm_conv
+    from fastvdm.kernels import space_conv
 
     driver.set_active(NoDevice())
-    conv_group_norm_conv.capability = lambda device: 90
+    space_conv.capability = lambda device: 90
     current = ""
 
     def launcher(kernel, grid):

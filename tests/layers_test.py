@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.dispatch import INTERPRET
 from fastvdm.layers.attention import AxisAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+from fastvdm.runtime.dispatch import INTERPRET
 
 VIEWS = {
     "view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "split",

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastvdm.config import use_backend
-from fastvdm.dispatch import FallbackError
 from fastvdm.ops.linear_attention import (
     linear_attention,
     linear_attention_bwd,
@@ -20,6 +18,8 @@ from fastvdm.ops.linear_attention import (
     unsupported,
 )
 from fastvdm.reference.linear_attention import linear_attention_ref
+from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import FallbackError
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 # (B, F, H, W, 3, heads, D)

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvdm.config import use_backend
-from fastvdm.dispatch import ByDesign
 from fastvdm.ops import linear_residual as op
 from fastvdm.ops.linear_residual import (
     linear_residual,
@@ -21,6 +19,8 @@ from fastvdm.ops.linear_residual import (
     unsupported,
 )
 from fastvdm.reference.linear_residual import linear_residual_ref
+from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import ByDesign
 from fastvdm.testing import assert_close3, assert_parity, grads, make_exact_operand, opcheck_op
 
 NAMES = ("x", "o", "weight", "bias")

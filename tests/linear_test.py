@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvdm import UNet3D, _ext
-from fastvdm.config import use_backend
-from fastvdm.dispatch import ByDesign, FallbackError, explain, select
+from fastvdm import UNet3D
 from fastvdm.layers.attention import AxisAttention, LinearAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.ops import linear as op
 from fastvdm.ops.linear import linear, linear_bwd, linear_cost, linear_fwd, unsupported
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.runtime import extension
+from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import ByDesign, FallbackError, explain, select
 from fastvdm.testing import assert_parity, cpu_isas, grads, make_exact_operand, opcheck_op
 
 NAMES = ("x", "weight", "bias")
@@ -27,7 +28,7 @@ CASES = {
     "wide": ((70,), 24, 401, True),
 }
 kernel = pytest.mark.skipif(
-    _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
+    extension.reason_off() is not None, reason=f"no C++ extension: {extension.reason_off()}"
 )
 
 
@@ -39,9 +40,9 @@ def named():
 
 @pytest.fixture(params=cpu_isas() or ["none"])
 def isa(request, named):
-    assert _ext.set_cpu_isa(request.param) == request.param
+    assert extension.set_cpu_isa(request.param) == request.param
     yield request.param
-    _ext.set_cpu_isa("auto")
+    extension.set_cpu_isa("auto")
 
 
 def _inputs(shape, k, n, bias, dtype=torch.float32):
@@ -167,8 +168,8 @@ def test_who_takes_it(monkeypatch):
         assert unsupported("cpu", x.float()) is None
         assert isinstance(unsupported("cpu", x.double()), ByDesign)
     reasons = explain("linear", x)
-    assert reasons["triton"] == "no kernel for this op" and reasons["cpu"] == _ext.reason_off()
-    if _ext.reason_off() is None:
+    assert reasons["triton"] == "no kernel for this op" and reasons["cpu"] == extension.reason_off()
+    if extension.reason_off() is None:
         assert select("linear", x.device, x) == "cpu"
         with use_backend("cpu", strict=True), pytest.raises(FallbackError, match="float64"):
             linear(x.double(), x.double())
@@ -183,7 +184,7 @@ def test_who_takes_it(monkeypatch):
 
 # --- one answer on every machine -----------------------------------------------------------------
 
-BACKENDS = ["auto", "reference"] + ["cpu"] * (_ext.reason_off() is None)
+BACKENDS = ["auto", "reference"] + ["cpu"] * (extension.reason_off() is None)
 X, W, B = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
 BAD = {
     "features": ((X, torch.zeros(5, 3)), ValueError, r"x must be \(\.\.\., 3\), got \(2, 3, 4\)"),

@@ -15,10 +15,10 @@ import torch
 
 from fastvdm import use_backend
 from fastvdm.ops.axis_attention import axis_attention
-from fastvdm.ops.conv_group_norm_norm import norm_act
 from fastvdm.ops.guidance import guidance_seed, guidance_update
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.testing import cpu_isas, grads
 

@@ -11,8 +11,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvdm.config import use_backend
-from fastvdm.dispatch import ByDesign, FallbackError, explain, select
 from fastvdm.ops import norm_linear as op
 from fastvdm.ops.norm_linear import (
     norm_linear,
@@ -22,6 +20,8 @@ from fastvdm.ops.norm_linear import (
     unsupported,
 )
 from fastvdm.reference.norm_linear import norm_linear_ref
+from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import ByDesign, FallbackError, explain, select
 from fastvdm.testing import (
     assert_close3,
     assert_parity,

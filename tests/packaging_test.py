@@ -24,15 +24,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvdm import _ext
 from fastvdm.info import _EXTRAS
+from fastvdm.runtime import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "*.o")
 
 USE = """
 import sys, torch, fastvdm
-from fastvdm import UNet3D, _ext
+from fastvdm import UNet3D
+from fastvdm.runtime import extension
 from fastvdm.ops.guidance import guidance_update
 assert fastvdm.__file__.startswith(sys.argv[1]), fastvdm.__file__
 z = torch.randn(2, 3, 2, 4, 4)
@@ -41,7 +42,7 @@ coef[:, 1] = coef[:, 4] = 2.0  # x = 2 estimate, z_next = 2 x
 x, new = guidance_update(z, z, coef)
 assert torch.equal(x, 2 * z) and torch.equal(new, 4 * z)
 assert UNet3D(8, dim_mults=(1, 2), attn_heads=2)(z, torch.tensor([1, 2])).isfinite().all()
-print(_ext.reason_off())
+print(extension.reason_off())
 """
 
 
@@ -113,11 +114,11 @@ def compiler(tmp_path) -> Path:
 def planted(source: Path) -> Path:
     """``source`` with this checkout's extension where a build leaves it, newer than its sources:
     build_ext leaves it alone."""
-    if _ext.reason_off() is not None:
-        pytest.skip(f"no compiler here: {_ext.reason_off()}")
+    if extension.reason_off() is not None:
+        pytest.skip(f"no compiler here: {extension.reason_off()}")
     built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/fastvdm"
     (source / built).mkdir(parents=True)
-    for library in Path(_ext.__file__).parent.glob("_C*.so"):
+    for library in Path(extension.__file__).parent.glob("_C*.so"):
         shutil.copy(library, source / built)
     return source
 
@@ -175,7 +176,7 @@ def without_compiler_wheel(source, build_wheel, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     done = build_wheel(source, out, **NO_COMPILER)
     log = done.stdout + done.stderr  # pip puts a build's words here or there
-    assert "no C++ compiler, so a package without" in log and _ext.WITH_KERNELS in log
+    assert "no C++ compiler, so a package without" in log and extension.WITH_KERNELS in log
     return next(out.glob("*-py3-none-any.whl"))
 
 
@@ -215,9 +216,9 @@ def test_one_wheel_for_every_python(wheel, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads ELF with nm")
 def test_the_extension_uses_the_stable_abi_only():
     """Any torch since the one it was built for then loads it, under any Python."""
-    found = sorted(Path(_ext.__file__).parent.glob("_C*.so"))
+    found = sorted(Path(extension.__file__).parent.glob("_C*.so"))
     if not found:
-        pytest.skip(f"no extension here: {_ext.reason_off()}")
+        pytest.skip(f"no extension here: {extension.reason_off()}")
     assert not_in_the_stable_abi(found[0]) == []
     unstable = not_in_the_stable_abi(Path(torch.__file__).parent / "lib" / "libtorch_python.so")
     assert any(name.startswith("_ZN3c10") for name in unstable)
@@ -239,14 +240,14 @@ def test_without_a_compiler_the_package_works_and_says_so(without_compiler, tmp_
     env = {"PYTHONPATH": str(without_compiler)}
     assert not list(without_compiler.rglob("*.so"))
     done = run("-c", USE, without_compiler, env=env, cwd=tmp_path)
-    assert "the C++ kernels are not built" in done.stdout and _ext.WITH_KERNELS in done.stdout
-    assert done.stderr.count("UserWarning") == 1 and _ext.WITH_KERNELS in done.stderr
+    assert "the C++ kernels are not built" in done.stdout and extension.WITH_KERNELS in done.stdout
+    assert done.stderr.count("UserWarning") == 1 and extension.WITH_KERNELS in done.stderr
     strict = env | {"FASTVDM_STRICT": "1"}
     done = run("-c", USE, without_compiler, env=strict, cwd=tmp_path, ok=False)
-    assert "FallbackError" in done.stderr and _ext.WITH_KERNELS in done.stderr
+    assert "FallbackError" in done.stderr and extension.WITH_KERNELS in done.stderr
     report = run("-m", "fastvdm.info", env=env, cwd=tmp_path).stdout
     assert "C++ extension  off: the C++ kernels are not built" in report
-    assert _ext.WITH_KERNELS in report
+    assert extension.WITH_KERNELS in report
     blocked = "import sys; sys.modules['triton'] = None\n" + USE
     run("-c", blocked, without_compiler, env=env, cwd=tmp_path)
 
@@ -279,7 +280,7 @@ def test_a_build_that_sees_no_torch_says_what_to_type(
     assert (
         f"torch >= 2.11; found {'none.' if old is None else f'only {old} in {site}/torch.'}" in out
     )
-    assert _ext.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
+    assert extension.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
     if old is None:
         shutil.rmtree(tmp_path / "source")
         build_wheel(source, tmp_path, python=fresh, FASTVDM_BUILD_CPP="0", **env)
@@ -292,7 +293,7 @@ def test_kernels_that_do_not_compile_are_an_error(wanted, compiler, source, buil
     out = done.stdout + done.stderr
     assert done.returncode != 0 and not list(tmp_path.glob("*.whl")) and "Traceback" not in out
     assert "the C++ kernels did not compile" in out and compiler["CXX"] in out
-    assert _ext.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
+    assert extension.WITH_KERNELS in out and "FASTVDM_BUILD_CPP=0 pip install ." in out
 
 
 def build_module():
@@ -312,9 +313,9 @@ def test_a_python_that_does_not_start_is_passed_over(monkeypatch, tmp_path):
 def test_what_all_say_to_type_works(source, tmp_path):
     """The build's error, the run-time warning and ``fastvdm info``: one command, typed here."""
     build = build_module()
-    assert build.WITH_KERNELS == _ext.WITH_KERNELS and build.WITH_KERNELS in build.REMEDY
-    assert _ext.WITH_KERNELS in (ROOT / "README.md").read_text()
-    first, second = (shlex.split(part) for part in _ext.WITH_KERNELS.split(" && "))
+    assert build.WITH_KERNELS == extension.WITH_KERNELS and build.WITH_KERNELS in build.REMEDY
+    assert extension.WITH_KERNELS in (ROOT / "README.md").read_text()
+    first, second = (shlex.split(part) for part in extension.WITH_KERNELS.split(" && "))
     offline = ("--no-index", "--no-deps")
     run("-m", *first, "--dry-run", *offline)
     name, value = second.pop(0).split("=")

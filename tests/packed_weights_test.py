@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvdm import _ext
+from fastvdm.runtime import extension
 from fastvdm.testing import cpu_isas, use_cpu_isa
 
 pytestmark = pytest.mark.skipif(
-    _ext.reason_off() is not None, reason=f"no C++ extension: {_ext.reason_off()}"
+    extension.reason_off() is not None, reason=f"no C++ extension: {extension.reason_off()}"
 )
 MIB = 1 << 20
 

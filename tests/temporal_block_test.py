@@ -12,8 +12,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastvdm.config import use_backend
-from fastvdm.dispatch import ByDesign, FallbackError, select
 from fastvdm.ops.temporal_block import (
     parts_reason,
     temporal_block,
@@ -23,6 +21,8 @@ from fastvdm.ops.temporal_block import (
     unsupported,
 )
 from fastvdm.reference.temporal_block import temporal_block_ref
+from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import ByDesign, FallbackError, select
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 NAMES = (

@@ -1,11 +1,11 @@
-// Tile products of csrc/cpu/tiles.h against plain sums, on small integers: equal to the last bit.
+// Tile products of csrc/cpu/common/tiles.h against plain sums, on small integers: equal to the last bit.
 // Built and run by tests/tiles_test.py, emulated anywhere and on the registers where a CPU has them.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "pack_tiles.h"
-#include "tiles.h"
+#include "common/pack_tiles.h"
+#include "common/tiles.h"
 
 #if !FASTVDM_EMULATE_AMX
 #include <sys/syscall.h>

@@ -20,9 +20,9 @@ from fastvdm import UNet3D, training
 from fastvdm import bundle as bundles
 from fastvdm.bundle import Bundle, checkpoints
 from fastvdm.cli import main
-from fastvdm.train_config import TRAINING, TrainConfig
-from fastvdm.train_log import read_log
 from fastvdm.training import Averaged, OrderedSamples, Trainer, train
+from fastvdm.training.config import TRAINING, TrainConfig
+from fastvdm.training.log import read_log
 from fastvdm.video import VideoReadError, write_video
 
 TINY = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
@@ -117,7 +117,7 @@ def test_death_while_saving_leaves_the_last_checkpoint(tmp_path, unbroken, monke
 # signal from another process comes when that one is scheduled.
 KILLED = """
 import os, signal, sys
-from fastvdm import train_log
+from fastvdm.training import log as train_log
 from fastvdm.cli import main
 
 rows, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1))

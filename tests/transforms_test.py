@@ -8,8 +8,7 @@ from peer import peer_or_skip
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vjp, vmap
 
-from fastvdm import UNet3D, _ext, use_backend
-from fastvdm.dispatch import backend_in_force
+from fastvdm import UNet3D, use_backend
 from fastvdm.ops import linear as linear_op
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm import (
@@ -19,16 +18,18 @@ from fastvdm.ops.conv_group_norm import (
     space_conv,
     space_conv_transpose,
 )
-from fastvdm.ops.conv_group_norm_conv import space_conv_stats
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.ops.space_conv import space_conv_stats
 from fastvdm.ops.temporal_block import temporal_block
+from fastvdm.runtime import extension
+from fastvdm.runtime.dispatch import backend_in_force
 from fastvdm.testing import max_error
 
-BACKENDS = ["auto", "triton"] + ["cpu"] * (_ext.reason_off() is None)
+BACKENDS = ["auto", "triton"] + ["cpu"] * (extension.reason_off() is None)
 
 
 def weights(*shapes: tuple[int, ...]) -> list[Tensor]:

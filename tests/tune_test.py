@@ -20,19 +20,17 @@ import tune_cases
 from cases import Shape
 
 from fastvdm.kernels import (
-    axis_attention_long,
-    axis_attention_short,
-    conv_group_norm_conv,
-    conv_group_norm_norm_group,
-    conv_group_norm_norm_row,
     guidance,
     linear_attention,
     linear_residual,
     norm_linear,
+    space_conv,
     temporal_block,
     tuned,
 )
+from fastvdm.kernels.axis_attention import long, short
 from fastvdm.kernels.common import next_power_of_2
+from fastvdm.kernels.norm_act import group, row
 
 GPU = "NVIDIA H200"
 KEY = "n=64, dtype=float32"
@@ -144,12 +142,12 @@ def test_the_shipped_files_belong_to_these_kernels() -> None:
 ASKED = {
     "linear": linear_attention.pick_config.choice(32, torch.bfloat16, 4096, backward=True),
     "linear small": linear_attention.pick_config.choice(128, torch.bfloat16, 20, backward=False),
-    "group": conv_group_norm_norm_group.pick_config.choice(96, 48, 2, "bwd"),
-    "row": conv_group_norm_norm_row.pick_row_config.choice(512, 0, 2, "fwd"),
-    "short": axis_attention_short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False),
-    "short one": axis_attention_short.pick_config.choice(32, 128, 2, 1, backward=True, shaw=True),
+    "group": group.pick_config.choice(96, 48, 2, "bwd"),
+    "row": row.pick_row_config.choice(512, 0, 2, "fwd"),
+    "short": short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False),
+    "short one": short.pick_config.choice(32, 128, 2, 1, backward=True, shaw=True),
     **{
-        f"long {kind} {n}": axis_attention_long.pick_config.choice(
+        f"long {kind} {n}": long.pick_config.choice(
             kind, 64, 2, n, shaw=kind == "drel", bias=True, rotary=False
         )
         for kind in ("fwd", "dq", "dkv", "dbias", "drel")
@@ -163,9 +161,9 @@ ASKED = {
     "linear_residual": linear_residual.pick_config.choice(8192, 256, 512, 2, 2),
     "linear_residual small": linear_residual.pick_config.choice(100, 256, 40, 2, 2),
     "guidance": guidance.pick_config.choice("seed", torch.float32),
-    "conv": conv_group_norm_conv.pick_config.choice((192, 192), (64, 48), 2, True),
-    "conv small": conv_group_norm_conv.pick_config.choice((64, 64), (8, 8), 2, True),
-    "conv pointers": conv_group_norm_conv.pick_config.choice((64, 64), (8, 8), 2, False),
+    "conv": space_conv.pick_config.choice((192, 192), (64, 48), 2, True),
+    "conv small": space_conv.pick_config.choice((64, 64), (8, 8), 2, True),
+    "conv pointers": space_conv.pick_config.choice((64, 64), (8, 8), 2, False),
 }
 
 

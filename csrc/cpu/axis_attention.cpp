@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "attention_options.h"
+#include "common/attention_options.h"
 #include "launchers.h"
 
 namespace fastvdm {

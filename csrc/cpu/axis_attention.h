@@ -3,8 +3,8 @@
 // the sequences and a group of heads.
 #pragma once
 
-#include "attention.h"
-#include "isa.h"
+#include "common/attention.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

@@ -2,8 +2,8 @@
 // fp32 scratch (turning q and k on the way), and the core does the rest.
 #include "axis_attention.h"
 
-#include "attention_kernel.h"
-#include "rows.h"
+#include "common/attention_kernel.h"
+#include "common/rows.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

@@ -2,7 +2,7 @@
 // one frame and channel, or under a low resolution the `factor` rows above one of its rows.
 #pragma once
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

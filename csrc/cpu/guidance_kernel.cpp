@@ -1,7 +1,7 @@
 // The two elementwise ends of a guided sampling step; formulas in fastvdm/reference/guidance.py.
 #include "guidance.h"
 
-#include "vec.h"
+#include "common/vec.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

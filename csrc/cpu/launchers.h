@@ -3,7 +3,7 @@
 
 #include <functional>
 
-#include "torch.h"
+#include "common/torch.h"
 
 namespace fastvdm {
 
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> guidance_update_fwd(Tensor z, Tensor estimate, Tensor
                                                bool want_x);
 
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
-               bool transposed, int64_t m);
+               bool turned, int64_t tile);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
 Tensor linear_dx(Tensor dy, Tensor weight);
 

@@ -2,7 +2,7 @@
 // in L2, for CPUs without 16-bit arithmetic.
 #pragma once
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

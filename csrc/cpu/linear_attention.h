@@ -2,7 +2,7 @@
 // heads; every tensor is dense.
 #pragma once
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

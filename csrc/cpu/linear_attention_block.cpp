@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "buffers.h"
+#include "common/buffers.h"
 #include "launchers.h"
 
 namespace fastvdm {
@@ -129,14 +129,14 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   // One buffer for the matrices of as many frames as the bound allows.
   const int64_t rows = heads * dp, wide = heads * panel, split = a.splits;
   const bool tiles = a.qk_tiles != nullptr;
-  const int64_t left = tiles ? rows * a.kp / 2 : 0, turned = tiles ? cp * heads * a.dk / 2 : 0;
+  const int64_t left = tiles ? rows * a.kp / 2 : 0, transposed = tiles ? cp * heads * a.dk / 2 : 0;
   std::vector<std::pair<float**, int64_t>> parts{{&a.g, split * wide}, {&a.m, wide}};
   float *m_tiles, *m_up, *dg_tiles, *dg_up;
-  parts.insert(parts.end(), {{&m_tiles, left}, {&m_up, turned}});
+  parts.insert(parts.end(), {{&m_tiles, left}, {&m_up, transposed}});
   if (backward) {
     parts.insert(parts.end(), {{&a.ctx, rows * dp}, {&a.dm, split * wide}, {&a.dg, wide}});
     parts.insert(parts.end(), {{&a.r, rows}, {&a.dxn, a.pixels * cp}});
-    parts.insert(parts.end(), {{&dg_tiles, left}, {&dg_up, turned}});
+    parts.insert(parts.end(), {{&dg_tiles, left}, {&dg_up, transposed}});
   } else {
     parts.insert(parts.end(), {{&a.max, split * rows}, {&a.sum, split * rows}});
   }
@@ -184,15 +184,15 @@ void run(const LinearBlockArgs& a, int64_t items, Kernel kernel) {
   });
 }
 
-// Panels (heads) of the sums to rows of the packed weight, or, turned, to its columns.
-void unpack(const LinearBlockArgs& a, const double* panels, bool turned, double* to) {
+// Panels (heads) of the sums to rows of the packed weight, or, transposed, to its columns.
+void unpack(const LinearBlockArgs& a, const double* panels, bool transposed, double* to) {
   const int64_t inner = static_cast<int64_t>(a.heads) * a.d;
   for (int64_t h = 0; h < a.heads; ++h)
     for (int64_t c = 0; c < a.d; ++c) {
       const double* from = panels + (h * a.dp + c) * a.cp;
       const int64_t feature = h * a.d + c;
-      if (!turned) std::copy_n(from, a.channels, to + feature * a.channels);
-      for (int64_t k = 0; turned && k < a.channels; ++k) to[k * inner + feature] = from[k];
+      if (!transposed) std::copy_n(from, a.channels, to + feature * a.channels);
+      for (int64_t k = 0; transposed && k < a.channels; ++k) to[k * inner + feature] = from[k];
     }
 }
 

@@ -3,7 +3,7 @@
 // channels, zero beyond d and C.
 #pragma once
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

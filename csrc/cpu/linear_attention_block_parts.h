@@ -6,10 +6,10 @@
 // transposition.
 #pragma once
 
-#include "gemm.h"
-#include "layer_norm.h"
+#include "common/gemm.h"
+#include "common/layer_norm.h"
 #include "linear_attention_block.h"
-#include "tiles.h"
+#include "common/tiles.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
@@ -155,16 +155,16 @@ FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n
 // with left2 where given. work: (cp, rows) and (rows, cp).
 FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* left,
                            const bf16* all2, const uint16_t* left2, int n, float* work,
-                           float* turned, float* y, bool accumulate) {
+                           float* transposed, float* y, bool accumulate) {
 #if FASTVDM_TILES
   if (all == nullptr) return;
   const int depth = a.heads * a.dk;
   tile_gemm(a.cp, a.rows, depth, (const bf16*)left, depth, all, work, a.rows);
   if (all2 != nullptr)
     tile_gemm(a.cp, a.rows, depth, (const bf16*)left2, depth, all2, work, a.rows, true);
-  transpose(work, a.cp, a.rows, a.rows, turned, a.cp);
+  transpose(work, a.cp, a.rows, a.rows, transposed, a.cp);
   for (int64_t i = 0; i < (int64_t)n * a.cp; i += VL)
-    store(y + i, accumulate ? load(y + i) + load(turned + i) : load(turned + i));
+    store(y + i, accumulate ? load(y + i) + load(transposed + i) : load(transposed + i));
 #endif
 }
 
@@ -189,17 +189,19 @@ FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
   memset(t + (int64_t)a.d * a.rows, 0, sizeof(float) * (a.dp - a.d) * a.rows);
 }
 
-// The two forms in which a frame's panels are left operands: as they are, and turned, (cp, heads dk).
+// The two forms in which a frame's panels are left operands: as they are, and transposed,
+// (cp, heads dk).
 FASTVDM_INLINE void make_left(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
-                              uint16_t* turned) {
+                              uint16_t* transposed) {
 #if FASTVDM_TILES
   const int64_t panel = linear_block_panel(a), depth = (int64_t)a.heads * a.dk;
-  memset(turned, 0, sizeof(bf16) * a.cp * depth);
+  memset(transposed, 0, sizeof(bf16) * a.cp * depth);
   for (int h = 0; h < a.heads; ++h) {
     round_rows(panels + h * panel, a.dp, a.cp, (bf16*)tiles + (int64_t)h * a.dp * a.kp, a.kp, a.kp);
     for (int c = 0; c < a.d; ++c)
       for (int k = 0; k < a.cp; ++k)
-        put((bf16*)turned + k * depth + (int64_t)h * a.dk + c, panels[h * panel + c * a.cp + k]);
+        put((bf16*)transposed + k * depth + (int64_t)h * a.dk + c,
+            panels[h * panel + c * a.cp + k]);
   }
 #endif
 }

@@ -2,8 +2,8 @@
 // bound on the logits is assumed; that of q is formed transposed, pixels in the lanes.
 #include "linear_attention.h"
 
-#include "gemm.h"
-#include "rows.h"
+#include "common/gemm.h"
+#include "common/rows.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

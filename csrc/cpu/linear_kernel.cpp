@@ -1,8 +1,8 @@
 // y = x Wᵀ + b with the rows widened to fp32 a block at a time.
 #include "linear.h"
 
-#include "gemm.h"
-#include "rows.h"
+#include "common/gemm.h"
+#include "common/rows.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

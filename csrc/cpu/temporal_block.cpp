@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "attention_options.h"
-#include "buffers.h"
+#include "common/attention_options.h"
+#include "common/buffers.h"
 #include "launchers.h"
-#include "pack_tiles.h"
+#include "common/pack_tiles.h"
 
 namespace fastvdm {
 namespace {

@@ -2,8 +2,8 @@
 // is `pixels` neighbouring pixels of one video with all their frames, rows ordered [pixel][frame].
 #pragma once
 
-#include "attention.h"
-#include "isa.h"
+#include "common/attention.h"
+#include "common/isa.h"
 
 namespace fastvdm {
 

@@ -2,9 +2,9 @@
 // residual stay in L1/L2, only x is read and y written. The backward recomputes all of it from x.
 #include "temporal_block.h"
 
-#include "attention_kernel.h"
-#include "layer_norm.h"
-#include "tiles.h"
+#include "common/attention_kernel.h"
+#include "common/layer_norm.h"
+#include "common/tiles.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

@@ -12,8 +12,8 @@ from fastvdm.layers.conv import SpaceConv, convolve, join, nearest_up
 from fastvdm.layers.norm import Norm, normalise
 from fastvdm.layers.plain import is_plain
 from fastvdm.ops.conv_group_norm import conv_group_norm
-from fastvdm.ops.conv_group_norm_conv import space_conv_stats
-from fastvdm.ops.conv_group_norm_prologue import norm_conv, takes_prologue
+from fastvdm.ops.norm_conv import norm_conv, takes_prologue
+from fastvdm.ops.space_conv import space_conv_stats
 
 MakeNorm = Callable[[int], Norm]
 

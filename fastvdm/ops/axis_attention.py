@@ -19,11 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
 from fastvdm.reference.axis_attention import axis_attention_ref
+from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, launchers, register, select
 
 TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
 SHORT = 32  # up to here one tile holds all keys: the backward needs neither out nor lse

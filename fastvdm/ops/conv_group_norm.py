@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvdm.ops.conv_group_norm_conv import (
+from fastvdm.ops.norm_act import default_eps, norm_act
+from fastvdm.ops.norm_conv import norm_conv
+from fastvdm.ops.space_conv import (
     bias_is_apart,
     check_conv,
     choose_conv,
@@ -17,8 +19,6 @@ from fastvdm.ops.conv_group_norm_conv import (
     space_conv_stats,
     space_conv_transpose,
 )
-from fastvdm.ops.conv_group_norm_norm import default_eps, norm_act
-from fastvdm.ops.conv_group_norm_prologue import norm_conv
 
 __all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import ByDesign, launchers, register, select
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake
-from fastvdm.ops.flops import flops
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake
 from fastvdm.reference.guidance import (
     SEED_COEFFICIENTS,
     UPDATE_COEFFICIENTS,
     guidance_seed_ref,
     guidance_update_ref,
 )
+from fastvdm.runtime.dispatch import ByDesign, launchers, register, select
 
 _STATE = (torch.float32, torch.float64)
 _NETWORK = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -325,4 +324,4 @@ def guidance_update_cost(shape: tuple[int, ...], itemsize: int = 4, *, guided: b
 
 @flops(guidance_seed_fwd, guidance_update_fwd)
 def _(**_):
-    return 0  # elementwise: no products, see ``fastvdm.ops.flops``
+    return 0  # elementwise: no products, see ``fastvdm.ops._cost``

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvdm import _ext
-from fastvdm.config import get_config
-from fastvdm.dispatch import (
+from fastvdm.ops._cost import Cost, flops, flops_of_launcher
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.runtime import extension
+from fastvdm.runtime.config import get_config
+from fastvdm.runtime.dispatch import (
     ByDesign,
     autocast_dtype,
     autocast_on,
@@ -26,16 +28,13 @@ from fastvdm.dispatch import (
     register,
     select,
 )
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops, flops_of_launcher
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Asked once, so that dynamo traces a comparison of constants.
 _EMULATED = tuple(
     dtype
     for dtype in (torch.bfloat16, torch.float16)
-    if _ext.has_launcher("linear_fwd_cpu")
+    if extension.has_launcher("linear_fwd_cpu")
     and not torch.ops.fastvdm_C.cpu_has_native(dtype == torch.bfloat16)
 )
 

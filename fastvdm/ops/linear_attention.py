@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import ByDesign, autocast_dtype, launchers, register, select
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
 from fastvdm.reference.linear_attention import linear_attention_ref
+from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, launchers, register, select
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_DIM = 128

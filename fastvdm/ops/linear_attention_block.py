@@ -15,7 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import (
+from fastvdm.ops._check import check_block
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops.linear_attention import linear_attention
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.reference.linear_attention_block import linear_attention_block_ref
+from fastvdm.runtime.dispatch import (
     ByDesign,
     autocast_dtype,
     backend_in_force,
@@ -23,14 +30,6 @@ from fastvdm.dispatch import (
     register,
     select,
 )
-from fastvdm.ops.attention_block import check_block
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
-from fastvdm.ops.linear_attention import linear_attention
-from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear
-from fastvdm.reference.linear_attention_block import linear_attention_block_ref
 
 
 @define

@@ -12,14 +12,20 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import ByDesign, autocast_dtype, autocast_on, launchers, register, select
-from fastvdm.ops.attention_block import check_dtypes
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
+from fastvdm.ops._check import check_dtypes
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_linear import on_triton
 from fastvdm.reference.linear_residual import linear_residual_ref
+from fastvdm.runtime.dispatch import (
+    ByDesign,
+    autocast_dtype,
+    autocast_on,
+    launchers,
+    register,
+    select,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -13,7 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import (
+from fastvdm.ops._check import check_dtypes
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops.linear import linear
+from fastvdm.ops.norm_act import norm_act
+from fastvdm.reference.norm_linear import norm_linear_ref
+from fastvdm.runtime.dispatch import (
     ByDesign,
     autocast_dtype,
     autocast_on,
@@ -22,13 +28,6 @@ from fastvdm.dispatch import (
     register,
     select,
 )
-from fastvdm.ops.attention_block import check_dtypes
-from fastvdm.ops.conv_group_norm_norm import norm_act
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
-from fastvdm.ops.linear import linear
-from fastvdm.reference.norm_linear import norm_linear_ref
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_CHANNELS = 4096

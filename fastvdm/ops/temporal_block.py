@@ -13,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.dispatch import (
+from fastvdm.ops._check import check_block
+from fastvdm.ops._cost import Cost, flops
+from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops.axis_attention import (
+    axis_attention,
+    axis_attention_cost,
+    check_options,
+    table_rows,
+)
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.reference.temporal_block import temporal_block_ref
+from fastvdm.runtime.dispatch import (
     ByDesign,
     autocast_dtype,
     backend_in_force,
@@ -21,19 +33,6 @@ from fastvdm.dispatch import (
     register,
     select,
 )
-from fastvdm.ops.attention_block import check_block
-from fastvdm.ops.axis_attention import (
-    axis_attention,
-    axis_attention_cost,
-    check_options,
-    table_rows,
-)
-from fastvdm.ops.cost import Cost
-from fastvdm.ops.define import autograd, define, fake, no_double_backward
-from fastvdm.ops.flops import flops
-from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear
-from fastvdm.reference.temporal_block import temporal_block_ref
 
 
 @define

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvdm.reference.conv_group_norm_conv import space_conv_ref
-from fastvdm.reference.conv_group_norm_norm import norm_act_ref
+from fastvdm.reference.norm_act import norm_act_ref
+from fastvdm.reference.space_conv import space_conv_ref
 
 
 def conv_group_norm_ref(

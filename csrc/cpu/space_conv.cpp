@@ -1,0 +1,95 @@
+// Launcher of the 3x3 convolution; see kernels/space_conv_library.py for its callers.
+#include "space_conv.h"
+
+#include <algorithm>
+
+#include "launchers.h"
+
+namespace fastvdm {
+
+// y (N, H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual; x (N, H, W, C), x2 dense,
+// weight (Co, C, 3, 3) of any strides. turned: the gradient with respect to the input instead, where
+// x is dy and weight (C, Co, 3, 3) that of the forward, its filters turned by 180 degrees. tile: 2
+// or 4, the outputs of a Winograd tile along each axis.
+Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+               bool turned, int64_t tile) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                  "conv3x3: x must be (N, H, W, C), weight (Co, C, 3, 3)");
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "conv3x3: tile must be 2 or 4");
+  WinogradArgs a{};
+  const ScalarType dtype = x.scalar_type();
+  const int64_t pixels = x.size(0) * x.size(1) * x.size(2);
+  const int64_t c1 = x.size(3), c2 = x2.has_value() ? x2->size(3) : 0;
+  const int64_t cin = weight.size(turned ? 0 : 1), out = weight.size(turned ? 1 : 0);
+  STD_TORCH_CHECK(c1 + c2 == cin && cin > 0 && out > 0 && cin < (1 << 20) && out < (1 << 20),
+                  "conv3x3: the weight takes ", cin, " channels, the input has ", c1 + c2);
+  a.dtype = static_cast<int>(dtype_of(x));
+  a.weight_dtype = static_cast<int>(dtype_of(weight));
+  a.m = static_cast<int>(tile);
+  a.c1 = static_cast<int>(c1);
+  a.c2 = static_cast<int>(c2);
+  a.out = static_cast<int>(out);
+  a.cinp = static_cast<int>((cin + 15) / 16 * 16);
+  a.outp = static_cast<int>((out + 15) / 16 * 16);
+  a.turned = turned;
+  a.w_in = weight.stride(turned ? 0 : 1);
+  a.w_out = weight.stride(turned ? 1 : 0);
+  a.w_row = weight.stride(2);
+  a.w_column = weight.stride(3);
+  a.images = x.size(0);
+  a.h = x.size(1);
+  a.w = x.size(2);
+  a.tiles_w = ceil_div(a.w, tile);
+  a.tiles_image = a.tiles_w * ceil_div(a.h, tile);
+  a.tiles = a.images * a.tiles_image;
+  a.x = input(x, "x", dtype, pixels * c1);
+  a.x2 = x2.has_value() ? input(*x2, "x2", dtype, pixels * c2) : nullptr;
+  STD_TORCH_CHECK(weight.is_cpu(), "conv3x3: weight must be on the CPU");
+  a.weight = weight.const_data_ptr();
+  a.residual =
+      residual.has_value() ? input(*residual, "residual", dtype, pixels * out) : nullptr;
+  std::vector<float> padded;
+  if (bias.has_value()) {
+    padded = floats(*bias, "bias", out);
+    padded.resize(a.outp, 0.f);
+    a.bias = padded.data();
+  }
+  Tensor y = empty(x, {x.size(0), x.size(1), x.size(2), out}, dtype);
+  a.y = y.mutable_data_ptr();
+  if (a.tiles == 0) return y;
+
+  const int64_t points = (tile + 2) * (tile + 2);
+  // The points are a line more than a power of two apart: a step touches one line of each, and all
+  // of them would share few sets of the L1.
+  a.u_point = cin * a.outp + 16;
+  const Tensor u = packed_weights(weight, 2 * tile + turned, [&] {
+    Tensor made = empty(x, {points, a.u_point}, ScalarType::Float);
+    WinogradArgs to = a;
+    to.u = static_cast<float*>(made.mutable_data_ptr());
+    const auto prepare = FASTVDM_PICK(winograd_weights);
+    torch::stable::parallel_for(0, cin, 16, [&](int64_t begin, int64_t end) {
+      prepare(to, begin, end);
+    });
+    return made;
+  });
+  a.u = static_cast<float*>(u.mutable_data_ptr());
+  // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
+  // stream past once per block, so the block is as large as the threads leave it. The result does
+  // not depend on it: every tile is summed in the same order.
+  const int64_t tile_bytes = 4 * points * (a.cinp + a.outp);
+  int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
+  if (4 * points * cin * a.outp > (3 << 19)) {
+    const int64_t share = ceil_div(a.tiles, torch::stable::get_num_threads());
+    block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
+  }
+  a.block = static_cast<int>(block);
+  a.v_point = block * a.cinp + 16;
+  a.m_point = block * a.outp + 16;
+  const auto kernel = FASTVDM_PICK(winograd_conv);
+  torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));
+  });
+  return y;
+}
+
+}  // namespace fastvdm

@@ -1,0 +1,61 @@
+"""The command ``fastvdm``: info, train, sample, extend, interpolate, upscale, export.
+
+``info`` needs no optional package; the others, in ``fastvdm.cli.commands``, need the extra ``cli``.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+# What a user can cause and mend: printed without a traceback.
+_EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 1 after an error, 2 for a wrong command line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        if arguments[:1] == ["info"]:
+            from fastvdm import info
+
+            return info.main(arguments[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line(warnings.showwarning)
+            return _typer(arguments)
+    except _EXPECTED as error:
+        if debug:
+            raise
+        print(f"fastvdm: {error}", file=sys.stderr)
+        return 1
+
+
+def _one_line(show: Any) -> Any:
+    """Our own warnings without the place in the code that they come from: ours, or Typer's where
+    they name the caller."""
+    package = str(Path(__file__).parents[1])
+
+    def shown(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
+        if filename.startswith(package) or "typer" in Path(filename).parts:
+            print(f"fastvdm: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *rest, **more)
+
+    return shown
+
+
+def _typer(arguments: list[str]) -> int:
+    from fastvdm.runtime.optional import require
+
+    require("typer", "cli")
+    from fastvdm.cli.commands import app
+
+    try:
+        code = app(arguments, standalone_mode=True, prog_name="fastvdm")
+    except SystemExit as done:
+        code = done.code
+    return code if isinstance(code, int) else 0

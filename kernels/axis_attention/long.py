@@ -1,0 +1,707 @@
+"""``axis_attention`` beyond one tile: online softmax over blocks of keys, any N.
+
+Forward after Dao 2023 (FlashAttention-2, arXiv 2307.08691): saves lse. Backward in two kernels,
+one by queries (dq and δ = rowsum(dout*out)) and one by keys (dk, dv); the gradients of bias and
+tables come from kernels of their own that recompute ds for one tile of (query, key), sum it over
+the sequences in registers and write one partial per split: deterministic, never expanded over the
+batch. Recomputing costs two of five products; atomics would cost the order of the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.axis_attention.parts import (
+    Geometry,
+    head_stride,
+    pinned,
+    program_budget,
+    rotary_table,
+    rotate,
+    skew,
+    split_scale,
+    strides,
+    unskew,
+)
+from fastvdm.kernels.common import (
+    LOG2E,
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot,
+    next_power_of_2,
+)
+from fastvdm.kernels.tuned import tuned
+
+
+@dataclass(frozen=True)
+class LongConfig:
+    BM: int  # queries of a tile
+    BN: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None  # 255 where ptxas would rather spill than give up a block
+
+
+@tuned("axis_attention_long", n=lambda n: min(4096, next_power_of_2(n)))
+def pick_config(
+    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool
+) -> LongConfig:
+    """Tiles that compile without spills for sm_80, sm_90 and sm_100; not timed on a GPU yet.
+
+    kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
+    The length ``n`` tells measured tiles apart.
+    """
+    wide = bd > 64
+    if kind == "drel":
+        return LongConfig(16, 16, 8 if wide else 4, 1)
+    if shaw:
+        return LongConfig(32, 32, 8, 1)
+    if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
+        if kind == "dbias":
+            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
+        if wide and (kind == "dq" or (kind == "fwd" and (bias or rotary))):
+            return LongConfig(16, 16, 8, 1)
+        if wide and kind == "dkv":
+            return LongConfig(32, 32, 8, 1, 255)
+        more = wide or kind == "dq" or (kind == "fwd" and rotary)
+        return LongConfig(32, 32, 8 if more else 4, 1)
+    if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
+        return LongConfig(128, 64, 8, 2 if wide or bias else 3)
+    if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
+        return LongConfig(64, 32, 8 if wide else 4, 2)
+    if rotary and kind == "dkv":
+        return LongConfig(32, 64, 8, 1, 255)
+    if kind == "dbias":
+        if rotary:
+            return LongConfig(32 if wide else 64, 64, 8, 1, 255)
+        return LongConfig(64, 64, 8, 2)
+    return LongConfig(64, 64, 8 if wide else 4, 2)
+
+
+@triton.jit
+def _block(n, outer, heads, BLOCK: tl.constexpr):
+    """What a program works on: its sequence (batch, outer, head), also taken apart, in int64, and
+    the first of its BLOCK rows there."""
+    blocks = tl.cdiv(n, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    sequence = pid // blocks
+    b, o, head = sequence // heads // outer, sequence // heads % outer, sequence % heads
+    return sequence, b, o, head, (pid % blocks).to(tl.int32) * BLOCK
+
+
+@triton.jit
+def _rows(
+    base, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, BD) rows offs_n of one sequence and head, zero outside."""
+    offs_d = tl.arange(0, BD)
+    at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    return tl.load(base + at, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _put_rows(base, x, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr):
+    offs_d = tl.arange(0, BD)
+    at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    tl.store(base + at, x, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def _turned(
+    x, rot_ptr, offs_n, n, total, HALF: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if rot_ptr is not None:
+        cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+        return rotate(x.to(ACC), cos, sin).to(x.dtype)
+    else:
+        return x
+
+
+@triton.jit
+def _turned_back(
+    x, rot_ptr, offs_n, n, total, HALF: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if rot_ptr is not None:
+        cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+        return rotate(x, cos, -sin)
+    else:
+        return x
+
+
+@triton.jit
+def _relative_rows(
+    ptr, start_m, start_n, n, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """(2*BN, BD): the rows of an unrolled table that a tile (BM == BN) needs; its key j and query i
+    take the local row j - i + BM - 1."""
+    rows = start_n - start_m - (BM - 1) + n - 1 + tl.arange(0, 2 * BN)
+    offs_d = tl.arange(0, BD)
+    mask = ((rows >= 0) & (rows < 2 * n - 1))[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _relative_product(
+    x, ptr, start_m, start_n, n,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x_i·table[j-i] of a tile, (BM, BN)."""
+    rows = _relative_rows(ptr, start_m, start_n, n, D, BM, BN, BD)
+    by_distance = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
+    return skew(by_distance, tl.arange(0, BM) - (BM - 1), BM, BN)
+
+
+@triton.jit
+def _logits(
+    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """s * log2(e) of a tile, (BM, BN); -inf for keys beyond n."""
+    s = dot(q, tl.trans(k), tl.zeros([BM, BN], ACC))
+    if rel_k_ptr is not None:
+        s += _relative_product(q_plain, rel_k_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+    s = s * (scale * LOG2E)
+    offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
+    if bias_ptr is not None:
+        at = offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+        mask = (offs_m < n)[:, None] & (offs_n < n)[None, :]
+        s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
+    return tl.where((offs_n < n)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _long_fwd_kernel(
+    qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr, lse_ptr,
+    outer, total, n, heads, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    sequence, b, o, head, start_m = _block(n, outer, heads, BM)
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
+    out_base = out_ptr + b * out_b + o * out_o + head * D
+    offs_m = start_m + tl.arange(0, BM)
+
+    if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
+        if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
+            v = _rows(base + stride_c + stride_c, offs_m, n, stride_n, D, BD)
+            if rel_v_ptr is not None:
+                offs_d = tl.arange(0, BD)
+                itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
+                center = tl.load(itself, mask=offs_d < D, other=0.0).to(ACC)
+                v = (v.to(ACC) + center[None, :]).to(v.dtype)
+            _put_rows(out_base, v, offs_m, n, out_n, D, BD)
+            return
+
+    q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+    q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+    bias_at = None
+    if bias_ptr is not None:
+        bias_at = bias_ptr + head * n * n
+    rel_k_at = None
+    if rel_k_ptr is not None:
+        rel_k_at = rel_k_ptr + head * stride_rk
+    m_i = tl.full([BM], float("-inf"), ACC)
+    l_i = tl.zeros([BM], ACC)
+    acc = tl.zeros([BM, BD], ACC)
+    for start_n in tl.range(0, n, BN):
+        offs_n = start_n + tl.arange(0, BN)
+        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+        k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+        s = _logits(
+            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, D, BM, BN, BD, ACC
+        )
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - top[:, None])
+        shrink = tl.exp2(m_i - top)
+        l_i = l_i * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        acc = dot(p.to(v.dtype), v, acc)
+        if rel_v_ptr is not None:
+            rows = _relative_rows(rel_v_ptr + head * stride_rv, start_m, start_n, n, D, BM, BN, BD)
+            acc = dot(unskew(p, tl.arange(0, BM) - (BM - 1), BM, BN).to(v.dtype), rows, acc)
+        m_i = m_new
+    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    _put_rows(out_base, out.to(q.dtype), offs_m, n, out_n, D, BD)
+    # An empty row keeps +inf, so that p = exp(s - lse) is zero in the backward.
+    lse = tl.where(l_i == 0.0, float("inf"), (m_i + tl.log2(l_i)) / LOG2E)
+    tl.store(lse_ptr + sequence * total + offs_m, lse, mask=offs_m < n)
+
+
+@triton.jit
+def _tile_gradient(
+    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """p and ds of a tile, (BM, BN)."""
+    s = _logits(q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, D, BM, BN, BD, ACC)
+    inside = ((start_m + tl.arange(0, BM)) < n)[:, None]
+    p = tl.where(inside, tl.exp2(s - lse[:, None] * LOG2E), 0.0)
+    dp = dot(do, tl.trans(v), tl.zeros([BM, BN], ACC))
+    if rel_v_ptr is not None:
+        dp += _relative_product(do, rel_v_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def _long_bwd_dq_kernel(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr,
+    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
+    outer, total, n, heads, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
+    out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    sequence, b, o, head, start_m = _block(n, outer, heads, BM)
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
+    offs_m = start_m + tl.arange(0, BM)
+
+    do = _rows(dout_ptr + b * dout_b + o * dout_o + head * dout_h, offs_m, n, dout_n, D, BD)
+    out = _rows(out_ptr + b * out_b + o * out_o + head * D, offs_m, n, out_n, D, BD)
+    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
+    at = sequence * total + offs_m
+    tl.store(delta_ptr + at, delta, mask=offs_m < n)
+    if dqkv_ptr is not None:  # not an early return: what follows one is compiled all the same
+        dq_base = dqkv_ptr + b * dqkv_b + o * dqkv_o + head * D
+        if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
+            if tl.load(focus_ptr + b) != 0:
+                _put_rows(dq_base, tl.zeros([BM, BD], do.dtype), offs_m, n, dqkv_n, D, BD)
+                return
+
+        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+        q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+        q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        bias_at = None
+        if bias_ptr is not None:
+            bias_at = bias_ptr + head * n * n
+        rel_k_at = None
+        if rel_k_ptr is not None:
+            rel_k_at = rel_k_ptr + head * stride_rk
+            dq_plain = tl.zeros([BM, BD], ACC)
+        rel_v_at = None
+        if rel_v_ptr is not None:
+            rel_v_at = rel_v_ptr + head * stride_rv
+        dq = tl.zeros([BM, BD], ACC)
+        for start_n in tl.range(0, n, BN):
+            offs_n = start_n + tl.arange(0, BN)
+            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+            k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+            _, ds = _tile_gradient(
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
+                scale, D, BM, BN, BD, ACC,
+            )  # fmt: skip
+            dq = dot(ds.to(k.dtype), k, dq)
+            if rel_k_ptr is not None:
+                rows = _relative_rows(rel_k_at, start_m, start_n, n, D, BM, BN, BD)
+                spread = unskew(ds, tl.arange(0, BM) - (BM - 1), BM, BN)
+                dq_plain = dot(spread.to(k.dtype), rows, dq_plain)
+        dq = _turned_back(dq, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        if rel_k_ptr is not None:
+            dq += dq_plain
+        _put_rows(dq_base, (dq * scale).to(do.dtype), offs_m, n, dqkv_n, D, BD)
+
+
+@triton.jit
+def _long_bwd_dkv_kernel(
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
+    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
+    outer, total, n, heads, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
+    dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    sequence, b, o, head, start_n = _block(n, outer, heads, BN)
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
+    do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
+    dk_base = dqkv_ptr + b * dqkv_b + o * dqkv_o + (heads + head) * D
+    dv_base = dk_base + heads * D
+    offs_n = start_n + tl.arange(0, BN)
+    if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
+        if tl.load(focus_ptr + b) != 0:
+            do = _rows(do_base, offs_n, n, dout_n, D, BD)
+            _put_rows(dv_base, do, offs_n, n, dqkv_n, D, BD)
+            _put_rows(dk_base, tl.zeros([BN, BD], do.dtype), offs_n, n, dqkv_n, D, BD)
+            return
+
+    k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+    k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+    v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+    bias_at = None
+    if bias_ptr is not None:
+        bias_at = bias_ptr + head * n * n
+    rel_k_at = None
+    if rel_k_ptr is not None:
+        rel_k_at = rel_k_ptr + head * stride_rk
+    rel_v_at = None
+    if rel_v_ptr is not None:
+        rel_v_at = rel_v_ptr + head * stride_rv
+    dk = tl.zeros([BN, BD], ACC)
+    dv = tl.zeros([BN, BD], ACC)
+    for start_m in tl.range(0, n, BM):
+        offs_m = start_m + tl.arange(0, BM)
+        q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+        q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+        if rot_ptr is not None:
+            q = pinned(q)  # why this loop has one stage: the pipeliner cannot predicate it
+        do = _rows(do_base, offs_m, n, dout_n, D, BD)
+        at = sequence * total + offs_m
+        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+        delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+        p, ds = _tile_gradient(
+            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
+            scale, D, BM, BN, BD, ACC,
+        )  # fmt: skip
+        dv = dot(tl.trans(p.to(do.dtype)), do, dv)
+        dk = dot(tl.trans(ds.to(q.dtype)), q, dk)
+    dk = _turned_back(dk, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+    _put_rows(dk_base, (dk * scale).to(k.dtype), offs_n, n, dqkv_n, D, BD)
+    _put_rows(dv_base, dv.to(k.dtype), offs_n, n, dqkv_n, D, BD)
+
+
+@triton.jit
+def _long_bwd_dbias_kernel(
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
+    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dbias_ptr,
+    outer, total, n, heads, sequences, splits, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
+    stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(n, BN)
+    pid = tl.program_id(0).to(tl.int64)
+    start_n = (pid % columns).to(tl.int32) * BN
+    start_m = (pid // columns % tl.cdiv(n, BM)).to(tl.int32) * BM
+    part = pid // columns // tl.cdiv(n, BM)  # (split, head)
+    head = part % heads
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
+    bias_at = bias_ptr + head * n * n
+    rel_k_at = None
+    if rel_k_ptr is not None:
+        rel_k_at = rel_k_ptr + head * stride_rk
+    rel_v_at = None
+    if rel_v_ptr is not None:
+        rel_v_at = rel_v_ptr + head * stride_rv
+    acc = tl.zeros([BM, BN], ACC)
+    for index in tl.range(part // heads, sequences, splits):  # (batch, outer)
+        o, b = index % outer, index // outer
+        focused = False
+        if focus_ptr is not None:
+            focused = tl.load(focus_ptr + b) != 0
+        if not focused:
+            base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
+            do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
+            q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+            q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+            k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+            if rot_ptr is not None:
+                q, k = pinned(q), pinned(k)  # one stage, as in dkv
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+            do = _rows(do_base, offs_m, n, dout_n, D, BD)
+            at = (index * heads + head) * total + offs_m
+            lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+            delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+            _, ds = _tile_gradient(
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
+                n, scale, D, BM, BN, BD, ACC,
+            )  # fmt: skip
+            acc += ds
+    to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+    tl.store(dbias_ptr + to, acc, mask=(offs_m < n)[:, None] & (offs_n < n)[None, :])
+
+
+@triton.jit
+def _long_bwd_drel_kernel(
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
+    bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, drel_k_ptr, drel_v_ptr,
+    outer, total, n, heads, sequences, splits, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
+    stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """One diagonal of tiles: all of them touch the same 2*BN rows of the tables."""
+    blocks = tl.cdiv(n, BN)
+    diagonals = 2 * blocks - 1
+    pid = tl.program_id(0).to(tl.int64)
+    diagonal = (pid % diagonals).to(tl.int32)
+    part = pid // diagonals  # (split, head)
+    head = part % heads
+    ahead = diagonal - (blocks - 1)  # key block minus query block
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    bias_at = None
+    if bias_ptr is not None:
+        bias_at = bias_ptr + head * n * n
+    rel_k_at = None
+    if rel_k_ptr is not None:
+        rel_k_at = rel_k_ptr + head * stride_rk
+    rel_v_at = None
+    if rel_v_ptr is not None:
+        rel_v_at = rel_v_ptr + head * stride_rv
+    shift = tl.arange(0, BM) - (BM - 1)
+    if drel_k_ptr is not None:
+        drel_k = tl.zeros([2 * BN, BD], ACC)
+    if drel_v_ptr is not None:
+        drel_v = tl.zeros([2 * BN, BD], ACC)
+    first, last = tl.maximum(0, -ahead), tl.minimum(blocks, blocks - ahead)
+    for index in tl.range(part // heads, sequences, splits):
+        o, b = index % outer, index // outer
+        base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
+        do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
+        focused = False
+        if focus_ptr is not None:
+            focused = tl.load(focus_ptr + b) != 0
+        for block in tl.range(first, last):
+            start_m, start_n = block * BM, (block + ahead) * BN
+            offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
+            do = _rows(do_base, offs_m, n, dout_n, D, BD)
+            if focused:
+                if drel_v_ptr is not None:
+                    itself = (tl.arange(0, 2 * BN) == BM - 1) & (ahead == 0)
+                    drel_v += tl.where(itself[:, None], tl.sum(do.to(ACC), 0)[None, :], 0.0)
+            else:
+                q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+                q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
+                k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+                k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
+                v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+                at = (index * heads + head) * total + offs_m
+                lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+                delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+                p, ds = _tile_gradient(
+                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
+                    start_n, n, scale, D, BM, BN, BD, ACC,
+                )  # fmt: skip
+                if drel_k_ptr is not None:
+                    spread = unskew(ds, shift, BM, BN).to(do.dtype)
+                    drel_k = dot(tl.trans(spread), q_plain, drel_k)
+                if drel_v_ptr is not None:
+                    spread_p = unskew(p, shift, BM, BN).to(do.dtype)
+                    drel_v = dot(tl.trans(spread_p), do, drel_v)
+    rows, offs_d = tl.arange(0, 2 * BN), tl.arange(0, BD)
+    to = (part * diagonals + diagonal) * 2 * BN * D + rows[:, None] * D + offs_d[None, :]
+    if drel_k_ptr is not None:
+        tl.store(drel_k_ptr + to, drel_k * scale, mask=(offs_d < D)[None, :])
+    if drel_v_ptr is not None:
+        tl.store(drel_v_ptr + to, drel_v, mask=(offs_d < D)[None, :])
+
+
+def _common(geo: Geometry, qkv: Tensor, rotary: Tensor | None, config: LongConfig) -> dict:
+    return dict(
+        D=geo.d,
+        HALF=0 if rotary is None else rotary.shape[-1],
+        BM=config.BM,
+        BN=config.BN,
+        BD=max(16, next_power_of_2(geo.d)),
+        ACC=acc_dtype(qkv.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
+    )
+
+
+def long_fwd(
+    geo: Geometry,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus: Tensor | None,
+    sm_scale: float,
+) -> None:
+    """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes n rows of out and lse."""
+    bd = max(16, next_power_of_2(geo.d))
+    shaw = rel_k is not None or rel_v is not None
+    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
+    config = pick_config("fwd", bd, qkv.element_size(), geo.n, **has)
+    grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
+    _long_fwd_kernel[grid](
+        *(qkv, bias, rel_k, rel_v, rotary, focus, out, lse),
+        *(geo.outer, geo.total, geo.n, geo.heads, *split_scale(sm_scale)),
+        *(*geo.qkv, *geo.out, head_stride(rel_k), head_stride(rel_v)),
+        **_common(geo, qkv, rotary, config),
+    )
+
+
+def _add_diagonals(parts: Tensor, n: int, block: int) -> Tensor:
+    """(splits, heads, diagonals, 2*block, D) → (heads, 2n-1, D): neighbouring diagonals overlap by
+    one block; summed in order."""
+    parts = parts.sum(0)
+    heads, diagonals, _, d = parts.shape
+    rows = parts.new_zeros(heads, diagonals + 1, block, d)
+    rows[:, :-1] += parts[:, :, :block]
+    rows[:, 1:] += parts[:, :, block:]
+    # Row 0 is the distance -(blocks*block - 1).
+    first = (diagonals + 1) // 2 * block - n
+    return rows.flatten(1, 2)[:, first : first + 2 * n - 1]
+
+
+def long_bwd(
+    geo: Geometry,
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    axis: int,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus: Tensor | None,
+    sm_scale: float,
+    dqkv: Tensor | None,
+    need_dbias: bool,
+    need_drel_k: bool,
+    need_drel_v: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
+    unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
+    bd = max(16, next_power_of_2(geo.d))
+    shaw = rel_k is not None or rel_v is not None
+    acc = acc_torch_dtype(qkv.dtype)
+    sequences = geo.batch * geo.outer
+    scale = split_scale(sm_scale)
+    tables = (head_stride(rel_k), head_stride(rel_v))
+    options = (bias, rel_k, rel_v, rotary, focus)
+    reads = (*geo.qkv, *strides(dout, axis))
+    delta = torch.empty_like(lse)
+
+    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
+
+    def config(kind: str) -> LongConfig:
+        return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
+
+    def splits(tiles: int) -> int:
+        return max(1, min(sequences, program_budget(qkv.device) // tiles))
+
+    by_query = config("dq")
+    _long_bwd_dq_kernel[(sequences * geo.heads * cdiv(geo.n, by_query.BM),)](
+        *(dout, qkv, out, lse, delta, *options, dqkv),
+        *(geo.outer, geo.total, geo.n, geo.heads, *scale),
+        *(*reads, *geo.out, *geo.dqkv, *tables),
+        **_common(geo, qkv, rotary, by_query),
+    )
+    if dqkv is not None:
+        by_key = config("dkv")
+        _long_bwd_dkv_kernel[(sequences * geo.heads * cdiv(geo.n, by_key.BN),)](
+            *(dout, qkv, lse, delta, *options, dqkv),
+            *(geo.outer, geo.total, geo.n, geo.heads, *scale),
+            *(*reads, *geo.dqkv, *tables),
+            **_common(geo, qkv, rotary, by_key),
+        )
+    dbias = drel_k = drel_v = None
+    if need_dbias:
+        tile = config("dbias")
+        tiles = geo.heads * cdiv(geo.n, tile.BM) * cdiv(geo.n, tile.BN)
+        parts = splits(tiles)
+        dbias = torch.empty((parts, geo.heads, geo.n, geo.n), dtype=acc, device=qkv.device)
+        _long_bwd_dbias_kernel[(tiles * parts,)](
+            *(dout, qkv, lse, delta, *options, dbias),
+            *(geo.outer, geo.total, geo.n, geo.heads, sequences, parts, *scale),
+            *(*reads, *tables),
+            **_common(geo, qkv, rotary, tile),
+        )
+        dbias = dbias.sum(0)
+    if need_drel_k or need_drel_v:
+        tile = config("drel")
+        diagonals = 2 * cdiv(geo.n, tile.BN) - 1
+        parts = splits(geo.heads * diagonals)
+        size = (parts, geo.heads, diagonals, 2 * tile.BN, geo.d)
+        drel_k = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_k else None
+        drel_v = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_v else None
+        _long_bwd_drel_kernel[(geo.heads * diagonals * parts,)](
+            *(dout, qkv, lse, delta, *options, drel_k, drel_v),
+            *(geo.outer, geo.total, geo.n, geo.heads, sequences, parts, *scale),
+            *(*reads, *tables),
+            **_common(geo, qkv, rotary, tile),
+        )
+        drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
+        drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)
+    return dbias, drel_k, drel_v
+
+
+_OPTIONS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
+_KERNELS = {
+    "fwd": _long_fwd_kernel,
+    "dq": _long_bwd_dq_kernel,
+    "dkv": _long_bwd_dkv_kernel,
+    "dbias": _long_bwd_dbias_kernel,
+    "drel": _long_bwd_drel_kernel,
+}
+
+
+def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
+    bd, kernel = max(16, next_power_of_2(d)), _KERNELS[kind]
+    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
+    has = {"shaw": shaw, "bias": "bias_ptr" in given, "rotary": "rot_ptr" in given}
+    config = pick_config.analytic(kind, bd, {"bf16": 2, "fp32": 4}[dtype], 1024, **has)
+    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
+    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
+    types |= {"scale_high": "fp32", "scale_low": "fp32"}
+    for name in ("bias", "rot", "lse", "delta", "dbias", "drel_k", "drel_v"):
+        types[f"{name}_ptr"] = "*fp32"
+    constexprs: dict = dict(
+        D=d,
+        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
+        BM=config.BM,
+        BN=config.BN,
+        BD=bd,
+        ACC=tl.float32,
+    )
+    constexprs |= {p: None for p in _OPTIONS if p not in given}
+    constexprs |= {f"d{p}": None for p in _OPTIONS[1:3] if p not in given}
+    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
+    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
+    what = "+".join(p[:-4] for p in given) or "plain"
+    return AotCase(
+        f"axis_attention_long_{kind}/{dtype}-D{d}-{what}",
+        kernel,
+        signature,
+        constexprs,
+        divisible=[a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h") or a == "n"],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
+        uses_dot=dtype == "bf16",
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Spatial attention (plain; with a bias and its gradient) at each head dimension, and what
+    else a long sequence may carry."""
+    found = []
+    for d in (64, 128):
+        found += [_case(kind, "bf16", d, ()) for kind in ("fwd", "dq", "dkv")]
+    found += [_case(kind, "bf16", 64, ("bias_ptr", "rot_ptr")) for kind in list(_KERNELS)[:4]]
+    found += [_case(kind, "bf16", 128, ("bias_ptr", "rot_ptr")) for kind in ("dq", "dkv", "dbias")]
+    found += [_case(kind, "fp32", 64, ("bias_ptr",)) for kind in list(_KERNELS)[:4]]
+    rare = []  # what else fp32 may carry without Shaw tables, with which it spills
+    for d in (64, 128):
+        options = ("bias_ptr", "rot_ptr", "focus_ptr")
+        rare += [_case(kind, "fp32", d, options) for kind in list(_KERNELS)[:4]]
+    rare += [_case(kind, "fp32", 128, ()) for kind in ("fwd", "dq", "dkv")]
+    rare += [_case("fwd", "fp32", 128, ("bias_ptr",)), _case("fwd", "fp32", 64, ("rot_ptr",))]
+    found += [replace(case, rare=True) for case in rare]
+    shaw = ("rel_k_ptr", "rel_v_ptr")
+    found += [_case(kind, "bf16", 64, shaw) for kind in ("fwd", "dq", "dkv", "drel")]
+    return found

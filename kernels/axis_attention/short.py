@@ -1,0 +1,446 @@
+"""``axis_attention`` for N <= 32: one tile holds all keys of several sequences.
+
+A program owns one head of P neighbouring sequences (pixels, for attention over time) and runs their
+products as batched 3-D dots, so that memory is the limit: forward 4, backward 7 times the bytes of
+q. Nothing is saved for the backward, which recomputes p and takes δ = Σ_j p dp from the tile.
+The gradients of bias and tables are summed in registers by programs that walk over the tiles of
+their head, and leave one partial each: no atomics, nothing of the batch's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.axis_attention.parts import (
+    Geometry,
+    head_stride,
+    pinned,
+    program_budget,
+    rotary_table,
+    rotate,
+    skew,
+    split_scale,
+    strides,
+    unskew,
+)
+from fastvdm.kernels.common import (
+    LOG2E,
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot,
+    next_power_of_2,
+)
+from fastvdm.kernels.tuned import tuned
+
+
+@dataclass(frozen=True)
+class ShortConfig:
+    P: int  # sequences of a tile
+    num_warps: int
+    maxnreg: int | None = None
+
+
+@tuned("axis_attention_short", outer=lambda n: min(64, next_power_of_2(n)))
+def pick_config(
+    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool
+) -> ShortConfig:
+    """From registers, as ptxas counts them for sm_90 (``python bench/aot.py axis_attention``).
+
+    A batched product keeps a whole sequence in one warp, so P sequences want P warps and fit while
+    bn*bd is small: backward 128 registers without spills at 16x32, which lets four blocks share a
+    multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps.
+    """
+    packed = 512 if backward or itemsize > 2 else 1024
+    if bn * bd <= packed and not (backward and (shaw or itemsize > 2)):
+        p = min(4, next_power_of_2(outer))
+        return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
+    heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
+    heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
+    # 255: where ptxas would rather spill than give up a block.
+    most = 255 if backward and (shaw or (heavy and itemsize > 2)) else None
+    return ShortConfig(1, 8 if heavy else 4, most)
+
+
+@triton.jit
+def _products(a, b, acc):
+    """acc + a @ b for each of P sequences. A batched product gives each sequence to one warp; a
+    single sequence is spread over all warps by a plain one."""
+    if acc.shape[0] == 1:
+        flat = acc.reshape(acc.shape[1], acc.shape[2])
+        a, b = a.reshape(a.shape[1], a.shape[2]), b.reshape(b.shape[1], b.shape[2])
+        return dot(a, b, flat).reshape(acc.shape)
+    else:
+        return dot(a, b, acc)
+
+
+@triton.jit
+def _probabilities(
+    q, q_plain, k, rel_k, bias_ptr, shift, offs_n, n, scale,
+    P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """p (P, BN, BN) in ACC; zero for keys beyond n and in rows of nothing but -inf."""
+    s = _products(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+    if rel_k is not None:
+        flat = q_plain.reshape(P * BN, BD)
+        by_distance = dot(flat, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
+        s += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+    s = s * (scale * LOG2E)
+    if bias_ptr is not None:
+        in_tile = (offs_n < n)[:, None] & (offs_n < n)[None, :]
+        bias = tl.load(bias_ptr + offs_n[:, None] * n + offs_n[None, :], mask=in_tile, other=0.0)
+        s += bias.to(ACC)[None, :, :] * LOG2E
+    s = tl.where((offs_n < n)[None, None, :], s, float("-inf"))
+    top = tl.max(s, 2)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s - top[:, :, None])
+    total = tl.sum(p, 2)
+    return p / tl.where(total == 0.0, 1.0, total)[:, :, None]
+
+
+@triton.jit
+def _relative_rows(ptr, head, stride, n, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """Rows -(n-1) .. n-1 of an unrolled Shaw table, (2*BN, BD)."""
+    rows, offs_d = tl.arange(0, 2 * BN), tl.arange(0, BD)
+    mask = (rows < 2 * n - 1)[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptr + head * stride + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _short_fwd_kernel(
+    qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr,
+    outer, total, n, tiles, heads, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid % heads
+    b = pid // heads // tiles
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+
+    offs_o = ((pid // heads) % tiles) * P + tl.arange(0, P)  # int64
+    offs_n, offs_d = tl.arange(0, BN), tl.arange(0, BD)
+    walk = offs_n.to(tl.int64)
+    mask = (offs_o < outer)[:, None, None] & (offs_n < n)[None, :, None]
+    mask &= (offs_d < D)[None, None, :]
+    # (P, BN, BD)
+    at = offs_o[:, None, None] * stride_o + walk[None, :, None] * stride_n + offs_d[None, None, :]
+    base = qkv_ptr + b * stride_b + head * stride_h
+    out_at = offs_o[:, None, None] * out_o + walk[None, :, None] * out_n + offs_d[None, None, :]
+    out_base = out_ptr + b * out_b + head * D
+    v = tl.load(base + stride_c + stride_c + at, mask=mask, other=0.0)
+
+    if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
+        if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
+            out = v
+            if rel_v_ptr is not None:
+                itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
+                center = tl.load(itself, mask=offs_d < D, other=0.0).to(ACC)
+                out = (v.to(ACC) + center[None, None, :]).to(v.dtype)
+            tl.store(out_base + out_at, out, mask=mask)
+            return
+
+    q = tl.load(base + at, mask=mask, other=0.0)
+    k = tl.load(base + stride_c + at, mask=mask, other=0.0)
+    q_plain = q
+    if rot_ptr is not None:
+        cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+        q = pinned(rotate(q.to(ACC), cos[None], sin[None]).to(v.dtype))
+        k = pinned(rotate(k.to(ACC), cos[None], sin[None]).to(v.dtype))
+    shift = tl.arange(0, P * BN) % BN - (n - 1)
+    rel_k = None
+    if rel_k_ptr is not None:
+        rel_k = _relative_rows(rel_k_ptr, head, stride_rk, n, D, BN, BD)
+    bias_at = None
+    if bias_ptr is not None:
+        bias_at = bias_ptr + head * n * n
+    p = _probabilities(q, q_plain, k, rel_k, bias_at, shift, offs_n, n, scale, P, BN, BD, ACC)
+    out = _products(p.to(v.dtype), v, tl.zeros([P, BN, BD], ACC))
+    if rel_v_ptr is not None:
+        rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
+        by_distance = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(v.dtype)
+        out += dot(by_distance, rel_v, tl.zeros([P * BN, BD], ACC)).reshape(P, BN, BD)
+    tl.store(out_base + out_at, out.to(v.dtype), mask=mask)
+
+
+@triton.jit
+def _short_bwd_kernel(
+    dout_ptr, qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
+    dqkv_ptr, dbias_ptr, drel_k_ptr, drel_v_ptr,
+    outer, total, n, tiles, all_tiles, heads, walkers, scale_high, scale_low,
+    stride_b, stride_o, stride_n, stride_c, stride_h,
+    dout_b, dout_o, dout_n, dout_h, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid % heads
+    walker = pid // heads
+    scale = tl.zeros([], ACC) + scale_high + scale_low
+    offs_n, offs_d = tl.arange(0, BN), tl.arange(0, BD)
+    walk = offs_n.to(tl.int64)
+    row = tl.arange(0, P * BN) % BN
+    shift = row - (n - 1)
+    rel_k = None
+    if rel_k_ptr is not None:
+        rel_k = _relative_rows(rel_k_ptr, head, stride_rk, n, D, BN, BD)
+    rel_v = None
+    if rel_v_ptr is not None:
+        rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
+    bias_at = None
+    if bias_ptr is not None:
+        bias_at = bias_ptr + head * n * n
+    if dbias_ptr is not None:
+        dbias = tl.zeros([P, BN, BN], ACC)
+    if drel_k_ptr is not None:
+        drel_k = tl.zeros([2 * BN, BD], ACC)
+    if drel_v_ptr is not None:
+        drel_v = tl.zeros([2 * BN, BD], ACC)
+
+    for index in tl.range(walker, all_tiles, walkers):
+        b = index // tiles
+        offs_o = (index % tiles) * P + tl.arange(0, P)
+        mask = (
+            (offs_o < outer)[:, None, None]
+            & (offs_n < n)[None, :, None]
+            & (offs_d < D)[None, None, :]
+        )
+        # (P, BN, BD)
+        at = offs_o[:, None, None] * stride_o + walk[None, :, None] * stride_n
+        at += offs_d[None, None, :]
+        base = qkv_ptr + b * stride_b + head * stride_h
+        do_at = offs_o[:, None, None] * dout_o + walk[None, :, None] * dout_n
+        do_at += offs_d[None, None, :]
+        do = tl.load(dout_ptr + b * dout_b + head * dout_h + do_at, mask=mask, other=0.0)
+        focused = False
+        if focus_ptr is not None:
+            focused = tl.load(focus_ptr + b) != 0
+        d_at = offs_o[:, None, None] * dqkv_o + walk[None, :, None] * dqkv_n
+        d_at += offs_d[None, None, :]
+        d_row = heads * D  # from q to k to v
+        if focused:
+            if dqkv_ptr is not None:
+                d_base = dqkv_ptr + b * dqkv_b + head * D
+                nothing = tl.zeros([P, BN, BD], do.dtype)
+                tl.store(d_base + d_at, nothing, mask=mask)
+                tl.store(d_base + d_row + d_at, nothing, mask=mask)
+                tl.store(d_base + 2 * d_row + d_at, do, mask=mask)
+            if drel_v_ptr is not None:
+                itself = (tl.arange(0, 2 * BN) == n - 1)[:, None]
+                summed = tl.sum(do.to(ACC).reshape(P * BN, BD), 0)
+                drel_v += tl.where(itself, summed[None, :], 0.0)
+        else:
+            q = tl.load(base + at, mask=mask, other=0.0)
+            k = tl.load(base + stride_c + at, mask=mask, other=0.0)
+            v = tl.load(base + stride_c + stride_c + at, mask=mask, other=0.0)
+            q_plain = q
+            if rot_ptr is not None:
+                cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+                q = pinned(rotate(q.to(ACC), cos[None], sin[None]).to(do.dtype))
+                k = pinned(rotate(k.to(ACC), cos[None], sin[None]).to(do.dtype))
+            p = _probabilities(
+                q, q_plain, k, rel_k, bias_at, shift, offs_n, n, scale, P, BN, BD, ACC
+            )
+            dp = _products(do, tl.trans(v, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+            if rel_v_ptr is not None:
+                flat_do = do.reshape(P * BN, BD)
+                by_distance = dot(flat_do, tl.trans(rel_v), tl.zeros([P * BN, 2 * BN], ACC))
+                dp += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+                if drel_v_ptr is not None:
+                    spread = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(do.dtype)
+                    drel_v = dot(tl.trans(spread), flat_do, drel_v)
+            delta = tl.sum(p * dp, 2)
+            ds = p * (dp - delta[:, :, None])
+            if dbias_ptr is not None:
+                dbias += ds
+            if rel_k_ptr is not None:
+                spread = unskew(ds.reshape(P * BN, BN), shift, P * BN, BN).to(do.dtype)
+                if drel_k_ptr is not None:
+                    drel_k = dot(tl.trans(spread), q_plain.reshape(P * BN, BD), drel_k)
+            if dqkv_ptr is not None:
+                d_base = dqkv_ptr + b * dqkv_b + head * D
+                dv = _products(tl.trans(p, 0, 2, 1).to(do.dtype), do, tl.zeros([P, BN, BD], ACC))
+                tl.store(d_base + 2 * d_row + d_at, dv.to(do.dtype), mask=mask)
+                low = ds.to(do.dtype)
+                dk = _products(tl.trans(low, 0, 2, 1), q, tl.zeros([P, BN, BD], ACC))
+                dq = _products(low, k, tl.zeros([P, BN, BD], ACC))
+                if rot_ptr is not None:
+                    # Loaded anew rather than held across the tile.
+                    cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
+                    dq = rotate(dq, cos[None], -sin[None])
+                    dk = rotate(dk, cos[None], -sin[None])
+                if rel_k_ptr is not None:
+                    dq += dot(spread, rel_k, tl.zeros([P * BN, BD], ACC)).reshape(P, BN, BD)
+                tl.store(d_base + d_at, (dq * scale).to(do.dtype), mask=mask)
+                tl.store(d_base + d_row + d_at, (dk * scale).to(do.dtype), mask=mask)
+
+    part = walker * heads + head
+    if dbias_ptr is not None:
+        in_tile = (offs_n < n)[:, None] & (offs_n < n)[None, :]
+        to = dbias_ptr + part * n * n + offs_n[:, None] * n + offs_n[None, :]
+        tl.store(to, tl.sum(dbias, 0), mask=in_tile)
+    rows = tl.arange(0, 2 * BN)
+    to = part * (2 * n - 1) * D + rows[:, None] * D + offs_d[None, :]
+    in_table = (rows < 2 * n - 1)[:, None] & (offs_d < D)[None, :]
+    if drel_k_ptr is not None:
+        tl.store(drel_k_ptr + to, drel_k * scale, mask=in_table)
+    if drel_v_ptr is not None:
+        tl.store(drel_v_ptr + to, drel_v, mask=in_table)
+
+
+def short_fwd(
+    geo: Geometry,
+    qkv: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus: Tensor | None,
+    sm_scale: float,
+) -> None:
+    """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes the first n rows of out."""
+    bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
+    shaw = rel_k is not None or rel_v is not None
+    size = qkv.element_size()
+    config = pick_config(bn, bd, size, geo.outer, backward=False, shaw=shaw)
+    tiles = cdiv(geo.outer, config.P)
+    _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
+        *(qkv, bias, rel_k, rel_v, rotary, focus, out),
+        *(geo.outer, geo.total, geo.n, tiles, geo.heads, *split_scale(sm_scale)),
+        *(*geo.qkv, *geo.out, head_stride(rel_k), head_stride(rel_v)),
+        D=geo.d,
+        HALF=0 if rotary is None else rotary.shape[-1],
+        P=config.P,
+        BN=bn,
+        BD=bd,
+        ACC=acc_dtype(qkv.dtype),
+        num_warps=config.num_warps,
+        num_stages=1,
+        maxnreg=config.maxnreg,
+    )
+
+
+def short_bwd(
+    geo: Geometry,
+    dout: Tensor,
+    qkv: Tensor,
+    axis: int,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus: Tensor | None,
+    sm_scale: float,
+    dqkv: Tensor | None,
+    need_dbias: bool,
+    need_drel_k: bool,
+    need_drel_v: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
+    unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
+    bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
+    shaw = rel_k is not None or rel_v is not None
+    size = qkv.element_size()
+    config = pick_config(bn, bd, size, geo.outer, backward=True, shaw=shaw)
+    tiles = cdiv(geo.outer, config.P)
+    all_tiles = geo.batch * tiles
+    walkers = all_tiles
+    if need_dbias or need_drel_k or need_drel_v:
+        walkers = min(all_tiles, cdiv(program_budget(qkv.device), geo.heads))
+    acc = acc_torch_dtype(qkv.dtype)
+
+    def partial(need: bool, *shape: int) -> Tensor | None:
+        size = (walkers, geo.heads, *shape)
+        return torch.empty(size, dtype=acc, device=qkv.device) if need else None
+
+    dbias = partial(need_dbias, geo.n, geo.n)
+    drel_k = partial(need_drel_k, 2 * geo.n - 1, geo.d)
+    drel_v = partial(need_drel_v, 2 * geo.n - 1, geo.d)
+    _short_bwd_kernel[(walkers * geo.heads,)](
+        *(dout, qkv, bias, rel_k, rel_v, rotary, focus, dqkv, dbias, drel_k, drel_v),
+        *(geo.outer, geo.total, geo.n, tiles, all_tiles, geo.heads, walkers),
+        *(*split_scale(sm_scale), *geo.qkv, *strides(dout, axis), *geo.dqkv),
+        *(head_stride(rel_k), head_stride(rel_v)),
+        D=geo.d,
+        HALF=0 if rotary is None else rotary.shape[-1],
+        P=config.P,
+        BN=bn,
+        BD=bd,
+        ACC=acc_dtype(qkv.dtype),
+        num_warps=config.num_warps,
+        num_stages=1,
+        maxnreg=config.maxnreg,
+    )
+    reduced = [None if t is None else t.sum(0) for t in (dbias, drel_k, drel_v)]
+    return reduced[0], reduced[1], reduced[2]
+
+
+_POINTERS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
+
+
+def _case(backward: bool, dtype: str, n: int, d: int, given: tuple[str, ...]) -> AotCase:
+    bn, bd = max(16, next_power_of_2(n)), max(16, next_power_of_2(d))
+    itemsize = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
+    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
+    config = pick_config.analytic(bn, bd, itemsize, 4096, backward=backward, shaw=shaw)
+    acc = "fp64" if dtype == "fp64" else "fp32"
+    kernel = _short_bwd_kernel if backward else _short_fwd_kernel
+    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
+    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
+    types |= {"bias_ptr": "*fp32", "rot_ptr": "*fp32", "scale_high": "fp32", "scale_low": "fp32"}
+    types |= {f"d{name}": f"*{acc}" for name in ("bias_ptr", "rel_k_ptr", "rel_v_ptr")}
+    constexprs = dict(
+        D=d,
+        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
+        P=config.P,
+        BN=bn,
+        BD=bd,
+        ACC=tl.float64 if dtype == "fp64" else tl.float32,
+    )
+    absent = {p: None for p in _POINTERS if p not in given}
+    absent |= {f"d{p}": None for p in absent}
+    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs | absent}
+    what = f"{dtype}-N{n}-D{d}-" + ("+".join(p[:-4] for p in given) or "plain")
+    strides_ = [a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h")]
+    return AotCase(
+        f"axis_attention_short_{'bwd' if backward else 'fwd'}/{what}",
+        kernel,
+        signature,
+        constexprs | {k: v for k, v in absent.items() if k in kernel.arg_names},
+        divisible=strides_,
+        num_warps=config.num_warps,
+        num_stages=1,
+        maxnreg=config.maxnreg,
+        uses_dot=dtype == "bf16",
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """Temporal attention as the peer runs it (rotary and bias) and as the paper does (Shaw)."""
+    peers, shaw = ("bias_ptr", "rot_ptr"), ("rel_k_ptr", "rel_v_ptr")
+    wanted = [
+        ("bf16", 16, 32, peers),
+        ("bf16", 16, 64, peers),
+        ("bf16", 16, 64, _POINTERS),
+        ("bf16", 16, 128, peers),
+        ("bf16", 32, 32, peers),
+        ("bf16", 32, 64, shaw),
+        ("fp32", 16, 32, peers),
+        ("fp32", 16, 64, shaw),
+    ]
+    rare = [
+        ("fp32", 16, 128, (*peers, "focus_ptr")),
+        ("fp32", 32, 64, (*peers, "focus_ptr")),
+        ("fp32", 32, 128, ("focus_ptr",)),
+    ]
+    found = [_case(backward, *what) for what in wanted for backward in (False, True)]
+    more = [_case(backward, *what) for what in rare for backward in (False, True)]
+    return found + [replace(case, rare=True) for case in more]

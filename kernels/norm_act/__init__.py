@@ -1,0 +1,332 @@
+"""Norm → affine → FiLM → SiLU → dropout → + residual on (B, F, H, W, C), forward and backward.
+
+    x_hat = (x - mean) rstd;  t = x_hat gain + offset;  y = SiLU(t) dropout_mask + residual
+    gain = weight (1 + scale),  offset = bias (1 + scale) + shift          per sample and channel
+
+GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
+  forward   statistics: every program takes a chunk of pixels of one block of channels, each lane
+            runs Welford over its own pixels, and the lanes merge by Chan's formula into one (mean,
+            M2) per channel and chunk; a small kernel merges chunks and channels into groups. The
+            chunks are as many as fill the GPU, also for one video. Then apply: one read, one write.
+            2R + 1W in all, 1R + 1W with given statistics.
+  backward  with dt = dy dropout_mask SiLU'(t), A = Σ_l dt and B = Σ_l dt x_hat per channel yield
+            everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
+            dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
+            dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W.
+x_bias, the bias of the convolution before, is part of what is normalised: x stands for x + x_bias.
+To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merge adds it to
+the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum where wanted,
+dx_bias = Σ_n rstd (gain A - L m1 - m2 X): the sum of dx before dx is rounded.
+RMSNorm (1) and LayerNorm (2) reduce over the channels of one pixel: 1R + 1W, backward 2R + 1W.
+t is recomputed in the backward; saved are x, mean and rstd. About 14 FLOPs an element forward, 30
+backward. Sums go through partials in a fixed order: no atomics, two runs give the same bits.
+Wu & He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of variances).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.norm_act.group import (
+    group_bwd_dx,
+    group_bwd_sums,
+    group_fwd,
+    group_stats,
+)
+from fastvdm.kernels.norm_act.parts import (
+    affine,
+    aot_case,
+    extents,
+    merge_tile,
+    row_stride,
+)
+from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
+
+GROUP, RMS, LAYER = 0, 1, 2
+
+
+@triton.jit
+def _reduce_kernel(
+    part_ptr, sums_ptr, m_ptr, w_ptr, scale_ptr, C, width, frames, stride_scale, chunks, total,
+    SUMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """sums (N, SUMS, C) of part (N, chunks, SUMS, C); a program takes ``width`` channels.
+
+    For GroupNorm these are one group, and m (N, 2, groups) = Σ gain sums / total.
+    """
+    pieces = tl.cdiv(C, width)
+    pid = tl.program_id(0)
+    n = (pid // pieces).to(tl.int64)
+    piece = pid % pieces
+    stop = tl.minimum((piece + 1) * width, C)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C)
+    part_ptr += n * chunks * SUMS * C
+    sums_ptr += n * SUMS * C
+    m1 = tl.zeros((BLOCK_C,), ACC)
+    m2 = tl.zeros((BLOCK_C,), ACC)
+    for c0 in range(piece * width, stop, BLOCK_C):
+        cols = c0 + offs_c
+        mask_c = cols < stop
+        a = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        b = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        third = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        for k0 in range(0, chunks, BLOCK_K):
+            k = k0 + offs_k
+            mask = (k < chunks)[:, None] & mask_c[None, :]
+            at = part_ptr + k[:, None] * SUMS * C + cols[None, :]
+            a += tl.load(at, mask=mask, other=0.0)
+            b += tl.load(at + C, mask=mask, other=0.0)
+            if SUMS == 3:
+                third += tl.load(at + 2 * C, mask=mask, other=0.0)
+        sum_a = tl.sum(a, axis=0)
+        sum_b = tl.sum(b, axis=0)
+        tl.store(sums_ptr + cols, sum_a, mask=mask_c)
+        tl.store(sums_ptr + C + cols, sum_b, mask=mask_c)
+        if SUMS == 3:
+            tl.store(sums_ptr + 2 * C + cols, tl.sum(third, axis=0), mask=mask_c)
+        if m_ptr is not None:
+            gain, _ = affine(
+                w_ptr, None, scale_ptr, None, n // frames, stride_scale, 0, cols, mask_c, ACC
+            )
+            m1 += gain * sum_a
+            m2 += gain * sum_b
+    if m_ptr is not None:
+        tl.store(m_ptr + n * 2 * pieces + piece, tl.sum(m1) / total)
+        tl.store(m_ptr + (n * 2 + 1) * pieces + piece, tl.sum(m2) / total)
+
+
+@triton.jit
+def _dfilm_kernel(
+    sums_ptr, w_ptr, b_ptr, dscale_ptr, dshift_ptr, C, frames,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dscale = weight B + bias A and dshift = A (B, C), from the sums A, B (B*frames, SUMS, C)."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    batch = (pid // blocks).to(tl.int64)
+    cols = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = cols < C
+    a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    b = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    for n0 in range(0, frames, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        mask = (n < frames)[:, None] & mask_c[None, :]
+        at = sums_ptr + (batch * frames + n)[:, None] * SUMS * C + cols[None, :]
+        a += tl.load(at, mask=mask, other=0.0)
+        b += tl.load(at + C, mask=mask, other=0.0)
+    sum_a = tl.sum(a, axis=0)
+    if dscale_ptr is not None:
+        dscale = tl.sum(b, axis=0) * tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)
+        if b_ptr is not None:
+            dscale += sum_a * tl.load(b_ptr + cols, mask=mask_c, other=0.0).to(ACC)
+        out = dscale_ptr + batch * C + cols
+        tl.store(out, dscale.to(dscale_ptr.dtype.element_ty), mask=mask_c)
+    if dshift_ptr is not None:
+        out = dshift_ptr + batch * C + cols
+        tl.store(out, sum_a.to(dshift_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _dweight_kernel(
+    sums_ptr, scale_ptr, dw_ptr, db_ptr, N, C, frames, stride_scale,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dweight = Σ_n (1 + scale) B and dbias = Σ_n (1 + scale) A, (C,), of the sums (N, SUMS, C)."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = cols < C
+    a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    b = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    for n0 in range(0, N, BLOCK_N):
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (n < N) & mask_c[None, :]
+        at = sums_ptr + n * SUMS * C + cols[None, :]
+        more_a = tl.load(at, mask=mask, other=0.0)
+        more_b = tl.load(at + C, mask=mask, other=0.0)
+        if scale_ptr is not None:
+            at = scale_ptr + n // frames * stride_scale + cols[None, :]
+            film = 1.0 + tl.load(at, mask=mask, other=0.0).to(ACC)
+            more_a *= film
+            more_b *= film
+        a += more_a
+        b += more_b
+    tl.store(dw_ptr + cols, tl.sum(b, axis=0).to(dw_ptr.dtype.element_ty), mask=mask_c)
+    if db_ptr is not None:
+        tl.store(db_ptr + cols, tl.sum(a, axis=0).to(db_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _dx_bias_kernel(
+    sums_ptr, m_ptr, rstd_ptr, w_ptr, scale_ptr, dxb_ptr, N, L, C, group_width, groups, frames,
+    stride_scale, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx_bias (C,) = Σ dx over all rows, from the sums (N, 3, C). The third is Σ_l x_hat for
+    GroupNorm, with m (N, 2, groups); without m it is Σ_l dx itself."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = cols < C
+    group = (cols // group_width)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+    for n0 in range(0, N, BLOCK_N):
+        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (n < N) & mask_c[None, :]
+        at = sums_ptr + n * 3 * C + cols[None, :]
+        found = tl.load(at + 2 * C, mask=mask, other=0.0)
+        if m_ptr is not None:
+            gain = tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)[None, :]
+            if scale_ptr is not None:
+                film = scale_ptr + n // frames * stride_scale + cols[None, :]
+                gain = gain * (1.0 + tl.load(film, mask=mask, other=0.0).to(ACC))
+            m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask, other=0.0)
+            m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask, other=0.0)
+            rstd = tl.load(rstd_ptr + n * groups + group, mask=mask, other=0.0)
+            found = rstd * (gain * tl.load(at, mask=mask, other=0.0) - L * m1 - found * m2)
+        total += found
+    tl.store(dxb_ptr + cols, tl.sum(total, axis=0).to(dxb_ptr.dtype.element_ty), mask=mask_c)
+
+
+def _numeric(mask: Tensor | None) -> Tensor | None:
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+
+
+def norm_act_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    dropout_mask: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kind: int,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    act: bool,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, rstd), the last two empty where they were given or there are none."""
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
+    none = x.new_empty(0, dtype=acc_torch_dtype(x.dtype))
+    params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
+    found = (none, torch.empty_like(none))
+    if kind != GROUP:
+        row_fwd(
+            x, x2, y, x_bias, params, residual, drop, per_frame, kind == LAYER, eps, act
+        )  # fmt: skip
+        return y, *found
+    if mean is None or rstd is None:
+        mean, rstd = found = group_stats(x, x2, groups, per_frame, eps, x_bias)
+    group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
+    return y, *found
+
+
+def norm_act_bwd(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dropout_mask: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    kind: int,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    act: bool,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dfilm: bool,
+    x_bias: Tensor | None = None,
+    need_dx_bias: bool = False,
+) -> tuple[Tensor, ...]:
+    """(dx, dx2, dweight, dbias, dscale, dshift, dx_bias), empty where the tensor is None or not
+    wanted."""
+    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm, need_dx_bias)
+    dx, dx2, dw, db, dscale, dshift, dxb = (
+        t.new_empty(t.shape) if t is not None and need else None
+        for t, need in zip((x, x2, weight, bias, scale, shift, x_bias), needs)
+    )
+    n, length, c1, c2, frames = extents(x, x2, per_frame)
+    c, acc = c1 + c2, acc_dtype(x.dtype)
+    params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
+    count = 2 if dxb is None else 3  # sums of the rows, see the kernels
+    m = sums = None
+    if kind == GROUP:
+        given = (mean, rstd, x_bias, params, drop, per_frame, act)
+        part = group_bwd_sums(dy, x, x2, *given, count)
+        if need_dx or dxb is not None:
+            m = part.new_empty((n, 2, groups))
+        sums = _reduce(part, m, weight, scale, c // groups, frames, length * (c // groups), acc)
+        if need_dx:
+            group_bwd_dx(dy, x, x2, dx, dx2, m, *given)
+    else:
+        wanted = any(t is not None for t in (dw, dscale, dshift, dxb))
+        row_part = row_bwd(
+            dy, x, x2, dx, dx2, x_bias, params, drop, per_frame, kind == LAYER, eps, act,
+            count if wanted else 0,
+        )  # fmt: skip
+        if row_part is not None:
+            sums = _reduce(row_part, None, weight, scale, 32, frames, 1, acc)
+
+    block_c = min(32, next_power_of_2(c))
+    if dscale is not None or dshift is not None:
+        _dfilm_kernel[(x.shape[0] * cdiv(c, block_c),)](
+            sums, weight, bias, dscale, dshift, c, frames, SUMS=count,
+            BLOCK_N=min(32, next_power_of_2(frames)), BLOCK_C=block_c, ACC=acc, num_warps=4,
+        )  # fmt: skip
+    if dw is not None:
+        _dweight_kernel[(cdiv(c, block_c),)](
+            sums, scale, dw, db, n, c, frames, row_stride(scale), SUMS=count,
+            BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc, num_warps=4,
+        )  # fmt: skip
+    if dxb is not None:
+        _dx_bias_kernel[(cdiv(c, block_c),)](
+            sums, m, rstd, weight, scale, dxb, n, length, c, c // groups, groups, frames,
+            row_stride(scale), BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc,
+            num_warps=4,
+        )  # fmt: skip
+    found = (dx, dx2, dw, db, dscale, dshift, dxb)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _reduce(
+    part: Tensor,
+    m: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    width: int,
+    frames: int,
+    total: int,
+    acc: tl.dtype,
+) -> Tensor:
+    n, chunks, count, c = part.shape
+    sums = part.new_empty((n, count, c))
+    block_k, block_c = merge_tile(chunks, width)
+    _reduce_kernel[(n * cdiv(c, width),)](
+        part, sums, m, weight, scale, c, width, frames, row_stride(scale), chunks, total,
+        SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def aot_cases() -> list[AotCase]:
+    """The small kernels that reduce partials have one form."""
+    block_k, block_c = merge_tile(128, 64)
+    merge = dict(BLOCK_K=block_k, BLOCK_C=block_c, ACC=tl.float32)
+    last = dict(BLOCK_N=32, BLOCK_C=32, ACC=tl.float32)
+    return [
+        aot_case("reduce", _reduce_kernel, "bf16", (64, 0), 4, SUMS=3, **merge),
+        aot_case("dfilm", _dfilm_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
+        aot_case("dweight", _dweight_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
+        aot_case("dx_bias", _dx_bias_kernel, "bf16", (64, 0), 4, **last),
+    ]

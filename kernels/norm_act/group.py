@@ -1,0 +1,452 @@
+"""GroupNorm: statistics in two levels, forward, backward sums and dx.
+
+``norm_act.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
+pixels are normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.norm_act.parts import (
+    STAGES,
+    Config,
+    affine,
+    aot_case,
+    aot_sums,
+    extents,
+    load_dt,
+    merge_tile,
+    row_stride,
+    split_for_map,
+    split_for_sums,
+    store_act,
+)
+from fastvdm.kernels.tuned import tuned
+
+
+@tuned("norm_act_group")
+def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
+    """Tile of the GroupNorm kernels: 16 values a thread. ``itemsize`` and ``kind``, "stats", "fwd"
+    or "bwd", tell measured tiles apart.
+
+    The width pads the two sources least, among widths that read at least 64 bytes in a row (bf16);
+    of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
+    """
+    top = min(128, next_power_of_2(max(c1, c2)))
+    widths = [w for w in (128, 64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
+    block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
+    # Triton has each thread fetch for itself a parameter vector that is shorter than the block
+    num_warps = max(1, min(4, block_c // 32))
+    return Config(block_c, 512 * num_warps // block_c, num_warps)
+
+
+@triton.jit
+def _mean(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
+    """What to take off x, (1, BLOCK_C): the mean of x + x_bias is off x by x_bias."""
+    mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
+    if xb_ptr is not None:
+        mean -= tl.load(xb_ptr + cols, mask=mask, other=0.0).to(ACC)
+    return mean[None, :]
+
+
+@triton.jit
+def _source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
+    """Which tensor the block ``pid_c`` of the channels [x, x2] lies in: its pointer, its width, the
+    block's first channel in it, and the channels that stand before it."""
+    first = pid_c * BLOCK_C
+    if x2_ptr is None:
+        return x_ptr, C1, first, 0
+    else:
+        blocks = tl.cdiv(C1, BLOCK_C)
+        second = pid_c >= blocks
+        src = tl.where(second, x2_ptr, x_ptr)
+        width = tl.where(second, C2, C1)
+        return (
+            src,
+            width,
+            tl.where(second, first - blocks * BLOCK_C, first),
+            tl.where(second, C1, 0),
+        )
+
+
+@triton.jit
+def _stats_kernel(
+    x_ptr, x2_ptr, part_ptr, L, C1, C2, rows, chunks,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """part (N, chunks, 2, C): mean and M2 of each channel over each chunk of ``rows`` pixels."""
+    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
+    pid = tl.program_id(0)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
+    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = c0 + offs_c < width
+    src += (n * L + first) * width + c0
+    offs = offs_l[:, None] * width + offs_c[None, :]
+
+    # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
+    mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x = tl.load(src + offs, mask=mask, other=0.0).to(ACC)
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / tl.cast(start // BLOCK_L + 1, ACC))
+        m2 += delta * (x - mean)
+        src += BLOCK_L * width
+
+    # Chan's merge of the lanes. Means are summed as differences to the first: mean >> std needs it
+    count = tl.maximum((size - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)[:, None]
+    shift = tl.sum(tl.where(offs_l[:, None] == 0, mean, 0.0), axis=0)
+    centre = shift + tl.sum(count * (mean - shift[None, :]), axis=0) / size.to(ACC)
+    apart = mean - centre[None, :]
+    out = part_ptr + (n * chunks + chunk) * 2 * (C1 + C2) + before + c0 + offs_c
+    tl.store(out, centre, mask=mask_c)
+    tl.store(out + C1 + C2, tl.sum(m2 + count * apart * apart, axis=0), mask=mask_c)
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr, xb_ptr, mean_ptr, rstd_ptr, L, C, group_width, groups, rows, chunks,
+    EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean and rstd (N, groups) from part (N, chunks, 2, C): Chan's merge over chunks, channels.
+
+    x_bias is added here, as a difference to that of the group's first channel, too.
+    """
+    pid = tl.program_id(0)
+    n = (pid // groups).to(tl.int64)
+    part_ptr += n * chunks * 2 * C + pid % groups * group_width
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_c = tl.arange(0, BLOCK_C)
+    shift = tl.load(part_ptr)
+    total = tl.cast(L, ACC) * group_width
+    bias = tl.zeros((), ACC)
+    if xb_ptr is not None:
+        xb_ptr += pid % groups * group_width
+        bias = tl.load(xb_ptr).to(ACC)
+
+    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + offs_k
+        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
+        for c0 in range(0, group_width, BLOCK_C):
+            c = c0 + offs_c
+            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
+            mean = tl.load(part_ptr + k[:, None] * 2 * C + c[None, :], mask=mask, other=0.0) - shift
+            if xb_ptr is not None:
+                mean += tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)[None, :] - bias
+            moment += tl.where(mask, size * mean, 0.0)
+    centre = tl.sum(moment) / total
+
+    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    for k0 in range(0, chunks, BLOCK_K):
+        k = k0 + offs_k
+        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
+        for c0 in range(0, group_width, BLOCK_C):
+            c = c0 + offs_c
+            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
+            at = part_ptr + k[:, None] * 2 * C + c[None, :]
+            apart = tl.load(at, mask=mask, other=0.0) - shift
+            if xb_ptr is not None:
+                more = tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)
+                apart += more[None, :] - bias
+            apart -= centre
+            m2 = tl.load(at + C, mask=mask, other=0.0)
+            moment += tl.where(mask, m2 + size * apart * apart, 0.0)
+    tl.store(mean_ptr + pid, shift + bias + centre)
+    tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(tl.sum(moment) / total + EPS))
+
+
+@triton.jit
+def _group_fwd_kernel(
+    x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr,
+    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
+    ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels."""
+    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
+    pid = tl.program_id(0)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
+    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = c0 + offs_c < width
+    cols = before + c0 + offs_c
+    group = n * groups + cols // group_width
+    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
+    gain, offset = affine(
+        w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
+        ACC,
+    )  # fmt: skip
+    slope = (rstd * gain)[None, :]
+    src += (n * L + first) * width + c0
+    at = (n * L + first) * (C1 + C2)
+    offs_x = offs_l[:, None] * width + offs_c[None, :]
+    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x = tl.load(src + offs_x, mask=mask, other=0.0).to(ACC)
+        t = (x - mean) * slope + offset[None, :]
+        store_act(t, y_ptr, res_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+        src += BLOCK_L * width
+        at += BLOCK_L * (C1 + C2)
+
+
+@triton.jit
+def _group_bwd_sums_kernel(
+    dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
+    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
+    SUMS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """part (N, chunks, SUMS, C): the sums over a chunk of dt, of dt x_hat and, third, of x_hat."""
+    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
+    pid = tl.program_id(0)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
+    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = c0 + offs_c < width
+    cols = before + c0 + offs_c
+    group = n * groups + cols // group_width
+    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)[None, :]
+    gain, offset = affine(
+        w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
+        ACC,
+    )  # fmt: skip
+    src += (n * L + first) * width + c0
+    at = (n * L + first) * (C1 + C2)
+    offs_x = offs_l[:, None] * width + offs_c[None, :]
+    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+
+    sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    sum_x = tl.zeros((BLOCK_L, BLOCK_C), ACC)
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
+        t = x_hat * gain[None, :] + offset[None, :]
+        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+        sum_dt += dt
+        sum_dtx += dt * x_hat
+        if SUMS == 3:
+            sum_x += tl.where(mask, x_hat, 0.0)
+        src += BLOCK_L * width
+        at += BLOCK_L * (C1 + C2)
+    out = part_ptr + (n * chunks + chunk) * SUMS * (C1 + C2) + cols
+    tl.store(out, tl.sum(sum_dt, axis=0), mask=mask_c)
+    tl.store(out + C1 + C2, tl.sum(sum_dtx, axis=0), mask=mask_c)
+    if SUMS == 3:
+        tl.store(out + 2 * (C1 + C2), tl.sum(sum_x, axis=0), mask=mask_c)
+
+
+@triton.jit
+def _group_bwd_dx_kernel(
+    dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr,
+    scale_ptr, shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale,
+    stride_shift, rows, chunks,
+    ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels, with m (N, 2, groups)."""
+    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
+    pid = tl.program_id(0)
+    chunk = pid // blocks % chunks
+    n = (pid // blocks // chunks).to(tl.int64)
+    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    dst, _, _, _ = _source(dx_ptr, dx2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    first = chunk * rows
+    size = tl.minimum(L - first, rows)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = c0 + offs_c < width
+    cols = before + c0 + offs_c
+    group = cols // group_width
+    mean = _mean(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
+    rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
+    m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)[None, :]
+    m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)[None, :]
+    gain, offset = affine(
+        w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
+        ACC,
+    )  # fmt: skip
+    src += (n * L + first) * width + c0
+    dst += (n * L + first) * width + c0
+    at = (n * L + first) * (C1 + C2)
+    offs_x = offs_l[:, None] * width + offs_c[None, :]
+    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
+        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
+        t = x_hat * gain[None, :] + offset[None, :]
+        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+        dx = rstd * (dt * gain[None, :] - m1 - x_hat * m2)
+        tl.store(dst + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        src += BLOCK_L * width
+        dst += BLOCK_L * width
+        at += BLOCK_L * (C1 + C2)
+
+
+def group_stats(
+    x: Tensor,
+    x2: Tensor | None,
+    groups: int,
+    per_frame: bool,
+    eps: float,
+    x_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd of x + x_bias, each (N, groups)."""
+    n, length, c1, c2, _ = extents(x, x2, per_frame)
+    acc = acc_dtype(x.dtype)
+    cfg = pick_config(c1, c2, x.element_size(), "stats")
+    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
+    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
+    part = x.new_empty((n, chunks, 2, c1 + c2), dtype=acc_torch_dtype(x.dtype))
+    mean = part.new_empty((n, groups))
+    rstd = torch.empty_like(mean)
+    _stats_kernel[(n * chunks * blocks,)](
+        x, x2, part, length, c1, c2, rows, chunks,
+        BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps,
+    )  # fmt: skip
+    width = (c1 + c2) // groups
+    block_k, block_c = merge_tile(chunks, width)
+    _merge_kernel[(n * groups,)](
+        part, x_bias, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
+        EPS=eps, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+    )  # fmt: skip
+    return mean, rstd
+
+
+def _launch(
+    x: Tensor,
+    x2: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    groups: int,
+    per_frame: bool,
+    kind: str,
+    split: Callable[[torch.device, int, int, Config], tuple[int, int]],
+) -> tuple[int, tuple[int, ...], dict[str, Any]]:
+    """(programs, the integers from L to chunks, tile) of a kernel whose pixels ``split`` cuts."""
+    n, length, c1, c2, frames = extents(x, x2, per_frame)
+    cfg = pick_config(c1, c2, x.element_size(), kind)
+    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
+    rows, chunks = split(x.device, n * blocks, length, cfg)
+    strides = (row_stride(params[2]), row_stride(params[3]))
+    counts = (length, c1, c2, (c1 + c2) // groups, groups, frames, *strides, rows, chunks)
+    tile: dict[str, Any] = dict(
+        BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps
+    )
+    return n * chunks * blocks, counts, tile
+
+
+def group_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_bias: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    drop: Tensor | None,
+    per_frame: bool,
+    act: bool,
+) -> None:
+    """y in one read and one write; ``params`` is (weight, bias, scale, shift)."""
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "fwd", split_for_map)
+    _group_fwd_kernel[(grid,)](
+        x, x2, y, mean, rstd, x_bias, *params, residual, drop, *counts, ACT=act, **tile
+    )
+
+
+def group_bwd_sums(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_bias: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    drop: Tensor | None,
+    per_frame: bool,
+    act: bool,
+    count: int,
+) -> Tensor:
+    """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_sums)
+    n, _, c1, c2, _ = extents(x, x2, per_frame)
+    part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
+    _group_bwd_sums_kernel[(grid,)](
+        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile
+    )
+    return part
+
+
+def group_bwd_dx(
+    dy: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    dx: Tensor | None,
+    dx2: Tensor | None,
+    m: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_bias: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    drop: Tensor | None,
+    per_frame: bool,
+    act: bool,
+) -> None:
+    """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_map)
+    _group_bwd_dx_kernel[(grid,)](
+        dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """As the launchers start them: bf16 in both widths of tile, two unequal sources, fp32; with
+    x_bias and its gradient where there is one source of bf16."""
+    block_k, block_c = merge_tile(128, 64)
+    merge = dict(EPS=1e-5, BLOCK_K=block_k, BLOCK_C=block_c, ACC=tl.float32)
+    found = [aot_case("merge", _merge_kernel, "bf16", (64, 0), 4, **merge)]
+    for dtype, c1, c2 in (("bf16", 64, 0), ("bf16", 256, 0), ("bf16", 96, 48), ("fp32", 128, 0)):
+        found += _aot_group(dtype, c1, c2)
+    return found
+
+
+def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
+    cfg = pick_config.analytic(c1, c2, 2, "bwd")
+    tile = dict(BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=tl.float32)
+    kernels = {
+        "group_fwd": _group_fwd_kernel,
+        "group_bwd_sums": _group_bwd_sums_kernel,
+        "group_bwd_dx": _group_bwd_dx_kernel,
+    }
+    channels, warps = (c1, c2), cfg.num_warps
+    sums = {"group_bwd_sums": {"SUMS": aot_sums(dtype, c2)}}
+    return [aot_case("stats", _stats_kernel, dtype, channels, warps, **tile)] + [
+        aot_case(what, kernel, dtype, channels, warps, ACT=True, **tile, **sums.get(what, {}))
+        for what, kernel in kernels.items()
+    ]

@@ -1,0 +1,140 @@
+"""What the norm's kernels share: tiles and chunks, parameters, the ends of the arithmetic.
+
+``norm_act.py`` has the mathematics and the names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvdm.kernels.aot_case import AotCase
+from fastvdm.kernels.common import cdiv, next_power_of_2
+
+# Copies of the next tiles on their way while one is computed; registers fall by 40 % with it, too
+# (sm_90, Triton 3.6: 167 to 96 in _group_bwd_dx_kernel).
+STAGES = tl.constexpr(3)
+
+
+class Config(NamedTuple):
+    block_c: int  # channels a tile
+    block_l: int  # pixels a tile
+    num_warps: int
+
+
+def programs(device: torch.device, num_warps: int) -> int:
+    """32 warps a multiprocessor; the interpreter counts as a tenth of one."""
+    if device.type != "cuda":
+        return 4
+    return 32 // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def split_for_sums(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
+    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, where ``outer``
+    programs stand for each chunk."""
+    tiles = cdiv(length, cfg.block_l)
+    wanted = max(1, min(tiles, programs(device, cfg.num_warps) // outer))
+    rows = cdiv(tiles, wanted) * cfg.block_l
+    return rows, cdiv(length, rows)
+
+
+def split_for_map(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
+    """The same for an elementwise pass: up to 8 tiles, which share the loads of the parameters."""
+    tiles = outer * cdiv(length, cfg.block_l)
+    rows = max(1, min(8, tiles // programs(device, cfg.num_warps))) * cfg.block_l
+    return rows, cdiv(length, rows)
+
+
+def extents(x: Tensor, x2: Tensor | None, per_frame: bool) -> tuple[int, int, int, int, int]:
+    """(N, L, C1, C2, frames): N statistics, each over L pixels; ``frames`` of them a sample."""
+    b, f, h, w, c1 = x.shape
+    c2 = 0 if x2 is None else x2.shape[-1]
+    return (b * f, h * w, c1, c2, f) if per_frame else (b, f * h * w, c1, c2, 1)
+
+
+def row_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def merge_tile(rows: int, width: int) -> tuple[int, int]:
+    block_c = min(64, next_power_of_2(width))
+    return min(next_power_of_2(rows), 1024 // block_c), block_c
+
+
+@triton.jit
+def affine(
+    w_ptr, b_ptr, scale_ptr, shift_ptr, batch, stride_scale, stride_shift, cols, mask,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """gain and offset of t = x_hat gain + offset, both (BLOCK_C,)."""
+    gain = tl.load(w_ptr + cols, mask=mask, other=0.0).to(ACC)
+    offset = tl.zeros_like(gain)
+    if b_ptr is not None:
+        offset = tl.load(b_ptr + cols, mask=mask, other=0.0).to(ACC)
+    if scale_ptr is not None:
+        film = 1.0 + tl.load(scale_ptr + batch * stride_scale + cols, mask=mask, other=0.0).to(ACC)
+        gain *= film
+        offset *= film
+    if shift_ptr is not None:
+        offset += tl.load(shift_ptr + batch * stride_shift + cols, mask=mask, other=0.0).to(ACC)
+    return gain, offset
+
+
+@triton.jit
+def store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """y = SiLU(t) dropout_mask + residual at ``offs``."""
+    if ACT:
+        t *= tl.sigmoid(t)
+    if drop_ptr is not None:
+        t *= tl.load(drop_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if res_ptr is not None:
+        t += tl.load(res_ptr + offs, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + offs, t.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_dt(t, dy_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """dt = dy dropout_mask SiLU'(t); 0 outside the mask."""
+    dt = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if drop_ptr is not None:
+        dt *= tl.load(drop_ptr + offs, mask=mask, other=0.0).to(ACC)
+    if ACT:
+        sig = tl.sigmoid(t)
+        dt *= sig * (1.0 + t * (1.0 - sig))
+    return tl.where(mask, dt, 0.0)
+
+
+# What is in the accumulator's type, whatever the inputs are.
+_PARTIALS = ("part_ptr", "mean_ptr", "rstd_ptr", "m_ptr", "sums_ptr", "dw_ptr", "db_ptr")
+
+
+def aot_case(
+    what: str, kernel: Any, dtype: str, channels: tuple[int, int], num_warps: int, **constexprs: Any
+) -> AotCase:
+    signature: dict[str, str] = {}
+    divisible = []
+    absent = [] if channels[1] else ["x2_ptr", "dx2_ptr"]
+    absent += ["xb_ptr"] if aot_sums(dtype, channels[1]) == 2 else []
+    for arg in kernel.arg_names:
+        if arg in constexprs:
+            continue
+        if arg in absent:
+            constexprs[arg] = None
+        elif arg.endswith("_ptr"):
+            kind = "fp32" if arg in _PARTIALS else "u8" if arg == "drop_ptr" else dtype
+            signature[arg] = f"*{kind}"
+        else:
+            signature[arg] = "i32"
+            if arg in ("C", "C1", "C2", "stride_scale", "stride_shift"):
+                divisible.append(arg)
+    name = f"norm_act_{what}/{dtype}-{'+'.join(str(c) for c in channels if c)}"
+    return AotCase(name, kernel, signature, constexprs, divisible, num_warps)
+
+
+def aot_sums(dtype: str, c2: int) -> int:
+    """3 with x_bias."""
+    return 2 if c2 or dtype != "bf16" else 3
