@@ -80,13 +80,13 @@ def norm(s: Shape, device: str, dtype: torch.dtype, *, kind: int, backward: bool
     options = (kind, s.groups, False, EPS, True)
 
     def forward() -> tuple[Tensor, ...]:
-        return norm_act.norm_act_fwd(x, None, *vectors, *film, x, None, None, None, *options)
+        return norm_act.norm_act_fwd(x, None, None, *vectors, *film, x, None, None, None, *options)
 
     if not backward:
         return forward
     stats = forward()[1:] if kind == norm_act.GROUP else (None, None)
     return lambda: norm_act.norm_act_bwd(
-        dy, x, None, *vectors, *film, None, *stats, *options, True, True, True
+        dy, x, None, None, *vectors, *film, None, *stats, *options, True, False, True, True
     )
 
 

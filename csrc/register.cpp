@@ -11,14 +11,16 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("linear_fwd_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
   m.def(
-      "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? scale, "
-      "Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, "
-      "int kind, int groups, bool per_frame, float eps, bool act) -> (Tensor, Tensor, Tensor)");
+      "norm_act_fwd_cpu(Tensor x, Tensor? x2, Tensor? x_bias, Tensor weight, Tensor? bias, "
+      "Tensor? scale, Tensor? shift, Tensor? residual, Tensor? dropout_mask, Tensor? mean, "
+      "Tensor? rstd, int kind, int groups, bool per_frame, float eps, bool act) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "norm_act_bwd_cpu(Tensor dy, Tensor x, Tensor? x2, Tensor weight, Tensor? bias, "
-      "Tensor? scale, Tensor? shift, Tensor? dropout_mask, Tensor? mean, Tensor? rstd, int kind, "
-      "int groups, bool per_frame, float eps, bool act, bool need_dx, bool need_dweight, "
-      "bool need_dfilm) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "norm_act_bwd_cpu(Tensor dy, Tensor x, Tensor? x2, Tensor? x_bias, Tensor weight, "
+      "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? dropout_mask, Tensor? mean, "
+      "Tensor? rstd, int kind, int groups, bool per_frame, float eps, bool act, bool need_dx, "
+      "bool need_dx_bias, bool need_dweight, bool need_dfilm) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "axis_attention_fwd_cpu(Tensor qkv, int axis, Tensor? bias, Tensor? rel_k, Tensor? rel_v, "
       "Tensor? rotary, Tensor? focus_mask, int num_images, float sm_scale) -> (Tensor, Tensor)");
@@ -61,6 +63,10 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "Tensor? seed, Tensor? known, Tensor? slot, Tensor? noise, Tensor? rng, "
       "Tensor? threshold, int step, bool clip, bool want_x) -> (Tensor, Tensor)");
   m.def(
+      "space_conv_fwd_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, "
+      "int stride) -> Tensor");
+  m.def("space_conv_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
+  m.def(
       "conv3x3_cpu(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual, "
       "bool turned, int tile) -> Tensor");
 }
@@ -86,6 +92,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("linear_attention_block_bwd_cpu", TORCH_BOX(&fastvdm::linear_attention_block_bwd));
   m.impl("guidance_seed_fwd_cpu", TORCH_BOX(&fastvdm::guidance_seed_fwd));
   m.impl("guidance_update_fwd_cpu", TORCH_BOX(&fastvdm::guidance_update_fwd));
+  m.impl("space_conv_fwd_cpu", TORCH_BOX(&fastvdm::space_conv_fwd));
+  m.impl("space_conv_dx_cpu", TORCH_BOX(&fastvdm::space_conv_dx));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
   m.impl("linear_fwd_cpu", TORCH_BOX(&fastvdm::linear_fwd));
   m.impl("linear_dx_cpu", TORCH_BOX(&fastvdm::linear_dx));

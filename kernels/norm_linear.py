@@ -172,13 +172,13 @@ def norm_linear_bwd(
     dx, dnorm_weight, dnorm_bias, dweight, dbias = (nothing() for _ in range(5))
     if need_dx or need_norm:
         dxn = product(seeds, weight).view(flat.shape)
-        dx, _, dnorm_weight, dnorm_bias, *_ = norm_act_bwd(
-            dxn, flat, None, norm_weight, norm_bias, None, None, None, None, None,
-            LAYER, 1, False, eps, False, need_dx, need_norm, False,
+        dx, _, _, dnorm_weight, dnorm_bias, *_ = norm_act_bwd(
+            dxn, flat, None, None, norm_weight, norm_bias, None, None, None, None, None,
+            LAYER, 1, False, eps, False, need_dx, False, need_norm, False,
         )  # fmt: skip
     if need_weight:
         xn, _, _ = norm_act_fwd(
-            flat, None, norm_weight, norm_bias, None, None, None, None, None, None,
+            flat, None, None, norm_weight, norm_bias, None, None, None, None, None, None,
             LAYER, 1, False, eps, False,
         )  # fmt: skip
         dweight = product(seeds.t(), xn.view(-1, x.shape[-1]).to(weight.dtype))

@@ -1,8 +1,7 @@
-"""The conv side on the library's kernels (cuDNN, oneDNN, BLAS): launchers named as in ``kernels/``.
+"""``space_conv`` on torch's own kernels (cuDNN, oneDNN, BLAS), with launchers named as Triton's.
 
-Everything runs on channels-last views of (B, F, H, W, C), so no layout is ever copied. On a CPU the
-large 3x3 convolutions go to the C++ backend, and 16-bit types that the machine can only emulate are
-computed in fp32.
+Everything runs on channels-last views of (B, F, H, W, C), so no layout is ever copied. 16-bit types
+that a CPU can only emulate are computed in fp32.
 """
 
 from __future__ import annotations
@@ -15,19 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvdm.ops.linear import emulated
-from fastvdm.runtime import dispatch, extension
-from fastvdm.runtime.config import get_config
-
-_HAS_CONV = extension.has_launcher("conv3x3_cpu")
-# Asked once, so that dynamo traces a comparison of constants.
-AMX = extension.reason_off() is None and torch.ops.fastvdm_C.cpu_isa() == "amx"
-
-if _HAS_CONV:  # for whoever traces the compositions below, as fastvdm.export does
-
-    @torch.library.register_fake("fastvdm_C::conv3x3_cpu")
-    def _(x, x2, weight, bias, residual, turned, tile):
-        return x.new_empty((*x.shape[:-1], weight.shape[1 if turned else 0]))
+from fastvdm.runtime.extension import emulated
 
 
 def padding_of(kernel: int) -> int:
@@ -52,45 +39,6 @@ def like(t: Tensor, pattern: Tensor) -> Tensor:
     return t if t.stride() == out.stride() and t.dtype == out.dtype else out.copy_(t)
 
 
-_TILES = {torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
-
-
-def has_own_kernel(device: torch.device, weight: Tensor, stride: int, dtype: torch.dtype) -> bool:
-    """Whether the C++ backend takes such a convolution at some size. No question of sizes, which
-    are symbols while a graph is traced: ``own_tile`` asks that inside the opaque op. Where AMX
-    multiplies bf16 sixteen times as fast as fp32, oneDNN's direct sum in it has less to do."""
-    if AMX and dtype == torch.bfloat16:
-        return False
-    if device.type != "cpu" or weight.shape[-1] != 3 or stride != 1:
-        return False
-    if dtype not in _TILES or get_config().backend not in ("auto", "cpu"):
-        return False
-    if not _HAS_CONV:
-        dispatch.missing_extension("space_conv")
-    return _HAS_CONV
-
-
-def own_tile(x: Tensor, weight: Tensor, stride: int) -> int:
-    """The Winograd tile, 2 or 4, with which the C++ backend takes this convolution; 0: it does not.
-
-    F(2x2) in fp32 errs no more than the direct sum; F(4x4), 1e-6 to 3e-6 of the largest output, is
-    for 16-bit storage only. The extension keeps the transformed weights from the second call with
-    the same content on (csrc/cpu/common/packed_weights.cpp); a training step transforms them every
-    time. The choice depends on sizes alone, so that the bits of a result never depend on the cache.
-
-    Time of F(2x2) against oneDNN in fp32, weights kept / transformed at every call (two threads of
-    an EPYC Zen 3 with AVX2, 2026-11): 0.66 / 0.66 for 16 images of 64x64x64, 0.49 / 0.53 at
-    16x16x512, 0.37 / 0.44 at 8x8x1024; for one image 0.32 / 0.38 at 8x8x512, 0.21 / 0.44 at
-    8x8x1024. F(4x4) has over twice as many weights to transform and to read; against F(2x2): 0.75 /
-    1.03 for 16 images of 8x8x1024, 0.73 / 1.29 for 9, 1.0 / 1.6 for 4, 1.1 / 1.9 for one.
-    """
-    if not has_own_kernel(x.device, weight, stride, x.dtype):
-        return 0
-    pixels = x.numel() // max(x.shape[-1], 1)
-    widest = max(weight.shape[:2])
-    return 2 if pixels < widest else _TILES[x.dtype]
-
-
 def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Computes in fp32 where the machine only emulates the type of the first argument."""
 
@@ -108,23 +56,6 @@ def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(cast(t, torch.float32, x.dtype) for t in found)
 
     return call
-
-
-def _conv3x3(
-    x: Tensor,
-    x2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    turned: bool,
-    tile: int,
-) -> Tensor:
-    images_x, images_x2, images_residual = (
-        None if t is None else t.contiguous().flatten(0, 1) for t in (x, x2, residual)
-    )
-    return torch.ops.fastvdm_C.conv3x3_cpu(
-        images_x, images_x2, weight, bias, images_residual, turned, tile
-    )
 
 
 def adds_bias_apart(x: Tensor, kernel: int) -> bool:
@@ -150,11 +81,6 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tenso
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
 
-def upsample_nearest(x: Tensor) -> Tensor:
-    """H and W doubled; stays channels-last."""
-    return video(F.interpolate(images(x), scale_factor=2, mode="nearest"), x)
-
-
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """4x4, stride 2, padding 1; differentiable through torch's own autograd."""
     inside = None if adds_bias_apart(x, weight.shape[-1]) else bias
@@ -162,6 +88,7 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
 
+@_in_fp32
 def space_conv_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -170,26 +97,9 @@ def space_conv_fwd(
     residual: Tensor | None,
     stride: int,
 ) -> Tensor:
-    """One or two sources."""
-    tile = own_tile(x, weight, stride)
-    if tile:
-        y = _conv3x3(x, x2, weight, bias, residual, False, tile)
-        return y.view(*x.shape[:-1], weight.shape[0])
-    return _space_conv_fwd(x, x2, weight, bias, residual, stride)
-
-
-@_in_fp32
-def _space_conv_fwd(
-    x: Tensor,
-    x2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-) -> Tensor:
-    """Two sources. A 1x1 adds a second GEMM to the first; a larger kernel
-    concatenates: 0.95-1.1x the time of two convolutions (Xeon, one thread, fp32, 64-256 channels),
-    one rounding instead of three, and the copy is not kept."""
+    """Of two sources a 1x1 adds a second GEMM to the first; a larger kernel concatenates: 0.95-1.1x
+    the time of two convolutions (Xeon, one thread, fp32, 64-256 channels), one rounding instead of
+    three, and the copy is not kept."""
     if x2 is None:
         y = conv2d(x, weight, bias, stride)
     elif weight.shape[-1] == 1 and stride == 1:
@@ -203,18 +113,8 @@ def _space_conv_fwd(
     return y if residual is None else y + residual
 
 
-def _source_grads(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    tile = own_tile(x, weight, stride)
-    if tile and need_dx:
-        dx = _conv3x3(dy, None, weight, None, None, True, tile).view(x.shape)
-        return dx, _library_grads(dy, x, weight, stride, False, need_dw)[1]
-    return _library_grads(dy, x, weight, stride, need_dx, need_dw)
-
-
 @_in_fp32
-def _library_grads(
+def _source_grads(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     if not (need_dx or need_dw):
@@ -237,23 +137,32 @@ def space_conv_bwd(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     stride: int,
     need_dx: bool,
     need_dx2: bool,
     need_dw: bool,
     need_db: bool,
+    dx_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each source against its own slice of the weight: no concatenation, contiguous gradients."""
-    dy = dy.contiguous()
+    """Each source against its own slice of the weight: no concatenation, contiguous gradients.
+    ``dx_of(dy, weight)`` may be another backend's gradient of a source."""
     c1 = x.shape[-1]
-    dx, dw = _source_grads(dy, x, weight[:, :c1], stride, need_dx, need_dw)
+
+    def grads(
+        source: Tensor, part: Tensor, need_source: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if dx_of is None or not need_source:
+            return _source_grads(dy, source, part, stride, need_source, need_dw)
+        return dx_of(dy, part), _source_grads(dy, source, part, stride, False, need_dw)[1]
+
+    dx, dw = grads(x, weight[:, :c1], need_dx)
     dx2 = None
     if x2 is not None:
-        dx2, dw2 = _source_grads(dy, x2, weight[:, c1:], stride, need_dx2, need_dw)
+        dx2, dw2 = grads(x2, weight[:, c1:], need_dx2)
         dw = torch.cat([dw, dw2], dim=1) if dw is not None and dw2 is not None else None
-    none = dy.new_empty(0)
     return (
-        none if dx is None else dx,
+        dy.new_empty(0) if dx is None else dx,
         dy.new_empty(0) if dx2 is None else dx2,
         dy.new_empty(0) if dw is None else like(dw, weight),
         dy.flatten(0, -2).sum(0) if need_db else dy.new_empty(0),
@@ -286,9 +195,14 @@ def space_conv_transpose_fwd(
 
 @_in_fp32
 def space_conv_transpose_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy = dy.contiguous()
     dx = dw = None
     if need_dx or need_dw:
         dx, dw, _ = torch.ops.aten.convolution_backward(

@@ -72,13 +72,13 @@ def norm_act(shape, c2, kind, needs, film, before=False) -> None:
     x, c = torch.empty(shape, dtype=torch.bfloat16), shape[-1] + c2
     x2 = torch.empty(*shape[:-1], c2, dtype=x.dtype) if c2 else None
     scale = torch.empty(shape[0], c, dtype=x.dtype) if film else None
-    params = (x, x2, torch.empty(c), torch.empty(c) if film else None, scale, scale)
-    options = (kind, 1, False, 1e-5, True)
     x_bias = torch.empty(c) if before else None
-    y, mean, rstd = kernels.norm_act_fwd(*params, None, None, None, None, *options, x_bias)
+    params = (x, x2, x_bias, torch.empty(c), torch.empty(c) if film else None, scale, scale)
+    options = (kind, 1, False, 1e-5, True)
+    y, mean, rstd = kernels.norm_act_fwd(*params, None, None, None, None, *options)
     stats = (mean, rstd) if kind == 0 else (None, None)
-    for need in needs:
-        kernels.norm_act_bwd(y, *params, None, *stats, *options, *need, x_bias, before)
+    for need_dx, *need in needs:
+        kernels.norm_act_bwd(y, *params, None, *stats, *options, need_dx, before, *need)
 
 
 def norm_conv(shape, cout, kernel, film, rows=1) -> None:

@@ -232,17 +232,17 @@ def test_opcheck(case, device):
     x, w, b, scale, shift, residual, x_bias = tensors
     kind = ops.KINDS[options["kind"]]
     settings = (options.get("groups", 1), False, 1e-5, True, "triton")
-    given = (x, None, w, b, scale, shift, residual, options["dropout_mask"], None, None, kind)
-    opcheck_op(ops.norm_act_fwd, (*given, *settings, x_bias))
+    mask = options["dropout_mask"]
+    given = (x, None, x_bias, w, b, scale, shift, residual, mask, None, None, kind)
+    opcheck_op(ops.norm_act_fwd, (*given, *settings))
     with torch.no_grad():
-        y, mean, rstd = ops.norm_act_fwd(*given, *settings, x_bias)
+        y, mean, rstd = ops.norm_act_fwd(*given, *settings)
     stats = (mean, rstd) if kind == 0 else (None, None)
-    detached = [None if t is None else t.detach() for t in (x, None, w, b, scale, shift)]
-    for flags in ((True, True, True), (False, False, False)):
+    detached = [None if t is None else t.detach() for t in given[:7]]
+    for flags in ((True, True, True, True), (False, True, False, False)):
         torch.library.opcheck(
             ops.norm_act_bwd,
-            (torch.randn_like(y), *detached, None, *stats, kind, *settings[:-1], *flags, "triton",
-             x_bias.detach(), True),
+            (torch.randn_like(y), *detached, None, *stats, kind, *settings[:-1], *flags, "triton"),
         )  # fmt: skip
 
 

@@ -14,17 +14,17 @@ int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the limit b
 // Bytes kept, entries kept, weights known, calls served.
 std::tuple<int64_t, int64_t, int64_t, int64_t> packed_weights_state();
 
-std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, Tensor weight,
-                                                OptTensor bias, OptTensor scale, OptTensor shift,
-                                                OptTensor residual, OptTensor dropout_mask,
-                                                OptTensor mean, OptTensor rstd, int64_t kind,
-                                                int64_t groups, bool per_frame, double eps,
-                                                bool act);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
-    Tensor dy, Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor scale,
-    OptTensor shift, OptTensor dropout_mask, OptTensor mean, OptTensor rstd, int64_t kind,
-    int64_t groups, bool per_frame, double eps, bool act, bool need_dx, bool need_dweight,
-    bool need_dfilm);
+std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTensor x_bias,
+                                                Tensor weight, OptTensor bias, OptTensor scale,
+                                                OptTensor shift, OptTensor residual,
+                                                OptTensor dropout_mask, OptTensor mean,
+                                                OptTensor rstd, int64_t kind, int64_t groups,
+                                                bool per_frame, double eps, bool act);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
+    Tensor dy, Tensor x, OptTensor x2, OptTensor x_bias, Tensor weight, OptTensor bias,
+    OptTensor scale, OptTensor shift, OptTensor dropout_mask, OptTensor mean, OptTensor rstd,
+    int64_t kind, int64_t groups, bool per_frame, double eps, bool act, bool need_dx,
+    bool need_dx_bias, bool need_dweight, bool need_dfilm);
 
 std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTensor bias,
                                               OptTensor rel_k, OptTensor rel_v, OptTensor rotary,
@@ -69,6 +69,9 @@ std::tuple<Tensor, Tensor> guidance_update_fwd(Tensor z, Tensor estimate, Tensor
                                                OptTensor threshold, int64_t step, bool clip,
                                                bool want_x);
 
+Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+                      int64_t stride);
+Tensor space_conv_dx(Tensor dy, Tensor weight);
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool turned, int64_t tile);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);

@@ -27,6 +27,11 @@ const void* optional_input(const OptTensor& t, const char* name, ScalarType dtyp
   return t.has_value() ? input(*t, name, dtype, numel) : nullptr;
 }
 
+// On a CPU the convolutions add their biases themselves; ops/norm_act.py adds one before the call.
+void refuse(const OptTensor& x_bias) {
+  STD_TORCH_CHECK(!x_bias.has_value(), "norm_act: x_bias is not for the CPU's kernels");
+}
+
 Plan make_plan(const Tensor& x, const OptTensor& x2, const Tensor& weight, const OptTensor& bias,
                const OptTensor& scale, const OptTensor& shift, const OptTensor& mask, int64_t kind,
                int64_t groups, bool per_frame, double eps, bool act) {
@@ -143,12 +148,13 @@ void compute_stats(Plan& plan, float* mean, float* rstd, double eps) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, Tensor weight,
-                                                OptTensor bias, OptTensor scale, OptTensor shift,
-                                                OptTensor residual, OptTensor dropout_mask,
-                                                OptTensor mean, OptTensor rstd, int64_t kind,
-                                                int64_t groups, bool per_frame, double eps,
-                                                bool act) {
+std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTensor x_bias,
+                                                Tensor weight, OptTensor bias, OptTensor scale,
+                                                OptTensor shift, OptTensor residual,
+                                                OptTensor dropout_mask, OptTensor mean,
+                                                OptTensor rstd, int64_t kind, int64_t groups,
+                                                bool per_frame, double eps, bool act) {
+  refuse(x_bias);
   Plan plan = make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame,
                         eps, act);
   NormArgs& p = plan.p;
@@ -181,11 +187,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, Tensor w
   return {y, mean_out, rstd_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
-    Tensor dy, Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor scale,
-    OptTensor shift, OptTensor dropout_mask, OptTensor mean, OptTensor rstd, int64_t kind,
-    int64_t groups, bool per_frame, double eps, bool act, bool need_dx, bool need_dweight,
-    bool need_dfilm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
+    Tensor dy, Tensor x, OptTensor x2, OptTensor x_bias, Tensor weight, OptTensor bias,
+    OptTensor scale, OptTensor shift, OptTensor dropout_mask, OptTensor mean, OptTensor rstd,
+    int64_t kind, int64_t groups, bool per_frame, double eps, bool act, bool need_dx,
+    bool need_dx_bias, bool need_dweight, bool need_dfilm) {
+  refuse(x_bias);
+  (void)need_dx_bias;
   Plan plan = make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame,
                         eps, act);
   NormArgs& p = plan.p;
@@ -280,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     if (scale.has_value()) dscale = from_doubles(ds, *scale);
     if (shift.has_value()) dshift = from_doubles(dsh, *shift);
   }
-  return {dx, dx2, dweight, dbias, dscale, dshift};
+  return {dx, dx2, none(), dweight, dbias, dscale, dshift};
 }
 
 }  // namespace fastvdm

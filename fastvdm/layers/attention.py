@@ -14,7 +14,7 @@ from fastvdm.ops.linear import Linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear, on_triton
+from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.ops.temporal_block import temporal_block
 
 if TYPE_CHECKING:
@@ -118,27 +118,18 @@ class AxisAttention(nn.Module):
             height, width = x.shape[2:4]
             h = self.shards.to_pixels(self.norm(x))
             return x + self.shards.to_frames(self._attend(h, options), height, width)
-        plain = _plain(self)
-        if self.axis == "time" and plain:
+        if not _plain(self):
+            return x + self._attend(self.norm(x), options)
+        norm, qkv, out = self.norm, self.qkv, self.out
+        if self.axis == "time":
             return temporal_block(
-                x,
-                self.norm.weight,
-                self.qkv.weight,
-                self.out.weight,
-                heads=self.heads,
-                norm_bias=self.norm.bias,
-                qkv_bias=self.qkv.bias,
-                out_bias=self.out.bias,
-                eps=_eps(self.norm),
-                **options,
-            )
-        if plain and on_triton():
-            norm, qkv = self.norm, self.qkv
-            h = norm_linear(
-                x, norm.weight, qkv.weight, norm_bias=norm.bias, bias=qkv.bias, eps=_eps(norm)
-            )
-            return linear_residual(x, self._core(h, options), self.out.weight, self.out.bias)
-        return x + self._attend(self.norm(x), options)
+                x, norm.weight, qkv.weight, out.weight, heads=self.heads, norm_bias=norm.bias,
+                qkv_bias=qkv.bias, out_bias=out.bias, eps=_eps(norm), **options,
+            )  # fmt: skip
+        h = norm_linear(
+            x, norm.weight, qkv.weight, norm_bias=norm.bias, bias=qkv.bias, eps=_eps(norm)
+        )
+        return linear_residual(x, self._core(h, options), out.weight, out.bias)
 
     def _attend(self, h: Tensor, options: dict[str, Any]) -> Tensor:
         """qkv, attention and output projection of the normalised input."""

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from fastvdm.layers.conv import SpaceConv, convolve, join, nearest_up
 from fastvdm.layers.norm import Norm, normalise
 from fastvdm.layers.plain import is_plain
-from fastvdm.ops.conv_group_norm import conv_group_norm
-from fastvdm.ops.norm_conv import norm_conv, takes_prologue
-from fastvdm.ops.space_conv import space_conv_stats
+from fastvdm.ops.conv_group_norm import conv_group_norm, conv_norm_conv
 
 MakeNorm = Callable[[int], Norm]
 
@@ -152,46 +150,25 @@ class PreNormResnetBlock(nn.Module):
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
-            if mask is None and self._one_launch(h):
-                return self._conv_norm_conv(h, scale, shift, self._shortcut(x, x2))
+            if mask is None and not up and self._is_plain():
+                conv1, norm, conv2 = self.conv1, self.norm2, self.conv2
+                return conv_norm_conv(
+                    h, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
+                    kind=norm.kind, groups=norm.groups, per_frame=norm.per_frame, eps=norm.eps,
+                    scale=scale, shift=shift, residual=lambda: self._shortcut(x, x2),
+                )  # fmt: skip
             h = _conv_norm(
                 self.conv1, self.norm2, h, upsample=up, scale=scale, shift=shift, dropout_mask=mask
             )
         return convolve(self.conv2, h, residual=self._shortcut(x, x2))
 
-    def _one_launch(self, h: Tensor) -> bool:
-        """Whether the first convolution has the statistics of the second norm in its epilogue, and
-        the second convolution the norm in its prologue."""
+    def _is_plain(self) -> bool:
+        """Whether one op may stand for the convolutions and the norm between them."""
         return (
-            self.resample != "up"
-            and takes_prologue(h)
+            self.norm2.shards is None
             and is_plain(self.norm2, Norm)
-            and self.norm2.kind == "group"
-            and self.norm2.shards is None
             and is_plain(self.conv1, SpaceConv)
             and is_plain(self.conv2, SpaceConv)
-        )
-
-    def _conv_norm_conv(
-        self, h: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor
-    ) -> Tensor:
-        norm, conv1, conv2 = self.norm2, self.conv1, self.conv2
-        eps = 1e-5 if norm.eps is None else norm.eps
-        h, *stats = space_conv_stats(
-            h, conv1.weight, conv1.bias, groups=norm.groups, per_frame=norm.per_frame, eps=eps
-        )
-        return norm_conv(
-            h,
-            stats,
-            norm.weight,
-            norm.bias,
-            conv2.weight,
-            conv2.bias,
-            per_frame=norm.per_frame,
-            eps=eps,
-            scale=scale,
-            shift=shift,
-            residual=residual,
         )
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:

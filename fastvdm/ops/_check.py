@@ -1,4 +1,4 @@
-"""What the attention blocks ask of their norm and projections, before anything is launched."""
+"""What every op asks of its tensors before anything is launched, in one wording."""
 
 from __future__ import annotations
 
@@ -7,12 +7,71 @@ from torch import Tensor
 
 from fastvdm.runtime.dispatch import autocast_on
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check_dtypes(x: Tensor, name: str, weight: Tensor, biases: dict[str, Tensor | None]) -> None:
-    """Raises TypeError unless the residual stream ``x`` has the dtype of the projection ``weight``,
-    or is fp32 over a 16-bit one, and the biases have its dtype. Under autocast all but fp64 mix."""
+def check_tensors(
+    x: Tensor,
+    *wanted: tuple[str, Tensor | None, tuple[int, ...]],
+    beside: str = "x",
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: a dtype does not fit.
+    """
+    for name, t, shape in wanted:
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like {beside}, got {t.device}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name} must be {_listed(dtypes)}, got {t.dtype}")
+
+
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    short |= {torch.float64: "fp64", torch.int32: "int32", torch.int64: "int64", torch.bool: "bool"}
+    *most, last = (short[d] for d in dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_video(x: Tensor, name: str = "x") -> None:
+    """A floating-point (B, F, H, W, C)."""
+    if x.ndim != 5:
+        raise ValueError(f"{name} must be (B, F, H, W, C), got {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {_listed(FLOATS)}, got {x.dtype}")
+
+
+def check_dtype_of(x: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Outside autocast each (name, tensor or None) has the dtype of ``x``; under it all but fp64
+    mix.
+
+    Raises:
+        TypeError: one has another.
+    """
+    mix = autocast_on(x.device.type)
+    for name, t in others:
+        if t is None or t.dtype == x.dtype:
+            continue
+        if not mix or torch.float64 in (t.dtype, x.dtype):
+            raise TypeError(f"{name} must be {x.dtype} like x, got {t.dtype}")
+
+
+def check_projection(
+    x: Tensor, name: str, weight: Tensor, *others: tuple[str, Tensor | None]
+) -> None:
+    """The residual stream ``x`` has the dtype of the projection ``weight``, or is fp32 over a
+    16-bit one; the others have its dtype. Under autocast all but fp64 mix.
+
+    Raises:
+        TypeError: one has another.
+    """
     if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"fp64 only throughout: x is {x.dtype}, {name} {weight.dtype}")
     if autocast_on(x.device.type):
@@ -21,9 +80,14 @@ def check_dtypes(x: Tensor, name: str, weight: Tensor, biases: dict[str, Tensor 
         raise TypeError(
             f"x is {x.dtype}, {name} {weight.dtype}: outside autocast only an fp32 x may differ"
         )
-    for bias_name, t in biases.items():
+    for other, t in others:
         if t is not None and t.dtype != weight.dtype:
-            raise TypeError(f"{bias_name} is {t.dtype}, {name} {weight.dtype}")
+            raise TypeError(f"{other} must be {weight.dtype} like {name}, got {t.dtype}")
+
+
+def check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
 
 
 def check_block(
@@ -37,10 +101,13 @@ def check_block(
     heads: int,
     eps: float,
 ) -> None:
-    """Raises ValueError or TypeError for the first that does not fit: x (B, F, H, W, C), the norm
-    (C,), qkv (3 * heads * D, C), out (C, heads * D)."""
-    if x.ndim != 5:
-        raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
+    """What the attention blocks ask of their norm and projections: x (B, F, H, W, C), the norm
+    (C,), qkv (3 * heads * D, C), out (C, heads * D).
+
+    Raises:
+        ValueError, TypeError: the first that does not fit.
+    """
+    check_video(x)
     channels = x.shape[4]
     if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
         raise ValueError(
@@ -48,28 +115,26 @@ def check_block(
             f"got {tuple(qkv_weight.shape)}"
         )
     features = qkv_weight.shape[0]
-    for name, t, shape in (
-        ("x", x, tuple(x.shape)),
+    check_tensors(
+        x,
         ("norm_weight", norm_weight, (channels,)),
         ("norm_bias", norm_bias, (channels,)),
         ("qkv_weight", qkv_weight, (features, channels)),
         ("qkv_bias", qkv_bias, (features,)),
         ("out_weight", out_weight, (channels, features // 3)),
         ("out_bias", out_bias, (channels,)),
-    ):
-        if t is None:
-            continue
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    if out_weight.dtype != qkv_weight.dtype:
+    )
+    check_eps(eps)
+    check_projection(
+        x, "qkv_weight", qkv_weight,
+        ("out_weight", out_weight), ("qkv_bias", qkv_bias), ("out_bias", out_bias),
+    )  # fmt: skip
+    if out_weight.dtype != qkv_weight.dtype:  # under autocast, too
         raise TypeError(
-            f"out_weight must have the dtype of qkv_weight, {qkv_weight.dtype}, "
-            f"got {out_weight.dtype}"
+            f"out_weight must be {qkv_weight.dtype} like qkv_weight, got {out_weight.dtype}"
         )
-    check_dtypes(x, "qkv_weight", qkv_weight, {"qkv_bias": qkv_bias, "out_bias": out_bias})
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """Contiguous, or None."""
+    return None if t is None else t.contiguous()

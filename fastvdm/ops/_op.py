@@ -1,23 +1,35 @@
-"""How an op becomes a ``torch.library`` op: schema, opaque body, fake, autograd.
+"""How an op becomes a ``torch.library`` op: schema, opaque body, fakes, gradient, launchers.
 
-``torch.library.custom_op`` does the same and more on every call: it reads the schema back from C++
-to fill in defaults and looks for outputs that alias inputs. Here the defaults are read once, and
-``opcheck`` looks for aliases in the tests. So a call costs about half: 0.15 ms instead of 0.37
-where a gradient is wanted, 0.07 instead of 0.10 elsewhere (norm_act on a CPU core of 2020, torch
-2.13). An eager network is a hundred of them, and on a GPU a small batch waits for nothing else.
+The signature of the forward is the only fact. Where a gradient is wanted, ``backward`` names what
+its launcher takes and ``grads`` what comes out; all else is derived::
+
+    @op("norm_linear", backward="dy x norm_weight norm_bias weight bias eps",
+        grads="x:dx norm_weight:norm norm_bias:norm weight:weight bias:bias")
+    def norm_linear_fwd(x: Tensor, ..., eps: float, backend: str) -> Tensor:
+        return weight.new_empty((*x.shape[:-1], weight.shape[0]))  # the fake: outputs without data
+
+``torch.library.custom_op`` does more on every call: it reads the schema back from C++ to fill in
+defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for aliases, in the tests.
+``run`` goes further: see there.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+
+from fastvdm.runtime.dispatch import launcher
 
 NAMESPACE = "fastvdm"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
+_NODES: dict[str, Any] = {}  # autograd functions, by the same
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
 
 
 def define(body: Callable[..., Any]) -> OpOverload:
@@ -50,7 +62,7 @@ def autograd(
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = op(*inputs)
+            out = BODIES[op._opname](*inputs) if _unobserved(inputs) else op(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, out)
         return out
@@ -59,14 +71,15 @@ def autograd(
     # A profile shows this name with Backward behind it.
     node: Any = type(op._opname + "_", (torch.autograd.Function,), methods)
 
-    def run(*args: Any) -> Any:
+    def through_dispatcher(*args: Any) -> Any:
         args += defaults[len(args) :]
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return node.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _LIBRARY.impl(op._opname, run, "Autograd")
+    _NODES[op._opname] = node
+    _LIBRARY.impl(op._opname, through_dispatcher, "Autograd")
 
 
 def no_double_backward(op: OpOverload) -> None:
@@ -80,3 +93,205 @@ def no_double_backward(op: OpOverload) -> None:
         )
 
     autograd(op, refuse)
+
+
+def _unobserved(args: tuple) -> bool:
+    """Whether nobody would see a call in the dispatcher: no mode, no profiler, no tracer, no
+    subclass of Tensor among ``args``."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._is_tracing()
+        or not _PLAIN.issuperset(map(type, args))
+    )
+
+
+def run(op: OpOverload, *args: Any) -> Any:
+    """``op(*args)``, every argument given, past the dispatcher where nobody listens to it.
+
+    An op in Python passes through it three times a call, with all its arguments: to autograd, to
+    the body, to the launcher. That is a third of an eager call of a small network, and a GPU at
+    batch 1 waits for nothing else. The result is the same: what is left out would find nothing.
+    """
+    if torch.compiler.is_compiling() or not _unobserved(args):
+        return op(*args)
+    name = op._opname
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _NODES[name].apply(*args)
+    return BODIES[name](*args)
+
+
+def op(
+    stem: str,
+    *,
+    backward: str = "",
+    grads: str = "",
+    outputs: str = "y",
+    residual: str = "",
+    strided: str = "",
+    seed: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    body: Callable[..., Any] | None = None,
+    backward_body: Callable[..., Any] | None = None,
+    shares: OpOverload | None = None,
+) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Declares the op ``<name>_fwd`` and, of ``grads``, its backward op ``<name>_bwd``.
+
+    The decorated function is the fake. Its last argument, ``backend``, says whose launcher of the
+    same name does the work, in the file ``stem``, with the other arguments.
+
+    Args:
+        backward: what the backward's launcher takes, in order: the gradient of the first output,
+            then arguments and outputs of the forward. One flag for each group of ``grads`` follows.
+        grads: "argument:group", in the order in which the launcher returns the gradients; those of
+            a group are wanted together, and ``need_<group>`` says whether any is; "argument!" is
+            made always. Each is shaped and typed as its argument, contiguous, or (0,) where it is
+            not wanted or its argument is None.
+        outputs: names of what the forward returns; but for the first they have no gradient. One
+            that bears the name of an argument is saved in its place where that is None.
+        residual: an argument whose gradient is that of the first output.
+        strided: arguments whose gradient has their strides (as ``torch.empty_like`` gives them).
+        seed: makes the gradient of the first output what the launcher takes.
+        unsaved: may replace what the backward does not need, by name, before it is saved.
+        body, backward_body: do the work where it is not one launcher's; they get every argument.
+        shares: another op's backward, in the place of one of its own.
+    """
+
+    def declare(shapes: Callable[..., Any]) -> OpOverload:
+        types = inspect.get_annotations(shapes, eval_str=True)
+        result = types.pop("return")
+        forward = _declare(shapes.__name__, types, result, body or _launch(stem, shapes.__name__))
+        fake(forward)(shapes)
+        if grads:
+            _declare_backward(
+                forward, types, stem, backward.split(), grads.split(), outputs.split(),
+                residual.split(), strided.split(), seed, unsaved, backward_body, shares,
+            )  # fmt: skip
+        return forward
+
+    return declare
+
+
+def backward_of(op: OpOverload) -> OpOverload:
+    """The op that ``op`` was declared with."""
+    name = op._opname.removesuffix("_fwd") + "_bwd"
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _launch(stem: str, name: str) -> Callable[..., Any]:
+    """The body of most ops: the launcher of the backend that the last argument names."""
+
+    def launch(*args: Any) -> Any:
+        return launcher(stem, name, args[-1])(*args[:-1])
+
+    return launch
+
+
+def _declare(name: str, types: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
+    """``body`` as an op of this name, argument types and result."""
+
+    def call(*args: Any) -> Any:
+        return body(*args)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in types.items()]
+    call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
+    call.__name__ = call.__qualname__ = name
+    call.__annotations__ = {**types, "return": result}
+    found = define(call)
+    BODIES[name] = body  # a frame less
+    return found
+
+
+def _declare_backward(
+    forward: OpOverload,
+    types: dict[str, Any],
+    stem: str,
+    takes: list[str],
+    grads: list[str],
+    outputs: list[str],
+    residual: list[str],
+    strided: list[str],
+    seed: Callable[[Tensor], Tensor],
+    unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    body: Callable[..., Any] | None,
+    shares: OpOverload | None,
+) -> None:
+    names = list(types)
+    name = forward._opname.removesuffix("_fwd") + "_bwd"
+    pairs = [g.partition(":")[::2] for g in grads]
+    always = {n.rstrip("!") for n, _ in pairs if n.endswith("!")}
+    wanted = [(n.rstrip("!"), group) for n, group in pairs]  # (argument, its group)
+    groups = list(dict.fromkeys(group for n, group in wanted if n not in always))
+
+    # The op: its schema, and a fake that gives each gradient the form of its argument.
+    arguments = {n: types.get(n, Tensor) for n in takes}
+    arguments |= {f"need_{group}": bool for group in groups} | {"backend": str}
+    place = {n: i for i, n in enumerate(arguments)}
+    forms = [
+        (place[n], None if n in always else place[f"need_{g}"], n in strided) for n, g in wanted
+    ]
+
+    def shapes(*args: Any) -> Any:
+        beside = args[1]
+        found = []
+        for at, flag, keep in forms:
+            t = args[at]
+            if t is None or not (flag is None or args[flag]):
+                found.append(beside.new_empty((0,)))
+            else:
+                found.append(torch.empty_like(t) if keep else t.new_empty(t.shape))
+        return tuple(found) if len(found) > 1 else found[0]
+
+    if shares is not None:
+        backward = shares
+    else:
+        one: Any = Tensor
+        result = one if len(wanted) == 1 else tuple[(one,) * len(wanted)]
+        backward = _declare(name, arguments, result, body or _launch(stem, name))
+        fake(backward)(shapes)
+        no_double_backward(backward)
+
+    # What is saved: tensors apart from the rest, each in the order in which the backward takes it.
+    kept = takes[1:]
+    tensors = [n for n in kept if arguments[n] not in (int, float, bool)]
+    rest = [n for n in kept if n not in tensors]
+    order = [(n in rest, (rest if n in rest else tensors).index(n)) for n in kept]
+    index = {n: i for i, n in enumerate(names)}
+
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        made = output if isinstance(output, tuple) else (output,)
+        values = dict(zip(names, inputs))
+        for n, t in zip(outputs, made):
+            if n not in index or (values[n] is None and t.numel()):
+                values[n] = t
+        if unsaved is not None:
+            values = unsaved(values)
+        ctx.save_for_backward(*(values[n] for n in tensors))
+        ctx.rest = [values[n] for n in rest]
+        ctx.backend = values["backend"]
+        if len(made) > 1:
+            ctx.mark_non_differentiable(*made[1:])
+            ctx.set_materialize_grads(False)  # else zeros are made for those
+
+    into = [index[n] for n, _ in wanted]
+    flags = [[index[n] for n, g in wanted if g == group] for group in groups]
+    through = [index[n] for n in residual]
+
+    def backprop(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(names)
+        if dy is None:
+            return tuple(found)
+        need = ctx.needs_input_grad
+        for i in through:
+            found[i] = dy if need[i] else None
+        if any([need[i] for i in into]):
+            saved, rest = ctx.saved_tensors, ctx.rest
+            given = [rest[i] if plain else saved[i] for plain, i in order]
+            asked = [any([need[i] for i in group]) for group in flags]
+            got = run(backward, seed(dy), *given, *asked, ctx.backend)
+            for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
+                found[i] = t if need[i] else None
+        return tuple(found)
+
+    autograd(forward, backprop, setup_context=save)

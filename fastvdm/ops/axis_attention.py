@@ -16,20 +16,22 @@ on one device; the last axis of ``qkv`` and ``dout`` has stride 1 and (H, W) wal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from fastvdm.ops._check import check_tensors, dense
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, launchers, register, select
+from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, implementations, select
 
 TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
 SHORT = 32  # up to here one tile holds all keys: the backward needs neither out nor lse
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_DIM = 128
 
 
@@ -45,7 +47,19 @@ def sequence(shape: torch.Size, axis: int) -> tuple[int, int]:
     return (f, h * w) if axis == TIME else (h * w, f)
 
 
-@define
+def _unsaved(values: dict) -> dict:
+    """One tile recomputes everything from q, k, v: keeping out alive would double what is saved."""
+    return values if values["lse"].numel() else values | {"out": values["lse"]}
+
+
+@op(
+    "axis_attention",
+    outputs="out lse",
+    backward="dout qkv out lse axis bias rel_k rel_v rotary focus_mask num_images sm_scale",
+    grads="qkv:dqkv bias:dbias rel_k:drel_k rel_v:drel_v",
+    seed=lambda dout: dout if merged(dout) else dout.contiguous(),
+    unsaved=_unsaved,
+)
 def axis_attention_fwd(
     qkv: Tensor,
     axis: int,
@@ -65,135 +79,28 @@ def axis_attention_fwd(
     axis: TIME or SPACE. bias (heads, N, N) in any floating dtype; rel_k, rel_v
     (1 or heads, 2R+1, D) in the dtype of qkv; rotary (2, N, R/2) fp32; focus_mask (B,) bool.
     """
-    return launchers("axis_attention", backend).axis_attention_fwd(
-        qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale
-    )
-
-
-@fake(axis_attention_fwd)
-def _(qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, backend):
     b, f, h, w, _, heads, d = qkv.shape
     n, outer = sequence(qkv.shape, axis)
     acc = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    lse = (b, outer, heads, n) if n > SHORT else (0,)
-    return qkv.new_empty((b, f, h, w, heads, d)), qkv.new_empty(lse, dtype=acc)
+    shape = (b, outer, heads, n) if n > SHORT else (0,)
+    return qkv.new_empty((b, f, h, w, heads, d)), qkv.new_empty(shape, dtype=acc)
 
 
-@define
-def axis_attention_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    sm_scale: float,
-    need_dqkv: bool,
-    need_dbias: bool,
-    need_drel_k: bool,
-    need_drel_v: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dqkv packed and contiguous, dbias, drel_k, drel_v: each in shape and dtype of what it is the
-    gradient of, accumulated in fp32 (fp64), or empty (0,) where not needed.
-
-    out and lse are those of the forward; both empty (0,) where N <= SHORT.
-    """
-    return launchers("axis_attention", backend).axis_attention_bwd(
-        *(dout, qkv, out, lse, axis, bias, rel_k, rel_v, rotary, focus_mask),
-        *(num_images, sm_scale, need_dqkv, need_dbias, need_drel_k, need_drel_v),
-    )
+axis_attention_bwd = backward_of(axis_attention_fwd)
 
 
-@fake(axis_attention_bwd)
-def _(
-    dout, qkv, out, lse, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
-    need_dqkv, need_dbias, need_drel_k, need_drel_v, backend,
-):  # fmt: skip
-    def like(t, need):
-        return qkv.new_empty(t.shape if need else (0,), dtype=(t if need else qkv).dtype)
-
-    return (
-        like(qkv, need_dqkv),
-        like(bias, need_dbias),
-        like(rel_k, need_drel_k),
-        like(rel_v, need_drel_v),
-    )
+def _examples(device: torch.device) -> dict[str, tuple]:
+    return {"fp32": (torch.empty(1, 1, 1, 1, 3, 1, 32, device=device),)}
 
 
-def _save(ctx, inputs, output):
-    qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    # One tile recomputes everything from q, k, v: keeping out alive would double what is saved.
-    kept = out if lse.numel() else lse
-    ctx.save_for_backward(qkv, kept, lse, bias, rel_k, rel_v, rotary, focus_mask)
-    ctx.axis, ctx.num_images, ctx.sm_scale, ctx.backend = axis, num_images, sm_scale, backend
-
-
-def _backward(ctx, dout, _dlse):
-    qkv, out, lse, bias, rel_k, rel_v, rotary, focus_mask = ctx.saved_tensors
-    need_dqkv, _, need_dbias, need_drel_k, need_drel_v = ctx.needs_input_grad[:5]
-    dqkv, dbias, drel_k, drel_v = axis_attention_bwd(
-        *(dout if merged(dout) else dout.contiguous(), qkv, out, lse, ctx.axis, bias),
-        *(rel_k, rel_v, rotary, focus_mask, ctx.num_images, ctx.sm_scale),
-        *(need_dqkv, need_dbias, need_drel_k, need_drel_v, ctx.backend),
-    )
-    return (
-        dqkv if need_dqkv else None,
-        None,
-        dbias if need_dbias else None,
-        drel_k if need_drel_k else None,
-        drel_v if need_drel_v else None,
-        *(None, None, None, None, None),
-    )
-
-
-autograd(axis_attention_fwd, _backward, setup_context=_save)
-no_double_backward(axis_attention_bwd)
-
-
-def unsupported(backend: str, qkv: Tensor) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can."""
-    d = qkv.shape[-1]
-    if d > _MAX_DIM:
-        return f"head dim {d} is above {_MAX_DIM}"
-    if backend == "cpu" and qkv.dtype == torch.float64:
-        return ByDesign("fp64 runs on the torch reference")
-    if backend == "triton" and qkv.dtype == torch.float64 and qkv.is_cuda:
-        # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-        return ByDesign("fp64 runs on the torch reference")
-    return None
-
-
-register(
-    "axis_attention",
-    stem="axis_attention",
-    names=("axis_attention_fwd", "axis_attention_bwd"),
-    unsupported=unsupported,
-    backends=("triton", "cpu"),
-)
-
-
-def _check_qkv(qkv: Tensor, axis: str) -> None:
-    if axis not in _AXES:
-        raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
-    if qkv.ndim != 7 or qkv.shape[4] != 3:
-        raise ValueError(f"qkv must be (B, F, H, W, 3, heads, D), got {tuple(qkv.shape)}")
-    if qkv.dtype not in _DTYPES:
-        raise TypeError(f"qkv must be fp32, fp16, bf16 or fp64, got {qkv.dtype}")
-
-
-def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], qkv: Tensor) -> None:
-    if t.device != qkv.device:
-        raise ValueError(f"{name} must be on {qkv.device} like qkv, got {t.device}")
-    if tuple(t.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+@implementations("axis_attention", "axis_attention_fwd", "axis_attention_bwd", examples=_examples)
+def _(qkv: Tensor) -> Iterator[tuple[str, str | None]]:
+    d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
+    wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
+    by_design = ByDesign("fp64 runs on the torch reference")
+    yield "cpu", wide or (by_design if fp64 else None)
+    # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
+    yield "triton", wide or (by_design if fp64 and qkv.is_cuda else None)
 
 
 def check_options(
@@ -206,6 +113,7 @@ def check_options(
     rotary: Tensor | None,
     focus_mask: Tensor | None,
     num_images: int,
+    beside: str = "x",
 ) -> None:
     """Check the options against qkv's ``shape`` (B, F, H, W, 3, heads, D); the device is that of
     ``qkv_like``. Shared with ``temporal_block``, which never forms qkv.
@@ -216,32 +124,26 @@ def check_options(
     """
     b, f, h, w, _, heads, d = shape
     n = f if axis == "time" else h * w
-    if bias is not None:
-        _check_tensor("bias", bias, (heads, n, n), qkv_like)
-        if not bias.is_floating_point():
-            raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    check_tensors(qkv_like, ("bias", bias, (heads, n, n)), beside=beside)
     for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
         if table is None:
             continue
         if table.ndim != 3 or table.shape[0] not in (1, heads) or table.shape[1] % 2 == 0:
             raise ValueError(f"{name} must be (1 or {heads}, 2R+1, {d}), got {tuple(table.shape)}")
-        _check_tensor(name, table, (*table.shape[:2], d), qkv_like)
-        if not table.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {table.dtype}")
+        check_tensors(qkv_like, (name, table, (*table.shape[:2], d)), beside=beside)
     if rotary is not None:
         if rotary.ndim != 3 or not 0 < 2 * rotary.shape[-1] <= d:
             raise ValueError(
                 f"rotary must be (2, {n}, R/2) with R in 2..{d}, got {tuple(rotary.shape)}"
             )
-        _check_tensor("rotary", rotary, (2, n, rotary.shape[-1]), qkv_like)
-        if rotary.dtype != torch.float32:
-            raise TypeError(f"rotary must be fp32, got {rotary.dtype}")
+        shape = (2, n, rotary.shape[-1])
+        check_tensors(qkv_like, ("rotary", rotary, shape), beside=beside, dtypes=(torch.float32,))
     if focus_mask is not None:
         if axis != "time":
             raise ValueError("focus_mask needs axis='time'")
-        _check_tensor("focus_mask", focus_mask, (b,), qkv_like)
-        if focus_mask.dtype != torch.bool:
-            raise TypeError(f"focus_mask must be bool, got {focus_mask.dtype}")
+        check_tensors(
+            qkv_like, ("focus_mask", focus_mask, (b,)), beside=beside, dtypes=(torch.bool,)
+        )
     if num_images:
         if axis != "time":
             raise ValueError("num_images needs axis='time'")
@@ -286,38 +188,29 @@ def axis_attention(
         ValueError: a shape, a device or a combination of arguments is wrong.
         TypeError: a dtype is wrong.
     """
-    _check_qkv(qkv, axis)
-    check_options(qkv, tuple(qkv.shape), axis, bias, rel_k, rel_v, rotary, focus_mask, num_images)
+    if axis not in _AXES:
+        raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
+    if qkv.ndim != 7 or qkv.shape[4] != 3:
+        raise ValueError(f"qkv must be (B, F, H, W, 3, heads, D), got {tuple(qkv.shape)}")
+    check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
+    check_options(
+        qkv, tuple(qkv.shape), axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, "qkv"
+    )
     qkv = qkv.to(autocast_dtype(qkv))
     rel_k = None if rel_k is None else rel_k.to(qkv.dtype)
     rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    code = _AXES[axis]
-    backend = select("axis_attention", qkv.device, qkv)
-    if backend == "reference":
+    which = select("axis_attention", qkv.device, qkv)
+    if which == "reference":
         return axis_attention_ref(
-            qkv,
-            axis=axis,
-            bias=bias,
-            rel_k=rel_k,
-            rel_v=rel_v,
-            rotary=rotary,
-            focus_mask=focus_mask,
-            num_images=num_images,
-            sm_scale=scale,
-        )
-    return axis_attention_fwd(
-        qkv if merged(qkv) else qkv.contiguous(),
-        code,
-        None if bias is None else bias.contiguous(),
-        None if rel_k is None else rel_k.contiguous(),
-        None if rel_v is None else rel_v.contiguous(),
-        None if rotary is None else rotary.detach().contiguous(),
-        None if focus_mask is None else focus_mask.contiguous(),
-        num_images,
-        scale,
-        backend,
-    )[0]
+            qkv, axis=axis, bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary,
+            focus_mask=focus_mask, num_images=num_images, sm_scale=scale,
+        )  # fmt: skip
+    return run(
+        axis_attention_fwd, qkv if merged(qkv) else qkv.contiguous(), _AXES[axis], dense(bias),
+        dense(rel_k), dense(rel_v), None if rotary is None else rotary.detach().contiguous(),
+        dense(focus_mask), num_images, scale, which,
+    )[0]  # fmt: skip
 
 
 def axis_attention_cost(

@@ -7,18 +7,22 @@ normalised activation is recomputed. The parts are re-exported from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
+from fastvdm.kernels.space_conv_library import adds_bias_apart
 from fastvdm.ops.norm_act import default_eps, norm_act
 from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import (
-    bias_is_apart,
     check_conv,
-    choose_conv,
+    choose,
+    convolve,
     space_conv,
     space_conv_stats,
     space_conv_transpose,
 )
+from fastvdm.runtime.dispatch import select
 
 __all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
 
@@ -61,23 +65,61 @@ def conv_group_norm(
     Raises:
         ValueError, TypeError: as ``space_conv`` and ``norm_act``.
     """
-    stats = None
-    job = "upsample" if upsample is not None else "conv" if x2 is None else "pair"
-    x_bias = bias if bias is not None and bias_is_apart(job, x, weight) else None
-    if x_bias is not None:
-        check_conv(x, x2, weight, bias, 1, None, upsample)  # nobody else sees this bias as one
-        bias = None
-    epilogue = choose_conv(job, x.shape[-1], x.device.type, x.dtype)
-    # Triton's epilogue has the statistics for nothing
-    if kind == "group" and epilogue == "triton" and upsample is None:
+    check_conv(x, x2, weight, bias, 1, None, upsample)
+    which = choose(x, weight, 1, x2, upsample)
+    x_bias, stats = None, None
+    if bias is not None and which in ("library", "torch") and adds_bias_apart(x, weight.shape[-1]):
+        x_bias, bias = bias, None
+    # Triton's epilogue has the statistics for nothing.
+    if which == "triton" and kind == "group" and upsample is None:
         y, *stats = space_conv_stats(
             x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,
             eps=default_eps(kind) if eps is None else eps,
         )  # fmt: skip
     else:
-        y = space_conv(x, weight, bias, x2=x2, upsample=upsample)
+        y = convolve(which, x, weight, bias, x2, upsample=upsample)
     return norm_act(
         y, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps,
         scale=scale, shift=shift, act=act, residual=residual, dropout_mask=dropout_mask,
         stats=stats, x_bias=x_bias,
     )  # fmt: skip
+
+
+def conv_norm_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    kind: str,
+    groups: int,
+    per_frame: bool,
+    eps: float | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Callable[[], Tensor],
+) -> Tensor:
+    """space_conv(conv_group_norm(x, weight, bias, norm_weight, ...), weight2, bias2) + residual().
+
+    The residual is made when it is needed, so that it does not wait in memory. Where the backend
+    has them, the first convolution has the statistics in its epilogue and the second the norm in
+    its prologue.
+    """
+    norm = dict(groups=groups, per_frame=per_frame)
+    film = dict(scale=scale, shift=shift)
+    if kind == "group" and x.shape[0] and _has_prologue(x, weight2):
+        eps = default_eps(kind) if eps is None else eps
+        h, *stats = space_conv_stats(x, weight, bias, eps=eps, **norm)
+        return norm_conv(
+            h, stats, norm_weight, norm_bias, weight2, bias2, per_frame=per_frame, eps=eps,
+            residual=residual(), **film,
+        )  # fmt: skip
+    h = conv_group_norm(x, weight, bias, norm_weight, norm_bias, kind=kind, eps=eps, **norm, **film)
+    return space_conv(h, weight2, bias2, residual=residual())
+
+
+def _has_prologue(x: Tensor, weight: Tensor) -> bool:
+    return select("norm_conv", x.device, x, weight.shape[-1]) == "triton"

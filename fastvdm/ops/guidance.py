@@ -9,24 +9,26 @@ need one, and a backward through them raises.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from fastvdm.ops._check import check_tensors, dense
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import autograd, define, fake
+from fastvdm.ops._op import autograd, op, run
 from fastvdm.reference.guidance import (
     SEED_COEFFICIENTS,
     UPDATE_COEFFICIENTS,
     guidance_seed_ref,
     guidance_update_ref,
 )
-from fastvdm.runtime.dispatch import ByDesign, launchers, register, select
+from fastvdm.runtime.dispatch import ByDesign, implementations, select
 
 _STATE = (torch.float32, torch.float64)
-_NETWORK = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@define
+@op("guidance")
 def guidance_seed_fwd(
     z: Tensor,
     model_out: Tensor,
@@ -40,17 +42,10 @@ def guidance_seed_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x_hat contiguous in the dtype of z; seed in the dtype and strides of model_out."""
-    return launchers("guidance", backend).guidance_seed_fwd(
-        z, model_out, coef, known, slot, low_res, low_slot, extra, clip
-    )
-
-
-@fake(guidance_seed_fwd)
-def _(z, model_out, coef, known, slot, low_res, low_slot, extra, clip, backend):
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(model_out)
 
 
-@define
+@op("guidance")
 def guidance_update_fwd(
     z: Tensor,
     estimate: Tensor,
@@ -68,28 +63,6 @@ def guidance_update_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(x_tilde, z_next), both contiguous in the dtype of z; x_tilde is empty unless ``want_x``."""
-    return launchers("guidance", backend).guidance_update_fwd(
-        z, estimate, coef, grad, seed, known, slot, noise, rng, threshold, step, clip, want_x
-    )
-
-
-@fake(guidance_update_fwd)
-def _(
-    z,
-    estimate,
-    coef,
-    grad,
-    seed,
-    known,
-    slot,
-    noise,
-    rng,
-    threshold,
-    step,
-    clip,
-    want_x,
-    backend,
-):
     z_next = torch.empty_like(z, memory_format=torch.contiguous_format)
     return (torch.empty_like(z_next) if want_x else z.new_empty(0)), z_next
 
@@ -105,31 +78,30 @@ autograd(guidance_seed_fwd, _no_backward)
 autograd(guidance_update_fwd, _no_backward)
 
 
-def unsupported(backend: str, z: Tensor, other: Tensor) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can."""
-    if backend == "cpu" and torch.float64 in (z.dtype, other.dtype):
-        return ByDesign("fp64 runs on the torch reference")
-    return None
+def _examples(device: torch.device) -> dict[str, tuple]:
+    return {"fp32": (torch.empty(1, device=device),) * 2}
 
 
 for _op in ("guidance_seed", "guidance_update"):
-    register(_op, stem="guidance", names=(f"{_op}_fwd",), unsupported=unsupported)
+
+    @implementations(_op, f"{_op}_fwd", examples=_examples)
+    def _(z: Tensor, other: Tensor) -> Iterator[tuple[str, str | None]]:
+        fp64 = torch.float64 in (z.dtype, other.dtype)
+        yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
+        yield "triton", None
 
 
 def _check_state(z: Tensor, other: Tensor, name: str, coef: Tensor, names: tuple[str, ...]) -> None:
     if z.ndim != 5:
         raise ValueError(f"z must be (B, C, F, H, W), got {tuple(z.shape)}")
-    if z.dtype not in _STATE:
-        raise TypeError(f"z must be fp32 or fp64, got {z.dtype}")
-    if other.shape != z.shape:
-        raise ValueError(f"{name} must be {tuple(z.shape)}, got {tuple(other.shape)}")
-    if other.dtype not in _NETWORK:
-        raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {other.dtype}")
+    check_tensors(z, ("z", z, tuple(z.shape)), dtypes=_STATE)
+    check_tensors(z, (name, other, tuple(z.shape)), beside="z")
     if coef.shape != (z.shape[0], len(names)) or coef.dtype != z.dtype:
         raise ValueError(
             f"coef must be ({z.shape[0]}, {len(names)}) {z.dtype}: {', '.join(names)}; got "
             f"{tuple(coef.shape)} {coef.dtype}"
         )
+    check_tensors(z, ("coef", coef, tuple(coef.shape)), beside="z")
 
 
 def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: str) -> int:
@@ -149,12 +121,8 @@ def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: s
         or (name == "known" and factor != 1)
     ):
         raise ValueError(f"{name} must be {expected} and square factors, got {tuple(values.shape)}")
-    if slot.shape != (f,) or slot.dtype != torch.int32:
-        raise ValueError(
-            f"{name}'s slot must be ({f},) int32, got {tuple(slot.shape)} {slot.dtype}"
-        )
-    if values.dtype != z.dtype:
-        raise TypeError(f"{name} must be {z.dtype} as z is, got {values.dtype}")
+    check_tensors(z, (f"{name}'s slot", slot, (f,)), beside="z", dtypes=(torch.int32,))
+    check_tensors(z, (name, values, tuple(values.shape)), beside="z", dtypes=(z.dtype,))
     return factor
 
 
@@ -194,25 +162,18 @@ def guidance_seed(
     _check_state(z, model_out, "model_out", coef, SEED_COEFFICIENTS)
     _check_frames(z, known, slot, "known")
     _check_frames(z, low_res, low_slot, "low_res")
-    if extra is not None and extra.shape != z.shape:
-        raise ValueError(f"extra must be {tuple(z.shape)}, got {tuple(extra.shape)}")
-    backend = select("guidance_seed", z.device, z, model_out)
-    options = {"known": known, "slot": slot, "low_res": low_res, "low_slot": low_slot}
-    if backend == "reference":
-        return guidance_seed_ref(z, model_out, coef, **options, extra=extra, clip=clip)
-    dense = {k: t.contiguous() if t is not None else None for k, t in options.items()}
-    return guidance_seed_fwd(
-        z.contiguous(),
-        model_out,
-        coef.contiguous(),
-        dense["known"],
-        dense["slot"],
-        dense["low_res"],
-        dense["low_slot"],
-        extra.to(z.dtype).contiguous() if extra is not None else None,
-        clip,
-        backend,
-    )
+    check_tensors(z, ("extra", extra, tuple(z.shape)), beside="z")
+    which = select("guidance_seed", z.device, z, model_out)
+    if which == "reference":
+        return guidance_seed_ref(
+            z, model_out, coef, known=known, slot=slot, low_res=low_res, low_slot=low_slot,
+            extra=extra, clip=clip,
+        )  # fmt: skip
+    extra = extra.to(z.dtype) if extra is not None else None
+    return run(
+        guidance_seed_fwd, z.contiguous(), model_out, coef.contiguous(), dense(known), dense(slot),
+        dense(low_res), dense(low_slot), dense(extra), clip, which,
+    )  # fmt: skip
 
 
 def guidance_update(
@@ -256,52 +217,34 @@ def guidance_update(
     """
     _check_state(z, estimate, "estimate", coef, UPDATE_COEFFICIENTS)
     _check_frames(z, known, slot, "known")
-    for name, t in (("grad", grad), ("seed", seed), ("noise", noise)):
-        if t is not None and t.shape != z.shape:
-            raise ValueError(f"{name} must be {tuple(z.shape)}, got {tuple(t.shape)}")
+    shape = tuple(z.shape)
+    check_tensors(
+        z, ("grad", grad, shape), ("seed", seed, shape), ("noise", noise, shape), beside="z"
+    )
     if seed is not None and grad is None:
         raise ValueError("seed is the direct term of a gradient: it needs grad")
     if noise is not None and rng is not None:
         raise ValueError("give noise or rng, not both")
     b = z.shape[0]
-    if rng is not None and (rng.shape not in ((b,), (b, 2)) or rng.dtype != torch.int64):
-        raise ValueError(
-            f"rng must be ({b},) or ({b}, 2) int64, got {tuple(rng.shape)} {rng.dtype}"
-        )
-    if threshold is not None and threshold.shape != (z.shape[0],):
-        raise ValueError(f"threshold must be ({z.shape[0]},), got {tuple(threshold.shape)}")
-    backend = select("guidance_update", z.device, z, estimate)
-    if backend == "reference":
+    if rng is not None:
+        if rng.shape not in ((b,), (b, 2)) or rng.dtype != torch.int64:
+            raise ValueError(
+                f"rng must be ({b},) or ({b}, 2) int64, got {tuple(rng.shape)} {rng.dtype}"
+            )
+        check_tensors(z, ("rng", rng, tuple(rng.shape)), beside="z", dtypes=(torch.int64,))
+    check_tensors(z, ("threshold", threshold, (b,)), beside="z")
+    which = select("guidance_update", z.device, z, estimate)
+    if which == "reference":
         return guidance_update_ref(
-            z,
-            estimate,
-            coef,
-            grad=grad,
-            seed=seed,
-            known=known,
-            slot=slot,
-            noise=noise,
-            rng=rng,
-            step=step,
-            threshold=threshold,
-            clip=clip,
-        )
-    return guidance_update_fwd(
-        z.contiguous(),
-        estimate,
-        coef.contiguous(),
-        grad,
-        seed,
-        known.contiguous() if known is not None else None,
-        slot,
-        noise.to(z.dtype).contiguous() if noise is not None else None,
-        rng.contiguous() if rng is not None else None,
-        threshold.to(z.dtype) if threshold is not None else None,
-        step,
-        clip,
-        want_x,
-        backend,
-    )
+            z, estimate, coef, grad=grad, seed=seed, known=known, slot=slot, noise=noise, rng=rng,
+            step=step, threshold=threshold, clip=clip,
+        )  # fmt: skip
+    noise = noise.to(z.dtype) if noise is not None else None
+    threshold = threshold.to(z.dtype) if threshold is not None else None
+    return run(
+        guidance_update_fwd, z.contiguous(), estimate, coef.contiguous(), grad, seed, dense(known),
+        slot, dense(noise), dense(rng), threshold, step, clip, want_x, which,
+    )  # fmt: skip
 
 
 def guidance_seed_cost(

@@ -12,27 +12,27 @@ elsewhere norm_linear, linear_attention and linear_residual.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastvdm.ops._check import check_block
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops._op import backward_of, op, run
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.linear_attention_block import linear_attention_block_ref
-from fastvdm.runtime.dispatch import (
-    ByDesign,
-    autocast_dtype,
-    backend_in_force,
-    launchers,
-    register,
-    select,
+from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
+
+
+@op(
+    "linear_attention_block",
+    outputs="y g lse",
+    backward="dy x norm_weight norm_bias qkv_weight out_weight out_bias g lse heads eps sm_scale",
+    grads="x! norm_weight:norm norm_bias:norm qkv_weight:qkv out_weight:out out_bias:out",
 )
-
-
-@define
 def linear_attention_block_fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -46,13 +46,6 @@ def linear_attention_block_fwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, F, H, W, C); G (B, F, heads, D, C) and k's log Σ exp (B, F, heads, D) in fp32."""
-    return launchers("linear_attention_block", backend).linear_attention_block_fwd(
-        x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale
-    )
-
-
-@fake(linear_attention_block_fwd)
-def _(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale, backend):
     b, f, _, _, c = x.shape
     d = qkv_weight.shape[0] // (3 * heads)
     return (
@@ -62,88 +55,18 @@ def _(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, s
     )
 
 
-@define
-def linear_attention_block_bwd(
-    dy: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    g: Tensor,
-    lse: Tensor,
-    heads: int,
-    eps: float,
-    sm_scale: float,
-    need_norm: bool,
-    need_qkv: bool,
-    need_out: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx and, of shape (0,) where not wanted, the gradients of norm weight and bias, qkv_weight,
-    out_weight and out_bias; summed over frames in fp64."""
-    return launchers("linear_attention_block", backend).linear_attention_block_bwd(
-        dy, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, g, lse, heads, eps,
-        sm_scale, need_norm, need_qkv, need_out,
-    )  # fmt: skip
+linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
 
 
-@fake(linear_attention_block_bwd)
-def _(
-    dy, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, g, lse, heads, eps, sm_scale,
-    need_norm, need_qkv, need_out, backend,
-):  # fmt: skip
-    def like(t: Tensor | None, need: bool) -> Tensor:
-        return torch.empty_like(t) if need and t is not None else x.new_empty(0)
-
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        like(norm_weight, need_norm),
-        like(norm_bias, need_norm),
-        like(qkv_weight, need_qkv),
-        like(out_weight, need_out),
-        like(out_bias, need_out),
-    )
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.heads, ctx.eps, ctx.sm_scale, ctx.backend = inputs
-    _, g, lse = output
-    ctx.save_for_backward(*tensors, g, lse)
-    ctx.mark_non_differentiable(g, lse)
-    ctx.set_materialize_grads(False)  # else zeros are made for those two
-
-
-def _backward(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 10
-    need = ctx.needs_input_grad[:6]
-    found = linear_attention_block_bwd(
-        dy.contiguous(), *ctx.saved_tensors, ctx.heads, ctx.eps, ctx.sm_scale,
-        need[1] or need[2], need[3], need[4] or need[5], ctx.backend,
-    )  # fmt: skip
-    return *(grad if wanted else None for grad, wanted in zip(found, need)), *(None,) * 4
-
-
-autograd(linear_attention_block_fwd, _backward, setup_context=_save)
-no_double_backward(linear_attention_block_bwd)
-
-
-def unsupported(backend: str, x: Tensor) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can."""
-    if x.dtype == torch.float64:
-        return ByDesign("fp64 runs on the torch reference")
-    return None
-
-
-register(
-    "linear_attention_block",
-    stem="linear_attention_block",
-    names=("linear_attention_block_fwd", "linear_attention_block_bwd"),
-    unsupported=unsupported,
-    backends=("cpu",),
-)
+@implementations(
+    "linear_attention_block", "linear_attention_block_fwd", "linear_attention_block_bwd",
+    backends=("cpu",), examples=lambda device: {"fp32": (torch.empty(1, device=device),)},
+)  # fmt: skip
+def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
+    fp64 = x.dtype == torch.float64
+    yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
+    here = "on a CPU what the C++ kernel leaves runs on the torch reference"
+    yield "parts", ByName(here) if x.device.type == "cpu" else None
 
 
 def linear_attention_block(
@@ -180,21 +103,19 @@ def linear_attention_block(
     out_bias = None if out_bias is None else out_bias.to(low)
     d = qkv_weight.shape[0] // (3 * heads)
     scale = d**-0.5 if sm_scale is None else float(sm_scale)
-    forced = backend_in_force()
-    fused = x.device.type == "cpu" and forced in ("auto", "cpu")
-    backend = select("linear_attention_block", x.device, x) if fused else forced
-    if backend == "cpu":
-        tensors = (x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-        dense = (None if t is None else t.contiguous() for t in tensors)
-        return linear_attention_block_fwd(*dense, heads, eps, scale, backend)[0]
-    if backend == "reference":
+    which = select("linear_attention_block", x.device, x)
+    if which == "parts":  # each chooses its own backend
+        qkv = norm_linear(x, norm_weight, qkv_weight, norm_bias=norm_bias, eps=eps)
+        out = linear_attention(qkv.unflatten(-1, (3, heads, d)), sm_scale=scale)
+        return linear_residual(x, out.flatten(-2), out_weight, out_bias)
+    if which == "reference":
         return linear_attention_block_ref(
             x, norm_weight, qkv_weight, out_weight, heads=heads, norm_bias=norm_bias,
             out_bias=out_bias, eps=eps, sm_scale=scale,
         )  # fmt: skip
-    qkv = norm_linear(x, norm_weight, qkv_weight, norm_bias=norm_bias, eps=eps)
-    out = linear_attention(qkv.unflatten(-1, (3, heads, d)), sm_scale=scale)
-    return linear_residual(x, out.flatten(-2), out_weight, out_bias)
+    tensors = (x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
+    given = [None if t is None else t.contiguous() for t in tensors]
+    return run(linear_attention_block_fwd, *given, heads, eps, scale, which)[0]
 
 
 def linear_attention_block_cost(

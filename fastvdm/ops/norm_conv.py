@@ -8,23 +8,21 @@ kept for the backward, which makes it again with ``norm_act`` where weight gradi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from fastvdm.ops import norm_act as norm_ops
 from fastvdm.ops import space_conv as conv_ops
+from fastvdm.ops._check import check_tensors, check_video, dense
 from fastvdm.ops._cost import flops
-from fastvdm.ops._op import autograd, define, fake
-from fastvdm.ops.norm_act import norm_act, norm_act_bwd, norm_act_fwd
-from fastvdm.ops.space_conv import space_conv, space_conv_bwd
-from fastvdm.runtime import dispatch
-
-_STEM = "norm_conv"
-_GROUP = norm_ops.KINDS["group"]
+from fastvdm.ops._op import autograd, op, run
+from fastvdm.ops.norm_act import KINDS, check_stats, norm_act, norm_act_bwd, norm_act_fwd
+from fastvdm.ops.space_conv import check_conv, space_conv, space_conv_bwd
+from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
 
 
-@define
+@op("norm_conv")
 def norm_conv_fwd(
     x: Tensor,
     mean: Tensor,
@@ -41,42 +39,35 @@ def norm_conv_fwd(
 ) -> Tensor:
     """y (B, F, H, W, Cout) of contiguous inputs, in the dtype of x, weight, bias and residual. The
     rows of scale and shift may lie further apart than C."""
-    return dispatch.launchers(_STEM, backend).norm_conv_fwd(
-        x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, act
-    )
-
-
-@fake(norm_conv_fwd)
-def _(x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, act, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx, inputs, output):
-    *tensors, weight, _bias, _residual, ctx.act, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, weight)
+    *tensors, weight, bias, _residual, ctx.act, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, weight, bias)
 
 
 def _backward(ctx, dy):
-    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight = ctx.saved_tensors
+    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_dx, need_dw, need_db, need_dres = need[0], need[7], need[8], need[9]
     need_dnorm, need_dfilm = need[3] or need[4], need[5] or need[6]
     need_dh = need_dx or need_dnorm or need_dfilm
     per_frame = mean.shape[0] != x.shape[0]
-    settings = (_GROUP, mean.shape[1], per_frame, 0.0, ctx.act)  # eps is in rstd
+    settings = (KINDS["group"], mean.shape[1], per_frame, 0.0, ctx.act)  # eps is in rstd
     affine = (norm_weight, norm_bias, scale, shift)
     dy = dy.contiguous()
     h = x  # stands for its shape where the weight is frozen
     if need_dw:
-        h = norm_act_fwd(x, None, *affine, None, None, mean, rstd, *settings, ctx.backend)[0]
-    dh, _, dw, db = space_conv_bwd(
-        dy, h, None, weight, 1, need_dh, False, need_dw, need_db, ctx.backend
-    )
+        stats = (None, None, mean, rstd)
+        h = run(norm_act_fwd, x, None, None, *affine, *stats, *settings, ctx.backend)[0]
+    flags = (need_dh, False, need_dw, need_db)
+    dh, _, dw, db = run(space_conv_bwd, dy, h, None, weight, bias, 1, *flags, ctx.backend)
     dx = dnw = dnb = dscale = dshift = None
     if need_dh:
-        dx, _, dnw, dnb, dscale, dshift, _ = norm_act_bwd(
-            dh, x, None, *affine, None, mean, rstd, *settings, need_dx, need_dnorm, need_dfilm,
-            ctx.backend,
+        dx, _, _, dnw, dnb, dscale, dshift = run(
+            norm_act_bwd, dh, x, None, None, *affine, None, mean, rstd, *settings, need_dx, False,
+            need_dnorm, need_dfilm, ctx.backend,
         )  # fmt: skip
     found = (dx, None, None, dnw, dnb, dscale, dshift, dw, db, dy if need_dres else None)
     return (*(g if n else None for g, n in zip(found, need)), None, None)
@@ -85,24 +76,17 @@ def _backward(ctx, dy):
 autograd(norm_conv_fwd, _backward, setup_context=_save)
 
 
-dispatch.register(
-    "norm_conv", _STEM, ("norm_conv_fwd",), conv_ops.unsupported, backends=("triton",)
-)
-
-
-def takes_prologue(x: Tensor) -> bool:
-    """Whether norm and convolution are one launch for an input like ``x``. Two where autocast gives
-    the convolution another type than the norm.
-
-    | device | choice    | why                                                                     |
-    |--------|-----------|-------------------------------------------------------------------------|
-    | cuda   | two ops   | NOT MEASURED: has not run on a GPU, so it is taken only by name         |
-    |        |           | (FASTVDM_BACKEND=triton)                                                |
-    | cpu    | two ops   | oneDNN has no such prologue                                             |
-    """
-    if dispatch.autocast_dtype(x) != x.dtype:
-        return False
-    return conv_ops.choose_conv("conv", x.shape[-1], x.device.type, x.dtype) == "triton"
+@implementations(
+    "norm_conv", "norm_conv_fwd", backends=("triton",),
+    examples=lambda device: {"fp32": (torch.empty(1, 1, 1, 1, 8, device=device), 3)},
+)  # fmt: skip
+def _(x: Tensor, kernel: int) -> Iterator[tuple[str, str | None]]:
+    if autocast_dtype(x) != x.dtype:
+        yield "triton", ByDesign("autocast gives the convolution another type than the norm")
+    else:
+        unmeasured = ByName("not measured against cuDNN: it has not run on a GPU")
+        yield "triton", conv_ops.triton_refuses(x, kernel, x.dtype) or unmeasured
+    yield "parts", None
 
 
 def norm_conv(
@@ -138,33 +122,28 @@ def norm_conv(
     Raises:
         ValueError, TypeError: as ``norm_act`` and ``space_conv``.
     """
+    check_video(x)
     groups, c = stats[0].shape[-1], x.shape[-1]
-    backend = "reference"
-    if takes_prologue(x) and x.ndim == 5 and x.shape[0] > 0:
-        conv_ops.check_conv(x, None, weight, bias, 1, residual, None)
-        if groups < 1 or c % groups:
-            raise ValueError(f"groups must divide the {c} channels, got {groups}")
-        norm_ops.check_stats(x, stats, groups, per_frame)
-        vectors = dict(norm_weight=norm_weight, norm_bias=norm_bias, scale=scale, shift=shift)
-        for name, t in vectors.items():
-            norm_ops.expect(name, t, (c,) if "norm" in name else (x.shape[0], c), x.device)
-            if t is not None and not t.is_floating_point():
-                raise TypeError(f"{name} must be floating, got {t.dtype}")
-        backend = dispatch.select("norm_conv", x.device, x, weight)
-    if backend == "reference":
+    which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
+    if which != "triton":
         h = norm_act(
             x, norm_weight, norm_bias, kind="group", groups=groups, per_frame=per_frame,
             eps=eps, scale=scale, shift=shift, act=act, stats=stats,
         )  # fmt: skip
         return space_conv(h, weight, bias, residual=residual)
-    x, weight, bias, residual = conv_ops.cast(x, weight, bias, residual)
-    mean, rstd, norm_bias, bias, residual = (
-        None if t is None else t.contiguous() for t in (*stats, norm_bias, bias, residual)
-    )
+    check_conv(x, None, weight, bias, 1, residual, None)
+    if groups < 1 or c % groups:
+        raise ValueError(f"groups must divide the {c} channels, got {groups}")
+    check_stats(x, stats, groups, per_frame)
+    film = (x.shape[0], c)
+    check_tensors(
+        x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
+        ("scale", scale, film), ("shift", shift, film),
+    )  # fmt: skip
     scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
-    return norm_conv_fwd(
-        x.contiguous(), mean, rstd, norm_weight.contiguous(), norm_bias, scale, shift, weight, bias,
-        residual, act, backend,
+    return run(
+        norm_conv_fwd, x.contiguous(), dense(stats[0]), dense(stats[1]), norm_weight.contiguous(),
+        dense(norm_bias), scale, shift, weight, dense(bias), dense(residual), act, which,
     )  # fmt: skip
 
 

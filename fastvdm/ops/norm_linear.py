@@ -1,39 +1,40 @@
 """``norm_linear``: LayerNorm_C(x) weightᵀ + bias, the first half of an attention block.
 
-Ho et al. 2022, "Video Diffusion Models", section 3, where C is too wide for the one kernel of
-``temporal_block``. The Triton kernel normalises x between its load and the product, so that the
-normalised x is never written; nothing but the inputs is saved for the backward. Where there is no
-such kernel it is ``norm_act``, then ``linear``.
+For blocks that are too wide for the one kernel of ``temporal_block``. The Triton kernel normalises
+x between its load and the product, so that the normalised x is never written; nothing but the
+inputs is saved for the backward. Where there is no such kernel it is ``norm_act``, then ``linear``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_dtypes
+from fastvdm.ops._check import check_eps, check_projection, check_tensors, check_video, dense
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import autograd, define, fake, no_double_backward
+from fastvdm.ops._op import backward_of, op, run
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.runtime.dispatch import (
     ByDesign,
+    ByName,
     autocast_dtype,
     autocast_on,
-    backend_in_force,
-    launchers,
-    register,
+    implementations,
     select,
 )
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_CHANNELS = 4096
 
 
-@define
+@op(
+    "norm_linear",
+    backward="dy x norm_weight norm_bias weight bias eps",
+    grads="x:dx norm_weight:norm norm_bias:norm weight:weight bias:bias",
+)
 def norm_linear_fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -43,136 +44,28 @@ def norm_linear_fwd(
     eps: float,
     backend: str,
 ) -> Tensor:
-    """y (B, F, H, W, N) in the dtype of weight, of contiguous inputs."""
-    return launchers("norm_linear", backend).norm_linear_fwd(
-        x, norm_weight, norm_bias, weight, bias, eps
-    )
-
-
-@fake(norm_linear_fwd)
-def _(x, norm_weight, norm_bias, weight, bias, eps, backend):
+    """y (B, F, H, W, N) in the dtype of weight, of contiguous inputs. In the backward x is
+    normalised again, for the gradient of the weight alone."""
     return weight.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@define
-def norm_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    need_dx: bool,
-    need_norm: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dnorm_weight, dnorm_bias, dweight, dbias), each shaped and typed as its input, or of
-    shape (0,) where not wanted or its input is None. x is normalised again for dweight alone."""
-    return launchers("norm_linear", backend).norm_linear_bwd(
-        dy, x, norm_weight, norm_bias, weight, bias, eps, need_dx, need_norm, need_weight, need_bias
-    )
+norm_linear_bwd = backward_of(norm_linear_fwd)
 
 
-@fake(norm_linear_bwd)
-def _(
-    dy, x, norm_weight, norm_bias, weight, bias, eps,
-    need_dx, need_norm, need_weight, need_bias, backend,
-):  # fmt: skip
-    wanted = (
-        *((x, need_dx), (norm_weight, need_norm), (norm_bias, need_norm)),
-        *((weight, need_weight), (bias, need_bias)),
-    )
-    return tuple(
-        t.new_empty(t.shape) if t is not None and need else x.new_empty((0,)) for t, need in wanted
-    )
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, dy):
-    need = ctx.needs_input_grad[:5]
-    found = norm_linear_bwd(
-        dy.contiguous(), *ctx.saved_tensors, ctx.eps, need[0], need[1] or need[2], *need[3:],
-        ctx.backend,
-    )  # fmt: skip
-    return *(g if n else None for g, n in zip(found, need)), None, None
-
-
-autograd(norm_linear_fwd, _backward, setup_context=_save)
-no_double_backward(norm_linear_bwd)
-
-
-def unsupported(backend: str, x: Tensor) -> str | None:
-    """Why ``backend`` cannot take this call; None when it can."""
+@implementations(
+    "norm_linear", "norm_linear_fwd", "norm_linear_bwd", backends=("triton",),
+    examples=lambda device: {"fp32": (torch.empty(1, 1, 1, 1, 64, device=device),)},
+)  # fmt: skip
+def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
     if x.dtype == torch.float64 and x.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-        return ByDesign("fp64 runs on the torch reference")
-    if x.shape[-1] > _MAX_CHANNELS:
-        return f"C = {x.shape[-1]} is above {_MAX_CHANNELS}, the widest row of the norm's backward"
-    return None
-
-
-register(
-    "norm_linear",
-    stem="norm_linear",
-    names=("norm_linear_fwd", "norm_linear_bwd"),
-    unsupported=unsupported,
-    backends=("triton",),
-)
-
-
-def on_triton() -> bool:
-    """Whether the halves run as kernels; elsewhere they are composed of the package's parts.
-
-    | device | choice       | why                                                                  |
-    |--------|--------------|----------------------------------------------------------------------|
-    | cuda   | composed     | NOT MEASURED against cuBLAS, which such wide products are bound by:  |
-    |        |              | taken only by name (FASTVDM_BACKEND=triton)                          |
-    | cpu    | composed     | no kernel                                                            |
-    """
-    return backend_in_force() == "triton"
-
-
-def _validate(x, norm_weight, weight, norm_bias, bias, eps) -> None:
-    if x.ndim != 5:
-        raise ValueError(f"x must be (B, F, H, W, C), got {tuple(x.shape)}")
-    c = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != c:
-        raise ValueError(f"weight must be (N, {c}), got {tuple(weight.shape)}")
-    if min(*x.shape[1:], weight.shape[0]) < 1:
-        raise ValueError(f"only the batch may be empty, got {tuple(x.shape)} to {weight.shape[0]}")
-    for name, t, shape in (
-        ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
-        ("bias", bias, (weight.shape[0],)),
-    ):  # fmt: skip
-        if t is not None and tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-    for name, t in (
-        ("x", x), ("norm_weight", norm_weight), ("weight", weight), ("norm_bias", norm_bias),
-        ("bias", bias),
-    ):  # fmt: skip
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {t.device}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be fp32, fp16, bf16 or fp64, got {t.dtype}")
-    check_dtypes(x, "weight", weight, {"bias": bias})
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-
-
-def _parts(x, norm_weight, weight, norm_bias, bias, eps) -> Tensor:
-    normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
-    if not autocast_on(x.device.type):
-        normed = normed.to(weight.dtype)
-    return linear(normed, weight, bias)
+        yield "triton", ByDesign("fp64 runs on the torch reference")
+    elif x.shape[-1] > _MAX_CHANNELS:
+        wide = f"C = {x.shape[-1]} is above {_MAX_CHANNELS}, the widest row of the norm's backward"
+        yield "triton", wide
+    else:
+        yield "triton", ByName("not measured against cuBLAS, which such wide products are bound by")
+    yield "parts", None
 
 
 def norm_linear(
@@ -197,23 +90,31 @@ def norm_linear(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    _validate(x, norm_weight, weight, norm_bias, bias, eps)
-    if not on_triton():
-        return _parts(x, norm_weight, weight, norm_bias, bias, eps)
-    backend = select("norm_linear", x.device, x)
+    check_video(x)
+    c = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != c:
+        raise ValueError(f"weight must be (N, {c}), got {tuple(weight.shape)}")
+    n = weight.shape[0]
+    if min(*x.shape[1:], n) < 1:
+        raise ValueError(f"only the batch may be empty, got {tuple(x.shape)} to {n}")
+    check_tensors(
+        x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
+        ("weight", weight, (n, c)), ("bias", bias, (n,)),
+    )  # fmt: skip
+    check_projection(x, "weight", weight, ("bias", bias))
+    check_eps(eps)
+    which = select("norm_linear", x.device, x)
+    if which != "triton":
+        normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
+        if not autocast_on(x.device.type):
+            normed = normed.to(weight.dtype)
+        return linear(normed, weight, bias)
     low = autocast_dtype(weight)
     weight, bias = weight.to(low), None if bias is None else bias.to(low)
-    if backend == "reference":
-        return norm_linear_ref(x, norm_weight, weight, norm_bias=norm_bias, bias=bias, eps=eps)
-    return norm_linear_fwd(
-        x.contiguous(),
-        norm_weight.contiguous(),
-        None if norm_bias is None else norm_bias.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        float(eps),
-        backend,
-    )
+    return run(
+        norm_linear_fwd, x.contiguous(), norm_weight.contiguous(), dense(norm_bias),
+        weight.contiguous(), dense(bias), float(eps), which,
+    )  # fmt: skip
 
 
 def norm_linear_cost(

@@ -1,4 +1,4 @@
-"""The conv side of ``conv_group_norm``: convolutions of every frame, their up- and downsampling.
+"""``space_conv``: convolutions of every frame, their up- and downsampling.
 
 y = conv2d([x, x2], weight) + bias + residual on every frame of (B, F, H, W, C); the two sources of
 a skip connection are never concatenated by the caller. ``upsample="nearest"`` doubles H and W
@@ -7,105 +7,19 @@ first: folded, the upsampled tensor is never made and 5/9 of the multiplications
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
+from fastvdm.ops._check import check_dtype_of, check_tensors, check_video, dense
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
-from fastvdm.ops._op import autograd, define, fake, no_double_backward
-from fastvdm.ops.linear import emulated
-from fastvdm.reference.space_conv import (
-    group_stats_ref,
-    space_conv_ref,
-    space_conv_transpose_ref,
-)
+from fastvdm.ops._op import backward_of, op, run
+from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime import dispatch
-
-STEM = "space_conv"
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-# --- which implementation ------------------------------------------------------------------------
-
-
-def choose_conv(
-    kind: str, channels: int, device: str, dtype: torch.dtype, backend: str | None = None
-) -> str:
-    """The implementation of one call: "aten", "library", "triton" or "reference".
-
-    kind is "conv", "pair" (two sources), "transpose" or "upsample". "aten" is one library call
-    under torch's autograd, "library" the composition in ``space_conv_library.py``, "triton"
-    our implicit GEMM. ``backend`` overrides the configured one; no row depends on ``channels``
-    yet.
-
-    | device | kind                | choice  | why                                                 |
-    |--------|---------------------|---------|-----------------------------------------------------|
-    | cuda   | conv                | aten    | cuDNN channels-last. NOT MEASURED against ours: the |
-    |        |                     |         | Triton kernel has not run on a GPU, so it is taken  |
-    |        |                     |         | only by name (FASTVDM_BACKEND=triton)               |
-    | cuda   | pair                | library | the same reason                                     |
-    | cuda   | transpose, upsample | aten    | the same reason                                     |
-    | cpu    | conv                | aten    | oneDNN                                              |
-    | cpu    | pair                | library | no concatenated copy kept for backward; 0.95-1.1x   |
-    | cpu    | transpose, upsample | aten    | not bf16: 0.27-0.94x the time of four phases        |
-    |        |                     | library | bf16: 0.36x at 64 channels, 0.6x at 128, 1.06x at   |
-    |        |                     |         | 256 (oneDNN without AMX)                            |
-    | cpu    | the same, with AMX  | aten    | NOT MEASURED                                        |
-
-    CPU rows: Xeon with AVX-512, without AMX, one thread, torch 2.13, November 2026; time relative
-    to the other choice, forward, 16 frames of 8x8 to 32x32.
-    """
-    backend = backend or dispatch.backend_in_force()
-    if backend in ("reference", "triton"):
-        return backend
-    if kind == "pair":
-        return "library"
-    if kind in ("transpose", "upsample") and device == "cpu":
-        return "library" if dtype == torch.bfloat16 and not library.AMX else "aten"
-    return "aten"
-
-
-def unsupported(
-    backend: str, x: Tensor, weight: Tensor, dtype: torch.dtype | None = None
-) -> str | None:
-    """Why ``backend`` cannot take this call, computed in ``dtype`` (default: x's), or None."""
-    dtype = dtype or x.dtype
-    if backend != "triton":
-        return "no kernel for this op"
-    if dtype not in _FLOATS:
-        return f"dtype {dtype}"
-    if dtype == torch.bfloat16 and dispatch.INTERPRET:
-        return "the Triton interpreter truncates bf16"
-    if max(x.shape[2] * x.shape[3], weight.shape[-1] * x.shape[3] * x.shape[4]) >= 2**31:
-        return f"images of {tuple(x.shape[2:])}; offsets inside one are int32"
-    return None
-
-
-def _implementation(op: str, kind: str, x: Tensor, weight: Tensor, stride: int = 1) -> str:
-    dtype = dispatch.autocast_dtype(x)
-    choice = choose_conv(kind, x.shape[-1], x.device.type, dtype)
-    if choice == "aten" and (
-        emulated(x.device, dtype)
-        or (kind == "conv" and library.has_own_kernel(x.device, weight, stride, dtype))
-    ):
-        choice = "library"  # which hands it to the C++ backend, or computes in fp32
-    if choice == "triton":
-        return dispatch.select(op, x.device, x, weight, dtype)
-    return choice
-
-
-def bias_is_apart(kind: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether this convolution, of ``kind`` as in ``choose_conv``, would add its bias in a pass of
-    its own, so that a norm behind it had better take the bias: only the library's does, on CUDA."""
-    choice = choose_conv(kind, x.shape[-1], x.device.type, x.dtype)
-    return choice in ("aten", "library") and library.adds_bias_apart(x, weight.shape[-1])
-
-
-def _launchers(backend: str):
-    return library if backend == "library" else dispatch.launchers(STEM, backend)
-
+from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, launcher
+from fastvdm.runtime.extension import AMX, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
 
@@ -118,13 +32,22 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return batch, frames, height, width, weight.shape[0]
 
 
-def _or_empty(t: Tensor, wanted: bool, shape: tuple[int, ...] | None = None) -> Tensor:
-    if not wanted:
-        return t.new_empty(0)
-    return torch.empty_like(t) if shape is None else t.new_empty(shape)
+def _backward(*args: object) -> tuple[Tensor, ...]:
+    """The C++ kernel has the gradient of x alone; that of the weight is the library's."""
+    *given, backend = args
+    if backend == "cpu":
+        return library.space_conv_bwd(*given, dx_of=launcher("space_conv", "space_conv_dx", "cpu"))
+    return launcher("space_conv", "space_conv_bwd", str(backend))(*given)
 
 
-@define
+@op(
+    "space_conv",
+    backward="dy x x2 weight bias stride",
+    grads="x:dx x2:dx2 weight:dw bias:db",
+    residual="residual",
+    strided="weight",
+    backward_body=_backward,
+)
 def space_conv_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -134,15 +57,21 @@ def space_conv_fwd(
     stride: int,
     backend: str,
 ) -> Tensor:
-    return _launchers(backend).space_conv_fwd(x, x2, weight, bias, residual, stride)
-
-
-@fake(space_conv_fwd)
-def _(x, x2, weight, bias, residual, stride, backend):
+    """y, contiguous, of contiguous inputs but for the weight, whose gradient has its strides."""
     return x.new_empty(_out_shape(x, weight, stride))
 
 
-@define
+space_conv_bwd = backward_of(space_conv_fwd)
+
+
+@op(
+    "space_conv",
+    outputs="y mean rstd",
+    backward="dy x x2 weight bias stride",
+    grads="x:dx x2:dx2 weight:dw bias:db",
+    residual="residual",
+    shares=space_conv_bwd,
+)
 def space_conv_stats_fwd(
     x: Tensor,
     x2: Tensor | None,
@@ -155,144 +84,95 @@ def space_conv_stats_fwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launchers(backend).space_conv_stats_fwd(
-        x, x2, weight, bias, residual, stride, groups, per_frame, eps
-    )
-
-
-@fake(space_conv_stats_fwd)
-def _(x, x2, weight, bias, residual, stride, groups, per_frame, eps, backend):
+    """(y, mean, rstd). Who takes the statistics differentiates through them."""
     y = x.new_empty(_out_shape(x, weight, stride))
     shape = (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return y, x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
-@define
-def space_conv_bwd(
-    dy: Tensor,
-    x: Tensor,
-    x2: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    need_dx: bool,
-    need_dx2: bool,
-    need_dw: bool,
-    need_db: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launchers(backend).space_conv_bwd(
-        dy, x, x2, weight, stride, need_dx, need_dx2, need_dw, need_db
-    )
-
-
-@fake(space_conv_bwd)
-def _(dy, x, x2, weight, stride, need_dx, need_dx2, need_dw, need_db, backend):
-    return (
-        _or_empty(x, need_dx, tuple(x.shape)),
-        _or_empty(x, need_dx2, None if x2 is None else tuple(x2.shape)),
-        _or_empty(weight, need_dw),
-        _or_empty(dy, need_db, (weight.shape[0],)),
-    )
-
-
-@define
+@op(
+    "space_conv",
+    backward="dy x weight bias",
+    grads="x:dx weight:dw bias:db",
+    residual="residual",
+    strided="weight",
+)
 def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
-    return _launchers(backend).space_conv_transpose_fwd(x, weight, bias, residual)
-
-
-@fake(space_conv_transpose_fwd)
-def _(x, weight, bias, residual, backend):
     batch, frames, height, width, _ = x.shape
     return x.new_empty(batch, frames, 2 * height, 2 * width, weight.shape[1])
 
 
-@define
-def space_conv_transpose_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launchers(backend).space_conv_transpose_bwd(dy, x, weight, need_dx, need_dw, need_db)
+space_conv_transpose_bwd = backward_of(space_conv_transpose_fwd)
+
+# --- which implementation ------------------------------------------------------------------------
 
 
-@fake(space_conv_transpose_bwd)
-def _(dy, x, weight, need_dx, need_dw, need_db, backend):
-    return (
-        _or_empty(x, need_dx, tuple(x.shape)),
-        _or_empty(weight, need_dw),
-        _or_empty(dy, need_db, (weight.shape[1],)),
-    )
+def triton_refuses(x: Tensor, kernel: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take this call, computed in ``dtype``, or None."""
+    if dtype == torch.bfloat16 and dispatch.INTERPRET:
+        return "the Triton interpreter truncates bf16"
+    if max(x.shape[2] * x.shape[3], kernel * x.shape[3] * x.shape[4]) >= 2**31:
+        return f"images of {tuple(x.shape[2:])}; offsets inside one are int32"
+    return None
 
 
-def _save(ctx, inputs, output):
-    x, x2, weight, _bias, _residual, stride, *_rest, backend = inputs
-    ctx.save_for_backward(x, x2, weight)
-    ctx.stride, ctx.backend, ctx.inputs = stride, backend, len(inputs)
-    if isinstance(output, tuple):  # the consumer's backward differentiates through the statistics
-        ctx.mark_non_differentiable(*output[1:])
+_UNMEASURED = ByName("not measured against cuDNN: it has not run on a GPU")
+_ONE_CALL = "one call of torch's own does it"
 
 
-def _backward(ctx, dy, *_stats):
-    x, x2, weight = ctx.saved_tensors
-    need_dx, need_dx2, need_dw, need_db, need_dres = ctx.needs_input_grad[:5]
-    dx = dx2 = dw = db = None
-    if need_dx or need_dx2 or need_dw or need_db:
-        dx, dx2, dw, db = space_conv_bwd(
-            dy, x, x2, weight, ctx.stride, need_dx, need_dx2, need_dw, need_db, ctx.backend
-        )
-    return (
-        dx if need_dx else None,
-        dx2 if need_dx2 else None,
-        dw if need_dw else None,
-        db if need_db else None,
-        dy if need_dres else None,
-        *(None,) * (ctx.inputs - 5),
-    )
+def _examples(device: torch.device) -> dict[str, tuple]:
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    x = torch.empty(1, 1, 8, 8, 8, device=device)
+    return {
+        f"{kernel}x{kernel} at stride {stride} in {name}": (x, kernel, stride, False, dtype)
+        for kernel, stride in ((1, 1), (3, 1), (4, 2))  # what the networks have
+        for name, dtype in types.items()
+    }
 
 
-autograd(space_conv_fwd, _backward, setup_context=_save)
-autograd(space_conv_stats_fwd, _backward, setup_context=_save)
-no_double_backward(space_conv_bwd)
+@implementations("space_conv", "space_conv_fwd", "space_conv_dx", examples=_examples)
+def _(
+    x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype
+) -> Iterator[tuple[str, str | None]]:
+    """A library is a composition behind our op, "torch" one call under torch's autograd.
+
+    A pair of sources: no concatenated copy is kept for the backward; 0.95-1.1x the time of one call
+    (forward, 16 frames of 8x8 to 32x32; Xeon with AVX-512, one thread, torch 2.13, November 2026).
+    """
+    if kernel != 3 or stride != 1:
+        yield "cpu", ByDesign("Winograd's kernel is for 3x3 at stride 1")
+    elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        yield "cpu", ByDesign(f"{dtype} is not a type of its kernel")
+    elif AMX and dtype == torch.bfloat16:
+        # Its tiles multiply bf16 sixteen times as fast as fp32: a direct sum has less to do.
+        yield "cpu", ByDesign("oneDNN multiplies bf16 in AMX")
+    else:
+        yield "cpu", None
+    yield "triton", triton_refuses(x, kernel, dtype) or _UNMEASURED
+    yield "library", None if pair or emulated(x.device, dtype) else _ONE_CALL
+    yield "torch", None
 
 
-def _save_transpose(ctx, inputs, output):
-    x, weight, _bias, _residual, ctx.backend = inputs
-    ctx.save_for_backward(x, weight)
+def _transpose_examples(device: torch.device) -> dict[str, tuple]:
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    x = torch.empty(1, 1, 8, 8, 8, device=device)
+    return {name: (x, dtype) for name, dtype in types.items()}
 
 
-def _backward_transpose(ctx, dy):
-    x, weight = ctx.saved_tensors
-    need_dx, need_dw, need_db, need_dres = ctx.needs_input_grad[:4]
-    dx = dw = db = None
-    if need_dx or need_dw or need_db:
-        dx, dw, db = space_conv_transpose_bwd(dy, x, weight, need_dx, need_dw, need_db, ctx.backend)
-    return (
-        dx if need_dx else None,
-        dw if need_dw else None,
-        db if need_db else None,
-        dy if need_dres else None,
-        None,
-    )
-
-
-autograd(space_conv_transpose_fwd, _backward_transpose, setup_context=_save_transpose)
-no_double_backward(space_conv_transpose_bwd)
-
-dispatch.register(
-    "space_conv",
-    stem=STEM,
-    names=("space_conv_fwd", "space_conv_bwd"),
-    unsupported=unsupported,
-    backends=("triton",),
-)
-dispatch.register(
-    "space_conv_transpose",
-    stem=STEM,
-    names=("space_conv_transpose_fwd", "space_conv_transpose_bwd"),
-    unsupported=unsupported,
-    backends=("triton",),
-)
+@implementations(
+    "space_conv_transpose", "space_conv_transpose_fwd", "space_conv_transpose_bwd",
+    backends=("triton",), examples=_transpose_examples,
+)  # fmt: skip
+def _(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
+    """Four phases against one call of oneDNN: in bf16 0.36x the time at 64 channels, 0.6x at 128,
+    1.06x at 256 (without AMX; with it not measured), else 1.1-3.7x. Machine and sizes as above."""
+    yield "triton", triton_refuses(x, 4, dtype) or _UNMEASURED
+    phases = x.device.type == "cpu" and dtype == torch.bfloat16 and not AMX
+    yield "library", None if phases or emulated(x.device, dtype) else _ONE_CALL
+    yield "torch", None
 
 
 # --- public functions ----------------------------------------------------------------------------
@@ -306,33 +186,22 @@ def _check(
     residual: Tensor | None,
     in_axis: int,
 ) -> None:
-    if x.ndim != 5:
-        raise ValueError(f"x must be (B, F, H, W, C), got {x.ndim} dimensions: {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x2 is not None and x2.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"x2 must be {tuple(x.shape[:-1])} + (C2,), the extents of x; got {tuple(x2.shape)}"
-        )
+    check_video(x)
+    channels = x.shape[-1]
+    if x2 is not None:
+        check_video(x2, "x2")
+        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])))
+        channels += x2.shape[-1]
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must be 4-D with a square kernel, got {tuple(weight.shape)}")
-    channels = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
     if weight.shape[in_axis] != channels:
         raise ValueError(
             f"weight {tuple(weight.shape)} takes {weight.shape[in_axis]} channels, "
             f"the input has {channels}"
         )
-    out = weight.shape[1 - in_axis]
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias must be ({out},), got {tuple(bias.shape)}")
-    others = {"x2": x2, "weight": weight, "bias": bias, "residual": residual}
-    for name, t in others.items():
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
-        if t.dtype != x.dtype and not dispatch.autocast_on(x.device.type):
-            raise TypeError(f"{name} is {t.dtype}, x is {x.dtype}")
+    out = (weight.shape[1 - in_axis],)
+    check_tensors(x, ("weight", weight, tuple(weight.shape)), ("bias", bias, out))
+    check_dtype_of(x, ("x2", x2), ("weight", weight), ("bias", bias), ("residual", residual))
 
 
 def check_conv(
@@ -359,14 +228,8 @@ def check_conv(
         expected = (*expected[:2], 2 * expected[2], 2 * expected[3], expected[4])
     if min(expected[2:4]) < 1:
         raise ValueError(f"x {tuple(x.shape)} is too small for {kernel}x{kernel}, stride {stride}")
-    if residual is not None and residual.shape != expected:
-        raise ValueError(f"residual must be {expected}, the output; got {tuple(residual.shape)}")
-
-
-def cast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
-    dtype = dispatch.autocast_dtype(x)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+    if residual is not None:
+        check_tensors(x, ("residual", residual, expected))
 
 
 def _fold_axis(w: Tensor, axis: int) -> Tensor:
@@ -386,6 +249,54 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     return folded.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def choose(
+    x: Tensor,
+    weight: Tensor,
+    stride: int = 1,
+    x2: Tensor | None = None,
+    upsample: str | None = None,
+) -> str:
+    """The implementation that takes this call."""
+    if upsample is not None:
+        return dispatch.select("space_conv_transpose", x.device, x, autocast_dtype(x))
+    call = (x, weight.shape[-1], stride, x2 is not None, autocast_dtype(x))
+    return dispatch.select("space_conv", x.device, *call)
+
+
+def convolve(
+    which: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x2: Tensor | None = None,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    upsample: str | None = None,
+) -> Tensor:
+    """``space_conv`` of checked arguments by the implementation ``which``."""
+    if which == "reference":
+        return space_conv_ref(x, weight, bias, x2, stride, residual, upsample)
+    if upsample is not None:
+        return _transpose(which, x, fold_upsample_weight(weight), bias, residual)
+    if which == "torch":
+        y = library.conv2d(x, weight, bias, stride)
+        return y if residual is None else y + residual.to(y.dtype)
+    x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
+    return run(
+        space_conv_fwd, x.contiguous(), dense(x2), weight, bias, dense(residual), stride, which
+    )
+
+
+def cast(*tensors: Tensor | None) -> list:
+    """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
+    x = tensors[0]
+    assert x is not None
+    dtype = autocast_dtype(x)
+    if dtype == x.dtype and not dispatch.autocast_on(x.device.type):
+        return list(tensors)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
 def space_conv(
     x: Tensor,
     weight: Tensor,
@@ -395,7 +306,6 @@ def space_conv(
     stride: int = 1,
     residual: Tensor | None = None,
     upsample: str | None = None,
-    fold: bool = True,
 ) -> Tensor:
     """conv2d of every frame: y = conv2d([x, x2], weight) + bias + residual.
 
@@ -407,9 +317,8 @@ def space_conv(
         x2: (B, F, H, W, C2), further input channels: the skip connection, not concatenated.
         stride: 1 or 2.
         residual: like the output, added to it.
-        upsample: "nearest" doubles H and W before a 3x3 kernel.
-        fold: compute that on the small input with summed weights (equal but for rounding);
-            False makes the upsampled tensor.
+        upsample: "nearest" doubles H and W before a 3x3 kernel; computed on the small input with
+            summed weights, equal but for rounding.
 
     Returns:
         (B, F, Ho, Wo, Cout), contiguous, in x's dtype (autocast's where it is on).
@@ -418,21 +327,8 @@ def space_conv(
         ValueError, TypeError: a shape, dtype or option that does not fit, before any launch.
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
-    if upsample is not None:
-        if dispatch.backend_in_force() == "reference":
-            return space_conv_ref(x, weight, bias, None, 1, residual, upsample)
-        if fold:
-            return _transpose(x, fold_upsample_weight(weight), bias, residual, "upsample")
-        x = library.upsample_nearest(x)
-    kind = "conv" if x2 is None else "pair"
-    backend = _implementation("space_conv", kind, x, weight, stride)
-    if backend == "reference":
-        return space_conv_ref(x, weight, bias, x2, stride, residual)
-    if backend == "aten":
-        y = library.conv2d(x, weight, bias, stride)
-        return y if residual is None else y + residual.to(y.dtype)
-    inputs = cast(x, x2, weight, bias, residual)
-    return space_conv_fwd(*inputs, stride, backend)
+    which = choose(x, weight, stride, x2, upsample)
+    return convolve(which, x, weight, bias, x2, stride, residual, upsample)
 
 
 def space_conv_stats(
@@ -460,26 +356,26 @@ def space_conv_stats(
     check_conv(x, x2, weight, bias, stride, residual, None)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
-    kind = "conv" if x2 is None else "pair"
-    backend = _implementation("space_conv", kind, x, weight)
-    if backend == "triton":
-        inputs = cast(x, x2, weight, bias, residual)
-        return space_conv_stats_fwd(*inputs, stride, groups, per_frame, eps, backend)
-    y = space_conv(x, weight, bias, x2=x2, stride=stride, residual=residual)
+    which = choose(x, weight, stride, x2)
+    if which == "triton":
+        x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
+        return run(
+            space_conv_stats_fwd, x.contiguous(), dense(x2), weight, bias, dense(residual), stride,
+            groups, per_frame, eps, which,
+        )  # fmt: skip
+    y = convolve(which, x, weight, bias, x2, stride, residual)
     return y, *group_stats_ref(y.detach(), groups, per_frame, eps)
 
 
 def _transpose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kind: str
+    which: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    backend = _implementation("space_conv_transpose", kind, x, weight)
-    if backend in ("reference", "aten"):
-        if backend == "reference":
-            y = space_conv_transpose_ref(x, weight, bias)
-        else:
-            y = library.conv_transpose2d(x, weight, bias)
+    if which in ("reference", "torch"):
+        by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
+        y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    return space_conv_transpose_fwd(*cast(x, weight, bias, residual), backend)
+    x, weight, bias, residual = cast(x, weight, bias, residual)
+    return run(space_conv_transpose_fwd, x.contiguous(), weight, bias, dense(residual), which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -499,7 +395,8 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     _check(x, None, weight, bias, None, in_axis=0)
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
-    return _transpose(x, weight, bias, None, "transpose")
+    which = dispatch.select("space_conv_transpose", x.device, x, autocast_dtype(x))
+    return _transpose(which, x, weight, bias, None)
 
 
 # --- costs ---------------------------------------------------------------------------------------
@@ -561,6 +458,11 @@ def _(*, x, weight, **_):
 @flops(space_conv_transpose_bwd)
 def _(*, x, weight, need_dx, need_dw, **_):
     return (need_dx + need_dw) * space_conv_transpose_cost(x, weight).flops
+
+
+@flops_of_launcher("space_conv_dx_cpu")
+def _(*, dy, weight, **_):
+    return space_conv_cost(dy, (weight[1], weight[0], *weight[2:]))
 
 
 @flops_of_launcher("conv3x3_cpu")

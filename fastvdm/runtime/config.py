@@ -51,11 +51,11 @@ class Config:
         )
 
 
-_config = Config.from_env()
+active = Config.from_env()  # read it as config.active: use_backend puts another in its place
 
 
 def get_config() -> Config:
-    return _config
+    return active
 
 
 @contextmanager
@@ -65,12 +65,12 @@ def use_backend(backend: str, *, strict: bool | None = None) -> Iterator[None]:
     Raises:
         ValueError: the name is not one of ``BACKENDS``.
     """
-    global _config
+    global active
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    before = _config
-    _config = replace(before, backend=backend, strict=before.strict if strict is None else strict)
+    before = active
+    active = replace(before, backend=backend, strict=before.strict if strict is None else strict)
     try:
         yield
     finally:
-        _config = before
+        active = before

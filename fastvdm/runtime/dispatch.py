@@ -1,8 +1,18 @@
-"""Which backend takes an op call, and why the others do not.
+"""Which implementation takes an op call, and why the others do not.
 
-An op registers its launchers once (``register``). Its public function asks ``select`` for a backend
-name, in plain Python on shapes and dtypes so that ``torch.compile`` traces through it; the custom
-op's opaque body asks ``launchers`` for the namespace that holds the kernels.
+An op says so once: a generator yields, in order of preference, (implementation, why not), and
+stands beside the op, in plain Python on dtypes and sizes, so that ``torch.compile`` traces through
+it. ``select`` takes the first that can; ``explain``, ``fastvdm info``, tests and benchmarks read it
+too.
+
+    @implementations("norm_act", "norm_act_fwd", "norm_act_bwd")
+    def _(x, kind, channels):
+        yield "cpu", ByDesign("fp64 runs on the torch reference") if x.dtype == ... else None
+        yield "triton", None
+
+"cpu" and "triton" are our kernels; they are passed over on other devices and where another backend
+is asked for. Any other name is the op's own: "library", torch's kernels behind our op; "torch", one
+call of torch's own; "parts", a composition of other ops. "reference" needs no mention: it is last.
 """
 
 from __future__ import annotations
@@ -15,19 +25,18 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from fastvdm.runtime import extension
-from fastvdm.runtime.config import get_config
+from fastvdm.runtime import config, extension
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+KERNELS = ("cpu", "triton")
 # The Triton interpreter is a test device: only ever chosen by name.
 _AUTO = {"cuda": "triton", "cpu": "cpu"}
 _DEVICES = {"triton": ("cuda", "cpu") if INTERPRET else ("cuda",), "cpu": ("cpu",)}
@@ -39,49 +48,57 @@ class FallbackError(RuntimeError):
 
 
 class ByDesign(str):
-    """A reason from ``unsupported`` that is a choice: the reference is the implementation of such
-    calls on that device (fp64 on a CPU). Neither a warning nor, in strict mode, an error, unless
-    the backend was asked for by name."""
+    """A reason that is a choice: what comes after is the implementation of such calls (fp64 on a
+    CPU). Neither a warning nor, in strict mode, an error, unless the backend was asked for by name
+    and the reference is all that comes after."""
+
+
+class ByName(ByDesign):
+    """A reason to take this implementation only where a backend is asked for by name: a kernel
+    where that is its own, a composition for any."""
+
+
+Implementations = Iterator[tuple[str, str | None]]
+NO_KERNEL = ByDesign("no kernel for this op")
+NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 
 
 @dataclass(frozen=True)
 class _Op:
-    stem: str
-    unsupported: Callable[..., str | None]
+    implementations: Callable[..., Implementations]
     off: dict[str, str | None]  # backend -> why it is off, None when it can be used
+    examples: Callable[[torch.device], dict[str, tuple]]
 
-
-NO_KERNEL = ByDesign("no kernel for this op")
-NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 
 _OPS: dict[str, _Op] = {}
 _warned: set[str] = set()
 
 
-def register(
+def implementations(
     op: str,
-    stem: str,
-    names: tuple[str, ...],
-    unsupported: Callable[..., str | None],
-    backends: tuple[str, ...] = ("triton", "cpu"),
-) -> None:
-    """Announce op ``op``, whose launchers ``names`` live in the file ``stem`` of each backend.
+    *launchers: str,
+    backends: tuple[str, ...] = KERNELS,
+    examples: Callable[[torch.device], dict[str, tuple]],
+) -> Callable[[Callable[..., Implementations]], Callable[..., Implementations]]:
+    """Decorates the generator of ``op``'s implementations, see the head of this file.
 
-    ``unsupported(backend, *args, **kwargs)`` is the op's own predicate: why the backend cannot
-    take this call, or None.
+    Args:
+        launchers: what each of ``backends`` must have, e.g. "norm_act_fwd"; without one in the C++
+            extension it is off.
+        examples: what ``fastvdm info`` shows: kind of call -> arguments of the generator.
     """
-    off: dict[str, str | None] = {}
-    for backend in ("triton", "cpu"):
-        if backend not in backends:
-            off[backend] = NO_KERNEL
-        elif backend == "triton":
-            off[backend] = NO_TRITON if importlib.util.find_spec("triton") is None else None
-        else:
-            absent = [n for n in names if not extension.has_launcher(f"{n}_{backend}")]
-            off[backend] = extension.reason_off() or (
-                extension.lacks(absent[0]) if absent else None
-            )
-    _OPS[op] = _Op(stem, unsupported, off)
+
+    def announce(generator: Callable[..., Implementations]) -> Callable[..., Implementations]:
+        off: dict[str, str | None] = dict.fromkeys(KERNELS, NO_KERNEL)
+        if "triton" in backends:
+            off["triton"] = NO_TRITON if importlib.util.find_spec("triton") is None else None
+        if "cpu" in backends:
+            absent = [n for n in launchers if not extension.has_launcher(f"{n}_cpu")]
+            off["cpu"] = extension.reason_off() or (extension.lacks(absent[0]) if absent else None)
+        _OPS[op] = _Op(generator, off, examples)
+        return generator
+
+    return announce
 
 
 def backend_in_force() -> str:
@@ -97,13 +114,7 @@ def backend_in_force() -> str:
     # Dynamo folds it into a constant, behind a guard.
     if torch._C._functorch.get_dynamic_layer_stack_depth():
         return "reference"
-    return get_config().backend
-
-
-def wanted(device: torch.device) -> str:
-    """The backend that calls on ``device`` ask for: "triton", "cpu" or "reference"."""
-    forced = backend_in_force()
-    return _AUTO.get(device.type, "reference") if forced == "auto" else forced
+    return config.active.backend
 
 
 def off_on(op: str, backend: str, device: torch.device) -> str | None:
@@ -117,34 +128,48 @@ def off_on(op: str, backend: str, device: torch.device) -> str | None:
     return off
 
 
-def select(op: str, device: torch.device, *args: Any, **kwargs: Any) -> str:
-    """The backend for this call: "triton", "cpu" or "reference".
+def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | None]:
+    """(implementation, what was lost): the latter None, or (backend, why it is off, why it refuses)
+    of a kernel that should have taken the call."""
+    forced = backend_in_force()
+    if forced == "reference":
+        return forced, None
+    kernel = _AUTO.get(device.type) if forced == "auto" else forced
+    lost, meant = None, None
+    for name, why_not in _OPS[op].implementations(*call):
+        by_name = forced != "auto" and isinstance(why_not, ByName)
+        if name not in KERNELS:
+            if why_not is None or by_name:
+                return name, lost
+        elif name == kernel:
+            if why_not is None or by_name:
+                off = off_on(op, name, device)
+                if off is None:
+                    return name, None
+                lost = name, off, None
+            elif not isinstance(why_not, ByDesign):
+                lost = name, None, why_not
+            else:
+                meant = name, None, why_not
+    if lost is None and forced != "auto":
+        lost = meant or (forced, NO_KERNEL, None)
+    return "reference", lost
+
+
+def select(op: str, device: torch.device, *call: Any) -> str:
+    """The implementation of this call of ``op``, whose generator takes ``call``.
 
     Raises:
-        FallbackError: the kernel is missing or refuses the call, and FASTVDM_STRICT=1.
+        FallbackError: a kernel is missing or refuses the call, and FASTVDM_STRICT=1.
     """
-    backend = wanted(device)
-    if backend == "reference":
-        return backend
-    off = off_on(op, backend, device)
-    # Asked of a backend that is off, too: what it leaves to the reference by design is no loss.
-    reason = off
-    if not isinstance(off, ByDesign):
-        reason = _OPS[op].unsupported(backend, *args, **kwargs)
-    if off is None and reason is None:
-        return backend
-    if not isinstance(reason, ByDesign) or get_config().backend == backend:
-        _fallback(op, backend, off, reason)
-    return "reference"
-
-
-def missing_extension(op: str) -> None:
-    """For a call that the C++ kernels would take, and that ``select`` does not see: a fallback."""
-    _fallback(op, "cpu", extension.reason_off() or extension.lacks(op), None)
+    name, lost = choose(op, device, call)
+    if lost is not None:
+        _fallback(op, *lost)
+    return name
 
 
 def _fallback(op: str, backend: str, off: str | None, reason: str | None) -> None:
-    if get_config().strict:
+    if config.active.strict:
         raise FallbackError(f"{op} fell back to the reference: {off or f'{backend}: {reason}'}")
     if off is not None:  # of every op, so it is said once
         _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
@@ -199,55 +224,51 @@ for _f in _traced_over:
     _f._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
 
 
-def explain(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
-    """Per backend, why it cannot take this call (None: it can). Without args: why it is off."""
+def explain(op: str, *call: Any) -> dict[str, str | None]:
+    """Implementation -> why it does not take this call (None: it can), in order of preference.
+    Without a call: our kernels, and why they are off."""
     entry = _OPS[op]
-    out = {}
-    for backend, off in entry.off.items():
-        if off is None and backend == "triton" and not INTERPRET and torch.cuda.is_available():
-            off = no_launch()
-        out[backend] = off
-        if off is None and (args or kwargs):
-            out[backend] = entry.unsupported(backend, *args, **kwargs)
-    return out
+    off = dict(entry.off)
+    if off["triton"] is None and not INTERPRET and torch.cuda.is_available():
+        off["triton"] = no_launch()
+    if not call:
+        return off
+    return {name: off.get(name) or why for name, why in entry.implementations(*call)}
+
+
+def examples(op: str, device: torch.device) -> dict[str, str]:
+    """Kind of call -> the implementation that takes it on ``device``."""
+    return {kind: choose(op, device, call)[0] for kind, call in _OPS[op].examples(device).items()}
 
 
 def registered_ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
-class _Extension:
-    """The C++ launchers, named as in ``kernels/``: ``x_fwd`` → ``x_fwd_cpu``."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.fastvdm_C, f"{name}_cpu")
+@functools.cache
+def _of_extension(name: str) -> Any:
+    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default
 
 
-_EXTENSION = _Extension()
+def launcher(stem: str, name: str, backend: str) -> Any:
+    """A backend's launcher, in the file ``stem``: ``norm_act_fwd`` of Triton, in C++ registered as
+    ``norm_act_fwd_cpu``. Only called inside opaque op bodies."""
+    if backend == "cpu":
+        return _of_extension(name)
+    if backend == "library":
+        return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
+    launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
+    return launch if INTERPRET else _on_device(launch)
 
 
-class _OnDevice:
-    """Triton launchers, on the device of their tensors: a launch goes to the current one."""
+def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """On the device of its tensors: a Triton launch goes to the current one."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
+    def call(*args: Any) -> Any:
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+            return launch(*args)
 
-    def __getattr__(self, name: str) -> Any:
-        launch = getattr(self._module, name)
-
-        def call(*args: Any) -> Any:
-            with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
-                return launch(*args)
-
-        return call
-
-
-def launchers(stem: str, backend: str) -> Any:
-    """The namespace that holds a backend's launchers. Only called inside opaque op bodies."""
-    if backend == "triton":
-        module = importlib.import_module(f"fastvdm.kernels.{stem}")
-        return module if INTERPRET else _OnDevice(module)
-    return _EXTENSION
+    return call
 
 
 def autocast_on(device: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastvdm.runtime.config import get_config
+from fastvdm.runtime import config
 
 # csrc/build.py says the same when it fails.
 WITH_KERNELS = (
@@ -31,11 +31,11 @@ def _load() -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} failed to load ({error}); {_BUILD}"
-    if not hasattr(torch.ops.fastvdm_C, "set_packed_weights_limit"):  # the latest addition
-        return lacks("set_packed_weights_limit")
+    if not hasattr(torch.ops.fastvdm_C, "space_conv_fwd_cpu"):  # the latest addition
+        return lacks("space_conv_fwd_cpu")
     # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
-    torch.ops.fastvdm_C.set_cpu_isa(get_config().cpu_isa)
-    torch.ops.fastvdm_C.set_packed_weights_limit(get_config().packed_weights_mb << 20)
+    torch.ops.fastvdm_C.set_cpu_isa(config.active.cpu_isa)
+    torch.ops.fastvdm_C.set_packed_weights_limit(config.active.packed_weights_mb << 20)
     return None
 
 
@@ -64,3 +64,19 @@ def set_cpu_isa(name: str) -> str:
 def has_launcher(name: str) -> bool:
     """Whether the extension registers ``fastvdm_C::<name>``."""
     return _reason is None and hasattr(torch.ops.fastvdm_C, name)
+
+
+# Asked once, so that dynamo traces a comparison of constants.
+AMX = _reason is None and torch.ops.fastvdm_C.cpu_isa() == "amx"
+EMULATED = tuple(
+    dtype
+    for dtype in (torch.bfloat16, torch.float16)
+    if _reason is None and not torch.ops.fastvdm_C.cpu_has_native(dtype == torch.bfloat16)
+)
+
+
+def emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` on ``device`` is a type that torch's library can only emulate, and the C++
+    backend, which does better, is there."""
+    on = device.type == "cpu" and dtype in EMULATED
+    return on and config.active.backend in ("auto", "cpu")

@@ -196,6 +196,7 @@ def _numeric(mask: Tensor | None) -> Tensor | None:
 def norm_act_fwd(
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -209,7 +210,6 @@ def norm_act_fwd(
     per_frame: bool,
     eps: float,
     act: bool,
-    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd), the last two empty where they were given or there are none."""
     y = x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
@@ -231,6 +231,7 @@ def norm_act_bwd(
     dy: Tensor,
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -244,17 +245,16 @@ def norm_act_bwd(
     eps: float,
     act: bool,
     need_dx: bool,
+    need_dx_bias: bool,
     need_dweight: bool,
     need_dfilm: bool,
-    x_bias: Tensor | None = None,
-    need_dx_bias: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(dx, dx2, dweight, dbias, dscale, dshift, dx_bias), empty where the tensor is None or not
+    """(dx, dx2, dx_bias, dweight, dbias, dscale, dshift), empty where the tensor is None or not
     wanted."""
-    needs = (need_dx, need_dx, need_dweight, need_dweight, need_dfilm, need_dfilm, need_dx_bias)
-    dx, dx2, dw, db, dscale, dshift, dxb = (
+    needs = (need_dx, need_dx, need_dx_bias, need_dweight, need_dweight, need_dfilm, need_dfilm)
+    dx, dx2, dxb, dw, db, dscale, dshift = (
         t.new_empty(t.shape) if t is not None and need else None
-        for t, need in zip((x, x2, weight, bias, scale, shift, x_bias), needs)
+        for t, need in zip((x, x2, x_bias, weight, bias, scale, shift), needs)
     )
     n, length, c1, c2, frames = extents(x, x2, per_frame)
     c, acc = c1 + c2, acc_dtype(x.dtype)
@@ -295,7 +295,7 @@ def norm_act_bwd(
             row_stride(scale), BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc,
             num_warps=4,
         )  # fmt: skip
-    found = (dx, dx2, dw, db, dscale, dshift, dxb)
+    found = (dx, dx2, dxb, dw, db, dscale, dshift)
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
 
