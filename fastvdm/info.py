@@ -18,10 +18,6 @@ from typing import Any
 import torch
 
 import fastvdm.ops
-from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops.norm_conv import takes_prologue
-from fastvdm.ops.norm_linear import on_triton
-from fastvdm.ops.space_conv import choose_conv
 from fastvdm.runtime import dispatch, extension
 from fastvdm.runtime.config import get_config
 
@@ -35,10 +31,8 @@ _EXTRAS = {
 }
 _VARIABLES = ("FASTVDM_", "TRITON_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _KERNELS = {"cpu": "C++", "triton": "Triton"}
-_PARTS = "composed of other ops"
-_LIBRARY = {"cpu": "oneDNN", "cuda": "cuDNN"}
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SIZES = ((1, 1), (3, 1), (4, 2))  # of kernels that the networks have, and their strides
+_KINDS = {"parts": "composed of other ops", "reference": "torch reference"}
+_LIBRARY = {"cpu": "oneDNN", "cuda": "cuDNN"}  # of torch's convolutions
 
 
 def _version(package: str) -> str | None:
@@ -84,61 +78,40 @@ def _op_table() -> dict[str, dict[str, str | None]]:
     return table
 
 
-def _on(op: str, backend: str, device: torch.device) -> str:
-    """What runs calls that ask for ``backend``."""
-    off = "" if backend == "reference" else dispatch.off_on(op, backend, device)
-    if off is None:
-        return _KERNELS[backend]
-    return _PARTS if isinstance(off, dispatch.ByDesign) else "torch reference"
-
-
-def _convolution(op: str, device: torch.device) -> str:
-    """By size and type, from the functions that choose."""
-    kind = "conv" if op == "space_conv" else "transpose"
-    found: dict[str, dict[str, list[str]]] = {}  # what runs → size → types
-    for kernel, stride in _SIZES if kind == "conv" else _SIZES[-1:]:
-        weight = torch.empty(8, 8, kernel, kernel, device="meta")
-        for name, dtype in _TYPES.items():
-            what = choose_conv(kind, 8, device.type, dtype)
-            runs = _LIBRARY[device.type] if what in ("aten", "library") else _on(op, what, device)
-            if (
-                runs == "oneDNN"
-                and kind == "conv"
-                and extension.has_launcher("conv3x3_cpu")  # else the next would call it a fallback
-                and library.has_own_kernel(device, weight, stride, dtype)
-            ):
-                runs = _KERNELS["cpu"]
-            size = f"{kernel}x{kernel} at stride {stride}"
-            found.setdefault(runs, {}).setdefault(size, []).append(name)
-    if len(found) == 1:
-        return next(iter(found))
-    parts = [
-        f"{runs} for {size}{'' if len(types) == len(_TYPES) else ' in ' + ', '.join(types)}"
-        for runs, sizes in found.items()
-        for size, types in sizes.items()
-        if runs != _LIBRARY[device.type]
-    ]
-    return f"{', '.join(parts)}, {_LIBRARY[device.type]} for the rest"
+def _name(op: str, implementation: str, device: torch.device) -> str:
+    """What really runs."""
+    if implementation in _KERNELS:
+        winograd = " (Winograd)" if (op, implementation) == ("space_conv", "cpu") else ""
+        return _KERNELS[implementation] + winograd
+    if implementation in ("library", "torch"):
+        return "torch" if op == "linear" else _LIBRARY[device.type]
+    return _KINDS[implementation]
 
 
 def _runs(op: str, device: torch.device) -> str:
-    """What runs calls of ``op`` on ``device`` under the configuration in force. Of an op that does
-    not leave the choice to ``dispatch`` alone, its own function is asked."""
-    if op in ("space_conv", "space_conv_transpose"):
-        return _convolution(op, device)
-    if op == "linear":
-        types = [
-            name
-            for name, dtype in _TYPES.items()
-            if dispatch.wanted(device) == "cpu"
-            and dispatch.explain(op, torch.empty(1, dtype=dtype))["cpu"] is None
-        ]
-        return f"C++ for {', '.join(types)}, torch for the rest" if types else "torch"
-    if op in ("norm_linear", "linear_residual") and not on_triton():
-        return _PARTS
-    if op == "norm_conv" and not takes_prologue(torch.empty(1, 1, 1, 1, 8, device=device)):
-        return _PARTS
-    return _on(op, dispatch.wanted(device), device)
+    """What runs calls of ``op`` on ``device`` under the configuration in force, from the function
+    that chooses: "C++ (Winograd) for 3x3 at stride 1, oneDNN for the rest"."""
+    chosen = dispatch.examples(op, device)
+    found: dict[str, list[str]] = {}
+    for kind, implementation in chosen.items():
+        found.setdefault(_name(op, implementation, device), []).append(kind)
+    most = max(found, key=lambda name: len(found[name]))
+    all_types = _types_of(list(chosen))
+    parts = []
+    for name in (name for name in found if name != most):
+        for what, types in _types_of(found[name]).items():
+            some = "" if what and types == all_types[what] else ", ".join(types)
+            parts.append(f"{name} for {' in '.join(part for part in (what, some) if part)}")
+    return f"{', '.join(parts)}, {most} for the rest" if parts else most
+
+
+def _types_of(kinds: list[str]) -> dict[str, list[str]]:
+    """["a in fp32", "a in bf16"] -> {"a": ["fp32", "bf16"]}."""
+    found: dict[str, list[str]] = {}
+    for kind in kinds:
+        what, _, dtype = kind.rpartition(" in ")
+        found.setdefault(what, []).append(dtype)
+    return found
 
 
 def collect() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 
@@ -12,8 +11,8 @@ import torch
 
 import fastvdm
 from fastvdm import info, use_backend
-from fastvdm.kernels import space_conv_library as library
 from fastvdm.ops import linear as linear_ops
+from fastvdm.ops._op import BODIES
 from fastvdm.ops.conv_group_norm import space_conv
 from fastvdm.runtime import dispatch, extension
 
@@ -49,6 +48,9 @@ def test_reasons_are_those_of_dispatch(monkeypatch):
             assert said == (reason not in (None, dispatch.NO_KERNEL))
 
 
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @pytest.mark.skipif(
     extension.reason_off() is not None, reason=f"C++ extension: {extension.reason_off()}"
 )
@@ -56,19 +58,19 @@ def test_reasons_are_those_of_dispatch(monkeypatch):
 def test_what_runs_is_what_ran(backend, monkeypatch):
     """Of every size and type of convolution that the line speaks of."""
     cpu, ran = torch.device("cpu"), []
-    conv3x3 = library._conv3x3
-    monkeypatch.setattr(library, "_conv3x3", lambda *args: ran.append(1) or conv3x3(*args))
+    body = BODIES["space_conv_fwd"]
+    monkeypatch.setitem(BODIES, "space_conv_fwd", lambda *a: ran.append(a[-1]) or body(*a))
     with use_backend(backend):
-        line = info._runs("space_conv", cpu)
-        for kernel, stride in info._SIZES:
-            for name, dtype in info._TYPES.items():
+        said = dispatch.examples("space_conv", cpu)
+        for kernel, stride in ((1, 1), (3, 1), (4, 2)):
+            for name, dtype in TYPES.items():
                 x = torch.zeros(1, 2, 5, 6, 7, dtype=dtype)
                 space_conv(x, torch.zeros(8, 7, kernel, kernel, dtype=dtype), stride=stride)
-                said = re.search(
-                    rf"C\+\+ for {kernel}x{kernel} at stride {stride}( in [^;]*)?", line
-                )
-                assert bool(ran) is (said is not None and name in (said[1] or name)), (line, name)
+                which = said.pop(f"{kernel}x{kernel} at stride {stride} in {name}")
+                assert ran == ([which] if which in ("cpu", "library") else [])
                 ran.clear()
+        line = info._runs("space_conv", cpu)
+    assert not said and ("Winograd" in line) is (backend != "reference")
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
@@ -76,20 +78,20 @@ def test_what_runs_is_what_ran(backend, monkeypatch):
 def test_what_runs_the_linear_layer(types, backend, monkeypatch):
     """On a machine that emulates ``types``."""
     ran = []
-    monkeypatch.setattr(linear_ops, "_EMULATED", types)
+    monkeypatch.setattr(linear_ops, "EMULATED", types)
     monkeypatch.setitem(dispatch._OPS["linear"].off, "cpu", None)
-    monkeypatch.setattr(linear_ops, "linear_fwd", lambda x, *_: ran.append(x.dtype))
+    monkeypatch.setattr(linear_ops, "run", lambda op, x, *_: ran.append(x.dtype))
     with use_backend(backend):
-        line = info._runs("linear", torch.device("cpu"))
-        for dtype in info._TYPES.values():
+        said = dispatch.examples("linear", torch.device("cpu"))
+        for dtype in TYPES.values():
             linear_ops.linear(torch.zeros(5, 7, dtype=dtype), torch.zeros(8, 7, dtype=dtype))
-    names = ", ".join(name for name, dtype in info._TYPES.items() if dtype in ran)
-    assert line == (f"C++ for {names}, torch for the rest" if names else "torch")
+    assert [TYPES[name] for name, which in said.items() if which == "cpu"] == ran
+    wanted = {"auto": types, "cpu": tuple(TYPES.values()), "reference": ()}[backend]
+    assert set(ran) == set(wanted)
 
 
 def test_what_runs_names_a_missing_extension(monkeypatch):
     monkeypatch.setattr(extension, "_reason", "not built; type this")
-    monkeypatch.setattr(library, "_HAS_CONV", False)
     monkeypatch.setattr(dispatch, "INTERPRET", False)
     for entry in dispatch._OPS.values():
         if entry.off["cpu"] != dispatch.NO_KERNEL:

@@ -15,22 +15,32 @@ def check_tensors(
     *wanted: tuple[str, Tensor | None, tuple[int, ...]],
     beside: str = "x",
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    same: tuple[str, ...] = (),
 ) -> None:
     """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
+    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix.
 
     Raises:
         ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
     """
+    device, dtype = x.device, x.dtype
     for name, t, shape in wanted:
         if t is None:
             continue
         if tuple(t.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like {beside}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device} like {beside}, got {t.device}")
         if t.dtype not in dtypes:
             raise TypeError(f"{name} must be {_listed(dtypes)}, got {t.dtype}")
+        if t.dtype != dtype and name in same and not _mix(t, x):
+            raise TypeError(f"{name} must be {dtype} like {beside}, got {t.dtype}")
+
+
+def _mix(a: Tensor, b: Tensor) -> bool:
+    """Whether autocast brings the two to one dtype."""
+    return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -48,21 +58,6 @@ def check_video(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name} must be {_listed(FLOATS)}, got {x.dtype}")
 
 
-def check_dtype_of(x: Tensor, *others: tuple[str, Tensor | None]) -> None:
-    """Outside autocast each (name, tensor or None) has the dtype of ``x``; under it all but fp64
-    mix.
-
-    Raises:
-        TypeError: one has another.
-    """
-    mix = autocast_on(x.device.type)
-    for name, t in others:
-        if t is None or t.dtype == x.dtype:
-            continue
-        if not mix or torch.float64 in (t.dtype, x.dtype):
-            raise TypeError(f"{name} must be {x.dtype} like x, got {t.dtype}")
-
-
 def check_projection(
     x: Tensor, name: str, weight: Tensor, *others: tuple[str, Tensor | None]
 ) -> None:
@@ -72,17 +67,17 @@ def check_projection(
     Raises:
         TypeError: one has another.
     """
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"fp64 only throughout: x is {x.dtype}, {name} {weight.dtype}")
-    if autocast_on(x.device.type):
-        return
-    if x.dtype not in (weight.dtype, torch.float32):
-        raise TypeError(
-            f"x is {x.dtype}, {name} {weight.dtype}: outside autocast only an fp32 x may differ"
-        )
+    dtype = weight.dtype
+    if x.dtype != dtype:
+        if torch.float64 in (x.dtype, dtype):
+            raise TypeError(f"fp64 only throughout: x is {x.dtype}, {name} {dtype}")
+        if x.dtype != torch.float32 and not _mix(x, weight):
+            raise TypeError(
+                f"x is {x.dtype}, {name} {dtype}: outside autocast only an fp32 x may differ"
+            )
     for other, t in others:
-        if t is not None and t.dtype != weight.dtype:
-            raise TypeError(f"{other} must be {weight.dtype} like {name}, got {t.dtype}")
+        if t is not None and t.dtype != dtype and not _mix(t, weight):
+            raise TypeError(f"{other} must be {dtype} like {name}, got {t.dtype}")
 
 
 def check_eps(eps: float) -> None:
@@ -107,7 +102,8 @@ def check_block(
     Raises:
         ValueError, TypeError: the first that does not fit.
     """
-    check_video(x)
+    if x.ndim != 5:
+        check_video(x)
     channels = x.shape[4]
     if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
         raise ValueError(
@@ -117,6 +113,7 @@ def check_block(
     features = qkv_weight.shape[0]
     check_tensors(
         x,
+        ("x", x, tuple(x.shape)),
         ("norm_weight", norm_weight, (channels,)),
         ("norm_bias", norm_bias, (channels,)),
         ("qkv_weight", qkv_weight, (features, channels)),
@@ -124,7 +121,8 @@ def check_block(
         ("out_weight", out_weight, (channels, features // 3)),
         ("out_bias", out_bias, (channels,)),
     )
-    check_eps(eps)
+    if not eps > 0:
+        check_eps(eps)
     check_projection(
         x, "qkv_weight", qkv_weight,
         ("out_weight", out_weight), ("qkv_bias", qkv_bias), ("out_bias", out_bias),
@@ -133,8 +131,3 @@ def check_block(
         raise TypeError(
             f"out_weight must be {qkv_weight.dtype} like qkv_weight, got {out_weight.dtype}"
         )
-
-
-def dense(t: Tensor | None) -> Tensor | None:
-    """Contiguous, or None."""
-    return None if t is None else t.contiguous()

@@ -16,7 +16,7 @@ defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for ali
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ NAMESPACE = "fastvdm"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
 _NODES: dict[str, Any] = {}  # autograd functions, by the same
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
+_DENSE: dict[str, tuple[int, ...]] = {}  # places of the tensors that its launchers take contiguous
+_PLAIN_TYPES = (int, float, bool, str)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), *_PLAIN_TYPES}
 
 
 def define(body: Callable[..., Any]) -> OpOverload:
@@ -62,7 +64,7 @@ def autograd(
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = BODIES[op._opname](*inputs) if _unobserved(inputs) else op(*inputs)
+            out = BODIES[op._opname](*inputs) if not _observed(inputs) else op(*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, out)
         return out
@@ -95,10 +97,10 @@ def no_double_backward(op: OpOverload) -> None:
     autograd(op, refuse)
 
 
-def _unobserved(args: tuple) -> bool:
-    """Whether nobody would see a call in the dispatcher: no mode, no profiler, no tracer, no
-    subclass of Tensor among ``args``."""
-    return not (
+def _observed(args: Iterable[Any]) -> bool:
+    """Whether somebody would see a call in the dispatcher: a mode, a profiler, a tracer, a subclass
+    of Tensor among ``args``."""
+    return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
         or torch._C._is_tracing()
@@ -107,18 +109,23 @@ def _unobserved(args: tuple) -> bool:
 
 
 def run(op: OpOverload, *args: Any) -> Any:
-    """``op(*args)``, every argument given, past the dispatcher where nobody listens to it.
+    """``op(*args)`` with every argument given and, but for the strided ones, contiguous; past the
+    dispatcher where nobody listens to it.
 
     An op in Python passes through it three times a call, with all its arguments: to autograd, to
     the body, to the launcher. That is a third of an eager call of a small network, and a GPU at
     batch 1 waits for nothing else. The result is the same: what is left out would find nothing.
     """
-    if torch.compiler.is_compiling() or not _unobserved(args):
-        return op(*args)
-    name = op._opname
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _NODES[name].apply(*args)
-    return BODIES[name](*args)
+    given, name = list(args), op._opname
+    for i in _DENSE[name]:
+        t = given[i]
+        if t is not None:
+            given[i] = t.contiguous()
+    if torch.compiler.is_compiling() or _observed(given):
+        return op(*given)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
+        return _NODES[name].apply(*given)
+    return BODIES[name](*given)
 
 
 def op(
@@ -129,6 +136,7 @@ def op(
     outputs: str = "y",
     residual: str = "",
     strided: str = "",
+    laid_out: str = "",
     seed: Callable[[Tensor], Tensor] = Tensor.contiguous,
     unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     body: Callable[..., Any] | None = None,
@@ -150,7 +158,9 @@ def op(
         outputs: names of what the forward returns; but for the first they have no gradient. One
             that bears the name of an argument is saved in its place where that is None.
         residual: an argument whose gradient is that of the first output.
-        strided: arguments whose gradient has their strides (as ``torch.empty_like`` gives them).
+        strided: arguments that launchers take with any strides; the others ``run`` makes
+            contiguous.
+        laid_out: arguments whose gradient has their strides, as ``torch.empty_like`` gives them.
         seed: makes the gradient of the first output what the launcher takes.
         unsaved: may replace what the backward does not need, by name, before it is saved.
         body, backward_body: do the work where it is not one launcher's; they get every argument.
@@ -162,10 +172,13 @@ def op(
         result = types.pop("return")
         forward = _declare(shapes.__name__, types, result, body or _launch(stem, shapes.__name__))
         fake(forward)(shapes)
+        free = strided.split()
+        tensors = [i for i, n in enumerate(types) if types[n] not in _PLAIN_TYPES and n not in free]
+        _DENSE[shapes.__name__] = tuple(tensors)
         if grads:
             _declare_backward(
                 forward, types, stem, backward.split(), grads.split(), outputs.split(),
-                residual.split(), strided.split(), seed, unsaved, backward_body, shares,
+                residual.split(), laid_out.split(), seed, unsaved, backward_body, shares,
             )  # fmt: skip
         return forward
 
@@ -181,8 +194,15 @@ def backward_of(op: OpOverload) -> OpOverload:
 def _launch(stem: str, name: str) -> Callable[..., Any]:
     """The body of most ops: the launcher of the backend that the last argument names."""
 
+    of_extension: Any = None
+
     def launch(*args: Any) -> Any:
-        return launcher(stem, name, args[-1])(*args[:-1])
+        nonlocal of_extension
+        if args[-1] != "cpu":
+            return launcher(stem, name, args[-1])(*args[:-1])
+        if of_extension is None:
+            of_extension = launcher(stem, name, "cpu")
+        return of_extension(*args[:-1])
 
     return launch
 
@@ -200,6 +220,7 @@ def _declare(name: str, types: dict[str, Any], result: Any, body: Callable[..., 
     call.__annotations__ = {**types, "return": result}
     found = define(call)
     BODIES[name] = body  # a frame less
+    _DENSE[name] = ()  # what a backward gets is what was saved
     return found
 
 
@@ -211,7 +232,7 @@ def _declare_backward(
     grads: list[str],
     outputs: list[str],
     residual: list[str],
-    strided: list[str],
+    laid_out: list[str],
     seed: Callable[[Tensor], Tensor],
     unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None,
     body: Callable[..., Any] | None,
@@ -229,7 +250,7 @@ def _declare_backward(
     arguments |= {f"need_{group}": bool for group in groups} | {"backend": str}
     place = {n: i for i, n in enumerate(arguments)}
     forms = [
-        (place[n], None if n in always else place[f"need_{g}"], n in strided) for n, g in wanted
+        (place[n], None if n in always else place[f"need_{g}"], n in laid_out) for n, g in wanted
     ]
 
     def shapes(*args: Any) -> Any:
@@ -254,7 +275,7 @@ def _declare_backward(
 
     # What is saved: tensors apart from the rest, each in the order in which the backward takes it.
     kept = takes[1:]
-    tensors = [n for n in kept if arguments[n] not in (int, float, bool)]
+    tensors = [n for n in kept if arguments[n] not in _PLAIN_TYPES]
     rest = [n for n in kept if n not in tensors]
     order = [(n in rest, (rest if n in rest else tensors).index(n)) for n in kept]
     index = {n: i for i, n in enumerate(names)}

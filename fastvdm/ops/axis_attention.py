@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_tensors, dense
+from fastvdm.ops._check import check_tensors
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.axis_attention import axis_attention_ref
@@ -57,6 +57,7 @@ def _unsaved(values: dict) -> dict:
     outputs="out lse",
     backward="dout qkv out lse axis bias rel_k rel_v rotary focus_mask num_images sm_scale",
     grads="qkv:dqkv bias:dbias rel_k:drel_k rel_v:drel_v",
+    strided="qkv",
     seed=lambda dout: dout if merged(dout) else dout.contiguous(),
     unsaved=_unsaved,
 )
@@ -124,7 +125,8 @@ def check_options(
     """
     b, f, h, w, _, heads, d = shape
     n = f if axis == "time" else h * w
-    check_tensors(qkv_like, ("bias", bias, (heads, n, n)), beside=beside)
+    if bias is not None:
+        check_tensors(qkv_like, ("bias", bias, (heads, n, n)), beside=beside)
     for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
         if table is None:
             continue
@@ -200,6 +202,7 @@ def axis_attention(
     rel_k = None if rel_k is None else rel_k.to(qkv.dtype)
     rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    qkv = qkv if merged(qkv) else qkv.contiguous()
     which = select("axis_attention", qkv.device, qkv)
     if which == "reference":
         return axis_attention_ref(
@@ -207,9 +210,9 @@ def axis_attention(
             focus_mask=focus_mask, num_images=num_images, sm_scale=scale,
         )  # fmt: skip
     return run(
-        axis_attention_fwd, qkv if merged(qkv) else qkv.contiguous(), _AXES[axis], dense(bias),
-        dense(rel_k), dense(rel_v), None if rotary is None else rotary.detach().contiguous(),
-        dense(focus_mask), num_images, scale, which,
+        axis_attention_fwd, qkv, _AXES[axis], bias,
+        rel_k, rel_v, None if rotary is None else rotary.detach(),
+        focus_mask, num_images, scale, which,
     )[0]  # fmt: skip
 
 

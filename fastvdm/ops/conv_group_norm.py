@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastvdm.kernels.space_conv_library import adds_bias_apart
-from fastvdm.ops.norm_act import default_eps, norm_act
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import (
     check_conv,
@@ -74,7 +74,7 @@ def conv_group_norm(
     if which == "triton" and kind == "group" and upsample is None:
         y, *stats = space_conv_stats(
             x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,
-            eps=default_eps(kind) if eps is None else eps,
+            eps=1e-5 if eps is None else eps,
         )  # fmt: skip
     else:
         y = convolve(which, x, weight, bias, x2, upsample=upsample)
@@ -111,7 +111,7 @@ def conv_norm_conv(
     norm = dict(groups=groups, per_frame=per_frame)
     film = dict(scale=scale, shift=shift)
     if kind == "group" and x.shape[0] and _has_prologue(x, weight2):
-        eps = default_eps(kind) if eps is None else eps
+        eps = 1e-5 if eps is None else eps
         h, *stats = space_conv_stats(x, weight, bias, eps=eps, **norm)
         return norm_conv(
             h, stats, norm_weight, norm_bias, weight2, bias2, per_frame=per_frame, eps=eps,

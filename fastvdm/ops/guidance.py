@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_tensors, dense
+from fastvdm.ops._check import check_tensors
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import autograd, op, run
 from fastvdm.reference.guidance import (
@@ -28,7 +28,7 @@ from fastvdm.runtime.dispatch import ByDesign, implementations, select
 _STATE = (torch.float32, torch.float64)
 
 
-@op("guidance")
+@op("guidance", strided="model_out")
 def guidance_seed_fwd(
     z: Tensor,
     model_out: Tensor,
@@ -45,7 +45,7 @@ def guidance_seed_fwd(
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(model_out)
 
 
-@op("guidance")
+@op("guidance", strided="estimate grad seed")
 def guidance_update_fwd(
     z: Tensor,
     estimate: Tensor,
@@ -171,8 +171,8 @@ def guidance_seed(
         )  # fmt: skip
     extra = extra.to(z.dtype) if extra is not None else None
     return run(
-        guidance_seed_fwd, z.contiguous(), model_out, coef.contiguous(), dense(known), dense(slot),
-        dense(low_res), dense(low_slot), dense(extra), clip, which,
+        guidance_seed_fwd, z, model_out, coef, known, slot,
+        low_res, low_slot, extra, clip, which,
     )  # fmt: skip
 
 
@@ -242,8 +242,8 @@ def guidance_update(
     noise = noise.to(z.dtype) if noise is not None else None
     threshold = threshold.to(z.dtype) if threshold is not None else None
     return run(
-        guidance_update_fwd, z.contiguous(), estimate, coef.contiguous(), grad, seed, dense(known),
-        slot, dense(noise), dense(rng), threshold, step, clip, want_x, which,
+        guidance_update_fwd, z, estimate, coef, grad, seed, known,
+        slot, noise, rng, threshold, step, clip, want_x, which,
     )  # fmt: skip
 
 

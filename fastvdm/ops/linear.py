@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvdm.ops._check import check_dtype_of, check_tensors, dense
+from fastvdm.ops._check import check_tensors
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.runtime.dispatch import (
@@ -56,6 +56,7 @@ def _backward(
     "linear",
     backward="dy x weight bias",
     grads="x:dx weight:dw bias:db",
+    strided="weight",
     backward_body=_backward,
 )
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -96,14 +97,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     n, k = weight.shape
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x must be (..., {k}), got {tuple(x.shape)}")
-    check_tensors(x, ("x", x, tuple(x.shape)), ("weight", weight, (n, k)), ("bias", bias, (n,)))
-    check_dtype_of(x, ("weight", weight), ("bias", bias))
+    check_tensors(
+        x, ("x", x, tuple(x.shape)), ("weight", weight, (n, k)), ("bias", bias, (n,)),
+        same=("weight", "bias"),
+    )  # fmt: skip
     dtype = autocast_dtype(x)
     which = select("linear", x.device, dtype)
     if which in ("torch", "reference"):
         return F.linear(x, weight, bias)
-    x, weight = x.to(dtype).contiguous(), weight.to(dtype)
-    return run(linear_fwd, x, weight, None if bias is None else dense(bias.to(dtype)), which)
+    bias = None if bias is None else bias.to(dtype)
+    return run(linear_fwd, x.to(dtype), weight.to(dtype), bias, which)
 
 
 class Linear(nn.Linear):

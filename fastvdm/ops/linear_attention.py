@@ -85,7 +85,7 @@ def linear_attention(qkv: Tensor, *, sm_scale: float | None = None) -> Tensor:
     which = select("linear_attention", qkv.device, qkv)
     if which == "reference":
         return linear_attention_ref(qkv, sm_scale=scale)
-    return run(linear_attention_fwd, qkv.contiguous(), scale, which)[0]
+    return run(linear_attention_fwd, qkv, scale, which)[0]
 
 
 def linear_attention_cost(shape: tuple[int, ...], itemsize: int, *, backward: bool = False) -> Cost:

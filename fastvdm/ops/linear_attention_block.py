@@ -113,9 +113,10 @@ def linear_attention_block(
             x, norm_weight, qkv_weight, out_weight, heads=heads, norm_bias=norm_bias,
             out_bias=out_bias, eps=eps, sm_scale=scale,
         )  # fmt: skip
-    tensors = (x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-    given = [None if t is None else t.contiguous() for t in tensors]
-    return run(linear_attention_block_fwd, *given, heads, eps, scale, which)[0]
+    return run(
+        linear_attention_block_fwd, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias,
+        heads, eps, scale, which,
+    )[0]  # fmt: skip
 
 
 def linear_attention_block_cost(

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_projection, check_tensors, dense
+from fastvdm.ops._check import check_projection, check_tensors
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.ops.linear import linear
@@ -85,9 +85,7 @@ def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = 
         return (x + linear(o, weight, bias)).to(x.dtype)
     low = autocast_dtype(weight)
     o, weight, bias = o.to(low), weight.to(low), None if bias is None else bias.to(low)
-    return run(
-        linear_residual_fwd, x.contiguous(), o.contiguous(), weight.contiguous(), dense(bias), which
-    )
+    return run(linear_residual_fwd, x, o, weight, bias, which)
 
 
 def linear_residual_cost(

@@ -15,19 +15,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import FLOATS, check_dtype_of, check_tensors, check_video, dense
+from fastvdm.ops._check import FLOATS, check_tensors, check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.norm_act import norm_act_ref
-from fastvdm.runtime.dispatch import ByDesign, autocast_on, implementations, select
+from fastvdm.runtime.dispatch import ByDesign, implementations, select
 
 KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
 _MASKS = (*FLOATS, torch.bool, torch.uint8)
-
-
-def default_eps(kind: str) -> float:
-    # Literals: dynamo takes a float out of a dictionary for an input that may change
-    return 1e-12 if kind == "rms" else 1e-5
 
 
 def _channels(x: Tensor, x2: Tensor | None) -> int:
@@ -47,6 +42,7 @@ def _stats_shape(x: Tensor, kind: int, groups: int, per_frame: bool) -> tuple[in
     "eps act",
     grads="x:dx x2:dx x_bias:dx_bias weight:dweight bias:dweight scale:dfilm shift:dfilm",
     residual="residual",
+    strided="scale shift",
 )
 def norm_act_fwd(
     x: Tensor,
@@ -146,7 +142,8 @@ def norm_act(
     Raises:
         ValueError, TypeError: a shape, device, dtype or option does not fit.
     """
-    check_video(x)
+    if x.ndim != 5:
+        check_video(x)
     if kind not in KINDS:
         raise ValueError(f'kind must be "group", "rms" or "layer", got {kind!r}')
     b, *extents, c = x.shape
@@ -155,22 +152,23 @@ def norm_act(
         if x_bias is not None:
             raise ValueError("x_bias is for one source: give x2 or x_bias")
         check_video(x2, "x2")
-        check_tensors(x, ("x2", x2, (*video, x2.shape[-1])))
-        c += x2.shape[-1]
+        check_tensors(x, ("x2", x2, (*video, x2.shape[-1])), same=("x2",))
+        c, x2 = c + x2.shape[-1], x2.to(x.dtype)
     if min(*extents, c) < 1:
         raise ValueError(f"x must not be empty but for the batch, got {tuple(x.shape)}")
     check_tensors(
-        x, ("weight", weight, (c,)), ("bias", bias, (c,)), ("x_bias", x_bias, (c,)),
-        ("scale", scale, (b, c)), ("shift", shift, (b, c)), ("residual", residual, (*video, c)),
+        x, ("x", x, tuple(x.shape)), ("weight", weight, (c,)), ("bias", bias, (c,)),
+        ("x_bias", x_bias, (c,)), ("scale", scale, (b, c)), ("shift", shift, (b, c)),
+        ("residual", residual, (*video, c)), same=("residual",),
     )  # fmt: skip
-    check_tensors(x, ("dropout_mask", dropout_mask, (*video, c)), dtypes=_MASKS)
-    if dropout_mask is not None and dropout_mask.requires_grad:
-        raise ValueError("dropout_mask gets no gradient: detach it")
-    if autocast_on(x.device.type):  # one stream may still be wider than the other
-        x2 = None if x2 is None else x2.to(x.dtype)
-        residual = None if residual is None else residual.to(x.dtype)
-    check_dtype_of(x, ("x2", x2), ("residual", residual))
-    eps = default_eps(kind) if eps is None else float(eps)
+    if dropout_mask is not None:
+        check_tensors(x, ("dropout_mask", dropout_mask, (*video, c)), dtypes=_MASKS)
+        if dropout_mask.requires_grad:
+            raise ValueError("dropout_mask gets no gradient: detach it")
+    if residual is not None and residual.dtype != x.dtype:  # under autocast
+        residual = residual.to(x.dtype)
+    # Literals: dynamo takes a float out of a dictionary for an input that may change.
+    eps = (1e-12 if kind == "rms" else 1e-5) if eps is None else float(eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     if kind != "group":
@@ -200,10 +198,13 @@ def norm_act(
             x, weight, bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps, scale=scale,
             shift=shift, act=act, residual=residual, dropout_mask=dropout_mask, stats=stats,
         ).to(dtype)  # fmt: skip
-    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    if scale is not None and scale.stride(1) != 1:
+        scale = scale.contiguous()
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
     return run(
-        norm_act_fwd, x.contiguous(), dense(x2), dense(x_bias), weight.contiguous(), dense(bias),
-        scale, shift, dense(residual), dense(dropout_mask), dense(mean), dense(rstd), KINDS[kind],
+        norm_act_fwd, x, x2, x_bias, weight, bias,
+        scale, shift, residual, dropout_mask, mean, rstd, KINDS[kind],
         groups, per_frame, eps, act, which,
     )[0]  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.ops import space_conv as conv_ops
-from fastvdm.ops._check import check_tensors, check_video, dense
+from fastvdm.ops._check import check_tensors, check_video
 from fastvdm.ops._cost import flops
 from fastvdm.ops._op import autograd, op, run
 from fastvdm.ops.norm_act import KINDS, check_stats, norm_act, norm_act_bwd, norm_act_fwd
@@ -22,7 +22,7 @@ from fastvdm.ops.space_conv import check_conv, space_conv, space_conv_bwd
 from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
 
 
-@op("norm_conv")
+@op("norm_conv", strided="scale shift weight")
 def norm_conv_fwd(
     x: Tensor,
     mean: Tensor,
@@ -122,7 +122,8 @@ def norm_conv(
     Raises:
         ValueError, TypeError: as ``norm_act`` and ``space_conv``.
     """
-    check_video(x)
+    if x.ndim != 5:
+        check_video(x)
     groups, c = stats[0].shape[-1], x.shape[-1]
     which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
     if which != "triton":
@@ -140,10 +141,13 @@ def norm_conv(
         x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
         ("scale", scale, film), ("shift", shift, film),
     )  # fmt: skip
-    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    if scale is not None and scale.stride(1) != 1:
+        scale = scale.contiguous()
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
     return run(
-        norm_conv_fwd, x.contiguous(), dense(stats[0]), dense(stats[1]), norm_weight.contiguous(),
-        dense(norm_bias), scale, shift, weight, dense(bias), dense(residual), act, which,
+        norm_conv_fwd, x, stats[0], stats[1], norm_weight,
+        norm_bias, scale, shift, weight, bias, residual, act, which,
     )  # fmt: skip
 
 

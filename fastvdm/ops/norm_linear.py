@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_eps, check_projection, check_tensors, check_video, dense
+from fastvdm.ops._check import check_eps, check_projection, check_tensors, check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.ops.linear import linear
@@ -90,7 +90,8 @@ def norm_linear(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    check_video(x)
+    if x.ndim != 5:
+        check_video(x)
     c = x.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != c:
         raise ValueError(f"weight must be (N, {c}), got {tuple(weight.shape)}")
@@ -98,8 +99,8 @@ def norm_linear(
     if min(*x.shape[1:], n) < 1:
         raise ValueError(f"only the batch may be empty, got {tuple(x.shape)} to {n}")
     check_tensors(
-        x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
-        ("weight", weight, (n, c)), ("bias", bias, (n,)),
+        x, ("x", x, tuple(x.shape)), ("norm_weight", norm_weight, (c,)),
+        ("norm_bias", norm_bias, (c,)), ("weight", weight, (n, c)), ("bias", bias, (n,)),
     )  # fmt: skip
     check_projection(x, "weight", weight, ("bias", bias))
     check_eps(eps)
@@ -112,8 +113,8 @@ def norm_linear(
     low = autocast_dtype(weight)
     weight, bias = weight.to(low), None if bias is None else bias.to(low)
     return run(
-        norm_linear_fwd, x.contiguous(), norm_weight.contiguous(), dense(norm_bias),
-        weight.contiguous(), dense(bias), float(eps), which,
+        norm_linear_fwd, x, norm_weight, norm_bias,
+        weight, bias, float(eps), which,
     )  # fmt: skip
 
 

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops._check import check_dtype_of, check_tensors, check_video, dense
+from fastvdm.ops._check import check_tensors, check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime import dispatch
-from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, launcher
+from fastvdm.runtime.dispatch import (
+    ByDesign,
+    ByName,
+    autocast_dtype,
+    implementations,
+    launcher,
+    select,
+)
 from fastvdm.runtime.extension import AMX, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
@@ -46,6 +53,7 @@ def _backward(*args: object) -> tuple[Tensor, ...]:
     grads="x:dx x2:dx2 weight:dw bias:db",
     residual="residual",
     strided="weight",
+    laid_out="weight",
     backward_body=_backward,
 )
 def space_conv_fwd(
@@ -70,6 +78,7 @@ space_conv_bwd = backward_of(space_conv_fwd)
     backward="dy x x2 weight bias stride",
     grads="x:dx x2:dx2 weight:dw bias:db",
     residual="residual",
+    strided="weight",
     shares=space_conv_bwd,
 )
 def space_conv_stats_fwd(
@@ -97,6 +106,7 @@ def space_conv_stats_fwd(
     grads="x:dx weight:dw bias:db",
     residual="residual",
     strided="weight",
+    laid_out="weight",
 )
 def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
@@ -178,43 +188,34 @@ def _(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
 # --- public functions ----------------------------------------------------------------------------
 
 
-def _check(
-    x: Tensor,
-    x2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    in_axis: int,
-) -> None:
-    check_video(x)
-    channels = x.shape[-1]
-    if x2 is not None:
-        check_video(x2, "x2")
-        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])))
-        channels += x2.shape[-1]
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight must be 4-D with a square kernel, got {tuple(weight.shape)}")
-    if weight.shape[in_axis] != channels:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} takes {weight.shape[in_axis]} channels, "
-            f"the input has {channels}"
-        )
-    out = (weight.shape[1 - in_axis],)
-    check_tensors(x, ("weight", weight, tuple(weight.shape)), ("bias", bias, out))
-    check_dtype_of(x, ("x2", x2), ("weight", weight), ("bias", bias), ("residual", residual))
-
-
 def check_conv(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int,
-    residual: Tensor | None,
-    upsample: str | None,
+    stride: int = 1,
+    residual: Tensor | None = None,
+    upsample: str | None = None,
+    *,
+    transposed: bool = False,
 ) -> None:
-    _check(x, x2, weight, bias, residual, in_axis=1)
-    kernel = weight.shape[-1]
+    """Everything about the arguments of ``space_conv`` or, ``transposed``, its counterpart.
+
+    Raises:
+        ValueError, TypeError: the first that does not fit.
+    """
+    if x.ndim != 5:
+        check_video(x)
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be 4-D with a square kernel, got {tuple(weight.shape)}")
+    out, takes, kernel, _ = weight.shape
+    if transposed:
+        out, takes = takes, out
+    channels = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+    if takes != channels:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} takes {takes} channels, the input has {channels}"
+        )
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     if kernel % 2 == 0 and (kernel, stride) != (4, 2):
@@ -223,13 +224,19 @@ def check_conv(
         raise ValueError(f'upsample must be None or "nearest", got {upsample!r}')
     if upsample is not None and (kernel != 3 or stride != 1 or x2 is not None):
         raise ValueError("upsample takes a 3x3 kernel, stride 1 and one source")
-    expected = _out_shape(x, weight, stride)
-    if upsample is not None:
-        expected = (*expected[:2], 2 * expected[2], 2 * expected[3], expected[4])
-    if min(expected[2:4]) < 1:
+    if min(x.shape[2:4]) < (2 if kernel == 4 and not transposed else 1):
         raise ValueError(f"x {tuple(x.shape)} is too small for {kernel}x{kernel}, stride {stride}")
+    check_tensors(
+        x, ("x", x, tuple(x.shape)), ("weight", weight, tuple(weight.shape)),
+        ("bias", bias, (out,)), same=("weight", "bias"),
+    )  # fmt: skip
+    if x2 is not None:
+        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
     if residual is not None:
-        check_tensors(x, ("residual", residual, expected))
+        shape = _out_shape(x, weight, stride)
+        if upsample is not None:
+            shape = (*shape[:2], 2 * shape[2], 2 * shape[3], shape[4])
+        check_tensors(x, ("residual", residual, shape), same=("residual",))
 
 
 def _fold_axis(w: Tensor, axis: int) -> Tensor:
@@ -257,10 +264,10 @@ def choose(
     upsample: str | None = None,
 ) -> str:
     """The implementation that takes this call."""
+    dtype = autocast_dtype(x)
     if upsample is not None:
-        return dispatch.select("space_conv_transpose", x.device, x, autocast_dtype(x))
-    call = (x, weight.shape[-1], stride, x2 is not None, autocast_dtype(x))
-    return dispatch.select("space_conv", x.device, *call)
+        return select("space_conv_transpose", x.device, x, dtype)
+    return select("space_conv", x.device, x, weight.shape[-1], stride, x2 is not None, dtype)
 
 
 def convolve(
@@ -281,20 +288,17 @@ def convolve(
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
-    return run(
-        space_conv_fwd, x.contiguous(), dense(x2), weight, bias, dense(residual), stride, which
-    )
+    x, x2, weight, bias, residual = _cast(x, x2, weight, bias, residual)
+    return run(space_conv_fwd, x, x2, weight, bias, residual, stride, which)
 
 
-def cast(*tensors: Tensor | None) -> list:
+def _cast(x: Tensor, *others: Tensor | None) -> list:
     """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
-    x = tensors[0]
-    assert x is not None
-    dtype = autocast_dtype(x)
-    if dtype == x.dtype and not dispatch.autocast_on(x.device.type):
-        return list(tensors)
-    return [None if t is None else t.to(dtype) for t in tensors]
+    tensors, dtype = [x, *others], autocast_dtype(x)
+    for i, t in enumerate(tensors):
+        if t is not None and t.dtype != dtype:
+            tensors[i] = t.to(dtype)
+    return tensors
 
 
 def space_conv(
@@ -358,9 +362,9 @@ def space_conv_stats(
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
     which = choose(x, weight, stride, x2)
     if which == "triton":
-        x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
+        x, x2, weight, bias, residual = _cast(x, x2, weight, bias, residual)
         return run(
-            space_conv_stats_fwd, x.contiguous(), dense(x2), weight, bias, dense(residual), stride,
+            space_conv_stats_fwd, x, x2, weight, bias, residual, stride,
             groups, per_frame, eps, which,
         )  # fmt: skip
     y = convolve(which, x, weight, bias, x2, stride, residual)
@@ -374,8 +378,8 @@ def _transpose(
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    x, weight, bias, residual = cast(x, weight, bias, residual)
-    return run(space_conv_transpose_fwd, x.contiguous(), weight, bias, dense(residual), which)
+    x, weight, bias, residual = _cast(x, weight, bias, residual)
+    return run(space_conv_transpose_fwd, x, weight, bias, residual, which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -392,10 +396,10 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, before any launch.
     """
-    _check(x, None, weight, bias, None, in_axis=0)
+    check_conv(x, None, weight, bias, 2, transposed=True)
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
-    which = dispatch.select("space_conv_transpose", x.device, x, autocast_dtype(x))
+    which = select("space_conv_transpose", x.device, x, autocast_dtype(x))
     return _transpose(which, x, weight, bias, None)
 
 

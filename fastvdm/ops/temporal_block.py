@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_block, dense
+from fastvdm.ops._check import check_block
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.ops.axis_attention import (
@@ -174,9 +174,9 @@ def temporal_block(
     check_options(x, shape, "time", bias, rel_k, rel_v, rotary, focus_mask, num_images)
     low = autocast_dtype(qkv_weight)
     qkv_weight, out_weight = qkv_weight.to(low), out_weight.to(low)
-    qkv_bias, out_bias, rel_k, rel_v = (
+    qkv_bias, out_bias, rel_k, rel_v = [
         None if t is None else t.to(low) for t in (qkv_bias, out_bias, rel_k, rel_v)
-    )
+    ]
     scale = (qkv_weight.shape[0] // (3 * heads)) ** -0.5 if sm_scale is None else float(sm_scale)
     options: dict[str, Any] = dict(
         bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary, focus_mask=focus_mask,
@@ -195,9 +195,9 @@ def temporal_block(
             qkv_bias=qkv_bias, out_bias=out_bias, eps=eps, **options,
         )  # fmt: skip
     return run(
-        temporal_block_fwd, x.contiguous(), norm_weight.contiguous(), dense(norm_bias),
-        qkv_weight.contiguous(), dense(qkv_bias), out_weight.contiguous(), dense(out_bias), heads,
-        eps, dense(bias), dense(rel_k), dense(rel_v), dense(rotary), dense(focus_mask), num_images,
+        temporal_block_fwd, x, norm_weight, norm_bias,
+        qkv_weight, qkv_bias, out_weight, out_bias, heads,
+        eps, bias, rel_k, rel_v, rotary, focus_mask, num_images,
         scale, which,
     )  # fmt: skip
 

@@ -135,15 +135,15 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
     if forced == "reference":
         return forced, None
     kernel = _AUTO.get(device.type) if forced == "auto" else forced
-    lost, meant = None, None
-    for name, why_not in _OPS[op].implementations(*call):
+    entry, lost, meant = _OPS[op], None, None
+    for name, why_not in entry.implementations(*call):
         by_name = forced != "auto" and isinstance(why_not, ByName)
         if name not in KERNELS:
             if why_not is None or by_name:
                 return name, lost
         elif name == kernel:
             if why_not is None or by_name:
-                off = off_on(op, name, device)
+                off = entry.off[name] if name == device.type else off_on(op, name, device)
                 if off is None:
                     return name, None
                 lost = name, off, None
@@ -281,6 +281,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
     As torch's autocast does, fp64 is left alone.
     """
-    if x.dtype != torch.float64 and autocast_on(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    device, dtype = x.device.type, x.dtype
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
