@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvdm.ops.linear import emulated
+from fastvdm.runtime.extension import emulated
 from fastvdm.testing import max_error
 
 Outputs = Tensor | Sequence[Tensor]

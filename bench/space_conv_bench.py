@@ -3,7 +3,7 @@
 Providers: PyTorch's three ways to write a 1x3x3 convolution (Conv3d as the peer has it, Conv3d in
 channels_last_3d, Conv2d in channels_last on B*F images), each with its bias and residual; ours as
 it is dispatched; ours on the Triton kernel by name, on a GPU, which is the measurement that
-``choose_conv`` still waits for. On a GPU in bf16 with cudnn.benchmark, on a CPU in fp32.
+the chooser still waits for. On a GPU in bf16 with cudnn.benchmark, on a CPU in fp32.
 """
 
 from __future__ import annotations

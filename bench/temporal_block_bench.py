@@ -20,6 +20,9 @@ from torch import Tensor
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops import temporal_block as op
 from fastvdm.ops._cost import Cost
+from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
 
 PROVIDERS = ("peer", "torch", "compiled", "parts", "fastvdm")
@@ -83,9 +86,9 @@ def contest(case: str, device: str, train: bool = False) -> Contest:
         return temporal_block_ref(x, g, wq, wo, heads=s.heads, bias=b, rotary=rotary)
 
     def parts(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, b: Tensor) -> Tensor:
-        return op._parts(
-            x, g, None, wq, None, wo, None, s.heads, 1e-5, bias=b, rotary=rotary
-        )  # fmt: skip
+        qkv = norm_linear(x, g, wq).unflatten(-1, (3, s.heads, s.head_dim))
+        out = axis_attention(qkv, axis="time", bias=b, rotary=rotary)
+        return linear_residual(x, out.flatten(-2), wo)
 
     def fused(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, b: Tensor) -> Tensor:
         return op.temporal_block(x, g, wq, wo, heads=s.heads, bias=b, rotary=rotary)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.ops._cost import Cost
-from fastvdm.ops.linear import emulated
+from fastvdm.runtime.extension import emulated
 
 PROVIDERS = (
     "peer",

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.kernels import space_conv_library as library
 from fastvdm.ops.conv_group_norm import norm_act, space_conv
 from fastvdm.ops.guidance import guidance_update
 from fastvdm.runtime import config, dispatch, extension
@@ -36,7 +35,6 @@ def off(monkeypatch, backend: str, reason: str | None) -> None:
 def no_extension(monkeypatch):
     off(monkeypatch, "cpu", REASON)
     monkeypatch.setattr(extension, "_reason", REASON)
-    monkeypatch.setattr(library, "_HAS_CONV", False)
     with use_backend("auto", strict=False):
         yield
 
@@ -134,7 +132,10 @@ def test_a_compiled_call_warns_without_a_graph_break(no_extension):
 
 
 def test_a_refusal_in_a_compiled_call_warns(monkeypatch, no_extension):
-    few = dispatch._Op("toy", lambda backend, x: f"F = {x.shape[1]}", {"cpu": None})
+    def refuse(x):
+        yield "cpu", f"F = {x.shape[1]}"
+
+    few = dispatch._Op(refuse, {"cpu": None}, dict)
     monkeypatch.setitem(dispatch._OPS, "toy", few)
     compiled = torch.compile(
         lambda x: x + (dispatch.select("toy", x.device, x) == "cpu"),
@@ -149,7 +150,8 @@ def test_a_refusal_in_a_compiled_call_warns(monkeypatch, no_extension):
 def test_cuda_without_triton_is_said(op, monkeypatch, no_interpreter):
     off(monkeypatch, "triton", dispatch.NO_TRITON)
     entry = dispatch._OPS[op]
-    monkeypatch.setitem(dispatch._OPS, op, dispatch._Op(entry.stem, lambda *_: None, entry.off))
+    any_call = dispatch._Op(lambda: iter([("triton", None)]), entry.off, dict)
+    monkeypatch.setitem(dispatch._OPS, op, any_call)
     with use_backend("auto", strict=False), pytest.warns(UserWarning, match='pip install "triton'):
         assert dispatch.select(op, CUDA) == "reference"
     with use_backend("auto", strict=True), pytest.raises(FallbackError, match="not installed"):
@@ -180,7 +182,7 @@ def machine(monkeypatch, tmp_path, no_interpreter):
         monkeypatch.delenv(name, raising=False)
     off(monkeypatch, "triton", None)
     entry = dispatch._OPS["norm_act"]
-    toy = dispatch._Op(entry.stem, lambda *_: None, entry.off)
+    toy = dispatch._Op(lambda *_: iter([("triton", None)]), entry.off, dict)
     monkeypatch.setitem(dispatch._OPS, "norm_act", toy)
     return here
 

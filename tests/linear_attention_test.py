@@ -15,11 +15,10 @@ from fastvdm.ops.linear_attention import (
     linear_attention_bwd,
     linear_attention_cost,
     linear_attention_fwd,
-    unsupported,
 )
 from fastvdm.reference.linear_attention import linear_attention_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import FallbackError
+from fastvdm.runtime.dispatch import FallbackError, explain
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 # (B, F, H, W, 3, heads, D)
@@ -184,7 +183,7 @@ def test_empty_batch(device):
 
 def test_fallback_reason(device):
     wide = torch.zeros(1, 1, 1, 2, 3, 1, 130, device=device)
-    assert unsupported("triton", wide) == "head dim 130 is above 128"
+    assert explain("linear_attention", wide)["triton"] == "head dim 130 is above 128"
     with pytest.raises(FallbackError, match="head dim 130"):
         linear_attention(wide)
     with pytest.raises(FallbackError, match="above 64"):

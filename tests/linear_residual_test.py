@@ -16,11 +16,10 @@ from fastvdm.ops.linear_residual import (
     linear_residual_bwd,
     linear_residual_cost,
     linear_residual_fwd,
-    unsupported,
 )
 from fastvdm.reference.linear_residual import linear_residual_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByDesign
+from fastvdm.runtime.dispatch import ByName, explain
 from fastvdm.testing import assert_close3, assert_parity, grads, make_exact_operand, opcheck_op
 
 NAMES = ("x", "o", "weight", "bias")
@@ -185,8 +184,8 @@ def test_empty(device):
 def test_fp64_on_a_gpu_is_the_references():
     with FakeTensorMode():
         x = torch.empty(1, 8, device="cuda", dtype=torch.float64)
-        assert isinstance(unsupported("triton", x), ByDesign)
-        assert unsupported("triton", x.half()) is None
+        assert explain("linear_residual", x)["triton"] == "fp64 runs on the torch reference"
+        assert isinstance(explain("linear_residual", x.half())["triton"], ByName)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])

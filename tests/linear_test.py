@@ -10,12 +10,13 @@ from fastvdm import UNet3D
 from fastvdm.layers.attention import AxisAttention, LinearAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.ops import linear as op
-from fastvdm.ops.linear import linear, linear_bwd, linear_cost, linear_fwd, unsupported
+from fastvdm.ops._op import BODIES
+from fastvdm.ops.linear import linear, linear_bwd, linear_cost, linear_fwd
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.runtime import extension
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByDesign, FallbackError, explain, select
+from fastvdm.runtime.dispatch import ByName, explain, select
 from fastvdm.testing import assert_parity, cpu_isas, grads, make_exact_operand, opcheck_op
 
 NAMES = ("x", "weight", "bias")
@@ -95,8 +96,9 @@ def test_each_gradient_alone(trained, named, monkeypatch):
     inputs = _inputs(*CASES["odd"])
     dout = torch.randn(2, 3, 11, 300)
     _, full = grads(linear, inputs, dout)
-    seen, call = [], op.linear_bwd
-    monkeypatch.setattr(op, "linear_bwd", lambda *args: seen.append(call(*args)) or seen[-1])
+    seen, call = [], BODIES["linear_bwd"]
+    spy = lambda *args: seen.append(call(*args)) or seen[-1]  # noqa: E731
+    monkeypatch.setitem(BODIES, "linear_bwd", spy)
     leaves = [t.clone().requires_grad_(n in trained) for n, t in zip(NAMES, inputs)]
     found = torch.autograd.grad(linear(*leaves), [t for t in leaves if t.requires_grad], dout)
     wanted = [g for n, g in zip(NAMES, full) if n in trained]
@@ -136,7 +138,7 @@ def test_opcheck():
     opcheck_op(linear_fwd, (x, weight, None, "cpu"))
     dy = torch.randn(2, 3, 4, 7)
     for needs in ((True,) * 3, (False, True, False), (True, False, True)):
-        opcheck_op(linear_bwd, (dy, x.detach(), weight.detach(), *needs, "cpu"))
+        opcheck_op(linear_bwd, (dy, x.detach(), weight.detach(), bias.detach(), *needs, "cpu"))
 
 
 @kernel
@@ -160,22 +162,20 @@ def test_double_backward_is_refused(named):
 
 def test_who_takes_it(monkeypatch):
     """Left to itself: the kernel where the machine only emulates the type, else torch's product."""
-    x = torch.zeros(2, 3, dtype=torch.float16)
-    monkeypatch.setattr(op, "_EMULATED", (torch.float16,))
-    assert unsupported("cpu", x) is None
-    assert isinstance(unsupported("cpu", x, torch.bfloat16), ByDesign)
-    with use_backend("cpu"):
-        assert unsupported("cpu", x.float()) is None
-        assert isinstance(unsupported("cpu", x.double()), ByDesign)
-    reasons = explain("linear", x)
+    half, device = torch.float16, torch.device("cpu")
+    monkeypatch.setattr(op, "EMULATED", (half,))
+    reasons = explain("linear", half)
     assert reasons["triton"] == "no kernel for this op" and reasons["cpu"] == extension.reason_off()
     if extension.reason_off() is None:
-        assert select("linear", x.device, x) == "cpu"
-        with use_backend("cpu", strict=True), pytest.raises(FallbackError, match="float64"):
-            linear(x.double(), x.double())
-    monkeypatch.setattr(op, "_EMULATED", ())
-    assert select("linear", x.device, x) == "reference"
-    monkeypatch.setattr(op, "linear_fwd", None)
+        assert select("linear", device, half) == "cpu"
+        assert isinstance(explain("linear", torch.bfloat16)["cpu"], ByName)
+        assert select("linear", device, torch.bfloat16) == "torch"
+        with use_backend("cpu", strict=True):
+            assert select("linear", device, torch.float32) == "cpu"
+            assert select("linear", device, torch.float64) == "torch"
+    monkeypatch.setattr(op, "EMULATED", ())
+    assert select("linear", device, half) == "torch"
+    monkeypatch.setitem(BODIES, "linear_fwd", None)
     inputs = _inputs(*CASES["odd"])
     for backend in ("auto", "reference", "triton"):
         with use_backend(backend, strict=True):

@@ -17,11 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvdm.kernels import space_conv_library
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+from fastvdm.ops import _op
+from fastvdm.ops import conv_group_norm as conv_group_norm_ops
 from fastvdm.ops import norm_act as ops
 from fastvdm.ops import space_conv as conv_ops
 from fastvdm.ops.conv_group_norm import conv_group_norm, norm_act, space_conv
 from fastvdm.reference.norm_act import norm_act_ref
+from fastvdm.runtime import dispatch
 from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.dispatch import launcher
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 FRAME = {"kind": "group", "per_frame": True}
@@ -195,20 +199,15 @@ def test_two_runs_are_bit_equal_and_nothing_is_left_unwritten(case, lane, poison
 def test_only_what_is_wanted(kind, device, monkeypatch):
     """The gradient of x_bias alone, and all but it; each in its own dtype."""
     asked = []
-    original = ops.launchers
 
-    class Spy:
-        def __init__(self, namespace):
-            self.namespace = namespace
+    def spy(stem, name, backend):
+        def call(*args):
+            asked.append(args[-3])
+            return launcher(stem, name, backend)(*args)
 
-        def __getattr__(self, name):
-            def call(*args):
-                asked.append(args[-1])
-                return getattr(self.namespace, name)(*args)
+        return call
 
-            return call
-
-    monkeypatch.setattr(ops, "launchers", lambda stem, backend: Spy(original(stem, backend)))
+    monkeypatch.setattr(_op, "launcher", spy)
     x = torch.randn(2, 1, 3, 5, 6, device=device).half()
     w, x_bias = torch.randn(6, device=device), torch.randn(6, device=device)
     dy = torch.randn_like(x)
@@ -322,8 +321,14 @@ class Ops(TorchDispatchMode):
 @pytest.fixture
 def cuda_library(monkeypatch):
     """The choices of CUDA on a CPU: library convolutions without a bias, and norms in Triton."""
-    monkeypatch.setattr(space_conv_library, "adds_bias_apart", lambda x, kernel: kernel > 1)
-    monkeypatch.setattr(space_conv_library, "has_own_kernel", lambda *a: False)
+    for module in (space_conv_library, conv_group_norm_ops):
+        monkeypatch.setattr(module, "adds_bias_apart", lambda x, kernel: kernel > 1)
+    for op in ("space_conv", "space_conv_transpose"):
+        monkeypatch.setitem(dispatch._OPS[op].off, "cpu", dispatch.NO_KERNEL)
+    choose = conv_ops.select
+    monkeypatch.setattr(
+        conv_ops, "select", lambda *a: "library" if choose(*a) == "cpu" else choose(*a)
+    )
     monkeypatch.setattr(ops, "select", lambda *a: "triton")
 
 
@@ -361,23 +366,31 @@ def test_the_count_sees_a_bias(cuda_library):
 
 def test_who_takes_the_bias(monkeypatch):
     """CUDA's library with a kernel larger than 1x1, and nobody else."""
+    given = []
 
-    def ask(kernel, kind="conv", device="cuda"):
-        x = torch.empty(1, 1, 4, 4, 6, device="meta")
-        monkeypatch.setattr(space_conv_library, "adds_bias_apart", like(device))
-        return conv_ops.bias_is_apart(kind, x, torch.empty(8, 6, kernel, kernel))
+    def norm(y, *_, x_bias=None, **__):
+        given.append(x_bias is not None)
+        return y
 
-    def like(device):
-        return lambda x, kernel: device == "cuda" and kernel > 1
+    monkeypatch.setattr(conv_group_norm_ops, "norm_act", norm)
 
-    assert ask(3) and ask(3, "pair") and ask(3, "upsample")
+    def ask(kernel, upsample=None, pair=False, which="torch", device="cuda"):
+        monkeypatch.setattr(
+            conv_group_norm_ops, "adds_bias_apart", lambda x, k: device == "cuda" and k > 1
+        )
+        monkeypatch.setattr(conv_group_norm_ops, "choose", lambda *a: which)
+        monkeypatch.setattr(conv_group_norm_ops, "convolve", lambda which, x, *a, **k: x)
+        monkeypatch.setattr(conv_group_norm_ops, "space_conv_stats", lambda x, *a, **k: (x, x, x))
+        x, x2 = torch.empty(1, 1, 4, 4, 6), torch.empty(1, 1, 4, 4, 2) if pair else None
+        weight = torch.empty(8, 8 if pair else 6, kernel, kernel)
+        conv_group_norm(x, weight, torch.empty(8), torch.empty(8), x2=x2, upsample=upsample)
+        return given.pop()
+
+    assert ask(3) and ask(3, pair=True, which="library") and ask(3, upsample="nearest")
     assert not ask(1) and not ask(3, device="cpu")
-    for backend in ("triton", "reference"):
-        with use_backend(backend):
-            assert not ask(3)
-    monkeypatch.undo()
-    x = torch.empty(1, 1, 4, 4, 6)
-    assert not space_conv_library.adds_bias_apart(x, 3)
+    for which in ("triton", "cpu", "reference"):
+        assert not ask(3, which=which)
+    assert not space_conv_library.adds_bias_apart(torch.empty(1, 1, 4, 4, 6), 3)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

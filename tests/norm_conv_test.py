@@ -17,7 +17,7 @@ from fastvdm.ops.space_conv import space_conv_stats
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import explain
+from fastvdm.runtime.dispatch import INTERPRET, explain, select
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 EVERYTHING = ("norm_bias", "scale", "shift", "bias", "residual")
@@ -238,12 +238,13 @@ def test_saved_for_backward(device):
 
 def test_it_is_taken_by_name_alone(monkeypatch):
     x = torch.empty(1, 1, 2, 2, 4)
-    assert not ops.takes_prologue(x) and not ops.takes_prologue(torch.empty(x.shape, device="meta"))
+    assert select("norm_conv", x.device, x, 3) == "parts"
+    assert select("norm_conv", torch.device("meta"), x.to("meta"), 3) == "parts"
     with use_backend("triton"):
-        assert ops.takes_prologue(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not ops.takes_prologue(x)  # norm in fp32, convolution in bf16
-    monkeypatch.setattr(ops, "norm_conv_fwd", None)
+        assert select("norm_conv", x.device, x, 3) == ("triton" if INTERPRET else "parts")
+        with torch.autocast("cpu", torch.bfloat16):  # norm in fp32, convolution in bf16
+            assert select("norm_conv", x.device, x, 3) == "parts"
+    monkeypatch.setitem(BODIES, "norm_conv_fwd", None)
     case = CASES["video"]
     inputs = make_inputs(case, torch.float32, "cpu")
     for backend in ("auto", "reference"):

@@ -17,11 +17,10 @@ from fastvdm.ops.norm_linear import (
     norm_linear_bwd,
     norm_linear_cost,
     norm_linear_fwd,
-    unsupported,
 )
 from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByDesign, FallbackError, explain, select
+from fastvdm.runtime.dispatch import ByName, FallbackError, explain, select
 from fastvdm.testing import (
     assert_close3,
     assert_parity,
@@ -261,8 +260,8 @@ def test_too_wide(device):
 def test_fp64_on_a_gpu_is_the_references():
     with FakeTensorMode():
         x = torch.empty(1, 1, 1, 1, 8, device="cuda", dtype=torch.float64)
-        assert isinstance(unsupported("triton", x), ByDesign)
-        assert unsupported("triton", x.half()) is None
+        assert explain("norm_linear", x)["triton"] == "fp64 runs on the torch reference"
+        assert isinstance(explain("norm_linear", x.half())["triton"], ByName)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])

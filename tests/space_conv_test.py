@@ -15,7 +15,6 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvdm.kernels import space_conv_library
 from fastvdm.ops import space_conv as ops
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
 from fastvdm.reference.space_conv import (
@@ -23,8 +22,10 @@ from fastvdm.reference.space_conv import (
     space_conv_ref,
     space_conv_transpose_ref,
 )
+from fastvdm.runtime import dispatch
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import FallbackError, explain
+from fastvdm.runtime.dispatch import FallbackError, explain, select
+from fastvdm.runtime.extension import AMX
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 GPU = torch.cuda.is_available()
@@ -220,10 +221,11 @@ def test_library_parity(name, dtype):
     assert_parity(op, ref, inputs, names=NAMES)
 
 
-@pytest.mark.parametrize("dtype,choice", [(torch.float32, "aten"), (torch.bfloat16, "library")])
+@pytest.mark.parametrize("dtype,choice", [(torch.float32, "torch"), (torch.bfloat16, "library")])
 def test_library_transpose_parity(dtype, choice):
     inputs = [randn(*s, dtype=dtype) for s in ((2, 1, 3, 5, 6), (6, 9, 4, 4), (9,))]
-    assert ops.choose_conv("transpose", 6, "cpu", dtype) == choice
+    chosen = select("space_conv_transpose", inputs[0].device, inputs[0], dtype)
+    assert chosen == (choice if not AMX else "torch")
     assert_parity(space_conv_transpose, space_conv_transpose_ref, inputs)
 
 
@@ -356,18 +358,6 @@ def test_folded_weight_is_exact():
     assert torch.equal(g, g_ref)
 
 
-def test_upsample_without_folding(device):
-    op, ref, inputs = make_case(CASES["up"], torch.float32, device)
-    for backend in ("triton", "auto"):
-        with use_backend(backend):
-            assert_parity(
-                lambda x, weight, bias, _, residual: space_conv(
-                    x, weight, bias, residual=residual, upsample="nearest", fold=False
-                ),
-                ref, inputs, names=NAMES,
-            )  # fmt: skip
-
-
 # --- torch.library -------------------------------------------------------------------------------
 
 
@@ -381,10 +371,10 @@ def test_opcheck(backend, device):
     if backend == "library":
         opcheck_op(ops.space_conv_fwd, (x, None, leaf(7, 6, 4, 4), None, None, 2, backend))
     dy, *saved = leaf(1, 2, 3, 5, 7), x.detach(), x2.detach(), weight.detach()
-    opcheck_op(ops.space_conv_bwd, (dy, *saved, 1, True, False, True, False, backend))
+    opcheck_op(ops.space_conv_bwd, (dy, *saved, None, 1, True, False, True, False, backend))
     weight_t = leaf(6, 9, 4, 4).requires_grad_()
     opcheck_op(ops.space_conv_transpose_fwd, (x, weight_t, None, None, backend))
-    args = leaf(1, 2, 6, 10, 9), x.detach(), weight_t.detach(), True, True, True
+    args = leaf(1, 2, 6, 10, 9), x.detach(), weight_t.detach(), leaf(9), True, True, True
     opcheck_op(ops.space_conv_transpose_bwd, (*args, backend))
     if backend == "triton":
         args = (x, None, leaf(7, 6, 3, 3), None, None, 1, 7, True, 1e-5)
@@ -517,7 +507,8 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
     monkeypatch.setattr(torch.ops.aten, "convolution_backward", spy)
     leaf = functools.partial(randn, device=device, dtype=dtype)
     x, x2 = (leaf(1, 2, 3, 5, c).requires_grad_() for c in (80, 6))
-    monkeypatch.setattr(space_conv_library, "own_tile", lambda *a: 0)
+    choose = ops.select
+    monkeypatch.setattr(ops, "select", lambda *a: "library" if choose(*a) == "cpu" else choose(*a))
     weight = leaf(*((80, 4, 4, 4) if transposed else (20, 86, 3, 3)))
     for frozen in (True, False):
         weight.requires_grad_(not frozen)
@@ -534,22 +525,30 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
 
 def test_choice_is_pinned():
     """No kernel that has not been measured on a GPU is the default there."""
-    for kind in ("conv", "pair", "transpose", "upsample"):
-        for channels in (3, 64, 256):
-            assert ops.choose_conv(kind, channels, "cuda", torch.bfloat16) != "triton"
-            assert ops.choose_conv(kind, channels, "cuda", torch.bfloat16, "triton") == "triton"
+    x = torch.empty(1, 1, 8, 8, 64, device="meta", dtype=torch.float16)
+    calls = {
+        f"{k} {pair}": ("space_conv", x, k, 1, pair, x.dtype) for k in (1, 3) for pair in (0, 1)
+    }
+    calls["transpose"] = ("space_conv_transpose", x, x.dtype)
+    for op, *call in calls.values():
+        assert isinstance(explain(op, *call)["triton"], dispatch.ByName)
+        chosen, _ = dispatch.choose(op, torch.device("cuda"), tuple(call))
+        assert chosen in ("library", "torch")
+        if not GPU:  # by name, under the interpreter
+            with use_backend("triton"):
+                assert select(op, torch.device("cpu"), *call) == "triton"
     with use_backend("reference"):
-        assert ops.choose_conv("pair", 64, "cpu", torch.float32) == "reference"
+        assert select("space_conv", x.device, x, 3, 1, True, x.dtype) == "reference"
 
 
 def test_fallback_names_its_reason():
     x, weight = randn(1, 1, 3, 4, 2), randn(3, 2, 3, 3)
-    assert explain("space_conv", x, weight)["cpu"] == "no kernel for this op"
+    assert "3x3 at stride 1" in explain("space_conv", x, 3, 2, False, x.dtype)["cpu"]
     if not GPU:
         with use_backend("triton"), pytest.raises(FallbackError, match="truncates bf16"):
             space_conv(x.bfloat16(), weight.bfloat16())
     huge = torch.empty(1, 1, 2**16, 2**15, 1, device="meta")
-    assert "int32" in ops.unsupported("triton", huge, weight)
+    assert "int32" in explain("space_conv", huge, 3, 1, False, huge.dtype)["triton"]
 
 
 @pytest.mark.parametrize("upsample", [None, "nearest"])

@@ -7,22 +7,23 @@ least once below; products of options, widths and lengths add no branch and are 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.ops.temporal_block import (
-    parts_reason,
+    exceeds_registers,
     temporal_block,
     temporal_block_bwd,
     temporal_block_cost,
     temporal_block_fwd,
-    unsupported,
 )
 from fastvdm.reference.temporal_block import temporal_block_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByDesign, FallbackError, select
+from fastvdm.runtime.dispatch import ByDesign, explain, select
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 NAMES = (
@@ -334,11 +335,11 @@ def test_parts(shape, dtype, device):
     """What does not fit is composed of the parts, on the same backend, with no fallback."""
     case = dict(CASES["plain"], shape=shape, biases=True, bias=True, tables=1)
     inputs, options = _inputs(case, dtype, device)
-    asked = dict(tables=True, turned=True)
-    assert parts_reason("triton", inputs[0], inputs[2], 2, **asked) is not None
+    call = (inputs[0], inputs[2], 2, True, True)
+    assert re.search("above|exceed", explain("temporal_block", *call)["triton"])
     _parity(case, dtype, device)
-    with pytest.raises(FallbackError, match="above|exceed"):
-        select("temporal_block", inputs[0].device, inputs[0], inputs[2], 2, **asked)
+    with use_backend("triton", strict=True):
+        assert select("temporal_block", inputs[0].device, *call) == "parts"
 
 
 LIMITS = [  # frames, channels, heads' features, stream, options; fused?
@@ -349,10 +350,10 @@ LIMITS = [  # frames, channels, heads' features, stream, options; fused?
     (17, 64, 32, torch.float32, {}, True),
     (17, 64, 64, torch.bfloat16, {}, False),
     (17, 72, 32, torch.bfloat16, {}, False),
-    (16, 128, 64, torch.float32, dict(turned=True), True),
+    (16, 128, 64, torch.float32, dict(biased=True), True),
     (16, 128, 64, torch.float32, dict(tables=True), False),
     (16, 128, 64, torch.bfloat16, dict(tables=True), True),
-    (16, 16, 16, torch.bfloat16, dict(tables=True, turned=True), False),
+    (16, 16, 16, torch.bfloat16, dict(tables=True, biased=True), False),
 ]
 
 
@@ -360,15 +361,15 @@ LIMITS = [  # frames, channels, heads' features, stream, options; fused?
 def test_limits_of_the_registers(frames, c, dim, dtype, options, fused):
     x = torch.empty(0, frames, 1, 1, c, dtype=dtype)
     weight = torch.empty(3 * 2 * dim, c, dtype=torch.bfloat16)
-    assert (parts_reason("triton", x, weight, 2, **options) is None) == fused
-    assert parts_reason("cpu", x, weight, 2, **options) is None
+    assert (exceeds_registers(x, weight, 2, **options) is None) == fused
 
 
 def test_fp64_on_a_gpu_is_the_references():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = (torch.empty(s, device="cuda", dtype=torch.float64) for s in ((1,) * 5, (3, 1)))
-        assert isinstance(unsupported("triton", x, weight, 1), ByDesign)
-        assert unsupported("triton", x.half(), weight.half(), 1) is None
+        reason = explain("temporal_block", x, weight, 1)["triton"]
+        assert reason == "fp64 runs on the torch reference" and isinstance(reason, ByDesign)
+        assert explain("temporal_block", x.half(), weight.half(), 1)["triton"] is None
 
 
 BAD = {

@@ -184,9 +184,10 @@ def test_opcheck_finds_a_lying_fake():
 
 @pytest.fixture
 def toy_op():
-    dispatch.register(
-        "toy", "toy", ("toy_fwd",), lambda backend, n: "n is odd" if n % 2 else None, ("triton",)
-    )
+    @dispatch.implementations("toy", "toy_fwd", backends=("triton",), examples=dict)
+    def _(n):
+        yield "triton", "n is odd" if n % 2 else None
+
     yield "toy"
     del dispatch._OPS["toy"]
 

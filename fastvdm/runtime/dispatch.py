@@ -225,15 +225,17 @@ for _f in _traced_over:
 
 
 def explain(op: str, *call: Any) -> dict[str, str | None]:
-    """Implementation -> why it does not take this call (None: it can), in order of preference.
-    Without a call: our kernels, and why they are off."""
+    """Implementation -> why it does not take this call (None: it can), in order of preference; then
+    our kernels that the op has not. Without a call: our kernels, and why they are off."""
     entry = _OPS[op]
     off = dict(entry.off)
     if off["triton"] is None and not INTERPRET and torch.cuda.is_available():
         off["triton"] = no_launch()
     if not call:
         return off
-    return {name: off.get(name) or why for name, why in entry.implementations(*call)}
+    return {name: off.get(name) or why for name, why in entry.implementations(*call)} | {
+        name: NO_KERNEL for name in KERNELS if off[name] is NO_KERNEL
+    }
 
 
 def examples(op: str, device: torch.device) -> dict[str, str]:
