@@ -9,6 +9,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 OPS = {p.stem for p in (ROOT / "fastvdm" / "ops").glob("[!_]*.py")}
@@ -54,6 +56,21 @@ def test_every_op_has_a_test():
     assert "tests/<op>_test.py" in HOMES
     missing = sorted(op for op in OPS if not (ROOT / "tests" / f"{op}_test.py").is_file())
     assert not missing, f"no tests/<op>_test.py: {missing}"
+
+
+@pytest.mark.parametrize(
+    "file, pattern",
+    [
+        ("tests/conftest.py", r"^LONGEST = \((.*?)^\)"),  # what starts first
+        ("Makefile", r"^ISA_TESTS := .*?_test.py,(.*?)\)"),
+        (".ci/variant.py", r"^TESTS = \{(.*?)^\}"),
+    ],
+)
+def test_lists_of_test_files_name_files(file, pattern):
+    (listed,) = re.findall(pattern, (ROOT / file).read_text(), re.M | re.S)
+    names = set(re.findall(r"\w+", re.sub(r'"(sanitize|amx)"|_test\.py|#.*', "", listed)))
+    assert len(names) > 2
+    assert not {n for n in names if not (ROOT / "tests" / f"{n}_test.py").is_file()}
 
 
 def test_every_package_is_in_the_map():
