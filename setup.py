@@ -37,4 +37,12 @@ def extension() -> dict:
     )
 
 
-setup(**extension())
+def packages() -> dict:
+    """Where ``fastvdm.kernels`` is: ``fastvdm/kernels``, a link to ``kernels/``. A clone without
+    symbolic links, as git makes it on Windows, has a text file there, its sdist nothing."""
+    if (ROOT / "fastvdm" / "kernels").is_dir():
+        return {}
+    return {"package_dir": {"fastvdm": "fastvdm", "fastvdm.kernels": "kernels"}}
+
+
+setup(**packages(), **extension())

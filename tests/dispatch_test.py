@@ -164,6 +164,44 @@ def test_the_command_for_triton_is_the_extra():
     assert dispatch.NO_TRITON.endswith(f'pip install "{requirement}"')
 
 
+# -- an op of no other test ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy_op():
+    @dispatch.implementations("toy", "toy_fwd", backends=("triton",), examples=dict)
+    def _(n):
+        yield "triton", "n is odd" if n % 2 else None
+
+    yield "toy"
+    del dispatch._OPS["toy"]
+
+
+def test_strict_turns_a_fallback_into_an_error(toy_op):
+    with use_backend("triton", strict=True):
+        if dispatch.INTERPRET:
+            assert dispatch.select(toy_op, CPU, 2) == "triton"
+        with pytest.raises(FallbackError, match="toy fell back to the reference"):
+            dispatch.select(toy_op, CPU, 3)
+    assert dispatch.select(toy_op, CPU, 3) == "reference"  # nothing here to fall back from
+
+
+def test_a_fallback_warns_once(toy_op):
+    with use_backend("triton", strict=False):
+        with pytest.warns(UserWarning, match="toy uses the torch reference"):
+            assert dispatch.select(toy_op, CPU, 3) == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dispatch.select(toy_op, CPU, 3)
+
+
+def test_explain(toy_op):
+    reasons = dispatch.explain(toy_op, 3)
+    assert reasons["triton"] == "n is odd" and reasons["cpu"] == "no kernel for this op"
+    with pytest.raises(ValueError, match="backend must be one of"), use_backend("tpu"):
+        pass
+
+
 # -- the C compiler that Triton calls -------------------------------------------------------------
 
 

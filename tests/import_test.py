@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastvdm
 
-PUBLIC = {"UNet3D", "use_backend", "__version__"}
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = {"UNet3D", "accelerate", "convert_optimizer_state", "use_backend", "__version__"}
 
 FORWARD = """
 import torch
@@ -20,18 +25,47 @@ assert y.shape == (1, 3, 2, 4, 4)
 """
 
 
-def run(code: str, **env: str) -> str:
+def run(code: str, cwd: Path | None = None, **env: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTVDM", "TRITON"))}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment | env, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment | env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_public_names():
-    assert set(fastvdm.__all__) >= PUBLIC
+    assert set(fastvdm.__all__) == PUBLIC
     assert all(hasattr(fastvdm, name) for name in fastvdm.__all__)
+
+
+def documented() -> set[str]:
+    """The names of the package that the pages import in their Python, or say in their prose."""
+    names = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        text = page.read_text()
+        names |= set(re.findall(r"`(fastvdm(?:\.\w+)+)[`(]", text))
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("fastvdm."):
+                    names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(documented()))
+def test_documented_names_are_there(name):
+    pkgutil.resolve_name(name)
+
+
+def test_a_checkout_that_is_not_installed_imports(tmp_path):
+    code = "import fastvdm.kernels, fastvdm; print(fastvdm.__file__, fastvdm.kernels.__file__)"
+    package, kernels = run(code, cwd=tmp_path, PYTHONPATH=str(ROOT)).split()
+    assert Path(package) == ROOT / "fastvdm" / "__init__.py"
+    assert Path(kernels).resolve() == ROOT / "kernels" / "__init__.py"
 
 
 def test_import_touches_nothing_heavy():

@@ -23,7 +23,6 @@ from fastvdm.ops import norm_act as ops
 from fastvdm.ops import space_conv as conv_ops
 from fastvdm.ops.conv_group_norm import conv_group_norm, norm_act, space_conv
 from fastvdm.reference.norm_act import norm_act_ref
-from fastvdm.runtime import dispatch
 from fastvdm.runtime.config import use_backend
 from fastvdm.runtime.dispatch import launcher
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
@@ -323,12 +322,13 @@ def cuda_library(monkeypatch):
     """The choices of CUDA on a CPU: library convolutions without a bias, and norms in Triton."""
     for module in (space_conv_library, conv_group_norm_ops):
         monkeypatch.setattr(module, "adds_bias_apart", lambda x, kernel: kernel > 1)
-    for op in ("space_conv", "space_conv_transpose"):
-        monkeypatch.setitem(dispatch._OPS[op].off, "cpu", dispatch.NO_KERNEL)
     choose = conv_ops.select
-    monkeypatch.setattr(
-        conv_ops, "select", lambda *a: "library" if choose(*a) == "cpu" else choose(*a)
-    )
+
+    def of_library(*call):
+        which = choose(*call)
+        return which if which != "cpu" else "library" if call[-2] else "torch"  # of a pair
+
+    monkeypatch.setattr(conv_ops, "select", of_library)
     monkeypatch.setattr(ops, "select", lambda *a: "triton")
 
 

@@ -118,7 +118,7 @@ def planted(source: Path) -> Path:
         pytest.skip(f"no compiler here: {extension.reason_off()}")
     built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/fastvdm"
     (source / built).mkdir(parents=True)
-    for library in Path(extension.__file__).parent.glob("_C*.so"):
+    for library in Path(extension.__file__).parents[1].glob("_C*.so"):
         shutil.copy(library, source / built)
     return source
 
@@ -140,11 +140,18 @@ def install(wheel: Path, target: Path) -> Path:
     return target
 
 
+def clone(folder: Path) -> Path:
+    """A clean copy, with a tuned configuration."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*SKIPPED), symlinks=True)
+    (folder / "kernels" / "configs" / "gpu.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     """Of a clean copy, on a machine with neither torch nor a compiler."""
     folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*SKIPPED))
+    clone(folder / "copy")
     code = "import sys; sys.modules['torch'] = None; from setuptools import build_meta as b; "
     code += "b.build_sdist('..'); b.prepare_metadata_for_build_wheel('../meta'); "
     code += "b.prepare_metadata_for_build_editable('../meta')"
@@ -185,13 +192,37 @@ def without_compiler(without_compiler_wheel, tmp_path_factory) -> Path:
     return install(without_compiler_wheel, tmp_path_factory.mktemp("site"))
 
 
+def holds_kernels_once(files: set[str], at: str = "fastvdm/kernels") -> bool:
+    """The kernels and the tuned configurations, there and nowhere else."""
+    ours = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.py")}
+    there = {f for f in files if f.startswith(("kernels", "fastvdm/kernels"))}
+    return there == {f"{at}/{name}" for name in (*ours, "configs/gpu.json")}
+
+
 def test_sdist_holds_what_a_build_reads(source):
     files = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
     for folder, pattern in (("csrc", "*.cpp"), ("csrc", "*.h"), ("csrc", "*.py"),
-                            ("kernels", "*.py"), ("fastvdm", "*.py")):  # fmt: skip
+                            ("fastvdm", "*.py")):  # fmt: skip
         ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob(pattern)}
         assert ours and not ours - files
+    assert holds_kernels_once(files)
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fastvdm/py.typed"} <= files
+
+
+def test_a_clone_without_links_installs(build_wheel, tmp_path):
+    """And its sdist, which has the kernels where they are in the repository."""
+    folder = clone(tmp_path / "clone")
+    (folder / "fastvdm" / "kernels").unlink()
+    (folder / "fastvdm" / "kernels").write_text("../kernels")
+    run("-c", "from setuptools import build_meta as b; b.build_sdist('..')", cwd=folder)
+    (sdist,) = tmp_path.glob("fastvdm-*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        names = {m.name.partition("/")[2] for m in tar if m.isfile()}
+    assert holds_kernels_once(names, at="kernels")
+    for source, out in (folder, tmp_path / "one"), (sdist, tmp_path / "two"):
+        build_wheel(source, out, FASTVDM_BUILD_CPP="0")
+        with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+            assert holds_kernels_once(set(archive.namelist()))
 
 
 @pytest.mark.slow
@@ -202,10 +233,8 @@ def test_one_wheel_for_every_python(wheel, tmp_path):
         library = archive.extract("fastvdm/_C.abi3.so", tmp_path)
         meta = next(n for n in names if n.endswith("METADATA"))
         text = archive.read(meta).decode()
-    for folder, at in (("kernels", "fastvdm/kernels"), ("fastvdm", "fastvdm")):
-        ours = {f"{at}/{p.relative_to(ROOT / folder).as_posix()}"
-                for p in (ROOT / folder).rglob("*.py")}  # fmt: skip
-        assert ours and not ours - names
+    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastvdm").rglob("*.py")}
+    assert holds_kernels_once(names) and not ours - names
     assert "fastvdm/py.typed" in names and any(n.endswith("LICENSE") for n in names)
     assert not [n for n in names if n.startswith(("kernels", "csrc", "tests", "bench"))]
     assert "Requires-Python: >=3.10" in text and "# fastvdm" in text  # the README is in it
@@ -216,7 +245,7 @@ def test_one_wheel_for_every_python(wheel, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads ELF with nm")
 def test_the_extension_uses_the_stable_abi_only():
     """Any torch since the one it was built for then loads it, under any Python."""
-    found = sorted(Path(extension.__file__).parent.glob("_C*.so"))
+    found = sorted(Path(extension.__file__).parents[1].glob("_C*.so"))
     if not found:
         pytest.skip(f"no extension here: {extension.reason_off()}")
     assert not_in_the_stable_abi(found[0]) == []

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import Tensor
 
-from fastvdm import testing, use_backend
-from fastvdm.runtime import dispatch
-from fastvdm.runtime.dispatch import FallbackError
+from fastvdm import testing
 
 
 def softmax_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -177,42 +173,3 @@ def test_opcheck_finds_a_lying_fake():
     torch.library.opcheck(op, (torch.zeros(4, 4),))  # a square hides it
     with pytest.raises(Exception, match=r"(?i)shape|size|stride"):
         testing.opcheck_op(op, (torch.zeros(3, 5),))
-
-
-# -- dispatch -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def toy_op():
-    @dispatch.implementations("toy", "toy_fwd", backends=("triton",), examples=dict)
-    def _(n):
-        yield "triton", "n is odd" if n % 2 else None
-
-    yield "toy"
-    del dispatch._OPS["toy"]
-
-
-def test_strict_turns_a_fallback_into_an_error(toy_op):
-    cpu = torch.device("cpu")
-    with use_backend("triton", strict=True):
-        if dispatch.INTERPRET:
-            assert dispatch.select(toy_op, cpu, 2) == "triton"
-        with pytest.raises(FallbackError, match="toy fell back to the reference"):
-            dispatch.select(toy_op, cpu, 3)
-    assert dispatch.select(toy_op, cpu, 3) == "reference"  # nothing here to fall back from
-
-
-def test_a_fallback_warns_once(toy_op):
-    with use_backend("triton", strict=False):
-        with pytest.warns(UserWarning, match="toy uses the torch reference"):
-            assert dispatch.select(toy_op, torch.device("cpu"), 3) == "reference"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            dispatch.select(toy_op, torch.device("cpu"), 3)
-
-
-def test_explain(toy_op):
-    reasons = dispatch.explain(toy_op, 3)
-    assert reasons["triton"] == "n is odd" and reasons["cpu"] == "no kernel for this op"
-    with pytest.raises(ValueError, match="backend must be one of"), use_backend("tpu"):
-        pass

@@ -370,11 +370,8 @@ class Job(NamedTuple):
 def networks(budget: Budget) -> list[str]:
     """In the order in which they are trained: the longest first."""
     seeds = range(budget.seeds)
-    return [
-        *(f"main-{s}" for s in seeds),
-        "base",
-        *(f"joint-{k}-{s}" for s in seeds for k in IMAGES),
-    ]
+    images = (f"joint-{k}-{s}" for s in seeds for k in IMAGES)
+    return [*(f"main-{s}" for s in seeds), "base", *images]
 
 
 def jobs(budget: Budget) -> list[Job]:

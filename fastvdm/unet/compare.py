@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastvdm.layers.position import rotary_frequencies
-
-if TYPE_CHECKING:
-    from fastvdm.unet.unet import UNet3D
+from fastvdm.unet.network import FactorizedUNet
 
 # The T5 buckets of two maximum distances first differ at a distance of ten frames.
 FRAMES = 11
@@ -26,7 +24,7 @@ TOLERANCE = 1e-4
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 
 
-def choose_stem_skip(network: nn.Module, model: UNet3D, stem_skip: str | None) -> str:
+def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str | None) -> str:
     """Run both on a small random input, and find the ``stem_skip`` with which they agree.
 
     ``model`` has the weights of ``network``, in fp32 or fp64. Its ``stem_skip`` is set. Nothing of
@@ -101,7 +99,7 @@ def choose_stem_skip(network: nn.Module, model: UNet3D, stem_skip: str | None) -
     return chosen
 
 
-def _inputs(model: UNet3D) -> dict[str, Tensor]:
+def _inputs(model: FactorizedUNet) -> dict[str, Tensor]:
     """The smallest input that goes through every layer; height and width differ."""
     device, dtype = model.stem.weight.device, model.stem.weight.dtype
     random = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import rotary_frequencies
 from fastvdm.layers.resnet import ResnetBlock
 from fastvdm.unet.blocks import Level
-
-if TYPE_CHECKING:
-    from fastvdm.unet.unet import UNet3D
+from fastvdm.unet.network import FactorizedUNet
 
 # In every peer state_dict, in none of ours.
 _MARK = "time_rel_pos_bias.relative_attention_bias.weight"
@@ -93,7 +91,7 @@ def _attention(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
     yield from _norm(model, f"{peer}.fn.norm", f"{own}.norm")
 
 
-def _entries(model: UNet3D) -> Iterator[Entry]:
+def _entries(model: FactorizedUNet) -> Iterator[Entry]:
     if model.null_cond_emb is not None:
         yield Entry("null_cond_emb", "null_cond_emb", tuple(model.null_cond_emb.shape))
     heads = next(iter(model.relative_bias))
@@ -130,12 +128,12 @@ def _rotary_keys(entries: list[Entry]) -> list[str]:
     ]
 
 
-def parameter_order(model: UNet3D) -> list[tuple[str, str]]:
+def parameter_order(model: FactorizedUNet) -> list[tuple[str, str]]:
     """(peer's name, ours) of every parameter."""
     return [(e.peer, e.own) for e in _entries(model)]
 
 
-def _require_peer_layout(model: UNet3D) -> None:
+def _require_peer_layout(model: FactorizedUNet) -> None:
     if model.layout != "peer" or model.position != "rotary+t5":
         raise ValueError(
             "only layout='peer' with position='rotary+t5' has a peer equivalent, got "
@@ -143,7 +141,7 @@ def _require_peer_layout(model: UNet3D) -> None:
         )
 
 
-def to_peer_keys(model: UNet3D) -> dict[str, Tensor]:
+def to_peer_keys(model: FactorizedUNet) -> dict[str, Tensor]:
     _require_peer_layout(model)
     assert model.rotary_dim is not None
     own, entries = model.state_dict(), list(_entries(model))
@@ -152,7 +150,7 @@ def to_peer_keys(model: UNet3D) -> dict[str, Tensor]:
     return state | dict.fromkeys(_rotary_keys(entries), freqs.to(model.stem.weight.dtype))
 
 
-def _convert(model: UNet3D, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _convert(model: FactorizedUNet, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The keys of ``state`` under ``prefix`` renamed; what does not fit keeps its peer name."""
     _require_peer_layout(model)
     assert model.rotary_dim is not None
@@ -220,7 +218,7 @@ def warn_caller(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=level)
 
 
-def to_own_keys(model: UNet3D, state: Mapping[str, Any]) -> dict[str, Any]:
+def to_own_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> dict[str, Any]:
     """Our names for a peer state_dict; any other is returned as it is.
 
     Raises:
@@ -229,21 +227,15 @@ def to_own_keys(model: UNet3D, state: Mapping[str, Any]) -> dict[str, Any]:
     return _convert(model, state, "") if is_peer_state(state) else dict(state)
 
 
-def accept_peer_keys(
-    model: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
+def rename_to_own(
+    model: FactorizedUNet, state: dict[str, Any], prefix: str, errors: list[str]
 ) -> None:
-    """Load hook for a UNet3D inside another module, e.g. a ``GaussianDiffusion``."""
+    """In place, where ``state`` has the peer's keys under ``prefix``; what does not fit is an entry
+    of ``errors``."""
     if not is_peer_state(state, prefix):
         return
     try:
-        converted = _convert(model, state, prefix)  # type: ignore[arg-type]
+        converted = _convert(model, state, prefix)
     except ValueError as error:
         errors.append(str(error))
         return
@@ -333,7 +325,7 @@ def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return arguments
 
 
-def require_same_keys(model: UNet3D, state: Mapping[str, Any]) -> None:
+def require_same_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> None:
     """
     Raises:
         ValueError: a peer state_dict has other keys than the peer's network of these arguments.
@@ -353,7 +345,7 @@ def require_same_keys(model: UNet3D, state: Mapping[str, Any]) -> None:
         )
 
 
-def dtypes(model: UNet3D, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+def dtypes(model: FactorizedUNet, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Under our names, of the tensors of a state_dict under either's."""
     names = (
         [(e.peer, e.own) for e in _entries(model)] if is_peer_state(state) else zip(state, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from fastvdm.unet import peer
 from fastvdm.unet.choose import choose, listed, says_averaged
 from fastvdm.unet.compare import choose_stem_skip
 from fastvdm.unet.folder import arguments_of
+from fastvdm.unet.network import FactorizedUNet
 
-if TYPE_CHECKING:
-    from fastvdm.unet.unet import UNet3D
+N = TypeVar("N", bound=FactorizedUNet)
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
@@ -145,11 +145,11 @@ def norm_arguments(network: nn.Module) -> dict[str, Any]:
 
 
 def load(
-    cls: type[UNet3D],
+    cls: type[N],
     arguments: dict[str, Any],
     state: Mapping[str, Tensor],
     network: nn.Module | None = None,
-) -> UNet3D:
+) -> N:
     """A network of these arguments and weights, in their dtypes and on their device. Where
     ``network`` is given they are compared, and ``stem_skip`` is found (``choose_stem_skip``).
 
