@@ -81,8 +81,10 @@ def test_every_launcher_has_one():
     x, x2, y = (2, 6, 7, 3), (2, 6, 7, 2), (2, 6, 7, 4)
     product = 2 * 2 * 6 * 7 * 9 * 4
     call = torch.ops.fastvdm_C.conv3x3_cpu
-    assert of_op(call, x, x2, (4, 5, 3, 3), None, None, False, 2) == 5 * product
-    assert of_op(call, y, None, (4, 5, 3, 3), None, None, True, 2) == 5 * product
+    x, x2, y, weight = (torch.zeros(s) for s in (x, x2, y, (4, 5, 3, 3)))
+    assert counted(call, x, x2, weight, None, None, False, 2) == 5 * product
+    assert counted(call, y, None, weight, None, None, True, 2) == 5 * product
+    assert counted(torch.ops.fastvdm_C.space_conv_dx_cpu, y[None], weight) == 5 * product
     call = torch.ops.fastvdm_C.linear_dx_cpu
     assert counted(call, torch.zeros(3, 5, 7), torch.zeros(7, 11)) == 2 * 15 * 7 * 11
 

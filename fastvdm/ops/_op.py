@@ -15,7 +15,9 @@ defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for ali
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +32,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
 _NODES: dict[str, Any] = {}  # autograd functions, by the same
 _DENSE: dict[str, tuple[int, ...]] = {}  # places of the tensors that its launchers take contiguous
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
 _PLAIN_TYPES = (int, float, bool, str)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), *_PLAIN_TYPES}
 
@@ -98,10 +101,11 @@ def no_double_backward(op: OpOverload) -> None:
 
 
 def _observed(args: Iterable[Any]) -> bool:
-    """Whether somebody would see a call in the dispatcher: a mode, a profiler, a tracer, a subclass
-    of Tensor among ``args``."""
+    """Whether somebody would see a call in the dispatcher: a mode, a transform, a profiler, a
+    tracer, a subclass of Tensor among ``args``."""
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.get_dynamic_layer_stack_depth()
         or torch._C._autograd._profiler_enabled()
         or torch._C._is_tracing()
         or not _PLAIN.issuperset(map(type, args))
@@ -168,16 +172,16 @@ def op(
     """
 
     def declare(shapes: Callable[..., Any]) -> OpOverload:
-        types = inspect.get_annotations(shapes, eval_str=True)
-        result = types.pop("return")
-        forward = _declare(shapes.__name__, types, result, body or _launch(stem, shapes.__name__))
+        kinds = inspect.get_annotations(shapes, eval_str=True)
+        result = kinds.pop("return")
+        forward = _declare(shapes.__name__, kinds, result, body or _launch(stem, shapes.__name__))
         fake(forward)(shapes)
         free = strided.split()
-        tensors = [i for i, n in enumerate(types) if types[n] not in _PLAIN_TYPES and n not in free]
+        tensors = [i for i, n in enumerate(kinds) if kinds[n] not in _PLAIN_TYPES and n not in free]
         _DENSE[shapes.__name__] = tuple(tensors)
         if grads:
             _declare_backward(
-                forward, types, stem, backward.split(), grads.split(), outputs.split(),
+                forward, kinds, stem, backward.split(), grads.split(), outputs.split(),
                 residual.split(), laid_out.split(), seed, unsaved, backward_body, shares,
             )  # fmt: skip
         return forward
@@ -207,17 +211,17 @@ def _launch(stem: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def _declare(name: str, types: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
+def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
     """``body`` as an op of this name, argument types and result."""
 
     def call(*args: Any) -> Any:
         return body(*args)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in types.items()]
+    parameters = [inspect.Parameter(n, kind, annotation=a) for n, a in kinds.items()]
     call.__signature__ = inspect.Signature(parameters, return_annotation=result)  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
-    call.__annotations__ = {**types, "return": result}
+    call.__annotations__ = {**kinds, "return": result}
     found = define(call)
     BODIES[name] = body  # a frame less
     _DENSE[name] = ()  # what a backward gets is what was saved
@@ -226,7 +230,7 @@ def _declare(name: str, types: dict[str, Any], result: Any, body: Callable[..., 
 
 def _declare_backward(
     forward: OpOverload,
-    types: dict[str, Any],
+    kinds: dict[str, Any],
     stem: str,
     takes: list[str],
     grads: list[str],
@@ -238,7 +242,7 @@ def _declare_backward(
     body: Callable[..., Any] | None,
     shares: OpOverload | None,
 ) -> None:
-    names = list(types)
+    names = list(kinds)
     name = forward._opname.removesuffix("_fwd") + "_bwd"
     pairs = [g.partition(":")[::2] for g in grads]
     always = {n.rstrip("!") for n, _ in pairs if n.endswith("!")}
@@ -246,7 +250,7 @@ def _declare_backward(
     groups = list(dict.fromkeys(group for n, group in wanted if n not in always))
 
     # The op: its schema, and a fake that gives each gradient the form of its argument.
-    arguments = {n: types.get(n, Tensor) for n in takes}
+    arguments = {n: kinds.get(n, Tensor) for n in takes}
     arguments |= {f"need_{group}": bool for group in groups} | {"backend": str}
     place = {n: i for i, n in enumerate(arguments)}
     forms = [
@@ -267,8 +271,7 @@ def _declare_backward(
     if shares is not None:
         backward = shares
     else:
-        one: Any = Tensor
-        result = one if len(wanted) == 1 else tuple[(one,) * len(wanted)]
+        result = Tensor if len(wanted) == 1 else types.GenericAlias(tuple, (Tensor,) * len(wanted))
         backward = _declare(name, arguments, result, body or _launch(stem, name))
         fake(backward)(shapes)
         no_double_backward(backward)
@@ -279,6 +282,7 @@ def _declare_backward(
     rest = [n for n in kept if n not in tensors]
     order = [(n in rest, (rest if n in rest else tensors).index(n)) for n in kept]
     index = {n: i for i, n in enumerate(names)}
+    launch = functools.partial(run, backward)
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
         made = output if isinstance(output, tuple) else (output,)
@@ -310,7 +314,9 @@ def _declare_backward(
             saved, rest = ctx.saved_tensors, ctx.rest
             given = [rest[i] if plain else saved[i] for plain, i in order]
             asked = [any([need[i] for i in group]) for group in flags]
-            got = run(backward, seed(dy), *given, *asked, ctx.backend)
+            # A batch of gradients (is_grads_batched) is unrolled by the dispatcher.
+            call = backward if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP) else launch
+            got = call(seed(dy), *given, *asked, ctx.backend)
             for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
                 found[i] = t if need[i] else None
         return tuple(found)

@@ -108,16 +108,17 @@ def conv_norm_conv(
     has them, the first convolution has the statistics in its epilogue and the second the norm in
     its prologue.
     """
-    norm = dict(groups=groups, per_frame=per_frame)
-    film = dict(scale=scale, shift=shift)
     if kind == "group" and x.shape[0] and _has_prologue(x, weight2):
         eps = 1e-5 if eps is None else eps
-        h, *stats = space_conv_stats(x, weight, bias, eps=eps, **norm)
+        h, *stats = space_conv_stats(x, weight, bias, groups=groups, per_frame=per_frame, eps=eps)
         return norm_conv(
             h, stats, norm_weight, norm_bias, weight2, bias2, per_frame=per_frame, eps=eps,
-            residual=residual(), **film,
+            scale=scale, shift=shift, residual=residual(),
         )  # fmt: skip
-    h = conv_group_norm(x, weight, bias, norm_weight, norm_bias, kind=kind, eps=eps, **norm, **film)
+    h = conv_group_norm(
+        x, weight, bias, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame,
+        eps=eps, scale=scale, shift=shift,
+    )  # fmt: skip
     return space_conv(h, weight2, bias2, residual=residual())
 
 

@@ -8,6 +8,7 @@ first: folded, the upsampled tensor is never made and 5/9 of the multiplications
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,13 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return batch, frames, height, width, weight.shape[0]
 
 
-def _backward(*args: object) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     """The C++ kernel has the gradient of x alone; that of the weight is the library's."""
     *given, backend = args
     if backend == "cpu":
-        return library.space_conv_bwd(*given, dx_of=launcher("space_conv", "space_conv_dx", "cpu"))
-    return launcher("space_conv", "space_conv_bwd", str(backend))(*given)
+        given.append(launcher("space_conv", "space_conv_dx", "cpu"))
+        return library.space_conv_bwd(*given)
+    return launcher("space_conv", "space_conv_bwd", backend)(*given)
 
 
 @op(

@@ -135,7 +135,9 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
     if forced == "reference":
         return forced, None
     kernel = _AUTO.get(device.type) if forced == "auto" else forced
-    entry, lost, meant = _OPS[op], None, None
+    entry = _OPS[op]
+    lost: tuple | None = None
+    meant: tuple | None = None
     for name, why_not in entry.implementations(*call):
         by_name = forced != "auto" and isinstance(why_not, ByName)
         if name not in KERNELS:
