@@ -33,9 +33,9 @@ def axis_attention(shape, num_images=0, need=(True,) * 4, **given) -> None:
         focus_mask=torch.zeros(b, dtype=torch.bool),
     )
     options = [t if given.get(name, True) else None for name, t in tensors.items()]
-    out, lse = kernels.axis_attention.fwd(qkv, 1, *options, num_images, 0.3)
+    out, lse = kernels.axis_attention_fwd(qkv, 1, *options, num_images, 0.3)
     wanted = [n and (i == 0 or options[i - 1] is not None) for i, n in enumerate(need)]
-    kernels.axis_attention.bwd(out, qkv, out, lse, 1, *options, num_images, 0.3, *wanted)
+    kernels.axis_attention_bwd(out, qkv, out, lse, 1, *options, num_images, 0.3, *wanted)
 
 
 def temporal_block(shape, heads, dim, dtype, need) -> None:
