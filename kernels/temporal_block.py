@@ -30,7 +30,6 @@ from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.axis_attention.parts import (
     TIME,
     head_stride,
-    program_budget,
     rotary_table,
     rotate,
     skew,
@@ -38,8 +37,16 @@ from fastvdm.kernels.axis_attention.parts import (
     unroll_table,
     unskew,
 )
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    next_power_of_2,
+    program_budget,
+)
 from fastvdm.kernels.tuned import tuned
+from fastvdm.runtime.device import facts
 
 _REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
 COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
@@ -88,7 +95,8 @@ def pick_config(
 
 
 def _major(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
+    found = facts(x.device)
+    return found.capability // 10 if found.is_gpu else 9
 
 
 @triton.jit

@@ -21,7 +21,6 @@ from fastvdm.kernels.axis_attention.parts import (
     Geometry,
     head_stride,
     pinned,
-    program_budget,
     rotary_table,
     rotate,
     skew,
@@ -36,6 +35,7 @@ from fastvdm.kernels.common import (
     cdiv,
     dot,
     next_power_of_2,
+    program_budget,
 )
 from fastvdm.kernels.tuned import tuned
 

@@ -7,7 +7,6 @@ rows, skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their 
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass
 
@@ -154,17 +153,3 @@ def unskew(by_key, shift, ROWS: tl.constexpr, COLS: tl.constexpr):
     inside = (at >= 0) & (at < COLS)
     moved = tl.gather(by_key, tl.where(inside, at, 0), 1)
     return tl.where(inside, moved, 0.0)
-
-
-@functools.lru_cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def program_budget(device: torch.device) -> int:
-    """How many programs to start where each one walks over many tiles: four per multiprocessor.
-    Under the interpreter a few, so that programs walk several tiles there too."""
-    if device.type != "cuda":
-        return 6
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return 4 * _multiprocessors(index)

@@ -262,6 +262,7 @@ def norm_act_bwd(
     count = 2 if dxb is None else 3  # sums of the rows, see the kernels
     m = sums = None
     if kind == GROUP:
+        assert mean is not None and rstd is not None  # as the forward found them
         given = (mean, rstd, x_bias, params, drop, per_frame, act)
         part = group_bwd_sums(dy, x, x2, *given, count)
         if need_dx or dxb is not None:
