@@ -27,6 +27,7 @@ from fastvdm.kernels.common import (
     next_power_of_2,
     program_budget,
 )
+from fastvdm.kernels.limits import LAYER
 from fastvdm.kernels.linear_tiles import (
     LinearConfig,
     product,
@@ -34,7 +35,7 @@ from fastvdm.kernels.linear_tiles import (
     tile_rows,
     weight_block,
 )
-from fastvdm.kernels.norm_act import LAYER, norm_act_bwd, norm_act_fwd
+from fastvdm.kernels.norm_act import norm_act_bwd, norm_act_fwd
 from fastvdm.kernels.tuned import tuned
 
 

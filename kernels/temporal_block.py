@@ -28,7 +28,6 @@ from torch import Tensor
 from fastvdm.kernels import axis_attention
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.axis_attention.parts import (
-    TIME,
     head_stride,
     rotary_table,
     rotate,
@@ -45,6 +44,7 @@ from fastvdm.kernels.common import (
     next_power_of_2,
     program_budget,
 )
+from fastvdm.kernels.limits import TIME
 from fastvdm.kernels.tuned import tuned
 from fastvdm.runtime.device import facts
 

@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.common import INTERPRET
-
-TIME = 1
+from fastvdm.kernels.limits import TIME
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.limits import GROUP, LAYER
 from fastvdm.kernels.norm_act.group import (
     group_bwd_dx,
     group_bwd_sums,
@@ -46,8 +47,6 @@ from fastvdm.kernels.norm_act.parts import (
     row_stride,
 )
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
-
-GROUP, RMS, LAYER = 0, 1, 2
 
 
 @triton.jit

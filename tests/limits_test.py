@@ -1,0 +1,48 @@
+"""The numbers of kernels/limits.py: ops and C++ go by the same ones."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvdm.kernels.limits import MAX_ROW_CHANNELS, NORM_KINDS, SHORT, SPACE, TIME
+from fastvdm.ops import axis_attention, norm_act, norm_linear
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def test_no_triton_is_needed() -> None:
+    code = "import sys, fastvdm.kernels.limits; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cpp_saves_lse_from_the_same_length_on() -> None:
+    """The fake of the op tells the shape of lse for every backend."""
+    source = (CSRC / "cpu" / "axis_attention.cpp").read_text()
+    assert re.findall(r"\bkShort = (\d+);", source) == [str(SHORT)]
+
+
+@pytest.mark.parametrize("frames", [SHORT, SHORT + 1])
+def test_the_op_announces_lse_from_the_same_length_on(frames) -> None:
+    qkv = torch.empty(1, frames, 1, 1, 3, 1, 16, device="meta")
+    options = (TIME, None, None, None, None, None, 0, 1.0, "triton")
+    _, lse = torch.ops.fastvdm.axis_attention_fwd(qkv, *options)
+    assert (lse.numel() > 0) == (frames > SHORT)
+
+
+def test_codes_are_those_of_the_ops() -> None:
+    assert norm_act.KINDS == NORM_KINDS
+    assert (axis_attention.TIME, axis_attention.SPACE) == (TIME, SPACE)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_ops_leave_wider_rows_to_the_reference(kind) -> None:
+    for channels in (MAX_ROW_CHANNELS, MAX_ROW_CHANNELS + 1):
+        x, wide = torch.empty(1, channels, device="meta"), channels > MAX_ROW_CHANNELS
+        assert (norm_act.unsupported("triton", x, kind, channels) is not None) == wide
+        assert (norm_linear.unsupported("triton", x) is not None) == wide
