@@ -83,9 +83,9 @@ def test_parity(case, dtype, lane):
 
 def test_chunks(device, monkeypatch):
     """The sums of several chunks, and a last chunk of one row."""
-    parts = pytest.importorskip("fastvdm.kernels.norm_act.parts")
+    shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(parts, "programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(shared, "programs", lambda device, warps, n=programs: n)
         case = ((1, 3, 11, 13, 7), ("bias", "scale"), {"kind": "group", "groups": 7})
         check(case, torch.float32, ("triton", device))
         case = ((1, 2, 11, 3, 40), ("bias", "scale"), {"kind": "layer"})

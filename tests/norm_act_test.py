@@ -292,9 +292,9 @@ def test_videos_do_not_depend_on_the_batch(lane):
 
 def test_chunks(device, monkeypatch):
     """More and fewer chunks than tiles, and a last chunk of one row: the same within rounding."""
-    parts = pytest.importorskip("fastvdm.kernels.norm_act.parts")
+    shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(parts, "programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(shared, "programs", lambda device, warps, n=programs: n)
         case = ((1, 3, 11, 13, 5), 2, ("bias", "scale"), {"kind": "group", "groups": 7})
         check(case, torch.float32, ("triton", device))
         case = ((1, 2, 11, 3, 40), 0, ("bias", "scale"), {"kind": "layer"})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.axis_attention.long import long_bwd, long_fwd
-from fastvdm.kernels.axis_attention.parts import Geometry, geometry, roll_up, unroll_table
+from fastvdm.kernels.axis_attention.shared import Geometry, geometry, roll_up, unroll_table
 from fastvdm.kernels.axis_attention.short import short_bwd, short_fwd
 from fastvdm.kernels.common import acc_torch_dtype
 from fastvdm.kernels.limits import SHORT

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
-from fastvdm.kernels.axis_attention.parts import (
+from fastvdm.kernels.axis_attention.shared import (
     Geometry,
     head_stride,
     pinned,

@@ -39,14 +39,14 @@ from fastvdm.kernels.norm_act.group import (
     group_fwd,
     group_stats,
 )
-from fastvdm.kernels.norm_act.parts import (
+from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
+from fastvdm.kernels.norm_act.shared import (
     affine,
     aot_case,
     extents,
     merge_tile,
     row_stride,
 )
-from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 
 
 @triton.jit

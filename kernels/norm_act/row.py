@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm over the channels of one pixel, forward and backward.
 
-``norm_act.py`` has the mathematics and the names; a program holds whole pixels.
+``__init__.py`` has the mathematics and the names; a program holds whole pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, at_least, cdiv, next_power_of_2
 from fastvdm.kernels.limits import MAX_ROW_CHANNELS
-from fastvdm.kernels.norm_act.parts import (
+from fastvdm.kernels.norm_act.shared import (
     STAGES,
     Config,
     affine,

@@ -1,6 +1,6 @@
 """What the norm's kernels share: tiles and chunks, parameters, the ends of the arithmetic.
 
-``norm_act.py`` has the mathematics and the names.
+``__init__.py`` has the mathematics and the names.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def head_stride(table: Tensor | None) -> int:
 
 
 def split_scale(sm_scale: float) -> tuple[float, float]:
-    """A kernel argument is fp32: the second part restores the digits an fp64 kernel needs."""
+    """A kernel argument is fp32: the second restores the digits an fp64 kernel needs."""
     (high,) = struct.unpack("f", struct.pack("f", sm_scale))
     return high, sm_scale - high
 
