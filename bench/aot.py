@@ -116,7 +116,7 @@ def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
     one is asked for a select follows.
     """
     folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
-    # Sites are named without their folder: two kernels' parts.py never meet in one file.
+    # Sites are named without their folder: two kernels' shared.py never meet in one file.
     files = {Path(f).name: f for f in re.findall(r'\.file\s+\d+\s+"([^"]+)"', ptx)}
     found, line = set(), ""
     for text in ptx.splitlines():

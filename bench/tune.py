@@ -34,6 +34,7 @@ from tune_cases import Job, Run, candidates, jobs
 
 from fastvdm.kernels import tuned
 from fastvdm.kernels.tuned import Choice, choosing
+from fastvdm.runtime.device import current_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 GAIN = 1.03  # what a candidate must win by
@@ -277,10 +278,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for a copy of the table")
     parser.add_argument("--budget", type=float, default=100.0, help="seconds")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    gpu = current_gpu()
+    if gpu is None:
         print("no CUDA device here: nothing to tune")
         return 1
-    path = tuned.path_of(torch.cuda.get_device_name())
+    path = tuned.path_of(gpu.name)
     table, origin = copy.deepcopy(tuned.table(path)), versions()
     todo: Iterable[Job] = jobs()
     say: Callable[[str], None] = print

@@ -28,9 +28,9 @@ from fastvdm.kernels import (
     temporal_block,
 )
 from fastvdm.kernels.common import next_power_of_2
+from fastvdm.kernels.limits import GROUP, RMS, SPACE, TIME
 from fastvdm.kernels.tuned import Choice
 from fastvdm.layers.position import rotary_table
-from fastvdm.ops.axis_attention import SPACE, TIME
 
 EPS = 1e-5
 PEER, PAPER = ("l0", "l1", "l2", "l3"), ("ucf-32", "ucf-16", "ucf-8", "t2v128-32")
@@ -55,8 +55,8 @@ def jobs() -> list[Job]:
         way = {"backward": backward}
         found += [_job(temporal, c, **way) for c in (PEER[:1] if backward else PEER[:3])]
         found += [_job(linear, c, **way) for c in PEER]
-        found += [_job(norm, c, kind=norm_act.GROUP, **way) for c in PEER + PAPER]
-        found += [_job(norm, c, kind=norm_act.RMS, **way) for c in PEER]
+        found += [_job(norm, c, kind=GROUP, **way) for c in PEER + PAPER]
+        found += [_job(norm, c, kind=RMS, **way) for c in PEER]
         found += [_job(over_time, c, shaw=c != "l3", **way) for c in ("l3", "ucf-16", "t2v128-32")]
         found += [_job(over_space, c, **way) for c in ("l3", *PAPER)]
     found += [_job(half, "l3", first=first) for first in (True, False)]
@@ -84,7 +84,7 @@ def norm(s: Shape, device: str, dtype: torch.dtype, *, kind: int, backward: bool
 
     if not backward:
         return forward
-    stats = forward()[1:] if kind == norm_act.GROUP else (None, None)
+    stats = forward()[1:] if kind == GROUP else (None, None)
     return lambda: norm_act.norm_act_bwd(
         dy, x, None, None, *vectors, *film, None, *stats, *options, True, False, True, True
     )

@@ -72,7 +72,7 @@ def _op_table() -> dict[str, dict[str, str | None]]:
     table = {}
     for op in sorted(dispatch.registered_ops()):
         table[op] = dict(dispatch.explain(op))
-        nowhere = not (dispatch.INTERPRET or torch.cuda.is_available())
+        nowhere = not (dispatch.INTERPRETED or torch.cuda.is_available())
         if nowhere and table[op]["triton"] != dispatch.NO_KERNEL:
             table[op]["triton"] = "no CUDA device"  # Triton may be missing, too, and is no loss
     return table
@@ -129,7 +129,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "extension": extension.reason_off(),
         "cpu_isa": None if extension.reason_off() else extension.set_cpu_isa(config.cpu_isa),
-        "interpreter": dispatch.INTERPRET,
+        "interpreter": dispatch.INTERPRETED,
         "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k == "CC" or k.startswith(_VARIABLES)

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastvdm.runtime.device import INTERPRETED, facts
+
 # Set when this process runs kernels under TRITON_INTERPRET=1 (tests on a machine without a GPU).
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRET = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,3 +70,10 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
+
+
+def program_budget(device: torch.device) -> int:
+    """How many programs to start where each one walks over many tiles: four per multiprocessor.
+    Under the interpreter a few, so that programs walk several tiles there too."""
+    found = facts(device)
+    return 4 * found.multiprocessors if found.is_gpu else 6

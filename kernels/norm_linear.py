@@ -19,8 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
-from fastvdm.kernels.axis_attention.parts import program_budget
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    next_power_of_2,
+    program_budget,
+)
+from fastvdm.kernels.limits import LAYER
 from fastvdm.kernels.linear_tiles import (
     LinearConfig,
     product,
@@ -28,7 +35,7 @@ from fastvdm.kernels.linear_tiles import (
     tile_rows,
     weight_block,
 )
-from fastvdm.kernels.norm_act import LAYER, norm_act_bwd, norm_act_fwd
+from fastvdm.kernels.norm_act import norm_act_bwd, norm_act_fwd
 from fastvdm.kernels.tuned import tuned
 
 

@@ -47,6 +47,7 @@ from fastvdm.kernels import space_conv_library as library
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
 from fastvdm.kernels.tuned import tuned
+from fastvdm.runtime.device import facts
 
 
 def merge_tile(group_width: int) -> dict[str, int]:
@@ -84,14 +85,6 @@ class ConvConfig:
     tma: bool = False
     box_h: int = 1
     box_w: int = 1
-
-
-def capability(device: torch.device) -> int:
-    """80, 90, 100 ...; 0 under the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def pick_box(height: int, width: int, pixels: int) -> tuple[int, int]:
@@ -524,7 +517,7 @@ def conv(
     grid = (cdiv(size[0], phases), cdiv(size[1], phases))
     widths = (c1, cout) if x2 is None else (c1, c2, cout)
     by_parity = stride == 2 and not transposed
-    tma = capability(x.device) >= 90 and not (
+    tma = facts(x.device).capability >= 90 and not (
         why_not_tma(widths, grid, (height, width), by_parity, x.element_size())
         or any(t is not None and t.data_ptr() % 16 for t in (x, x2))
     )

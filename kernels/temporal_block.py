@@ -27,10 +27,8 @@ from torch import Tensor
 
 from fastvdm.kernels import axis_attention
 from fastvdm.kernels.aot_case import AotCase
-from fastvdm.kernels.axis_attention.parts import (
-    TIME,
+from fastvdm.kernels.axis_attention.shared import (
     head_stride,
-    program_budget,
     rotary_table,
     rotate,
     skew,
@@ -38,8 +36,17 @@ from fastvdm.kernels.axis_attention.parts import (
     unroll_table,
     unskew,
 )
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    next_power_of_2,
+    program_budget,
+)
+from fastvdm.kernels.limits import TIME
 from fastvdm.kernels.tuned import tuned
+from fastvdm.runtime.device import facts
 
 _REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
 COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
@@ -88,7 +95,8 @@ def pick_config(
 
 
 def _major(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 9
+    found = facts(x.device)
+    return found.capability // 10 if found.is_gpu else 9
 
 
 @triton.jit
@@ -462,7 +470,7 @@ def fuse_backward(channels: int, frames: int, dim: int, *, tables: bool) -> bool
     return channels <= 64 and frames <= 16 and dim <= 32 and not tables
 
 
-def _backward_by_parts(
+def _composed_backward(
     dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
     bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
     need_norm, need_qkv, need_out, need_bias, need_rel,
@@ -614,7 +622,7 @@ def temporal_block_bwd(
     b, f, h, w, c = x.shape
     dim, tables = qkv_weight.shape[0] // (3 * heads), rel_k is not None or rel_v is not None
     if not fuse_backward(c, f, dim, tables=tables):
-        return _backward_by_parts(
+        return _composed_backward(
             *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
             *(heads, eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale),
             *(need_norm, need_qkv, need_out, need_bias, need_rel),
@@ -685,7 +693,7 @@ def temporal_block_bwd(
         # Not in the kernel, where its sums would spill: a rare parameter, one more read of dy.
         summed(dy.reshape(rows, c), out_bias if need_out else None),
         reduced(dbias, bias),
-        *(x.new_empty((0,)) for _ in range(2)),  # no tables: those went by parts
+        *(x.new_empty((0,)) for _ in range(2)),  # none of tables: with those it is composed
     )
 
 
@@ -773,9 +781,9 @@ def aot_cases() -> list[AotCase]:
                 # as the networks have it: the peer's three widths, the paper's narrowest
                 usual = [(c, 32, 16) for c in (64, 128, 256)] if name == "peer" else [(128, 64, 16)]
                 for size in sizes:
-                    by_parts = size[0] == 256 and (x_type, name) != ("bf16", "peer")
-                    by_parts |= (x_type, name, size) == ("fp32", "shaw", (128, 64, 16))
-                    if not by_parts:
+                    composed = size[0] == 256 and (x_type, name) != ("bf16", "peer")
+                    composed |= (x_type, name, size) == ("fp32", "shaw", (128, 64, 16))
+                    if not composed:
                         case = _aot_case(name, *size, x_type, archs=archs)
                         rare = size not in usual or (x_type == "fp32" and size[0] > 64)
                         found.append(replace(case, rare=rare))

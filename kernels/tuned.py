@@ -20,11 +20,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-import torch
-
-from fastvdm.kernels.common import INTERPRET
+from fastvdm.runtime.device import current_gpu
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -61,18 +59,6 @@ def path_of(gpu: str) -> Path:
 
 
 @functools.cache
-def _name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-def current_gpu() -> str | None:
-    """The name of the GPU that a launch would go to; None where there is none, or not yet."""
-    if INTERPRET.value or not torch.cuda.is_initialized():
-        return None
-    return _name(torch.cuda.current_device())
-
-
-@functools.cache
 def table(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """kernel → key → entry of one file; empty where there is none.
 
@@ -104,7 +90,8 @@ class Tuned(Generic[P, C]):
     ) -> None:
         self.kernel, self.analytic, self._classes = kernel, analytic, classes
         self._signature = inspect.signature(analytic)
-        self._measured = functools.cache(self._look_up)  # a launch must not bind arguments anew
+        # A launch must not bind arguments anew.
+        self._measured: Callable[Concatenate[str, P], C] = functools.cache(self._look_up)
         functools.update_wrapper(self, analytic)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C:
@@ -114,7 +101,7 @@ class Tuned(Generic[P, C]):
         gpu = current_gpu()
         if gpu is None:
             return self.analytic(*args, **kwargs)
-        return self._measured(gpu, *args, **kwargs)
+        return self._measured(gpu.name, *args, **kwargs)
 
     def choice(self, *args: P.args, **kwargs: P.kwargs) -> Choice:
         bound = self._signature.bind(*args, **kwargs)

@@ -123,8 +123,10 @@ def test_every_masked_load_says_what_lies_beyond() -> None:
 
 def test_the_gate_sees_spills() -> None:
     """A kernel held to 32 registers spills, and the table says so."""
-    code = """
+    code = f"""
+import sys
 from dataclasses import replace
+sys.path.append({str(AOT.parent)!r})
 from aot import cases, compile_case
 case = next(c for c in cases("axis_attention.short") if "bwd/bf16-N16-D32" in c.name)
 print(compile_case(replace(case, maxnreg=32), 90).faults())

@@ -41,7 +41,7 @@ def no_extension(monkeypatch):
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_DEVICES", {"triton": ("cuda",), "cpu": ("cpu",)})
     dispatch._probe.cache_clear()
     yield
@@ -179,7 +179,7 @@ def toy_op():
 
 def test_strict_turns_a_fallback_into_an_error(toy_op):
     with use_backend("triton", strict=True):
-        if dispatch.INTERPRET:
+        if dispatch.INTERPRETED:
             assert dispatch.select(toy_op, CPU, 2) == "triton"
         with pytest.raises(FallbackError, match="toy fell back to the reference"):
             dispatch.select(toy_op, CPU, 3)

@@ -34,7 +34,7 @@ def test_report_names_versions_devices_and_every_op(capsys):
 
 
 def test_reasons_are_those_of_dispatch(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = info.collect()
     assert set(report["ops"]) == set(report["runs"]) == set(dispatch.registered_ops())
@@ -93,7 +93,7 @@ def test_what_runs_the_linear_layer(types, backend, monkeypatch):
 
 def test_what_runs_names_a_missing_extension(monkeypatch):
     monkeypatch.setattr(extension, "_reason", "not built; type this")
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     for entry in dispatch._OPS.values():
         if entry.off["cpu"] != dispatch.NO_KERNEL:
             monkeypatch.setitem(entry.off, "cpu", "not built; type this")
@@ -105,7 +105,7 @@ def test_what_runs_names_a_missing_extension(monkeypatch):
 
 
 def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):
-    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_DEVICES", {"triton": ("cuda",), "cpu": ("cpu",)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for lacking in (None, "Triton cannot launch: no C compiler"):

@@ -12,7 +12,7 @@ from fastvdm import UNet3D, use_backend
 from fastvdm.layers.attention import AxisAttention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
-from fastvdm.runtime.dispatch import INTERPRET
+from fastvdm.runtime.dispatch import INTERPRETED
 
 VIEWS = {
     "view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "split",
@@ -41,7 +41,7 @@ class Launches(TorchDispatchMode):
 
 
 def kernels_or_skip() -> str:
-    if torch.cuda.is_available() or INTERPRET:
+    if torch.cuda.is_available() or INTERPRETED:
         return "triton"
     pytest.skip("needs the Triton kernels, on a GPU or interpreted")
 

@@ -86,16 +86,16 @@ def test_parity(case, dtype, lane):
 
 def test_chunks(device, monkeypatch):
     """The sums of several chunks, and a last chunk of one row."""
-    parts = pytest.importorskip("fastvdm.kernels.norm_act.parts")
+    shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(parts, "programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(shared, "programs", lambda device, warps, n=programs: n)
         case = ((1, 3, 11, 13, 7), ("bias", "scale"), {"kind": "group", "groups": 7})
         check(case, torch.float32, ("triton", device))
         case = ((1, 2, 11, 3, 40), ("bias", "scale"), {"kind": "layer"})
         check(case, torch.float32, ("triton", device))
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_reference_adds_it_first(kind):
     tensors, options = make_inputs(CASES["group_frame"], torch.float64, "cpu")
     x, w, b, scale, shift, residual, x_bias = tensors
@@ -194,7 +194,7 @@ def test_two_runs_are_bit_equal_and_nothing_is_left_unwritten(case, lane, poison
         assert torch.isfinite(a).all() and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_only_what_is_wanted(kind, device, monkeypatch):
     """The gradient of x_bias alone, and all but it; each in its own dtype."""
     asked = []
@@ -228,7 +228,7 @@ def test_opcheck(case, device):
     tensors, options = make_inputs(CASES[case], torch.float32, device)
     tensors = [None if t is None else t.requires_grad_() for t in tensors]
     x, w, b, scale, shift, residual, x_bias = tensors
-    kind = ops.KINDS[options["kind"]]
+    kind = ops.NORM_KINDS[options["kind"]]
     settings = (options.get("groups", 1), False, 1e-5, True, "triton")
     mask = options["dropout_mask"]
     given = (x, None, x_bias, w, b, scale, shift, residual, mask, None, None, kind)
@@ -261,7 +261,7 @@ def test_gradcheck(case, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_compile(kind, backend, device):
     """One graph for two frame counts, with the gradients of the eager call."""
     w, x_bias = torch.randn(8, device=device), torch.randn(8, device=device)
@@ -282,7 +282,7 @@ def test_compile(kind, backend, device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_empty_batch(kind, lane):
     x = torch.randn(0, 3, 4, 5, 6, device=lane[1], requires_grad=True)
     w, x_bias = torch.ones(6, device=lane[1]), torch.ones(6, device=lane[1], requires_grad=True)

@@ -109,7 +109,7 @@ def test_row_widths(kind, channels, c2, lane):
     check(((2, 1, 3, 2, channels), c2, ("shift",), {"kind": kind}), torch.float32, lane)
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_reference_is_the_formula(kind):
     """The reference against the definition, written out, in fp64."""
     case = ((2, 3, 4, 5, 9), 3, EVERYTHING, {"kind": kind, "groups": 4, "per_frame": True})
@@ -294,9 +294,9 @@ def test_videos_do_not_depend_on_the_batch(lane):
 
 def test_chunks(device, monkeypatch):
     """More and fewer chunks than tiles, and a last chunk of one row: the same within rounding."""
-    parts = pytest.importorskip("fastvdm.kernels.norm_act.parts")
+    shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(parts, "programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(shared, "programs", lambda device, warps, n=programs: n)
         case = ((1, 3, 11, 13, 5), 2, ("bias", "scale"), {"kind": "group", "groups": 7})
         check(case, torch.float32, ("triton", device))
         case = ((1, 2, 11, 3, 40), 0, ("bias", "scale"), {"kind": "layer"})
@@ -397,7 +397,7 @@ def test_frozen_parameters(lane, monkeypatch):
 
     monkeypatch.setattr(_op, "launcher", spy)
     x, w = torch.randn(1, 2, 3, 5, 6, device=lane[1]), torch.randn(6, device=lane[1])
-    for kind in ops.KINDS:
+    for kind in ops.NORM_KINDS:
         for first, second in ((True, False), (False, True)):
             x.requires_grad_(first), w.requires_grad_(second)
             with use_backend(lane[0]):
@@ -437,7 +437,7 @@ def test_opcheck(case, lane):
     tensors, options = make_inputs(CASES[case], torch.float32, lane[1])
     tensors = [None if t is None else t.requires_grad_() for t in tensors]
     x, w, b, scale, shift, residual, x2 = tensors
-    kind = ops.KINDS[options["kind"]]
+    kind = ops.NORM_KINDS[options["kind"]]
     settings = (options.get("groups", 1), False, 1e-5, options.get("act", True))
     opcheck_op(
         ops.norm_act_fwd,
@@ -481,14 +481,14 @@ def test_second_derivative(lane):
         with pytest.raises(RuntimeError, match="no double backward"):
             dx.sum().backward()
     with use_backend("reference"):
-        for kind in ops.KINDS:
+        for kind in ops.NORM_KINDS:
             y = norm_act(x.double(), w.double(), kind=kind)
             (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
             assert torch.autograd.grad(dx.sum(), x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_compile(kind, backend, device):
     """One graph, the same numbers, and no new one for another number of frames."""
     w, b = torch.randn(8, device=device), torch.randn(8, device=device)
@@ -512,7 +512,7 @@ def test_compile(kind, backend, device):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
+@pytest.mark.parametrize("kind", ops.NORM_KINDS)
 def test_empty_batch(kind, lane):
     x = torch.randn(0, 3, 4, 5, 6, device=lane[1], requires_grad=True)
     w = torch.ones(6, device=lane[1], requires_grad=True)

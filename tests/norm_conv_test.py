@@ -17,7 +17,7 @@ from fastvdm.ops.space_conv import space_conv_stats
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import INTERPRET, explain, select
+from fastvdm.runtime.dispatch import INTERPRETED, explain, select
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 EVERYTHING = ("norm_bias", "scale", "shift", "bias", "residual")
@@ -241,7 +241,7 @@ def test_it_is_taken_by_name_alone(monkeypatch):
     assert select("norm_conv", x.device, x, 3) == "parts"
     assert select("norm_conv", torch.device("meta"), x.to("meta"), 3) == "parts"
     with use_backend("triton"):
-        assert select("norm_conv", x.device, x, 3) == ("triton" if INTERPRET else "parts")
+        assert select("norm_conv", x.device, x, 3) == ("triton" if INTERPRETED else "parts")
         with torch.autocast("cpu", torch.bfloat16):  # norm in fp32, convolution in bf16
             assert select("norm_conv", x.device, x, 3) == "parts"
     monkeypatch.setitem(BODIES, "norm_conv_fwd", None)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from fastvdm.kernels import (
 from fastvdm.kernels.axis_attention import long, short
 from fastvdm.kernels.common import next_power_of_2
 from fastvdm.kernels.norm_act import group, row
+from fastvdm.runtime.device import H100, H200, current_gpu, pretend
 
-GPU = "NVIDIA H200"
 KEY = "n=64, dtype=float32"
 
 
@@ -55,11 +56,11 @@ def make_picker(calls: list | None = None):
 
 
 @pytest.fixture
-def file(monkeypatch, tmp_path) -> Path:
+def file(monkeypatch, tmp_path) -> Iterator[Path]:
     """The file of the GPU that this test pretends to have."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    monkeypatch.setattr(tuned, "current_gpu", lambda: GPU)
-    return tuned.path_of(GPU)
+    with pretend(H200):
+        yield tuned.path_of(H200.name)
 
 
 def entry(**config) -> dict:
@@ -78,9 +79,10 @@ def test_hit_miss_and_class(file) -> None:
 
 def test_another_gpu_and_no_gpu_are_analytic(file, monkeypatch) -> None:
     file.write_text(json.dumps(entry(block=7, num_warps=2)))
-    for other in ("NVIDIA H100 80GB HBM3", None):
-        monkeypatch.setattr(tuned, "current_gpu", lambda name=other: name)
+    with pretend(H100):
         assert make_picker()(64) == Config(64, 4)
+    monkeypatch.setattr(tuned, "current_gpu", lambda: None)
+    assert make_picker()(64) == Config(64, 4)
 
 
 def test_the_file_is_read_once_and_not_before_a_launch(file, monkeypatch) -> None:
@@ -117,9 +119,14 @@ def test_a_malformed_file_is_named(file, text: str, why: str) -> None:
 def test_choosing_goes_before_the_file_in_its_thread_alone(file) -> None:
     file.write_text(json.dumps(entry(block=7, num_warps=2)))
     pick, seen = make_picker(), []
+
+    def elsewhere() -> None:
+        with pretend(H200):
+            seen.append(pick(50))
+
     with tuned.choosing(lambda choice: Config(choice.given["n"], 1)):
         assert pick(50) == Config(64, 1)
-        thread = threading.Thread(target=lambda: seen.append(pick(50)))
+        thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
     assert seen == [Config(7, 2)] and pick(50) == Config(7, 2)
@@ -127,7 +134,7 @@ def test_choosing_goes_before_the_file_in_its_thread_alone(file) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_no_file_is_looked_for() -> None:
-    assert tuned.current_gpu() is None
+    assert current_gpu() is None
     code = "import sys, fastvdm; assert 'fastvdm.kernels.tuned' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -383,8 +390,6 @@ def test_a_machine_without_a_gpu_is_told(tmp_path, capsys) -> None:
 
 
 def test_main_writes_both_files(file, tmp_path, monkeypatch, search, capsys) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     stub = Stub(wrong=(3,))
     monkeypatch.setattr(tune, "jobs", lambda: [stub.job()])
     real = tune.tune

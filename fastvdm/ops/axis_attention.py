@@ -21,14 +21,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.limits import SHORT, SPACE, TIME
 from fastvdm.ops._check import check_tensors
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.axis_attention import axis_attention_ref
 from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, implementations, select
-
-TIME, SPACE = 1, 2  # the axis of (B, F, H, W, ...) at which the sequence starts
-SHORT = 32  # up to here one tile holds all keys: the backward needs neither out nor lse
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}

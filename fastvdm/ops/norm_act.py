@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.limits import MAX_ROW_CHANNELS, NORM_KINDS
 from fastvdm.ops._check import FLOATS, check_tensors, check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.runtime.dispatch import ByDesign, implementations, select
 
-KINDS = {"group": 0, "rms": 1, "layer": 2}  # what the launchers take as ``kind``
 _MASKS = (*FLOATS, torch.bool, torch.uint8)
 
 
@@ -30,7 +30,7 @@ def _channels(x: Tensor, x2: Tensor | None) -> int:
 
 
 def _stats_shape(x: Tensor, kind: int, groups: int, per_frame: bool) -> tuple[int, ...]:
-    if kind != KINDS["group"]:
+    if kind != NORM_KINDS["group"]:
         return (0,)
     return (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
 
@@ -77,20 +77,20 @@ norm_act_bwd = backward_of(norm_act_fwd)
 
 
 def _examples(device: torch.device) -> dict[str, tuple]:
-    return {kind: (torch.empty(1, device=device), kind, 64) for kind in KINDS}
+    return {kind: (torch.empty(1, device=device), kind, 64) for kind in NORM_KINDS}
 
 
 @implementations("norm_act", "norm_act_fwd", "norm_act_bwd", examples=_examples)
 def _(x: Tensor, kind: str, channels: int) -> Iterator[tuple[str, str | None]]:
     fp64 = x.dtype == torch.float64
     yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
-    wide = kind != "group" and channels > 4096
-    held = f"{channels} channels: a row-wise kernel holds at most 4096 of one pixel"
+    wide = kind != "group" and channels > MAX_ROW_CHANNELS
+    held = f"{channels} channels: a row-wise kernel holds at most {MAX_ROW_CHANNELS} of one pixel"
     yield "triton", held if wide else None
 
 
 def check_stats(x: Tensor, stats: Sequence[Tensor], groups: int, per_frame: bool) -> None:
-    shape = _stats_shape(x, KINDS["group"], groups, per_frame)
+    shape = _stats_shape(x, NORM_KINDS["group"], groups, per_frame)
     acc = (torch.promote_types(x.dtype, torch.float32),)
     check_tensors(x, ("mean", stats[0], shape), ("rstd", stats[1], shape), dtypes=acc)
 
@@ -144,7 +144,7 @@ def norm_act(
     """
     if x.ndim != 5:
         check_video(x)
-    if kind not in KINDS:
+    if kind not in NORM_KINDS:
         raise ValueError(f'kind must be "group", "rms" or "layer", got {kind!r}')
     b, *extents, c = x.shape
     video = (b, *extents)
@@ -204,7 +204,7 @@ def norm_act(
         shift = shift.contiguous()
     return run(
         norm_act_fwd, x, x2, x_bias, weight, bias,
-        scale, shift, residual, dropout_mask, mean, rstd, KINDS[kind],
+        scale, shift, residual, dropout_mask, mean, rstd, NORM_KINDS[kind],
         groups, per_frame, eps, act, which,
     )[0]  # fmt: skip
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.limits import GROUP
 from fastvdm.ops import space_conv as conv_ops
 from fastvdm.ops._check import check_tensors, check_video
 from fastvdm.ops._cost import flops
 from fastvdm.ops._op import autograd, op, run
-from fastvdm.ops.norm_act import KINDS, check_stats, norm_act, norm_act_bwd, norm_act_fwd
+from fastvdm.ops.norm_act import check_stats, norm_act, norm_act_bwd, norm_act_fwd
 from fastvdm.ops.space_conv import check_conv, space_conv, space_conv_bwd
 from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
 
@@ -54,7 +55,7 @@ def _backward(ctx, dy):
     need_dnorm, need_dfilm = need[3] or need[4], need[5] or need[6]
     need_dh = need_dx or need_dnorm or need_dfilm
     per_frame = mean.shape[0] != x.shape[0]
-    settings = (KINDS["group"], mean.shape[1], per_frame, 0.0, ctx.act)  # eps is in rstd
+    settings = (GROUP, mean.shape[1], per_frame, 0.0, ctx.act)  # eps is in rstd
     affine = (norm_weight, norm_bias, scale, shift)
     dy = dy.contiguous()
     h = x  # stands for its shape where the weight is frozen

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.limits import MAX_ROW_CHANNELS
 from fastvdm.ops._check import check_eps, check_projection, check_tensors, check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op, run
@@ -26,8 +27,6 @@ from fastvdm.runtime.dispatch import (
     implementations,
     select,
 )
-
-_MAX_CHANNELS = 4096
 
 
 @op(
@@ -60,9 +59,9 @@ def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
     if x.dtype == torch.float64 and x.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         yield "triton", ByDesign("fp64 runs on the torch reference")
-    elif x.shape[-1] > _MAX_CHANNELS:
-        wide = f"C = {x.shape[-1]} is above {_MAX_CHANNELS}, the widest row of the norm's backward"
-        yield "triton", wide
+    elif x.shape[-1] > MAX_ROW_CHANNELS:
+        widest = f"{MAX_ROW_CHANNELS}, the widest row of the norm's backward"
+        yield "triton", f"C = {x.shape[-1]} is above {widest}"
     else:
         yield "triton", ByName("not measured against cuBLAS, which such wide products are bound by")
     yield "parts", None

@@ -124,7 +124,7 @@ space_conv_transpose_bwd = backward_of(space_conv_transpose_fwd)
 
 def triton_refuses(x: Tensor, kernel: int, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot take this call, computed in ``dtype``, or None."""
-    if dtype == torch.bfloat16 and dispatch.INTERPRET:
+    if dtype == torch.bfloat16 and dispatch.INTERPRETED:
         return "the Triton interpreter truncates bf16"
     if max(x.shape[2] * x.shape[3], kernel * x.shape[3] * x.shape[4]) >= 2**31:
         return f"images of {tuple(x.shape[2:])}; offsets inside one are int32"

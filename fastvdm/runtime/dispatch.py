@@ -33,13 +33,12 @@ from typing import Any
 import torch
 
 from fastvdm.runtime import config, extension
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from fastvdm.runtime.device import INTERPRETED
 
 KERNELS = ("cpu", "triton")
 # The Triton interpreter is a test device: only ever chosen by name.
 _AUTO = {"cuda": "triton", "cpu": "cpu"}
-_DEVICES = {"triton": ("cuda", "cpu") if INTERPRET else ("cuda",), "cpu": ("cpu",)}
+_DEVICES = {"triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cpu": ("cpu",)}
 
 
 class FallbackError(RuntimeError):
@@ -123,7 +122,7 @@ def off_on(op: str, backend: str, device: torch.device) -> str | None:
     if off is None and device.type not in _DEVICES[backend]:
         hint = " without TRITON_INTERPRET=1" if backend == "triton" else ""
         return f"{backend} does not run on {device.type}{hint}"
-    if off is None and backend == "triton" and not INTERPRET:
+    if off is None and backend == "triton" and not INTERPRETED:
         return no_launch()
     return off
 
@@ -231,7 +230,7 @@ def explain(op: str, *call: Any) -> dict[str, str | None]:
     our kernels that the op has not. Without a call: our kernels, and why they are off."""
     entry = _OPS[op]
     off = dict(entry.off)
-    if off["triton"] is None and not INTERPRET and torch.cuda.is_available():
+    if off["triton"] is None and not INTERPRETED and torch.cuda.is_available():
         off["triton"] = no_launch()
     if not call:
         return off
@@ -262,7 +261,7 @@ def launcher(stem: str, name: str, backend: str) -> Any:
     if backend == "library":
         return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
     launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
-    return launch if INTERPRET else _on_device(launch)
+    return launch if INTERPRETED else _on_device(launch)
 
 
 def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.axis_attention.long import long_bwd, long_fwd
-from fastvdm.kernels.axis_attention.parts import Geometry, geometry, roll_up, unroll_table
+from fastvdm.kernels.axis_attention.shared import Geometry, geometry, roll_up, unroll_table
 from fastvdm.kernels.axis_attention.short import short_bwd, short_fwd
 from fastvdm.kernels.common import acc_torch_dtype
-
-SHORT = 32  # as fastvdm.ops.axis_attention.SHORT: decides what the forward saves
+from fastvdm.kernels.limits import SHORT
 
 
 def _attended(bias: Tensor | None, n: int) -> Tensor | None:

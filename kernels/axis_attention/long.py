@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
-from fastvdm.kernels.axis_attention.parts import (
+from fastvdm.kernels.axis_attention.shared import (
     Geometry,
     head_stride,
     pinned,
-    program_budget,
     rotary_table,
     rotate,
     skew,
@@ -36,6 +35,7 @@ from fastvdm.kernels.common import (
     cdiv,
     dot,
     next_power_of_2,
+    program_budget,
 )
 from fastvdm.kernels.tuned import tuned
 
@@ -543,14 +543,14 @@ def long_fwd(
     )
 
 
-def _add_diagonals(parts: Tensor, n: int, block: int) -> Tensor:
+def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
     """(splits, heads, diagonals, 2*block, D) → (heads, 2n-1, D): neighbouring diagonals overlap by
     one block; summed in order."""
-    parts = parts.sum(0)
-    heads, diagonals, _, d = parts.shape
-    rows = parts.new_zeros(heads, diagonals + 1, block, d)
-    rows[:, :-1] += parts[:, :, :block]
-    rows[:, 1:] += parts[:, :, block:]
+    partial = partial.sum(0)
+    heads, diagonals, _, d = partial.shape
+    rows = partial.new_zeros(heads, diagonals + 1, block, d)
+    rows[:, :-1] += partial[:, :, :block]
+    rows[:, 1:] += partial[:, :, block:]
     # Row 0 is the distance -(blocks*block - 1).
     first = (diagonals + 1) // 2 * block - n
     return rows.flatten(1, 2)[:, first : first + 2 * n - 1]
@@ -591,7 +591,7 @@ def long_bwd(
     def config(kind: str) -> LongConfig:
         return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
 
-    def splits(tiles: int) -> int:
+    def splits_of(tiles: int) -> int:
         return max(1, min(sequences, program_budget(qkv.device) // tiles))
 
     by_query = config("dq")
@@ -613,11 +613,11 @@ def long_bwd(
     if need_dbias:
         tile = config("dbias")
         tiles = geo.heads * cdiv(geo.n, tile.BM) * cdiv(geo.n, tile.BN)
-        parts = splits(tiles)
-        dbias = torch.empty((parts, geo.heads, geo.n, geo.n), dtype=acc, device=qkv.device)
-        _long_bwd_dbias_kernel[(tiles * parts,)](
+        splits = splits_of(tiles)
+        dbias = torch.empty((splits, geo.heads, geo.n, geo.n), dtype=acc, device=qkv.device)
+        _long_bwd_dbias_kernel[(tiles * splits,)](
             *(dout, qkv, lse, delta, *options, dbias),
-            *(geo.outer, geo.total, geo.n, geo.heads, sequences, parts, *scale),
+            *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
             **_common(geo, qkv, rotary, tile),
         )
@@ -625,13 +625,13 @@ def long_bwd(
     if need_drel_k or need_drel_v:
         tile = config("drel")
         diagonals = 2 * cdiv(geo.n, tile.BN) - 1
-        parts = splits(geo.heads * diagonals)
-        size = (parts, geo.heads, diagonals, 2 * tile.BN, geo.d)
+        splits = splits_of(geo.heads * diagonals)
+        size = (splits, geo.heads, diagonals, 2 * tile.BN, geo.d)
         drel_k = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_k else None
         drel_v = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_v else None
-        _long_bwd_drel_kernel[(geo.heads * diagonals * parts,)](
+        _long_bwd_drel_kernel[(geo.heads * diagonals * splits,)](
             *(dout, qkv, lse, delta, *options, drel_k, drel_v),
-            *(geo.outer, geo.total, geo.n, geo.heads, sequences, parts, *scale),
+            *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
             **_common(geo, qkv, rotary, tile),
         )

@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
-from fastvdm.kernels.axis_attention.parts import (
+from fastvdm.kernels.axis_attention.shared import (
     Geometry,
     head_stride,
     pinned,
-    program_budget,
     rotary_table,
     rotate,
     skew,
@@ -36,6 +35,7 @@ from fastvdm.kernels.common import (
     cdiv,
     dot,
     next_power_of_2,
+    program_budget,
 )
 from fastvdm.kernels.tuned import tuned
 

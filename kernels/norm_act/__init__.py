@@ -32,22 +32,21 @@ from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.limits import GROUP, LAYER
 from fastvdm.kernels.norm_act.group import (
     group_bwd_dx,
     group_bwd_sums,
     group_fwd,
     group_stats,
 )
-from fastvdm.kernels.norm_act.parts import (
+from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
+from fastvdm.kernels.norm_act.shared import (
     affine,
     aot_case,
     extents,
     merge_tile,
     row_stride,
 )
-from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
-
-GROUP, RMS, LAYER = 0, 1, 2
 
 
 @triton.jit
@@ -262,6 +261,7 @@ def norm_act_bwd(
     count = 2 if dxb is None else 3  # sums of the rows, see the kernels
     m = sums = None
     if kind == GROUP:
+        assert mean is not None and rstd is not None  # as the forward found them
         given = (mean, rstd, x_bias, params, drop, per_frame, act)
         part = group_bwd_sums(dy, x, x2, *given, count)
         if need_dx or dxb is not None:

@@ -1,6 +1,6 @@
 """GroupNorm: statistics in two levels, forward, backward sums and dx.
 
-``norm_act.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
+``__init__.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
 pixels are normalised.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
-from fastvdm.kernels.norm_act.parts import (
+from fastvdm.kernels.norm_act.shared import (
     STAGES,
     Config,
     affine,

@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm over the channels of one pixel, forward and backward.
 
-``norm_act.py`` has the mathematics and the names; a program holds whole pixels.
+``__init__.py`` has the mathematics and the names; a program holds whole pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, at_least, cdiv, next_power_of_2
-from fastvdm.kernels.norm_act.parts import (
+from fastvdm.kernels.limits import MAX_ROW_CHANNELS
+from fastvdm.kernels.norm_act.shared import (
     STAGES,
     Config,
     affine,
@@ -24,8 +25,6 @@ from fastvdm.kernels.norm_act.parts import (
     store_act,
 )
 from fastvdm.kernels.tuned import tuned
-
-MAX_ROW = 4096  # channels of one pixel that a program holds in registers
 
 
 @tuned("norm_act_row")
@@ -269,7 +268,7 @@ def aot_cases() -> list[AotCase]:
         ("bf16", 64, 0),
         ("bf16", 96, 48),
         ("fp32", 128, 0),
-        ("bf16", MAX_ROW, 0),
+        ("bf16", MAX_ROW_CHANNELS, 0),
     ):
         found += _aot_row(dtype, c1, c2)
     return found

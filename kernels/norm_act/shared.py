@@ -1,6 +1,6 @@
 """What the norm's kernels share: tiles and chunks, parameters, the ends of the arithmetic.
 
-``norm_act.py`` has the mathematics and the names.
+``__init__.py`` has the mathematics and the names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import cdiv, next_power_of_2
+from fastvdm.runtime.device import facts
 
 # Copies of the next tiles on their way while one is computed; registers fall by 40 % with it, too
 # (sm_90, Triton 3.6: 167 to 96 in _group_bwd_dx_kernel).
@@ -28,9 +29,8 @@ class Config(NamedTuple):
 
 def programs(device: torch.device, num_warps: int) -> int:
     """32 warps a multiprocessor; the interpreter counts as a tenth of one."""
-    if device.type != "cuda":
-        return 4
-    return 32 // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+    found = facts(device)
+    return 32 // num_warps * found.multiprocessors if found.is_gpu else 4
 
 
 def split_for_sums(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:

@@ -7,7 +7,6 @@ rows, skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their 
 
 from __future__ import annotations
 
-import functools
 import struct
 from dataclasses import dataclass
 
@@ -17,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.common import INTERPRET
-
-TIME = 1
+from fastvdm.kernels.limits import TIME
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def head_stride(table: Tensor | None) -> int:
 
 
 def split_scale(sm_scale: float) -> tuple[float, float]:
-    """A kernel argument is fp32: the second part restores the digits an fp64 kernel needs."""
+    """A kernel argument is fp32: the second restores the digits an fp64 kernel needs."""
     (high,) = struct.unpack("f", struct.pack("f", sm_scale))
     return high, sm_scale - high
 
@@ -154,17 +152,3 @@ def unskew(by_key, shift, ROWS: tl.constexpr, COLS: tl.constexpr):
     inside = (at >= 0) & (at < COLS)
     moved = tl.gather(by_key, tl.where(inside, at, 0), 1)
     return tl.where(inside, moved, 0.0)
-
-
-@functools.lru_cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def program_budget(device: torch.device) -> int:
-    """How many programs to start where each one walks over many tiles: four per multiprocessor.
-    Under the interpreter a few, so that programs walk several tiles there too."""
-    if device.type != "cuda":
-        return 6
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return 4 * _multiprocessors(index)

@@ -1,0 +1,43 @@
+"""The numbers of kernels/limits.py: ops and C++ go by the same ones."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvdm.kernels.limits import MAX_ROW_CHANNELS, SHORT, TIME
+from fastvdm.runtime.dispatch import explain
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def test_no_triton_is_needed() -> None:
+    code = "import sys, fastvdm.kernels.limits; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cpp_saves_lse_from_the_same_length_on() -> None:
+    """The fake of the op tells the shape of lse for every backend."""
+    source = (CSRC / "cpu" / "axis_attention.cpp").read_text()
+    assert re.findall(r"\bkShort = (\d+);", source) == [str(SHORT)]
+
+
+@pytest.mark.parametrize("frames", [SHORT, SHORT + 1])
+def test_the_op_announces_lse_from_the_same_length_on(frames) -> None:
+    qkv = torch.empty(1, frames, 1, 1, 3, 1, 16, device="meta")
+    options = (TIME, None, None, None, None, None, 0, 1.0, "triton")
+    _, lse = torch.ops.fastvdm.axis_attention_fwd(qkv, *options)
+    assert (lse.numel() > 0) == (frames > SHORT)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_ops_leave_wider_rows_to_the_reference(kind) -> None:
+    for channels in (MAX_ROW_CHANNELS, MAX_ROW_CHANNELS + 1):
+        x, wide = torch.empty(1, channels, device="meta"), channels > MAX_ROW_CHANNELS
+        refusals = explain("norm_act", x, kind, channels), explain("norm_linear", x)
+        assert [str(channels) in (found["triton"] or "") for found in refusals] == [wide, wide]
