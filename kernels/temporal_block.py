@@ -771,7 +771,7 @@ def _aot_case(
 
 
 def aot_cases() -> list[AotCase]:
-    """Every class of calls that ``pick_config`` and ``parts_reason`` tell apart, at its largest
+    """Every class of calls that ``pick_config`` and the op tell apart, at its largest
     width, head and length, with an fp32 stream as under autocast and without."""
     found = []
     sizes = ((64, 32, 16), (64, 64, 16), (64, 32, 32), (128, 32, 16), (128, 64, 16), (256, 32, 16))

@@ -19,7 +19,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,7 +143,6 @@ def op(
     laid_out: str = "",
     seed: Callable[[Tensor], Tensor] = Tensor.contiguous,
     unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    body: Callable[..., Any] | None = None,
     backward_body: Callable[..., Any] | None = None,
     shares: OpOverload | None = None,
 ) -> Callable[[Callable[..., Any]], OpOverload]:
@@ -167,22 +166,29 @@ def op(
         laid_out: arguments whose gradient has their strides, as ``torch.empty_like`` gives them.
         seed: makes the gradient of the first output what the launcher takes.
         unsaved: may replace what the backward does not need, by name, before it is saved.
-        body, backward_body: do the work where it is not one launcher's; they get every argument.
+        backward_body: does the work of the backward where that is not one launcher's; it gets every
+            argument.
         shares: another op's backward, in the place of one of its own.
     """
 
-    def declare(shapes: Callable[..., Any]) -> OpOverload:
-        kinds = inspect.get_annotations(shapes, eval_str=True)
+    def declare(fake_of: Callable[..., Any]) -> OpOverload:
+        name = fake_of.__name__
+        kinds = inspect.get_annotations(fake_of, eval_str=True)
         result = kinds.pop("return")
-        forward = _declare(shapes.__name__, kinds, result, body or _launch(stem, shapes.__name__))
-        fake(forward)(shapes)
-        free = strided.split()
-        tensors = [i for i, n in enumerate(kinds) if kinds[n] not in _PLAIN_TYPES and n not in free]
-        _DENSE[shapes.__name__] = tuple(tensors)
+        forward = _declare(name, kinds, result, _launch(stem, name))
+        fake(forward)(fake_of)
+        tensors = [n for n, kind in kinds.items() if kind not in _PLAIN_TYPES]
+        _DENSE[name] = tuple(list(kinds).index(n) for n in tensors if n not in strided.split())
         if grads:
-            _declare_backward(
-                forward, kinds, stem, backward.split(), grads.split(), outputs.split(),
-                residual.split(), laid_out.split(), seed, unsaved, backward_body, shares,
+            takes, wanted = backward.split(), [_Grad(*g.partition(":")[::2]) for g in grads.split()]
+            back = shares
+            if back is None:
+                back = _declare_backward(
+                    name, kinds, takes, wanted, laid_out.split(), backward_body or stem
+                )
+            _connect(
+                forward, back, list(kinds), takes[1:], wanted, outputs.split(), residual.split(),
+                seed, unsaved,
             )  # fmt: skip
         return forward
 
@@ -191,13 +197,32 @@ def op(
 
 def backward_of(op: OpOverload) -> OpOverload:
     """The op that ``op`` was declared with."""
-    name = op._opname.removesuffix("_fwd") + "_bwd"
+    name = _backward_name(op._opname)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _backward_name(name: str) -> str:
+    return name.removesuffix("_fwd") + "_bwd"
+
+
+class _Grad(NamedTuple):
+    """A gradient that a backward makes: always ("x!", "") or where its group is wanted."""
+
+    spelled: str
+    group: str
+
+    @property
+    def argument(self) -> str:
+        return self.spelled.rstrip("!")
+
+
+def _groups(wanted: list[_Grad]) -> list[str]:
+    """In the order of their flags."""
+    return list(dict.fromkeys(g.group for g in wanted if not g.spelled.endswith("!")))
 
 
 def _launch(stem: str, name: str) -> Callable[..., Any]:
     """The body of most ops: the launcher of the backend that the last argument names."""
-
     of_extension: Any = None
 
     def launch(*args: Any) -> Any:
@@ -229,37 +254,25 @@ def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., 
 
 
 def _declare_backward(
-    forward: OpOverload,
+    forward: str,
     kinds: dict[str, Any],
-    stem: str,
     takes: list[str],
-    grads: list[str],
-    outputs: list[str],
-    residual: list[str],
+    wanted: list[_Grad],
     laid_out: list[str],
-    seed: Callable[[Tensor], Tensor],
-    unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None,
-    body: Callable[..., Any] | None,
-    shares: OpOverload | None,
-) -> None:
-    names = list(kinds)
-    name = forward._opname.removesuffix("_fwd") + "_bwd"
-    pairs = [g.partition(":")[::2] for g in grads]
-    always = {n.rstrip("!") for n, _ in pairs if n.endswith("!")}
-    wanted = [(n.rstrip("!"), group) for n, group in pairs]  # (argument, its group)
-    groups = list(dict.fromkeys(group for n, group in wanted if n not in always))
-
-    # The op: its schema, and a fake that gives each gradient the form of its argument.
+    body: Callable[..., Any] | str,
+) -> OpOverload:
+    """The backward op, with a fake that gives each gradient the form of its argument. ``body``, or
+    the file of its launcher."""
+    name = _backward_name(forward)
     arguments = {n: kinds.get(n, Tensor) for n in takes}
-    arguments |= {f"need_{group}": bool for group in groups} | {"backend": str}
+    arguments |= {f"need_{group}": bool for group in _groups(wanted)} | {"backend": str}
     place = {n: i for i, n in enumerate(arguments)}
     forms = [
-        (place[n], None if n in always else place[f"need_{g}"], n in laid_out) for n, g in wanted
+        (place[g.argument], place.get(f"need_{g.group}"), g.argument in laid_out) for g in wanted
     ]
 
-    def shapes(*args: Any) -> Any:
-        beside = args[1]
-        found = []
+    def fake_of(*args: Any) -> Any:
+        beside, found = args[1], []
         for at, flag, keep in forms:
             t = args[at]
             if t is None or not (flag is None or args[flag]):
@@ -268,20 +281,35 @@ def _declare_backward(
                 found.append(torch.empty_like(t) if keep else t.new_empty(t.shape))
         return tuple(found) if len(found) > 1 else found[0]
 
-    if shares is not None:
-        backward = shares
-    else:
-        result = Tensor if len(wanted) == 1 else types.GenericAlias(tuple, (Tensor,) * len(wanted))
-        backward = _declare(name, arguments, result, body or _launch(stem, name))
-        fake(backward)(shapes)
-        no_double_backward(backward)
+    result = Tensor if len(wanted) == 1 else types.GenericAlias(tuple, (Tensor,) * len(wanted))
+    body = _launch(body, name) if isinstance(body, str) else body
+    backward = _declare(name, arguments, result, body)
+    fake(backward)(fake_of)
+    no_double_backward(backward)
+    return backward
 
-    # What is saved: tensors apart from the rest, each in the order in which the backward takes it.
-    kept = takes[1:]
-    tensors = [n for n in kept if arguments[n] not in _PLAIN_TYPES]
-    rest = [n for n in kept if n not in tensors]
-    order = [(n in rest, (rest if n in rest else tensors).index(n)) for n in kept]
+
+def _connect(
+    forward: OpOverload,
+    backward: OpOverload,
+    names: list[str],
+    kept: list[str],
+    wanted: list[_Grad],
+    outputs: list[str],
+    residual: list[str],
+    seed: Callable[[Tensor], Tensor],
+    unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> None:
+    """Makes ``backward``, which takes ``kept``, the gradient of ``forward``, of ``names``."""
     index = {n: i for i, n in enumerate(names)}
+    plain = {a.name for a in backward._schema.arguments if "Tensor" not in str(a.type)}
+    # Tensors are saved apart from the rest; the backward takes both mixed.
+    tensors = [n for n in kept if n not in plain]
+    rest = [n for n in kept if n in plain]
+    order = [(n in plain, (rest if n in plain else tensors).index(n)) for n in kept]
+    into = [index[g.argument] for g in wanted]
+    flags = [[index[g.argument] for g in wanted if g.group == group] for group in _groups(wanted)]
+    through = [index[n] for n in residual]
     launch = functools.partial(run, backward)
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -293,15 +321,10 @@ def _declare_backward(
         if unsaved is not None:
             values = unsaved(values)
         ctx.save_for_backward(*(values[n] for n in tensors))
-        ctx.rest = [values[n] for n in rest]
-        ctx.backend = values["backend"]
+        ctx.rest, ctx.backend = [values[n] for n in rest], values["backend"]
         if len(made) > 1:
             ctx.mark_non_differentiable(*made[1:])
             ctx.set_materialize_grads(False)  # else zeros are made for those
-
-    into = [index[n] for n, _ in wanted]
-    flags = [[index[n] for n, g in wanted if g == group] for group in groups]
-    through = [index[n] for n in residual]
 
     def backprop(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(names)
@@ -311,8 +334,8 @@ def _declare_backward(
         for i in through:
             found[i] = dy if need[i] else None
         if any([need[i] for i in into]):
-            saved, rest = ctx.saved_tensors, ctx.rest
-            given = [rest[i] if plain else saved[i] for plain, i in order]
+            saved, others = ctx.saved_tensors, ctx.rest
+            given = [others[i] if is_plain else saved[i] for is_plain, i in order]
             asked = [any([need[i] for i in group]) for group in flags]
             # A batch of gradients (is_grads_batched) is unrolled by the dispatcher.
             call = backward if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP) else launch

@@ -1,9 +1,8 @@
 """x + out(attention(LayerNorm_C(x))) over the frames of each pixel: contract, op, autograd.
 
 Ho et al. 2022, "Video Diffusion Models", section 3. The fused kernel reads x once and writes y
-once; nothing but the inputs is saved for the backward, which recomputes from x. Where a kernel
-does not take the width or the length (``parts_reason``), the block is composed of the package's
-parts: norm_linear, axis_attention, linear_residual.
+once; nothing but the inputs is saved for the backward, which recomputes from x. What exceeds a
+GPU's registers is composed of other ops: norm_linear, axis_attention, linear_residual.
 """
 
 from __future__ import annotations
