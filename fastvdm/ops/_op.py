@@ -33,6 +33,7 @@ BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by i
 _NODES: dict[str, Any] = {}  # autograd functions, by the same
 _DENSE: dict[str, tuple[int, ...]] = {}  # places of the tensors that its launchers take contiguous
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
+_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PLAIN_TYPES = (int, float, bool, str)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), *_PLAIN_TYPES}
 
@@ -338,7 +339,9 @@ def _connect(
             given = [others[i] if is_plain else saved[i] for is_plain, i in order]
             asked = [any([need[i] for i in group]) for group in flags]
             # A batch of gradients (is_grads_batched) is unrolled by the dispatcher.
-            call = backward if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP) else launch
+            call: Callable[..., Any] = launch
+            if not torch.compiler.is_compiling() and _included(_VMAP):
+                call = backward
             got = call(seed(dy), *given, *asked, ctx.backend)
             for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
                 found[i] = t if need[i] else None
