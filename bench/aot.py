@@ -116,8 +116,10 @@ def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
     one is asked for a select follows.
     """
     folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
-    # Sites are named without their folder: two kernels' shared.py never meet in one file.
-    files = {Path(f).name: f for f in re.findall(r'\.file\s+\d+\s+"([^"]+)"', ptx)}
+    # Sites are named without their folder: two kernels' shared.py never meet in one PTX. What
+    # Triton's cache holds may come from another checkout: the file is looked for in this one.
+    named = re.findall(r'\.file\s+\d+\s+"[^"]*/kernels/([^"]+)"', ptx)
+    files = {Path(f).name: str(folder / f) for f in named}
     found, line = set(), ""
     for text in ptx.splitlines():
         if ".loc" in text:

@@ -201,7 +201,7 @@ BAD = {
     "weight": (dict(weight=(4, 3, 6)), ValueError, "weight must be"),
     "features": (dict(weight=(5, 6)), ValueError, "expected x"),
     "bias": (dict(bias=(3,)), ValueError, "bias must be"),
-    "o": (dict(kind=torch.float16), TypeError, "o is"),
+    "o": (dict(kind=torch.float16), TypeError, "o must be"),
     "fp64": (dict(wide=torch.float64), TypeError, "fp64 only throughout"),
 }
 

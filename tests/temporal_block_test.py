@@ -377,7 +377,7 @@ BAD = {
     "heads": (dict(heads=5), ValueError, "heads = 5"),
     "width": (dict(x=(1, 5, 2, 3, 25)), ValueError, "norm_weight must be"),
     "out": (dict(out_weight=(24, 31)), ValueError, "out_weight must be"),
-    "bias": (dict(bias=(2, 5, 4)), ValueError, "bias must have shape"),
+    "bias": (dict(bias=(2, 5, 4)), ValueError, "bias must be"),
     "images": (dict(num_images=6), ValueError, "num_images"),
     "eps": (dict(eps=0.0), ValueError, "eps must be positive"),
     "dtype": (dict(x_dtype=torch.float32), TypeError, "fp64 only throughout"),

@@ -142,6 +142,7 @@ def norm_conv(
         x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
         ("scale", scale, film), ("shift", shift, film),
     )  # fmt: skip
+    x, weight, bias, residual = conv_ops.cast(x, weight, bias, residual)
     if scale is not None and scale.stride(1) != 1:
         scale = scale.contiguous()
     if shift is not None and shift.stride(1) != 1:

@@ -213,7 +213,12 @@ def check_conv(
     out, takes, kernel, _ = weight.shape
     if transposed:
         out, takes = takes, out
-    channels = x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+    channels = x.shape[-1]
+    if x2 is not None:
+        if x2.ndim != 5:
+            check_video(x2, "x2")
+        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
+        channels += x2.shape[-1]
     if takes != channels:
         raise ValueError(
             f"weight {tuple(weight.shape)} takes {takes} channels, the input has {channels}"
@@ -232,8 +237,6 @@ def check_conv(
         x, ("x", x, tuple(x.shape)), ("weight", weight, tuple(weight.shape)),
         ("bias", bias, (out,)), same=("weight", "bias"),
     )  # fmt: skip
-    if x2 is not None:
-        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
     if residual is not None:
         shape = _out_shape(x, weight, stride)
         if upsample is not None:
@@ -290,11 +293,11 @@ def convolve(
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    x, x2, weight, bias, residual = _cast(x, x2, weight, bias, residual)
+    x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
     return run(space_conv_fwd, x, x2, weight, bias, residual, stride, which)
 
 
-def _cast(x: Tensor, *others: Tensor | None) -> list:
+def cast(x: Tensor, *others: Tensor | None) -> list:
     """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
     tensors, dtype = [x, *others], autocast_dtype(x)
     for i, t in enumerate(tensors):
@@ -364,7 +367,7 @@ def space_conv_stats(
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
     which = choose(x, weight, stride, x2)
     if which == "triton":
-        x, x2, weight, bias, residual = _cast(x, x2, weight, bias, residual)
+        x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
         return run(
             space_conv_stats_fwd, x, x2, weight, bias, residual, stride,
             groups, per_frame, eps, which,
@@ -380,7 +383,7 @@ def _transpose(
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    x, weight, bias, residual = _cast(x, weight, bias, residual)
+    x, weight, bias, residual = cast(x, weight, bias, residual)
     return run(space_conv_transpose_fwd, x, weight, bias, residual, which)
 
 
