@@ -341,7 +341,7 @@ def test_bad_inputs(backend):
         (ValueError, "groups must divide the 6", dict(stats=torch.ones(2, 2, 4).unbind())),
         (ValueError, r"mean must be \(6, 3\)", dict(per_frame=True)),
         (TypeError, "mean must be fp32", dict(stats=[torch.ones(2, 3).double()] * 2)),
-        (ValueError, r"shape \(6,\)", dict(norm_weight=torch.ones(5))),
+        (ValueError, r"must be \(6,\)", dict(norm_weight=torch.ones(5))),
         (ValueError, r"scale must be \(2, 6\)", dict(scale=torch.ones(6))),
         (TypeError, "shift must be fp32", dict(shift=torch.ones(2, 6).long())),
         (ValueError, "residual must be", dict(residual=x)),
