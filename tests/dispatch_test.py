@@ -158,6 +158,15 @@ def test_cuda_without_triton_is_said(op, monkeypatch, no_interpreter):
         dispatch.select(op, CUDA)
 
 
+def test_what_is_off_is_said_before_what_is_refused(no_interpreter):
+    """Asked for by name: another head would not help."""
+    wide = torch.empty(1, 1, 1, 1, 3, 1, 130)
+    with use_backend("triton", strict=True), pytest.raises(FallbackError, match="run on cpu"):
+        dispatch.select("axis_attention", CPU, wide)
+    with use_backend("cpu", strict=True), pytest.raises(FallbackError, match="cpu does not run on"):
+        dispatch.select("axis_attention", CUDA, wide)
+
+
 def test_the_command_for_triton_is_the_extra():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     (requirement,) = re.findall(r'^triton = \["(\S+?);', project, re.MULTILINE)

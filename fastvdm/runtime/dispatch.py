@@ -149,9 +149,9 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
                     return name, None
                 lost = name, off, None
             elif not isinstance(why_not, ByDesign):
-                lost = name, None, why_not
-            else:
-                meant = name, None, why_not
+                lost = name, off_on(op, name, device), why_not
+            elif forced != "auto":
+                meant = name, off_on(op, name, device), why_not
     if lost is None and forced != "auto":
         lost = meant or (forced, NO_KERNEL, None)
     return "reference", lost
