@@ -65,7 +65,7 @@ def of_reference(fn, *shapes, **options) -> tuple[int, int]:
 
 
 def test_every_op_has_a_formula():
-    ours = [name for name, body in BODIES.items() if body.__module__.startswith("fastvdm.ops")]
+    ours = [name for name in BODIES if "_test_" not in name]  # those are other tests'
     assert len(ours) > 20
     for name in ours:
         assert getattr(torch.ops.fastvdm, name) in flop_registry, name
