@@ -580,3 +580,13 @@ def test_cost():
     assert ops.norm_act_cost(x, kind="group", stats=True, residual=True).bytes == 3 * size
     assert ops.norm_act_cost(x, kind="rms", c2=8).bytes == 2 * 2 * size
     assert ops.norm_act_cost(x, kind="group", backward=True).bytes == 5 * size
+
+
+def test_half_of_the_statistics_or_an_odd_mask_is_refused():
+    x, w = torch.randn(2, 1, 3, 4, 6), torch.ones(6)
+    mean = torch.zeros(2, 2)
+    for stats in ((mean, None), (mean,)):
+        with pytest.raises(ValueError, match="stats must be"):
+            norm_act(x, w, kind="group", groups=2, stats=stats)
+    with pytest.raises(TypeError, match="dropout_mask must be fp32.*uint8, got torch.int32"):
+        norm_act(x, w, kind="layer", dropout_mask=torch.ones_like(x).int())

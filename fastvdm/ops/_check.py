@@ -46,6 +46,7 @@ def _mix(a: Tensor, b: Tensor) -> bool:
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     short |= {torch.float64: "fp64", torch.int32: "int32", torch.int64: "int64", torch.bool: "bool"}
+    short |= {torch.uint8: "uint8"}
     *most, last = (short[d] for d in dtypes)
     return f"{', '.join(most)} or {last}" if most else last
 

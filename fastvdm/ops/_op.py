@@ -15,7 +15,6 @@ defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for ali
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
@@ -33,7 +32,6 @@ BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by i
 _NODES: dict[str, Any] = {}  # autograd functions, by the same
 _DENSE: dict[str, tuple[int, ...]] = {}  # places of the tensors that its launchers take contiguous
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
-_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PLAIN_TYPES = (int, float, bool, str)
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), *_PLAIN_TYPES}
 
@@ -107,6 +105,7 @@ def _observed(args: Iterable[Any]) -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.get_dynamic_layer_stack_depth()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
         or torch._C._autograd._profiler_enabled()
         or torch._C._is_tracing()
         or not _PLAIN.issuperset(map(type, args))
@@ -311,7 +310,6 @@ def _connect(
     into = [index[g.argument] for g in wanted]
     flags = [[index[g.argument] for g in wanted if g.group == group] for group in _groups(wanted)]
     through = [index[n] for n in residual]
-    launch = functools.partial(run, backward)
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
         made = output if isinstance(output, tuple) else (output,)
@@ -338,11 +336,7 @@ def _connect(
             saved, others = ctx.saved_tensors, ctx.rest
             given = [others[i] if is_plain else saved[i] for is_plain, i in order]
             asked = [any([need[i] for i in group]) for group in flags]
-            # A batch of gradients (is_grads_batched) is unrolled by the dispatcher.
-            call: Callable[..., Any] = launch
-            if not torch.compiler.is_compiling() and _included(_VMAP):
-                call = backward
-            got = call(seed(dy), *given, *asked, ctx.backend)
+            got = run(backward, seed(dy), *given, *asked, ctx.backend)
             for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
                 found[i] = t if need[i] else None
         return tuple(found)

@@ -200,13 +200,13 @@ def axis_attention(
     rel_k = None if rel_k is None else rel_k.to(qkv.dtype)
     rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    qkv = qkv if merged(qkv) else qkv.contiguous()
     which = select("axis_attention", qkv.device, qkv)
     if which == "reference":
         return axis_attention_ref(
             qkv, axis=axis, bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary,
             focus_mask=focus_mask, num_images=num_images, sm_scale=scale,
         )  # fmt: skip
+    qkv = qkv if merged(qkv) else qkv.contiguous()
     return run(
         axis_attention_fwd, qkv, _AXES[axis], bias,
         rel_k, rel_v, None if rotary is None else rotary.detach(),

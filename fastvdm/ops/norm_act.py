@@ -90,6 +90,8 @@ def _(x: Tensor, kind: str, channels: int) -> Iterator[tuple[str, str | None]]:
 
 
 def check_stats(x: Tensor, stats: Sequence[Tensor], groups: int, per_frame: bool) -> None:
+    if len(stats) != 2 or any(t is None for t in stats):
+        raise ValueError("stats must be (mean, rstd)")
     shape = _stats_shape(x, NORM_KINDS["group"], groups, per_frame)
     acc = (torch.promote_types(x.dtype, torch.float32),)
     check_tensors(x, ("mean", stats[0], shape), ("rstd", stats[1], shape), dtypes=acc)
