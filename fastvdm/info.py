@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import fastvdm.ops
+from fastvdm.ops import _call
 from fastvdm.runtime import dispatch, extension
 from fastvdm.runtime.config import get_config
 
@@ -91,7 +92,7 @@ def _name(op: str, implementation: str, device: torch.device) -> str:
 def _runs(op: str, device: torch.device) -> str:
     """What runs calls of ``op`` on ``device`` under the configuration in force, from the function
     that chooses: "C++ (Winograd) for 3x3 at stride 1, oneDNN for the rest"."""
-    chosen = dispatch.examples(op, device)
+    chosen = _call.examples(op, device)
     found: dict[str, list[str]] = {}
     for kind, implementation in chosen.items():
         found.setdefault(_name(op, implementation, device), []).append(kind)

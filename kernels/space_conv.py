@@ -637,7 +637,6 @@ def space_conv_bwd(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
     stride: int,
     need_dx: bool,
     need_dx2: bool,
@@ -645,9 +644,7 @@ def space_conv_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dx2 by the same kernel, each against its slice of the weight; dw by the library."""
-    _, _, dw, db = library.space_conv_bwd(
-        dy, x, x2, weight, bias, stride, False, False, need_dw, need_db
-    )
+    _, _, dw, db = library.space_conv_bwd(dy, x, x2, weight, stride, False, False, need_dw, need_db)
     grads = []
     start = 0
     for source, needed in ((x, need_dx), (x2, need_dx2)):
@@ -678,12 +675,11 @@ def space_conv_transpose_bwd(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, dw, db = library.space_conv_transpose_bwd(dy, x, weight, bias, False, need_dw, need_db)
+    _, dw, db = library.space_conv_transpose_bwd(dy, x, weight, False, need_dw, need_db)
     if not need_dx:
         return dy.new_empty(0), dw, db
     dx, _, _ = conv(

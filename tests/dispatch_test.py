@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastvdm import UNet3D, use_backend
+from fastvdm.ops import _call
 from fastvdm.ops.conv_group_norm import norm_act, space_conv
 from fastvdm.ops.guidance import guidance_update
 from fastvdm.runtime import config, dispatch, extension
@@ -25,8 +26,8 @@ MISSING = "not built; type this .if that is meant: FASTVDM_BACKEND=reference"
 
 def off(monkeypatch, backend: str, reason: str | None) -> None:
     """Every op's kernels of ``backend`` are off for ``reason``, and nothing was said yet."""
-    monkeypatch.setattr(dispatch, "_warned", set())
-    for entry in dispatch._OPS.values():
+    monkeypatch.setattr(_call, "_warned", set())
+    for entry in dispatch.OPS.values():
         if not isinstance(entry.off[backend], dispatch.ByDesign):
             monkeypatch.setitem(entry.off, backend, reason)
 
@@ -136,9 +137,9 @@ def test_a_refusal_in_a_compiled_call_warns(monkeypatch, no_extension):
         yield "cpu", f"F = {x.shape[1]}"
 
     few = dispatch._Op(refuse, {"cpu": None}, dict)
-    monkeypatch.setitem(dispatch._OPS, "toy", few)
+    monkeypatch.setitem(dispatch.OPS, "toy", few)
     compiled = torch.compile(
-        lambda x: x + (dispatch.select("toy", x.device, x) == "cpu"),
+        lambda x: x + (_call.select("toy", x.device, x) == "cpu"),
         fullgraph=True,
         backend="eager",
     )
@@ -149,22 +150,22 @@ def test_a_refusal_in_a_compiled_call_warns(monkeypatch, no_extension):
 @pytest.mark.parametrize("op", ["axis_attention", "guidance_update", "norm_act", "temporal_block"])
 def test_cuda_without_triton_is_said(op, monkeypatch, no_interpreter):
     off(monkeypatch, "triton", dispatch.NO_TRITON)
-    entry = dispatch._OPS[op]
+    entry = dispatch.OPS[op]
     any_call = dispatch._Op(lambda: iter([("triton", None)]), entry.off, dict)
-    monkeypatch.setitem(dispatch._OPS, op, any_call)
+    monkeypatch.setitem(dispatch.OPS, op, any_call)
     with use_backend("auto", strict=False), pytest.warns(UserWarning, match='pip install "triton'):
-        assert dispatch.select(op, CUDA) == "reference"
+        assert _call.select(op, CUDA) == "reference"
     with use_backend("auto", strict=True), pytest.raises(FallbackError, match="not installed"):
-        dispatch.select(op, CUDA)
+        _call.select(op, CUDA)
 
 
 def test_what_is_off_is_said_before_what_is_refused(no_interpreter):
     """Asked for by name: another head would not help."""
     wide = torch.empty(1, 1, 1, 1, 3, 1, 130)
     with use_backend("triton", strict=True), pytest.raises(FallbackError, match="run on cpu"):
-        dispatch.select("axis_attention", CPU, wide)
+        _call.select("axis_attention", CPU, wide)
     with use_backend("cpu", strict=True), pytest.raises(FallbackError, match="cpu does not run on"):
-        dispatch.select("axis_attention", CUDA, wide)
+        _call.select("axis_attention", CUDA, wide)
 
 
 def test_the_command_for_triton_is_the_extra():
@@ -183,25 +184,25 @@ def toy_op():
         yield "triton", "n is odd" if n % 2 else None
 
     yield "toy"
-    del dispatch._OPS["toy"]
+    del dispatch.OPS["toy"]
 
 
 def test_strict_turns_a_fallback_into_an_error(toy_op):
     with use_backend("triton", strict=True):
         if dispatch.INTERPRETED:
-            assert dispatch.select(toy_op, CPU, 2) == "triton"
-        with pytest.raises(FallbackError, match="toy fell back to the reference"):
-            dispatch.select(toy_op, CPU, 3)
-    assert dispatch.select(toy_op, CPU, 3) == "reference"  # nothing here to fall back from
+            assert _call.select(toy_op, CPU, 2) == "triton"
+        with pytest.raises(FallbackError, match="toy fell back to the torch reference"):
+            _call.select(toy_op, CPU, 3)
+    assert _call.select(toy_op, CPU, 3) == "reference"  # nothing here to fall back from
 
 
 def test_a_fallback_warns_once(toy_op):
     with use_backend("triton", strict=False):
         with pytest.warns(UserWarning, match="toy uses the torch reference"):
-            assert dispatch.select(toy_op, CPU, 3) == "reference"
+            assert _call.select(toy_op, CPU, 3) == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            dispatch.select(toy_op, CPU, 3)
+            _call.select(toy_op, CPU, 3)
 
 
 def test_explain(toy_op):
@@ -228,9 +229,9 @@ def machine(monkeypatch, tmp_path, no_interpreter):
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
         monkeypatch.delenv(name, raising=False)
     off(monkeypatch, "triton", None)
-    entry = dispatch._OPS["norm_act"]
+    entry = dispatch.OPS["norm_act"]
     toy = dispatch._Op(lambda *_: iter([("triton", None)]), entry.off, dict)
-    monkeypatch.setitem(dispatch._OPS, "norm_act", toy)
+    monkeypatch.setitem(dispatch.OPS, "norm_act", toy)
     return here
 
 
@@ -238,7 +239,7 @@ def launches() -> bool:
     dispatch._probe.cache_clear()
     with use_backend("auto", strict=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return dispatch.select("norm_act", CUDA) == "triton"
+        return _call.select("norm_act", CUDA) == "triton"
 
 
 def test_a_machine_without_a_c_compiler(machine, monkeypatch):
@@ -246,10 +247,10 @@ def test_a_machine_without_a_c_compiler(machine, monkeypatch):
     machine.programs.discard("gcc")
     assert not launches()
     with use_backend("auto", strict=False), pytest.warns(UserWarning, match="no C compiler"):
-        monkeypatch.setattr(dispatch, "_warned", set())
-        dispatch.select("norm_act", CUDA)
+        monkeypatch.setattr(_call, "_warned", set())
+        _call.select("norm_act", CUDA)
     with use_backend("auto", strict=True), pytest.raises(FallbackError, match="C compiler"):
-        dispatch.select("norm_act", CUDA)
+        _call.select("norm_act", CUDA)
     machine.programs.add("clang")
     assert launches()
 
@@ -279,10 +280,10 @@ def test_a_filled_cache_needs_no_compiler(machine):
 
 def test_compiled_code_asks_the_machine_while_it_is_traced(machine, monkeypatch):
     machine.programs.clear()
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(_call, "_warned", set())
     dispatch._probe.cache_clear()
     chosen = torch.compile(
-        lambda x: x + (dispatch.select("norm_act", CUDA) == "triton"),
+        lambda x: x + (_call.select("norm_act", CUDA) == "triton"),
         fullgraph=True, backend="eager",
     )  # fmt: skip
     with use_backend("auto", strict=False), pytest.warns(UserWarning, match="C compiler"):
@@ -311,8 +312,8 @@ def test_envs_lists_the_values(name, values):
 
 def test_every_backend_has_an_op():
     named = set(config.BACKENDS) - {"auto", "reference"}
-    for entry in dispatch._OPS.values():
+    for entry in dispatch.OPS.values():
         assert set(entry.off) == named
     for backend in named:
-        kernels = [e for e in dispatch._OPS.values() if e.off[backend] is not dispatch.NO_KERNEL]
+        kernels = [e for e in dispatch.OPS.values() if e.off[backend] is not dispatch.NO_KERNEL]
         assert kernels, f"no op has {backend} kernels"

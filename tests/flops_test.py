@@ -17,8 +17,9 @@ import fastvdm.ops
 from fastvdm import UNet3D, use_backend
 from fastvdm.layers.attention import AxisAttention
 from fastvdm.ops import space_conv as conv
+from fastvdm.ops._call import BODIES
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import BODIES, define, fake
+from fastvdm.ops._op import define, fake
 from fastvdm.ops.axis_attention import axis_attention_bwd, axis_attention_fwd
 from fastvdm.ops.linear import linear_bwd, linear_fwd
 from fastvdm.ops.linear_attention import linear_attention_bwd, linear_attention_fwd
@@ -93,9 +94,9 @@ def test_projections():
     forward, backward = of_reference(torch.nn.functional.linear, (3, 5, 7), (11, 7), (11,))
     x, dy, w, b = (3, 5, 7), (3, 5, 11), (11, 7), (11,)
     assert of_op(linear_fwd, x, w, b, "cpu") == forward
-    assert of_op(linear_bwd, dy, x, w, b, True, True, True, "cpu") == backward == 2 * forward
-    assert of_op(linear_bwd, dy, x, w, b, False, True, True, "cpu") == forward
-    assert of_op(linear_bwd, dy, x, w, b, False, False, True, "cpu") == 0
+    assert of_op(linear_bwd, dy, x, w, True, True, True, "cpu") == backward == 2 * forward
+    assert of_op(linear_bwd, dy, x, w, False, True, True, "cpu") == forward
+    assert of_op(linear_bwd, dy, x, w, False, False, True, "cpu") == 0
     assert of_reference(linear_residual_ref, (3, 5, 11), x, w) == (forward, backward)
     assert of_op(linear_residual_fwd, dy, x, w, b, "triton") == forward
     assert of_op(linear_residual_bwd, dy, x, w, b, True, True, True, "triton") == backward
@@ -130,7 +131,7 @@ def test_convolutions(x, x2, weight, stride):
     dy = conv._out_shape(torch.empty(x), torch.empty(weight), stride)
 
     def back(*needs):
-        return of_op(conv.space_conv_bwd, dy, x, x2, weight, None, stride, *needs, "triton")
+        return of_op(conv.space_conv_bwd, dy, x, x2, weight, stride, *needs, "triton")
 
     assert back(True, x2 is not None, True, True) == backward == 2 * forward
     assert back(False, False, True, True) == forward
@@ -149,7 +150,7 @@ def test_transposed_convolution():
     forward, backward = of_reference(space_conv_transpose_ref, x, weight)
     assert of_op(conv.space_conv_transpose_fwd, x, weight, None, None, "triton") == forward
     for dx, dw in ((True, True), (True, False), (False, True)):
-        found = of_op(conv.space_conv_transpose_bwd, dy, x, weight, None, dx, dw, True, "triton")
+        found = of_op(conv.space_conv_transpose_bwd, dy, x, weight, dx, dw, True, "triton")
         assert found == (dx + dw) * forward
     assert backward == 2 * forward
 

@@ -25,7 +25,7 @@ from fastvdm.diffusion import (
     sample,
 )
 from fastvdm.diffusion.sample import _Run
-from fastvdm.ops._op import BODIES
+from fastvdm.ops._call import BODIES
 
 SHAPE = (2, 3, 4, 8, 4)
 PAPER = dict(

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvdm
 from fastvdm import info, use_backend
+from fastvdm.ops import _call
 from fastvdm.ops import linear as linear_ops
-from fastvdm.ops._op import BODIES
+from fastvdm.ops._call import BODIES
 from fastvdm.ops.conv_group_norm import space_conv
 from fastvdm.runtime import dispatch, extension
 
@@ -62,7 +63,7 @@ def test_what_runs_is_what_ran(backend, monkeypatch):
     body = BODIES["space_conv_fwd"]
     monkeypatch.setitem(BODIES, "space_conv_fwd", lambda *a: ran.append(a[-1]) or body(*a))
     with use_backend(backend):
-        said = dispatch.examples("space_conv", cpu)
+        said = _call.examples("space_conv", cpu)
         for kernel, stride in ((1, 1), (3, 1), (4, 2)):
             for name, dtype in TYPES.items():
                 x = torch.zeros(1, 2, 5, 6, 7, dtype=dtype)
@@ -80,10 +81,10 @@ def test_what_runs_the_linear_layer(types, backend, monkeypatch):
     """On a machine that emulates ``types``."""
     ran = []
     monkeypatch.setattr(linear_ops, "EMULATED", types)
-    monkeypatch.setitem(dispatch._OPS["linear"].off, "cpu", None)
+    monkeypatch.setitem(dispatch.OPS["linear"].off, "cpu", None)
     monkeypatch.setattr(linear_ops, "run", lambda op, x, *_: ran.append(x.dtype))
     with use_backend(backend):
-        said = dispatch.examples("linear", torch.device("cpu"))
+        said = _call.examples("linear", torch.device("cpu"))
         for dtype in TYPES.values():
             linear_ops.linear(torch.zeros(5, 7, dtype=dtype), torch.zeros(8, 7, dtype=dtype))
     assert [TYPES[name] for name, which in said.items() if which == "cpu"] == ran
@@ -94,7 +95,7 @@ def test_what_runs_the_linear_layer(types, backend, monkeypatch):
 def test_what_runs_names_a_missing_extension(monkeypatch):
     monkeypatch.setattr(extension, "_reason", "not built; type this")
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    for entry in dispatch._OPS.values():
+    for entry in dispatch.OPS.values():
         if entry.off["cpu"] != dispatch.NO_KERNEL:
             monkeypatch.setitem(entry.off, "cpu", "not built; type this")
     report = info.collect()

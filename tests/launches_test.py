@@ -101,7 +101,7 @@ def space_conv_down(shape, cout) -> None:
     weight = torch.empty(cout, shape[-1], 4, 4, dtype=x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     y = kernels.space_conv_fwd(x, None, weight, None, None, 2)
-    kernels.space_conv_transpose_bwd(x, y, weight, None, True, False, False)
+    kernels.space_conv_transpose_bwd(x, y, weight, True, False, False)
 
 
 def space_conv(shape, cout, kernel, c2=0) -> None:
@@ -112,7 +112,7 @@ def space_conv(shape, cout, kernel, c2=0) -> None:
     weight = torch.empty(cout, shape[-1] + c2, kernel, kernel, dtype=x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     kernels.space_conv_stats_fwd(x, x2, weight, None, None, 1, 1, False, 1e-5)
-    kernels.space_conv_bwd(torch.empty(*shape[:4], cout, dtype=x.dtype), x, x2, weight, None, 1,
+    kernels.space_conv_bwd(torch.empty(*shape[:4], cout, dtype=x.dtype), x, x2, weight, 1,
                            True, x2 is not None, False, False)  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from fastvdm.ops import _op
 from fastvdm.ops import conv_group_norm as conv_group_norm_ops
 from fastvdm.ops import norm_act as ops
 from fastvdm.ops import space_conv as conv_ops
+from fastvdm.ops._call import launcher
 from fastvdm.ops.conv_group_norm import conv_group_norm, norm_act, space_conv
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import launcher
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 FRAME = {"kind": "group", "per_frame": True}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from fastvdm.ops import norm_act as ops
-from fastvdm.ops._op import BODIES
+from fastvdm.ops._call import BODIES
 from fastvdm.ops.conv_group_norm import norm_act
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.runtime.config import use_backend

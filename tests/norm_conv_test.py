@@ -11,13 +11,13 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from fastvdm.ops import norm_conv as ops
-from fastvdm.ops._op import BODIES
+from fastvdm.ops._call import BODIES, select
 from fastvdm.ops.conv_group_norm import norm_conv
 from fastvdm.ops.space_conv import space_conv_stats
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import INTERPRETED, explain, select
+from fastvdm.runtime.dispatch import INTERPRETED, explain
 from fastvdm.testing import assert_parity, grads, make_exact_operand, opcheck_op
 
 EVERYTHING = ("norm_bias", "scale", "shift", "bias", "residual")

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.ops import norm_linear as op
+from fastvdm.ops._call import select
 from fastvdm.ops.norm_linear import (
     norm_linear,
     norm_linear_bwd,
@@ -20,7 +21,7 @@ from fastvdm.ops.norm_linear import (
 )
 from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByName, FallbackError, explain, select
+from fastvdm.runtime.dispatch import ByName, FallbackError, explain
 from fastvdm.testing import (
     assert_close3,
     assert_parity,

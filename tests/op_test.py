@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import use_backend
 from fastvdm.ops import _op, guidance  # noqa: F401  (the ops that no network calls)
-from fastvdm.ops._op import BODIES, autograd, backward_of, define, fake, no_double_backward, op, run
+from fastvdm.ops._call import BODIES, run
+from fastvdm.ops._op import autograd, backward_of, define, fake, no_double_backward, op
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.runtime import extension
 from fastvdm.testing import opcheck_op

@@ -15,7 +15,9 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvdm.ops import _call
 from fastvdm.ops import space_conv as ops
+from fastvdm.ops._call import select
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
 from fastvdm.reference.space_conv import (
     group_stats_ref,
@@ -25,7 +27,7 @@ from fastvdm.reference.space_conv import (
 from fastvdm.runtime import dispatch
 from fastvdm.runtime.config import use_backend
 from fastvdm.runtime.device import H100, pretend
-from fastvdm.runtime.dispatch import FallbackError, explain, select
+from fastvdm.runtime.dispatch import FallbackError, explain
 from fastvdm.runtime.extension import AMX
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
@@ -371,10 +373,10 @@ def test_opcheck(backend, device):
     if backend == "library":
         opcheck_op(ops.space_conv_fwd, (x, None, leaf(7, 6, 4, 4), None, None, 2, backend))
     dy, *saved = leaf(1, 2, 3, 5, 7), x.detach(), x2.detach(), weight.detach()
-    opcheck_op(ops.space_conv_bwd, (dy, *saved, None, 1, True, False, True, False, backend))
+    opcheck_op(ops.space_conv_bwd, (dy, *saved, 1, True, False, True, False, backend))
     weight_t = leaf(6, 9, 4, 4).requires_grad_()
     opcheck_op(ops.space_conv_transpose_fwd, (x, weight_t, None, None, backend))
-    args = leaf(1, 2, 6, 10, 9), x.detach(), weight_t.detach(), leaf(9), True, True, True
+    args = leaf(1, 2, 6, 10, 9), x.detach(), weight_t.detach(), True, True, True
     opcheck_op(ops.space_conv_transpose_bwd, (*args, backend))
     if backend == "triton":
         args = (x, None, leaf(7, 6, 3, 3), None, None, 1, 7, True, 1e-5)
@@ -532,7 +534,7 @@ def test_choice_is_pinned():
     calls["transpose"] = ("space_conv_transpose", x, x.dtype)
     for op, *call in calls.values():
         assert isinstance(explain(op, *call)["triton"], dispatch.ByName)
-        chosen, _ = dispatch.choose(op, torch.device("cuda"), tuple(call))
+        chosen, _ = _call.choose(op, torch.device("cuda"), tuple(call))
         assert chosen in ("library", "torch")
         if not GPU:  # by name, under the interpreter
             with use_backend("triton"):

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastvdm.ops._call import select
 from fastvdm.ops.temporal_block import (
     exceeds_registers,
     temporal_block,
@@ -23,7 +24,7 @@ from fastvdm.ops.temporal_block import (
 )
 from fastvdm.reference.temporal_block import temporal_block_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByDesign, explain, select
+from fastvdm.runtime.dispatch import ByDesign, explain
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, opcheck_op
 
 NAMES = (

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, v
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.ops import linear as linear_op
+from fastvdm.ops._call import backend_in_force
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm import (
     conv_group_norm,
@@ -26,7 +27,6 @@ from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.ops.space_conv import space_conv_stats
 from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.runtime import extension
-from fastvdm.runtime.dispatch import backend_in_force
 from fastvdm.testing import max_error
 
 BACKENDS = ["auto", "triton"] + ["cpu"] * (extension.reason_off() is None)

@@ -36,6 +36,7 @@ def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, T
 
 
 def _conv_norm(
+    fused: bool,
     conv: SpaceConv,
     norm: Norm,
     x: Tensor,
@@ -45,9 +46,8 @@ def _conv_norm(
     **options: Any,
 ) -> Tensor:
     """conv → norm → FiLM → SiLU → dropout → + residual; the statistics come with the convolution
-    where its kernel has them."""
-    fused = is_plain(conv, SpaceConv) and is_plain(norm, Norm)
-    if not fused or norm.shards is not None:  # then the statistics come from all ranks
+    where its kernel has them. Without ``fused`` each module is called."""
+    if not fused:
         return normalise(norm, convolve(conv, x, x2, upsample=upsample), act=True, **options)
     return conv_group_norm(
         x,
@@ -63,6 +63,12 @@ def _conv_norm(
         upsample="nearest" if upsample else None,
         **options,
     )
+
+
+def _may_fuse(convs: tuple[SpaceConv, ...], norms: tuple[Norm, ...]) -> bool:
+    """Whether fused ops may stand for all of these; not where statistics come from all ranks."""
+    plain = [is_plain(conv, SpaceConv) for conv in convs]
+    return all(plain) and all([n.shards is None and is_plain(n, Norm) for n in norms])
 
 
 class ResnetBlock(nn.Module):
@@ -94,9 +100,12 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
         mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
-        h = _conv_norm(self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask)
+        fused = _may_fuse((self.conv1, self.conv2), (self.norm1, self.norm2))
+        h = _conv_norm(
+            fused, self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask
+        )
         residual = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)
-        return _conv_norm(self.conv2, self.norm2, h, residual=residual)
+        return _conv_norm(fused, self.conv2, self.norm2, h, residual=residual)
 
 
 class PreNormResnetBlock(nn.Module):
@@ -150,7 +159,8 @@ class PreNormResnetBlock(nn.Module):
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
-            if mask is None and not up and self._is_plain():
+            fused = _may_fuse((self.conv1, self.conv2), (self.norm2,))
+            if mask is None and not up and fused:
                 conv1, norm, conv2 = self.conv1, self.norm2, self.conv2
                 return conv_norm_conv(
                     h, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
@@ -158,18 +168,16 @@ class PreNormResnetBlock(nn.Module):
                     scale=scale, shift=shift, residual=lambda: self._shortcut(x, x2),
                 )  # fmt: skip
             h = _conv_norm(
-                self.conv1, self.norm2, h, upsample=up, scale=scale, shift=shift, dropout_mask=mask
-            )
+                fused,
+                self.conv1,
+                self.norm2,
+                h,
+                upsample=up,
+                scale=scale,
+                shift=shift,
+                dropout_mask=mask,
+            )  # fmt: skip
         return convolve(self.conv2, h, residual=self._shortcut(x, x2))
-
-    def _is_plain(self) -> bool:
-        """Whether one op may stand for the convolutions and the norm between them."""
-        return (
-            self.norm2.shards is None
-            and is_plain(self.norm2, Norm)
-            and is_plain(self.conv1, SpaceConv)
-            and is_plain(self.conv2, SpaceConv)
-        )
 
     def _shortcut(self, x: Tensor, x2: Tensor | None) -> Tensor:
         x = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)

@@ -1,54 +1,11 @@
-"""What every op asks of its tensors before anything is launched, in one wording."""
+"""What several ops ask of their tensors before anything is launched, in one wording."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastvdm.runtime.dispatch import autocast_on
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def check_tensors(
-    x: Tensor,
-    *wanted: tuple[str, Tensor | None, tuple[int, ...]],
-    beside: str = "x",
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-    same: tuple[str, ...] = (),
-) -> None:
-    """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
-    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix.
-
-    Raises:
-        ValueError: a shape or a device does not fit.
-        TypeError: a dtype does not fit.
-    """
-    device, dtype = x.device, x.dtype
-    for name, t, shape in wanted:
-        if t is None:
-            continue
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
-        if t.device != device:
-            raise ValueError(f"{name} must be on {device} like {beside}, got {t.device}")
-        if t.dtype not in dtypes:
-            raise TypeError(f"{name} must be {_listed(dtypes)}, got {t.dtype}")
-        if t.dtype != dtype and name in same and not _mix(t, x):
-            raise TypeError(f"{name} must be {dtype} like {beside}, got {t.dtype}")
-
-
-def _mix(a: Tensor, b: Tensor) -> bool:
-    """Whether autocast brings the two to one dtype."""
-    return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
-
-
-def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
-    short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    short |= {torch.float64: "fp64", torch.int32: "int32", torch.int64: "int64", torch.bool: "bool"}
-    short |= {torch.uint8: "uint8"}
-    *most, last = (short[d] for d in dtypes)
-    return f"{', '.join(most)} or {last}" if most else last
+from fastvdm.ops._call import FLOATS, check_tensors, listed, mix
 
 
 def check_video(x: Tensor, name: str = "x") -> None:
@@ -56,7 +13,7 @@ def check_video(x: Tensor, name: str = "x") -> None:
     if x.ndim != 5:
         raise ValueError(f"{name} must be (B, F, H, W, C), got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be {_listed(FLOATS)}, got {x.dtype}")
+        raise TypeError(f"{name} must be {listed(FLOATS)}, got {x.dtype}")
 
 
 def check_projection(
@@ -72,12 +29,12 @@ def check_projection(
     if x.dtype != dtype:
         if torch.float64 in (x.dtype, dtype):
             raise TypeError(f"fp64 only throughout: x is {x.dtype}, {name} {dtype}")
-        if x.dtype != torch.float32 and not _mix(x, weight):
+        if x.dtype != torch.float32 and not mix(x, weight):
             raise TypeError(
                 f"x is {x.dtype}, {name} {dtype}: outside autocast only an fp32 x may differ"
             )
     for other, t in others:
-        if t is not None and t.dtype != dtype and not _mix(t, weight):
+        if t is not None and t.dtype != dtype and not mix(t, weight):
             raise TypeError(f"{other} must be {dtype} like {name}, got {t.dtype}")
 
 
@@ -132,3 +89,52 @@ def check_block(
         raise TypeError(
             f"out_weight must be {qkv_weight.dtype} like qkv_weight, got {out_weight.dtype}"
         )
+
+
+def check_options(
+    qkv_like: Tensor,
+    shape: tuple[int, ...],
+    axis: str,
+    bias: Tensor | None,
+    rel_k: Tensor | None,
+    rel_v: Tensor | None,
+    rotary: Tensor | None,
+    focus_mask: Tensor | None,
+    num_images: int,
+    beside: str = "x",
+) -> None:
+    """The options of softmax attention against the ``shape`` of qkv, (B, F, H, W, 3, heads, D),
+    which ``temporal_block`` never forms; the device is that of ``qkv_like``.
+
+    Raises:
+        ValueError: a shape, a device or a combination is wrong.
+        TypeError: a dtype is wrong.
+    """
+    b, f, h, w, _, heads, d = shape
+    n = f if axis == "time" else h * w
+    if bias is not None:
+        check_tensors(qkv_like, ("bias", bias, (heads, n, n)), beside=beside)
+    for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
+        if table is None:
+            continue
+        if table.ndim != 3 or table.shape[0] not in (1, heads) or table.shape[1] % 2 == 0:
+            raise ValueError(f"{name} must be (1 or {heads}, 2R+1, {d}), got {tuple(table.shape)}")
+        check_tensors(qkv_like, (name, table, (*table.shape[:2], d)), beside=beside)
+    if rotary is not None:
+        if rotary.ndim != 3 or not 0 < 2 * rotary.shape[-1] <= d:
+            raise ValueError(
+                f"rotary must be (2, {n}, R/2) with R in 2..{d}, got {tuple(rotary.shape)}"
+            )
+        shape = (2, n, rotary.shape[-1])
+        check_tensors(qkv_like, ("rotary", rotary, shape), beside=beside, dtypes=(torch.float32,))
+    if focus_mask is not None:
+        if axis != "time":
+            raise ValueError("focus_mask needs axis='time'")
+        check_tensors(
+            qkv_like, ("focus_mask", focus_mask, (b,)), beside=beside, dtypes=(torch.bool,)
+        )
+    if num_images:
+        if axis != "time":
+            raise ValueError("num_images needs axis='time'")
+        if not 0 <= num_images <= f:
+            raise ValueError(f"num_images must be within 0..{f} frames, got {num_images}")

@@ -10,30 +10,24 @@ its launcher takes and ``grads`` what comes out; all else is derived::
 
 ``torch.library.custom_op`` does more on every call: it reads the schema back from C++ to fill in
 defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for aliases, in the tests.
-``run`` goes further: see there.
+``run`` in ``_call`` goes further: see there.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fastvdm.runtime.dispatch import launcher
+from fastvdm.ops._call import BODIES, DENSE, NODES, TENSORS, body_of, observed, run
 
 NAMESPACE = "fastvdm"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
-_NODES: dict[str, Any] = {}  # autograd functions, by the same
-_DENSE: dict[str, tuple[int, ...]] = {}  # places of the tensors that its launchers take contiguous
-_VMAP = torch._C._dispatch_key_parse("VmapMode")
-_PLAIN_TYPES = (int, float, bool, str)
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), *_PLAIN_TYPES}
 
 
 def define(body: Callable[..., Any]) -> OpOverload:
@@ -45,7 +39,10 @@ def define(body: Callable[..., Any]) -> OpOverload:
     # torch.compiler.disable would import dynamo here, which takes longer than all of fastvdm.
     _LIBRARY.impl(name, torch._disable_dynamo(body), "CompositeExplicitAutograd")
     BODIES[name] = body
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    found = getattr(getattr(torch.ops, NAMESPACE), name).default
+    types = [str(a.type) for a in found._schema.arguments]
+    TENSORS[name] = tuple(i for i, t in enumerate(types) if "Tensor" in t)
+    return found
 
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -66,7 +63,7 @@ def autograd(
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = BODIES[op._opname](*inputs) if not _observed(inputs) else op(*inputs)
+            out = op(*inputs) if observed(op._opname, inputs) else BODIES[op._opname](*inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, out)
         return out
@@ -82,7 +79,7 @@ def autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _NODES[op._opname] = node
+    NODES[op._opname] = node
     _LIBRARY.impl(op._opname, through_dispatcher, "Autograd")
 
 
@@ -97,39 +94,6 @@ def no_double_backward(op: OpOverload) -> None:
         )
 
     autograd(op, refuse)
-
-
-def _observed(args: Iterable[Any]) -> bool:
-    """Whether somebody would see a call in the dispatcher: a mode, a transform, a profiler, a
-    tracer, a subclass of Tensor among ``args``."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.get_dynamic_layer_stack_depth()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._is_tracing()
-        or not _PLAIN.issuperset(map(type, args))
-    )
-
-
-def run(op: OpOverload, *args: Any) -> Any:
-    """``op(*args)`` with every argument given and, but for the strided ones, contiguous; past the
-    dispatcher where nobody listens to it.
-
-    An op in Python passes through it three times a call, with all its arguments: to autograd, to
-    the body, to the launcher. That is a third of an eager call of a small network, and a GPU at
-    batch 1 waits for nothing else. The result is the same: what is left out would find nothing.
-    """
-    given, name = list(args), op._opname
-    for i in _DENSE[name]:
-        t = given[i]
-        if t is not None:
-            given[i] = t.contiguous()
-    if torch.compiler.is_compiling() or _observed(given):
-        return op(*given)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
-        return _NODES[name].apply(*given)
-    return BODIES[name](*given)
 
 
 def op(
@@ -157,7 +121,8 @@ def op(
         grads: "argument:group", in the order in which the launcher returns the gradients; those of
             a group are wanted together, and ``need_<group>`` says whether any is; "argument!" is
             made always. Each is shaped and typed as its argument, contiguous, or (0,) where it is
-            not wanted or its argument is None.
+            not wanted or its argument is None. One whose argument ``backward`` leaves out, a bias,
+            is one row of the first output's gradient.
         outputs: names of what the forward returns; but for the first they have no gradient. One
             that bears the name of an argument is saved in its place where that is None.
         residual: an argument whose gradient is that of the first output.
@@ -175,10 +140,10 @@ def op(
         name = fake_of.__name__
         kinds = inspect.get_annotations(fake_of, eval_str=True)
         result = kinds.pop("return")
-        forward = _declare(name, kinds, result, _launch(stem, name))
+        forward = _declare(name, kinds, result, body_of(stem, name))
         fake(forward)(fake_of)
-        tensors = [n for n, kind in kinds.items() if kind not in _PLAIN_TYPES]
-        _DENSE[name] = tuple(list(kinds).index(n) for n in tensors if n not in strided.split())
+        free = [list(kinds).index(n) for n in strided.split()]
+        DENSE[name] = tuple(i for i in TENSORS[name] if i not in free)
         if grads:
             takes, wanted = backward.split(), [_Grad(*g.partition(":")[::2]) for g in grads.split()]
             back = shares
@@ -221,21 +186,6 @@ def _groups(wanted: list[_Grad]) -> list[str]:
     return list(dict.fromkeys(g.group for g in wanted if not g.spelled.endswith("!")))
 
 
-def _launch(stem: str, name: str) -> Callable[..., Any]:
-    """The body of most ops: the launcher of the backend that the last argument names."""
-    of_extension: Any = None
-
-    def launch(*args: Any) -> Any:
-        nonlocal of_extension
-        if args[-1] != "cpu":
-            return launcher(stem, name, args[-1])(*args[:-1])
-        if of_extension is None:
-            of_extension = launcher(stem, name, "cpu")
-        return of_extension(*args[:-1])
-
-    return launch
-
-
 def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
     """``body`` as an op of this name, argument types and result."""
 
@@ -249,7 +199,7 @@ def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., 
     call.__annotations__ = {**kinds, "return": result}
     found = define(call)
     BODIES[name] = body  # a frame less
-    _DENSE[name] = ()  # what a backward gets is what was saved
+    DENSE[name] = ()  # what a backward gets is what was saved
     return found
 
 
@@ -268,13 +218,14 @@ def _declare_backward(
     arguments |= {f"need_{group}": bool for group in _groups(wanted)} | {"backend": str}
     place = {n: i for i, n in enumerate(arguments)}
     forms = [
-        (place[g.argument], place.get(f"need_{g.group}"), g.argument in laid_out) for g in wanted
+        (place.get(g.argument), place.get(f"need_{g.group}"), g.argument in laid_out)
+        for g in wanted
     ]
 
     def fake_of(*args: Any) -> Any:
         beside, found = args[1], []
         for at, flag, keep in forms:
-            t = args[at]
+            t = args[0].new_empty(args[0].shape[-1:]) if at is None else args[at]
             if t is None or not (flag is None or args[flag]):
                 found.append(beside.new_empty((0,)))
             else:
@@ -282,7 +233,7 @@ def _declare_backward(
         return tuple(found) if len(found) > 1 else found[0]
 
     result = Tensor if len(wanted) == 1 else types.GenericAlias(tuple, (Tensor,) * len(wanted))
-    body = _launch(body, name) if isinstance(body, str) else body
+    body = body_of(body, name) if isinstance(body, str) else body
     backward = _declare(name, arguments, result, body)
     fake(backward)(fake_of)
     no_double_backward(backward)

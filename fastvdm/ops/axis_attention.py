@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.limits import SHORT, SPACE, TIME
-from fastvdm.ops._check import check_tensors
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._check import check_options
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, implementations, select
+from fastvdm.runtime.dispatch import FP64, implementations
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}
@@ -96,59 +97,9 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 def _(qkv: Tensor) -> Iterator[tuple[str, str | None]]:
     d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
-    by_design = ByDesign("fp64 runs on the torch reference")
-    yield "cpu", wide or (by_design if fp64 else None)
+    yield "cpu", wide or (FP64 if fp64 else None)
     # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-    yield "triton", wide or (by_design if fp64 and qkv.is_cuda else None)
-
-
-def check_options(
-    qkv_like: Tensor,
-    shape: tuple[int, ...],
-    axis: str,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    beside: str = "x",
-) -> None:
-    """Check the options against qkv's ``shape`` (B, F, H, W, 3, heads, D); the device is that of
-    ``qkv_like``. Shared with ``temporal_block``, which never forms qkv.
-
-    Raises:
-        ValueError: a shape, a device or a combination is wrong.
-        TypeError: a dtype is wrong.
-    """
-    b, f, h, w, _, heads, d = shape
-    n = f if axis == "time" else h * w
-    if bias is not None:
-        check_tensors(qkv_like, ("bias", bias, (heads, n, n)), beside=beside)
-    for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
-        if table is None:
-            continue
-        if table.ndim != 3 or table.shape[0] not in (1, heads) or table.shape[1] % 2 == 0:
-            raise ValueError(f"{name} must be (1 or {heads}, 2R+1, {d}), got {tuple(table.shape)}")
-        check_tensors(qkv_like, (name, table, (*table.shape[:2], d)), beside=beside)
-    if rotary is not None:
-        if rotary.ndim != 3 or not 0 < 2 * rotary.shape[-1] <= d:
-            raise ValueError(
-                f"rotary must be (2, {n}, R/2) with R in 2..{d}, got {tuple(rotary.shape)}"
-            )
-        shape = (2, n, rotary.shape[-1])
-        check_tensors(qkv_like, ("rotary", rotary, shape), beside=beside, dtypes=(torch.float32,))
-    if focus_mask is not None:
-        if axis != "time":
-            raise ValueError("focus_mask needs axis='time'")
-        check_tensors(
-            qkv_like, ("focus_mask", focus_mask, (b,)), beside=beside, dtypes=(torch.bool,)
-        )
-    if num_images:
-        if axis != "time":
-            raise ValueError("num_images needs axis='time'")
-        if not 0 <= num_images <= f:
-            raise ValueError(f"num_images must be within 0..{f} frames, got {num_images}")
+    yield "triton", wide or (FP64 if fp64 and qkv.is_cuda else None)
 
 
 def axis_attention(

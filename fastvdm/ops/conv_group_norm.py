@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastvdm.kernels.space_conv_library import adds_bias_apart
+from fastvdm.ops._call import select
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import (
@@ -22,7 +23,6 @@ from fastvdm.ops.space_conv import (
     space_conv_stats,
     space_conv_transpose,
 )
-from fastvdm.runtime.dispatch import select
 
 __all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
 

@@ -3,7 +3,7 @@
 There oneDNN emulates: a bf16 product costs three times the fp32 one (64 → 768 features over 65536
 rows, Xeon with AVX-512 but without bf16 instructions, 2026-11). The kernel of ``csrc/cpu/linear``
 keeps the 16-bit storage and multiplies in fp32 in the L2. By name, FASTVDM_BACKEND=cpu, it takes
-every call, fp32 too, on any machine.
+fp32 too, and on any machine.
 """
 
 from __future__ import annotations
@@ -16,17 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvdm.ops._check import check_tensors
+from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
-from fastvdm.ops._op import backward_of, op, run
-from fastvdm.runtime.dispatch import (
-    ByDesign,
-    ByName,
-    autocast_dtype,
-    implementations,
-    launcher,
-    select,
-)
+from fastvdm.ops._op import backward_of, op
+from fastvdm.runtime.dispatch import ByDefault, ByName, implementations
 from fastvdm.runtime.extension import EMULATED
 
 
@@ -34,7 +27,6 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
@@ -54,7 +46,7 @@ def _backward(
 
 @op(
     "linear",
-    backward="dy x weight bias",
+    backward="dy x weight",
     grads="x:dx weight:dw bias:db",
     strided="weight",
     backward_body=_backward,
@@ -75,7 +67,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 @implementations("linear", "linear_fwd", "linear_dx", backends=("cpu",), examples=_examples)
 def _(dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        yield "cpu", ByDesign(f"{dtype} is not a type of its kernels")
+        yield "cpu", ByDefault(f"{dtype} is not a type of its kernels")
     elif dtype not in EMULATED:
         yield "cpu", ByName(f"{dtype} is not emulated on this machine")
     else:

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_tensors
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.linear_attention import linear_attention_ref
-from fastvdm.runtime.dispatch import ByDesign, autocast_dtype, implementations, select
+from fastvdm.runtime.dispatch import FP64, implementations
 
 _MAX_DIM = 128
 
@@ -55,8 +55,7 @@ linear_attention_bwd = backward_of(linear_attention_fwd)
 def _(qkv: Tensor) -> Iterator[tuple[str, str | None]]:
     d, dtype = qkv.shape[-1], qkv.dtype
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
-    fp64 = ByDesign("fp64 runs on the torch reference") if dtype == torch.float64 else None
-    yield "cpu", wide or fp64
+    yield "cpu", wide or (FP64 if dtype == torch.float64 else None)
     if wide is None and d > 64 and dtype in (torch.float32, torch.float64):
         wide = f"{dtype} with head dim {d} above 64: the backward exceeds shared memory"
     yield "triton", wide

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastvdm.ops._call import autocast_dtype, run, select
 from fastvdm.ops._check import check_block
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.linear_attention_block import linear_attention_block_ref
-from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
+from fastvdm.runtime.dispatch import FP64, ByName, implementations
 
 
 @op(
@@ -64,7 +65,7 @@ linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
 )  # fmt: skip
 def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
     fp64 = x.dtype == torch.float64
-    yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
+    yield "cpu", FP64 if fp64 else None
     here = "on a CPU what the C++ kernel leaves runs on the torch reference"
     yield "parts", ByName(here) if x.device.type == "cpu" else None
 

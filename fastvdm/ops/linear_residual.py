@@ -13,17 +13,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_projection, check_tensors
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._check import check_projection
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.ops.linear import linear
-from fastvdm.runtime.dispatch import (
-    ByDesign,
-    ByName,
-    autocast_dtype,
-    implementations,
-    select,
-)
+from fastvdm.runtime.dispatch import FP64, ByName, implementations
 
 
 @op(
@@ -48,7 +43,7 @@ linear_residual_bwd = backward_of(linear_residual_fwd)
 )  # fmt: skip
 def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
     if x.dtype == torch.float64 and x.is_cuda:
-        yield "triton", ByDesign("fp64 runs on the torch reference")  # as norm_linear
+        yield "triton", FP64  # as norm_linear
     else:
         yield "triton", ByName("not measured against cuBLAS, which such wide products are bound by")
     yield "parts", None

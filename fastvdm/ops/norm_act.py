@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.limits import MAX_ROW_CHANNELS, NORM_KINDS
-from fastvdm.ops._check import FLOATS, check_tensors, check_video
+from fastvdm.ops._call import FLOATS, check_tensors, run, select
+from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.norm_act import norm_act_ref
-from fastvdm.runtime.dispatch import ByDesign, implementations, select
+from fastvdm.runtime.dispatch import FP64, implementations
 
 _MASKS = (*FLOATS, torch.bool, torch.uint8)
 
@@ -83,7 +84,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 @implementations("norm_act", "norm_act_fwd", "norm_act_bwd", examples=_examples)
 def _(x: Tensor, kind: str, channels: int) -> Iterator[tuple[str, str | None]]:
     fp64 = x.dtype == torch.float64
-    yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
+    yield "cpu", FP64 if fp64 else None
     wide = kind != "group" and channels > MAX_ROW_CHANNELS
     held = f"{channels} channels: a row-wise kernel holds at most {MAX_ROW_CHANNELS} of one pixel"
     yield "triton", held if wide else None

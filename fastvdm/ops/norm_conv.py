@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastvdm.kernels.limits import GROUP
 from fastvdm.ops import space_conv as conv_ops
-from fastvdm.ops._check import check_tensors, check_video
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import flops
-from fastvdm.ops._op import autograd, op, run
+from fastvdm.ops._op import autograd, op
 from fastvdm.ops.norm_act import check_stats, norm_act, norm_act_bwd, norm_act_fwd
 from fastvdm.ops.space_conv import check_conv, space_conv, space_conv_bwd
-from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
+from fastvdm.runtime.dispatch import ByDesign, implementations
 
 
 @op("norm_conv", strided="scale shift weight")
@@ -44,12 +45,12 @@ def norm_conv_fwd(
 
 
 def _save(ctx, inputs, output):
-    *tensors, weight, bias, _residual, ctx.act, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, weight, bias)
+    *tensors, weight, _bias, _residual, ctx.act, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, weight)
 
 
 def _backward(ctx, dy):
-    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias = ctx.saved_tensors
+    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_dx, need_dw, need_db, need_dres = need[0], need[7], need[8], need[9]
     need_dnorm, need_dfilm = need[3] or need[4], need[5] or need[6]
@@ -63,7 +64,7 @@ def _backward(ctx, dy):
         stats = (None, None, mean, rstd)
         h = run(norm_act_fwd, x, None, None, *affine, *stats, *settings, ctx.backend)[0]
     flags = (need_dh, False, need_dw, need_db)
-    dh, _, dw, db = run(space_conv_bwd, dy, h, None, weight, bias, 1, *flags, ctx.backend)
+    dh, _, dw, db = run(space_conv_bwd, dy, h, None, weight, 1, *flags, ctx.backend)
     dx = dnw = dnb = dscale = dshift = None
     if need_dh:
         dx, _, _, dnw, dnb, dscale, dshift = run(
@@ -85,8 +86,7 @@ def _(x: Tensor, kernel: int) -> Iterator[tuple[str, str | None]]:
     if autocast_dtype(x) != x.dtype:
         yield "triton", ByDesign("autocast gives the convolution another type than the norm")
     else:
-        unmeasured = ByName("not measured against cuDNN: it has not run on a GPU")
-        yield "triton", conv_ops.triton_refuses(x, kernel, x.dtype) or unmeasured
+        yield "triton", conv_ops.by_triton(x, kernel, x.dtype)
     yield "parts", None
 
 

@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.limits import MAX_ROW_CHANNELS
-from fastvdm.ops._check import check_eps, check_projection, check_tensors, check_video
+from fastvdm.ops._call import autocast_dtype, autocast_on, check_tensors, run, select
+from fastvdm.ops._check import check_eps, check_projection, check_video
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.runtime.dispatch import (
-    ByDesign,
-    ByName,
-    autocast_dtype,
-    autocast_on,
-    implementations,
-    select,
-)
+from fastvdm.runtime.dispatch import FP64, ByDefault, ByName, implementations
 
 
 @op(
@@ -58,10 +52,10 @@ norm_linear_bwd = backward_of(norm_linear_fwd)
 def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
     if x.dtype == torch.float64 and x.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-        yield "triton", ByDesign("fp64 runs on the torch reference")
+        yield "triton", FP64
     elif x.shape[-1] > MAX_ROW_CHANNELS:
         widest = f"{MAX_ROW_CHANNELS}, the widest row of the norm's backward"
-        yield "triton", f"C = {x.shape[-1]} is above {widest}"
+        yield "triton", ByDefault(f"C = {x.shape[-1]} is above {widest}")
     else:
         yield "triton", ByName("not measured against cuBLAS, which such wide products are bound by")
     yield "parts", None

@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops._check import check_tensors, check_video
+from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select
+from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
-from fastvdm.ops._op import backward_of, op, run
+from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
-from fastvdm.runtime import dispatch
-from fastvdm.runtime.dispatch import (
-    ByDesign,
-    ByName,
-    autocast_dtype,
-    implementations,
-    launcher,
-    select,
-)
+from fastvdm.runtime.device import INTERPRETED
+from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, implementations
 from fastvdm.runtime.extension import AMX, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
@@ -51,7 +45,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 @op(
     "space_conv",
-    backward="dy x x2 weight bias stride",
+    backward="dy x x2 weight stride",
     grads="x:dx x2:dx2 weight:dw bias:db",
     residual="residual",
     strided="weight",
@@ -77,7 +71,7 @@ space_conv_bwd = backward_of(space_conv_fwd)
 @op(
     "space_conv",
     outputs="y mean rstd",
-    backward="dy x x2 weight bias stride",
+    backward="dy x x2 weight stride",
     grads="x:dx x2:dx2 weight:dw bias:db",
     residual="residual",
     strided="weight",
@@ -104,7 +98,7 @@ def space_conv_stats_fwd(
 
 @op(
     "space_conv",
-    backward="dy x weight bias",
+    backward="dy x weight",
     grads="x:dx weight:dw bias:db",
     residual="residual",
     strided="weight",
@@ -122,16 +116,15 @@ space_conv_transpose_bwd = backward_of(space_conv_transpose_fwd)
 # --- which implementation ------------------------------------------------------------------------
 
 
-def triton_refuses(x: Tensor, kernel: int, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot take this call, computed in ``dtype``, or None."""
-    if dtype == torch.bfloat16 and dispatch.INTERPRETED:
-        return "the Triton interpreter truncates bf16"
+def by_triton(x: Tensor, kernel: int, dtype: torch.dtype) -> str:
+    """Why the Triton kernels do not take this call, computed in ``dtype``, by default."""
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return ByDefault("the Triton interpreter truncates bf16")
     if max(x.shape[2] * x.shape[3], kernel * x.shape[3] * x.shape[4]) >= 2**31:
-        return f"images of {tuple(x.shape[2:])}; offsets inside one are int32"
-    return None
+        return ByDefault(f"images of {tuple(x.shape[2:])}; offsets inside one are int32")
+    return ByName("not measured against cuDNN: it has not run on a GPU")
 
 
-_UNMEASURED = ByName("not measured against cuDNN: it has not run on a GPU")
 _ONE_CALL = "one call of torch's own does it"
 
 
@@ -157,13 +150,13 @@ def _(
     if kernel != 3 or stride != 1:
         yield "cpu", ByDesign("Winograd's kernel is for 3x3 at stride 1")
     elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        yield "cpu", ByDesign(f"{dtype} is not a type of its kernel")
+        yield "cpu", ByDefault(f"{dtype} is not a type of its kernel")
     elif AMX and dtype == torch.bfloat16:
         # Its tiles multiply bf16 sixteen times as fast as fp32: a direct sum has less to do.
         yield "cpu", ByDesign("oneDNN multiplies bf16 in AMX")
     else:
         yield "cpu", None
-    yield "triton", triton_refuses(x, kernel, dtype) or _UNMEASURED
+    yield "triton", by_triton(x, kernel, dtype)
     yield "library", None if pair or emulated(x.device, dtype) else _ONE_CALL
     yield "torch", None
 
@@ -181,7 +174,7 @@ def _transpose_examples(device: torch.device) -> dict[str, tuple]:
 def _(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
     """Four phases against one call of oneDNN: in bf16 0.36x the time at 64 channels, 0.6x at 128,
     1.06x at 256 (without AMX; with it not measured), else 1.1-3.7x. Machine and sizes as above."""
-    yield "triton", triton_refuses(x, 4, dtype) or _UNMEASURED
+    yield "triton", by_triton(x, 4, dtype)
     phases = x.device.type == "cpu" and dtype == torch.bfloat16 and not AMX
     yield "library", None if phases or emulated(x.device, dtype) else _ONE_CALL
     yield "torch", None

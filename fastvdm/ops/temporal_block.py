@@ -13,19 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.ops._check import check_block
+from fastvdm.ops._call import autocast_dtype, run, select
+from fastvdm.ops._check import check_block, check_options
 from fastvdm.ops._cost import Cost, flops
-from fastvdm.ops._op import backward_of, op, run
-from fastvdm.ops.axis_attention import (
-    axis_attention,
-    axis_attention_cost,
-    check_options,
-    table_rows,
-)
+from fastvdm.ops._op import backward_of, op
+from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost, table_rows
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
-from fastvdm.runtime.dispatch import ByDesign, ByName, autocast_dtype, implementations, select
+from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, implementations
 
 
 @op(
@@ -113,13 +109,13 @@ def _(
     x: Tensor, qkv_weight: Tensor, heads: int, tables: bool = False, biased: bool = False
 ) -> Iterator[tuple[str, str | None]]:
     fp64 = x.dtype == torch.float64
-    yield "cpu", ByDesign("fp64 runs on the torch reference") if fp64 else None
+    yield "cpu", FP64 if fp64 else None
     exceeds = exceeds_registers(x, qkv_weight, heads, tables, biased)
     if exceeds is not None:
         yield "triton", ByDesign(exceeds)
     elif fp64 and x.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-        yield "triton", ByDesign("fp64 runs on the torch reference")
+        yield "triton", FP64
     else:
         yield "triton", None
     if exceeds is None:

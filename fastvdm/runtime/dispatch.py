@@ -1,30 +1,35 @@
-"""Which implementation takes an op call, and why the others do not.
+"""Which implementations an op has, and why one of them does not take a call.
 
 An op says so once: a generator yields, in order of preference, (implementation, why not), and
 stands beside the op, in plain Python on dtypes and sizes, so that ``torch.compile`` traces through
-it. ``select`` takes the first that can; ``explain``, ``fastvdm info``, tests and benchmarks read it
-too.
+it. ``select`` (``fastvdm.ops._call``) takes the first that can; ``explain``, ``fastvdm info``,
+tests and benchmarks read it too.
 
     @implementations("norm_act", "norm_act_fwd", "norm_act_bwd")
     def _(x, kind, channels):
-        yield "cpu", ByDesign("fp64 runs on the torch reference") if x.dtype == ... else None
+        yield "cpu", FP64 if x.dtype == torch.float64 else None
         yield "triton", None
 
 "cpu" and "triton" are our kernels; they are passed over on other devices and where another backend
 is asked for. Any other name is the op's own: "library", torch's kernels behind our op; "torch", one
 call of torch's own; "parts", a composition of other ops. "reference" needs no mention: it is last.
+
+A reason is a fallback, which warns or, under FASTVDM_STRICT=1, raises; but for these:
+
+                 by default               the backend asked for by name
+    ByDesign     passed over in silence   the same: what comes after is that backend's way, too
+    ByDefault    passed over in silence   a fallback
+    ByName       passed over in silence   it takes the call
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +37,10 @@ from typing import Any
 
 import torch
 
-from fastvdm.runtime import config, extension
+from fastvdm.runtime import extension
 from fastvdm.runtime.device import INTERPRETED
 
 KERNELS = ("cpu", "triton")
-# The Triton interpreter is a test device: only ever chosen by name.
-_AUTO = {"cuda": "triton", "cpu": "cpu"}
 _DEVICES = {"triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cpu": ("cpu",)}
 
 
@@ -47,9 +50,13 @@ class FallbackError(RuntimeError):
 
 
 class ByDesign(str):
-    """A reason that is a choice: what comes after is the implementation of such calls (fp64 on a
-    CPU). Neither a warning nor, in strict mode, an error, unless the backend was asked for by name
-    and the reference is all that comes after."""
+    """A reason that is a choice: what comes after is the implementation of such calls, as oneDNN is
+    of a 1x1 convolution and other ops are of a block that exceeds the registers."""
+
+
+class ByDefault(ByDesign):
+    """A choice only as long as nobody asks for the backend by name, as of fp64 on a CPU: who does
+    is told that it cannot."""
 
 
 class ByName(ByDesign):
@@ -59,6 +66,7 @@ class ByName(ByDesign):
 
 Implementations = Iterator[tuple[str, str | None]]
 NO_KERNEL = ByDesign("no kernel for this op")
+FP64 = ByDefault("fp64 runs on the torch reference")
 NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 
 
@@ -69,8 +77,7 @@ class _Op:
     examples: Callable[[torch.device], dict[str, tuple]]
 
 
-_OPS: dict[str, _Op] = {}
-_warned: set[str] = set()
+OPS: dict[str, _Op] = {}
 
 
 def implementations(
@@ -94,97 +101,21 @@ def implementations(
         if "cpu" in backends:
             absent = [n for n in launchers if not extension.has_launcher(f"{n}_cpu")]
             off["cpu"] = extension.reason_off() or (extension.lacks(absent[0]) if absent else None)
-        _OPS[op] = _Op(generator, off, examples)
+        OPS[op] = _Op(generator, off, examples)
         return generator
 
     return announce
 
 
-def backend_in_force() -> str:
-    """The configured backend, "auto" or a name; "reference" inside forward-mode autograd and the
-    transforms of ``torch.func`` (vmap, grad, vjp, jvp, ...), whatever was configured.
-
-    The kernels have neither tangents nor rules for batches, and would lose the former in silence;
-    plain torch has both. As with ``ByDesign`` this is no fallback: no warning, no error in strict
-    mode.
-    """
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "reference"
-    # Dynamo folds it into a constant, behind a guard.
-    if torch._C._functorch.get_dynamic_layer_stack_depth():
-        return "reference"
-    return config.active.backend
-
-
 def off_on(op: str, backend: str, device: torch.device) -> str | None:
     """Why no call of ``op`` on ``device`` can run on ``backend``; None when some can."""
-    off = _OPS[op].off[backend]
+    off = OPS[op].off[backend]
     if off is None and device.type not in _DEVICES[backend]:
         hint = " without TRITON_INTERPRET=1" if backend == "triton" else ""
         return f"{backend} does not run on {device.type}{hint}"
     if off is None and backend == "triton" and not INTERPRETED:
         return no_launch()
     return off
-
-
-def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | None]:
-    """(implementation, what was lost): the latter None, or (backend, why it is off, why it refuses)
-    of a kernel that should have taken the call."""
-    forced = backend_in_force()
-    if forced == "reference":
-        return forced, None
-    kernel = _AUTO.get(device.type) if forced == "auto" else forced
-    entry = _OPS[op]
-    lost: tuple | None = None
-    meant: tuple | None = None
-    for name, why_not in entry.implementations(*call):
-        by_name = forced != "auto" and isinstance(why_not, ByName)
-        if name not in KERNELS:
-            if why_not is None or by_name:
-                return name, lost
-        elif name == kernel:
-            if why_not is None or by_name:
-                off = entry.off[name] if name == device.type else off_on(op, name, device)
-                if off is None:
-                    return name, None
-                lost = name, off, None
-            elif not isinstance(why_not, ByDesign):
-                lost = name, off_on(op, name, device), why_not
-            elif forced != "auto":
-                meant = name, off_on(op, name, device), why_not
-    if lost is None and forced != "auto":
-        lost = meant or (forced, NO_KERNEL, None)
-    return "reference", lost
-
-
-def select(op: str, device: torch.device, *call: Any) -> str:
-    """The implementation of this call of ``op``, whose generator takes ``call``.
-
-    Raises:
-        FallbackError: a kernel is missing or refuses the call, and FASTVDM_STRICT=1.
-    """
-    name, lost = choose(op, device, call)
-    if lost is not None:
-        _fallback(op, *lost)
-    return name
-
-
-def _fallback(op: str, backend: str, off: str | None, reason: str | None) -> None:
-    if config.active.strict:
-        raise FallbackError(f"{op} fell back to the reference: {off or f'{backend}: {reason}'}")
-    if off is not None:  # of every op, so it is said once
-        _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
-    else:
-        _warn(f"fastvdm.{op} uses the torch reference: {backend}: {reason}")
-
-
-_MEANT = "if that is meant: FASTVDM_BACKEND=reference"
-
-
-def _warn(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, stacklevel=5)
 
 
 def _lacking() -> str | None:
@@ -219,16 +150,15 @@ def no_launch() -> str | None:
     return _probe()
 
 
-# Dynamo calls these while it traces, and traces nothing of them.
-_traced_over: tuple[Any, ...] = (_warn, no_launch)
-for _f in _traced_over:
-    _f._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
+# Dynamo calls it while it traces, and traces nothing of it.
+_traced_over: Any = no_launch
+_traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
 
 
 def explain(op: str, *call: Any) -> dict[str, str | None]:
     """Implementation -> why it does not take this call (None: it can), in order of preference; then
     our kernels that the op has not. Without a call: our kernels, and why they are off."""
-    entry = _OPS[op]
+    entry = OPS[op]
     off = dict(entry.off)
     if off["triton"] is None and not INTERPRETED and torch.cuda.is_available():
         off["triton"] = no_launch()
@@ -239,52 +169,5 @@ def explain(op: str, *call: Any) -> dict[str, str | None]:
     }
 
 
-def examples(op: str, device: torch.device) -> dict[str, str]:
-    """Kind of call -> the implementation that takes it on ``device``."""
-    return {kind: choose(op, device, call)[0] for kind, call in _OPS[op].examples(device).items()}
-
-
 def registered_ops() -> tuple[str, ...]:
-    return tuple(_OPS)
-
-
-@functools.cache
-def _of_extension(name: str) -> Any:
-    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default
-
-
-def launcher(stem: str, name: str, backend: str) -> Any:
-    """A backend's launcher, in the file ``stem``: ``norm_act_fwd`` of Triton, in C++ registered as
-    ``norm_act_fwd_cpu``. Only called inside opaque op bodies."""
-    if backend == "cpu":
-        return _of_extension(name)
-    if backend == "library":
-        return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
-    launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
-    return launch if INTERPRETED else _on_device(launch)
-
-
-def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """On the device of its tensors: a Triton launch goes to the current one."""
-
-    def call(*args: Any) -> Any:
-        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
-            return launch(*args)
-
-    return call
-
-
-def autocast_on(device: str) -> bool:
-    """Whether autocast is on for this type of device; devices such as meta have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a matrix op on ``x`` runs in: autocast's where it is on, else ``x``'s own.
-
-    As torch's autocast does, fp64 is left alone.
-    """
-    device, dtype = x.device.type, x.dtype
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    return tuple(OPS)

@@ -1,0 +1,281 @@
+"""One call of an op, from its tensors to a launcher: they are checked, an implementation is chosen,
+it runs. Every public op is these three steps; what they read, ``_op`` and ``dispatch`` wrote.
+
+    check_tensors(x, ("scale", scale, (b, c)))
+    which = select("norm_act", x.device, x, kind, channels)
+    return run(norm_act_fwd, x, scale, ..., which)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fastvdm.runtime import config
+from fastvdm.runtime.device import INTERPRETED
+from fastvdm.runtime.dispatch import (
+    KERNELS,
+    OPS,
+    ByDefault,
+    ByDesign,
+    ByName,
+    FallbackError,
+    off_on,
+)
+
+# --- check ---------------------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensors(
+    x: Tensor,
+    *wanted: tuple[str, Tensor | None, tuple[int, ...]],
+    beside: str = "x",
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    same: tuple[str, ...] = (),
+) -> None:
+    """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
+    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix. A weight is
+    never None.
+
+    Raises:
+        ValueError: a shape or a device does not fit.
+        TypeError: a dtype does not fit, or it is no tensor.
+    """
+    device, dtype = x.device, x.dtype
+    for name, t, shape in wanted:
+        if t is None and not name.endswith("weight"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device} like {beside}, got {t.device}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{name} must be {listed(dtypes)}, got {t.dtype}")
+        if t.dtype != dtype and name in same and not mix(t, x):
+            raise TypeError(f"{name} must be {dtype} like {beside}, got {t.dtype}")
+
+
+def listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    """ "fp32, bf16 or fp64"."""
+    short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    short |= {torch.float64: "fp64", torch.int32: "int32", torch.int64: "int64", torch.bool: "bool"}
+    short |= {torch.uint8: "uint8"}
+    *most, last = (short[d] for d in dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def mix(a: Tensor, b: Tensor) -> bool:
+    """Whether autocast brings the two to one dtype."""
+    return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
+
+
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for this type of device; devices such as meta have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix op on ``x`` runs in: autocast's where it is on, else ``x``'s own.
+
+    As torch's autocast does, fp64 is left alone.
+    """
+    device, dtype = x.device.type, x.dtype
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+
+
+# --- choose --------------------------------------------------------------------------------------
+
+# The Triton interpreter is a test device: only ever chosen by name.
+_AUTO = {"cuda": "triton", "cpu": "cpu"}
+_WORDS = {"library": "torch's library", "torch": "torch's own", "parts": "its parts"}
+
+
+def backend_in_force() -> str:
+    """The configured backend, "auto" or a name; "reference" inside forward-mode autograd and the
+    transforms of ``torch.func`` (vmap, grad, vjp, jvp, ...), whatever was configured.
+
+    The kernels have neither tangents nor rules for batches, and would lose the former in silence;
+    plain torch has both. As with ``ByDesign`` this is no fallback: no warning, no error in strict
+    mode.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "reference"
+    # Dynamo folds it into a constant, behind a guard.
+    if torch._C._functorch.get_dynamic_layer_stack_depth():
+        return "reference"
+    return config.active.backend
+
+
+def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | None]:
+    """(implementation, what was lost): the latter None, or (backend, why it is off, why it refuses)
+    of a kernel that should have taken the call."""
+    backend = backend_in_force()
+    if backend == "reference":
+        return backend, None
+    forced = backend != "auto"
+    kernel = backend if forced else _AUTO.get(device.type)
+    entry = OPS[op]
+    lost: tuple | None = None
+    for name, why_not in entry.implementations(*call):
+        can = why_not is None or (forced and isinstance(why_not, ByName))
+        if name not in KERNELS:
+            if can:
+                return name, lost
+        elif name == kernel:
+            if can:
+                off = entry.off[name] if name == device.type else off_on(op, name, device)
+                if off is None:
+                    return name, None
+                lost = name, off, None
+            elif not isinstance(why_not, ByDesign) or (forced and isinstance(why_not, ByDefault)):
+                lost = name, off_on(op, name, device), why_not
+    if lost is None and forced:
+        lost = backend, off_on(op, backend, device), "no kernel for this call"
+    return "reference", lost
+
+
+def select(op: str, device: torch.device, *call: Any) -> str:
+    """The implementation of this call of ``op``, whose generator takes ``call``.
+
+    Raises:
+        FallbackError: a kernel is missing or refuses the call, and FASTVDM_STRICT=1.
+    """
+    name, lost = choose(op, device, call)
+    if lost is not None:
+        _fallback(op, name, *lost)
+    return name
+
+
+def examples(op: str, device: torch.device) -> dict[str, str]:
+    """Kind of call -> the implementation that takes it on ``device``."""
+    return {kind: choose(op, device, call)[0] for kind, call in OPS[op].examples(device).items()}
+
+
+def _fallback(op: str, name: str, backend: str, off: str | None, reason: str | None) -> None:
+    instead = _WORDS.get(name, "the torch reference")
+    if config.active.strict:
+        raise FallbackError(f"{op} fell back to {instead}: {off or f'{backend}: {reason}'}")
+    if off is not None:  # of every op, so it is said once
+        _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
+    else:
+        _warn(f"fastvdm.{op} uses {instead}: {backend}: {reason}")
+
+
+_MEANT = "if that is meant: FASTVDM_BACKEND=reference"
+_warned: set[str] = set()
+
+
+def _warn(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=5)
+
+
+# Dynamo calls it while it traces, and traces nothing of it.
+_traced_over: Any = _warn
+_traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
+
+# --- run -----------------------------------------------------------------------------------------
+
+BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
+NODES: dict[str, Any] = {}  # autograd functions, by the same
+TENSORS: dict[str, tuple[int, ...]] = {}  # places of their tensors
+DENSE: dict[str, tuple[int, ...]] = {}  # of those that launchers take contiguous
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
+
+
+def run(op: OpOverload, *args: Any) -> Any:
+    """``op(*args)`` with every argument given and, but for the strided ones, contiguous; past the
+    dispatcher where nobody listens to it.
+
+    An op in Python passes through it three times a call, with all its arguments: to autograd, to
+    the body, to the launcher. That is a third of an eager call of a small network, and a GPU at
+    batch 1 waits for nothing else. The body's own operators, the launcher among them, pass through
+    it as ever. What would miss the op itself, and has no public way to be found out, is a kernel
+    that somebody registers for ``fastvdm::`` and an ``ExecutionTraceObserver``.
+    """
+    given, name = list(args), op._opname
+    for i in DENSE[name]:
+        t = given[i]
+        if t is not None:
+            given[i] = t.contiguous()
+    if torch.compiler.is_compiling() or observed(name, given):
+        return op(*given)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
+        return NODES[name].apply(*given)
+    return BODIES[name](*given)
+
+
+def observed(name: str, args: Sequence[Any]) -> bool:
+    """Whether the dispatcher would do more with this call of an op than run it: for a mode, a
+    transform, a profiler, a tracer, a subclass of Tensor or a view of -x among ``args``."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.get_dynamic_layer_stack_depth()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._is_tracing()
+        or not _PLAIN.issuperset(map(type, args))
+    ):
+        return True
+    for i in TENSORS[name]:
+        t = args[i]
+        if t is not None and t.is_neg():
+            return True
+    return False
+
+
+def body_of(stem: str, name: str) -> Callable[..., Any]:
+    """The body of most ops: the launcher of the backend that the last argument names."""
+    of_extension: Any = None
+
+    def launch(*args: Any) -> Any:
+        nonlocal of_extension
+        if args[-1] != "cpu":
+            return launcher(stem, name, args[-1])(*args[:-1])
+        if of_extension is None:
+            of_extension = launcher(stem, name, "cpu")
+        return of_extension(*args[:-1])
+
+    return launch
+
+
+@functools.cache
+def _of_extension(name: str) -> Any:
+    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default
+
+
+def launcher(stem: str, name: str, backend: str) -> Any:
+    """A backend's launcher, in the file ``stem``: ``norm_act_fwd`` of Triton, in C++ registered as
+    ``norm_act_fwd_cpu``. Only called inside opaque op bodies."""
+    if backend == "cpu":
+        return _of_extension(name)
+    if backend == "library":
+        return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
+    launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
+    return launch if INTERPRETED else _on_device(launch)
+
+
+def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """On the device of its tensors: a Triton launch goes to the current one."""
+
+    def call(*args: Any) -> Any:
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+            return launch(*args)
+
+    return call
