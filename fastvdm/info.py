@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -19,8 +20,7 @@ import torch
 
 import fastvdm.ops
 from fastvdm.ops import _call
-from fastvdm.runtime import dispatch, extension
-from fastvdm.runtime.config import get_config
+from fastvdm.runtime import config, dispatch, extension
 
 _EXTRAS = {
     "triton": ("triton",),
@@ -96,7 +96,9 @@ def _runs(op: str, device: torch.device) -> str:
     found: dict[str, list[str]] = {}
     for kind, implementation in chosen.items():
         found.setdefault(_name(op, implementation, device), []).append(kind)
-    most = max(found, key=lambda name: len(found[name]))
+    # A kernel is never "the rest": what no example shows (fp64) it may not take.
+    rest = [_name(op, which, device) for which in chosen.values() if which not in _KERNELS]
+    most = max(rest or found, key=lambda name: len(found[name]))
     all_types = _types_of(list(chosen))
     parts = []
     for name in (name for name in found if name != most):
@@ -118,7 +120,7 @@ def _types_of(kinds: list[str]) -> dict[str, list[str]]:
 def collect() -> dict[str, Any]:
     """Everything that ``fastvdm info`` prints, as plain types."""
     failed = _register_ops()
-    config = get_config()
+    settings = config.active
     return {
         "versions": {
             "fastvdm": fastvdm.__version__,
@@ -129,9 +131,9 @@ def collect() -> dict[str, Any]:
         },
         "devices": _devices(),
         "extension": extension.reason_off(),
-        "cpu_isa": None if extension.reason_off() else extension.set_cpu_isa(config.cpu_isa),
+        "cpu_isa": None if extension.reason_off() else extension.set_cpu_isa(settings.cpu_isa),
         "interpreter": dispatch.INTERPRETED,
-        "config": {k: getattr(config, k) for k in config.__dataclass_fields__},
+        "config": dataclasses.asdict(settings),
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k == "CC" or k.startswith(_VARIABLES)
         },

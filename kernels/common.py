@@ -13,13 +13,6 @@ INTERPRET = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-_TL_DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-
 
 def acc_dtype(dtype: torch.dtype) -> tl.dtype:
     """Accumulator of a kernel: fp64 for fp64 input, so that gradcheck runs there; else fp32."""

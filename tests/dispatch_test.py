@@ -196,6 +196,43 @@ def test_strict_turns_a_fallback_into_an_error(toy_op):
     assert _call.select(toy_op, CPU, 3) == "reference"  # nothing here to fall back from
 
 
+@pytest.mark.parametrize(
+    "reason, by_default, by_name",
+    [
+        (None, "cpu", "cpu"),
+        ("refuses", None, None),
+        (dispatch.ByDesign("composed"), "parts", "parts"),
+        (dispatch.ByDefault("fp64"), "parts", None),
+        (dispatch.ByName("slower"), "parts", "cpu"),
+    ],
+)
+@pytest.mark.parametrize("after", ["parts", "reference"])
+def test_reasons(reason, by_default, by_name, after, toy_op, monkeypatch):
+    """What takes the call where a kernel gives this reason; None: a fallback, said aloud."""
+
+    def call():
+        yield "cpu", reason
+        if after == "parts":
+            yield "parts", None
+
+    toy = types.SimpleNamespace(implementations=call, off=dict.fromkeys(dispatch.KERNELS))
+    monkeypatch.setitem(dispatch.OPS, toy_op, toy)
+    for backend, wanted in (("auto", by_default), ("cpu", by_name)):
+        if (backend, after, wanted) == ("cpu", "reference", "parts"):
+            wanted = None  # of a backend that was asked for, the reference is never the way
+        with use_backend(backend, strict=True):
+            if wanted is not None:
+                assert _call.select(toy_op, CPU) == (wanted if wanted == "cpu" else after)
+                continue
+            with pytest.raises(FallbackError):
+                _call.select(toy_op, CPU)
+        monkeypatch.setattr(_call, "_warned", set())
+        with use_backend(backend, strict=False), pytest.warns(UserWarning) as seen:
+            assert _call.select(toy_op, CPU) == after
+        instead = "its parts" if after == "parts" else "the torch reference"
+        assert f"fastvdm.toy uses {instead}: cpu: " in str(seen[0].message)
+
+
 def test_a_fallback_warns_once(toy_op):
     with use_backend("triton", strict=False):
         with pytest.warns(UserWarning, match="toy uses the torch reference"):

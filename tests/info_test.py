@@ -85,11 +85,14 @@ def test_what_runs_the_linear_layer(types, backend, monkeypatch):
     monkeypatch.setattr(linear_ops, "run", lambda op, x, *_: ran.append(x.dtype))
     with use_backend(backend):
         said = _call.examples("linear", torch.device("cpu"))
+        line = info._runs("linear", torch.device("cpu"))
         for dtype in TYPES.values():
             linear_ops.linear(torch.zeros(5, 7, dtype=dtype), torch.zeros(8, 7, dtype=dtype))
     assert [TYPES[name] for name, which in said.items() if which == "cpu"] == ran
     wanted = {"auto": types, "cpu": tuple(TYPES.values()), "reference": ()}[backend]
     assert set(ran) == set(wanted)
+    assert line.endswith("for the rest") is (0 < len(wanted) < 3)
+    assert ("C++ for the rest" not in line) and (line == "C++") is (len(wanted) == 3)
 
 
 def test_what_runs_names_a_missing_extension(monkeypatch):

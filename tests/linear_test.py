@@ -16,7 +16,7 @@ from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.runtime import extension
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByName, explain
+from fastvdm.runtime.dispatch import ByName, FallbackError, explain
 from fastvdm.testing import assert_parity, cpu_isas, grads, make_exact_operand, opcheck_op
 
 NAMES = ("x", "weight", "bias")
@@ -172,7 +172,8 @@ def test_who_takes_it(monkeypatch):
         assert select("linear", device, torch.bfloat16) == "torch"
         with use_backend("cpu", strict=True):
             assert select("linear", device, torch.float32) == "cpu"
-            assert select("linear", device, torch.float64) == "torch"
+            with pytest.raises(FallbackError, match="linear fell back to torch's own: cpu: .*64"):
+                select("linear", device, torch.float64)
     monkeypatch.setattr(op, "EMULATED", ())
     assert select("linear", device, half) == "torch"
     monkeypatch.setitem(BODIES, "linear_fwd", None)

@@ -548,6 +548,8 @@ def test_bad_inputs():
         (ValueError, "x2 must be", dict(x2=x[:, :1])),
         (ValueError, r"weight must be \(12,\)", dict(x2=x)),
         (TypeError, "residual must be torch.float32", dict(residual=x.double())),
+        (TypeError, "weight must be a tensor, got NoneType", dict(weight=None)),
+        (TypeError, "bias must be a tensor, got float", dict(bias=0.5)),
         (TypeError, "scale must be fp32", dict(scale=torch.ones(2, 6).long())),
         (ValueError, "detach", dict(dropout_mask=torch.ones_like(x).requires_grad_())),
         (ValueError, "eps must be", dict(eps=-1.0)),

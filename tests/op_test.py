@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import use_backend
 from fastvdm.ops import _op, guidance  # noqa: F401  (the ops that no network calls)
 from fastvdm.ops._call import BODIES, run
 from fastvdm.ops._op import autograd, backward_of, define, fake, no_double_backward, op
+from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
+from fastvdm.ops.norm_conv import norm_conv
+from fastvdm.ops.space_conv import space_conv
+from fastvdm.reference.space_conv import group_stats_ref
 from fastvdm.runtime import extension
+from fastvdm.runtime.dispatch import off_on
 from fastvdm.testing import opcheck_op
 
 
@@ -227,6 +233,16 @@ class _Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Functions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class _Subclass(torch.Tensor):
     """One that only ``__torch_dispatch__`` tells from a tensor, as DTensor is."""
 
@@ -251,6 +267,9 @@ def test_whoever_listens_hears_the_op():
         with _Seen() as mode:
             call(x, w)
         assert wanted in mode.names
+        with _Functions() as functions:
+            call(x, w)
+        assert any("norm_act_fwd" in name for name in functions.names)
         _Subclass.names.clear()
         call(x, w.as_subclass(_Subclass))  # the last of its arguments counts, too
         assert wanted in _Subclass.names
@@ -259,3 +278,56 @@ def test_whoever_listens_hears_the_op():
         assert "norm_act_fwd" in traced.code
         with FakeTensorMode() as fake_mode:
             assert call(fake_mode.from_tensor(x), fake_mode.from_tensor(w)).shape == x.shape
+
+
+# -- what every op owes its callers ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_view_of_minus_x(backend, device):
+    """The imaginary part of a conjugate holds -x in memory; the dispatcher tells launchers apart
+    from it, so a call that goes past it must, too."""
+    if why := off_on("norm_act", backend, torch.device(device)):
+        pytest.skip(why)
+    x, dy = (torch.randn(1, 2, 3, 4, 8, 2, device=device) for _ in "ab")
+    x, dy = (torch.view_as_complex(t).conj().imag for t in (x, dy))
+    assert x.is_neg() and dy.is_neg()
+    w = torch.randn(8, device=device)
+    found = []
+    with use_backend(backend):
+        for a, da in ((x, dy), (x.resolve_neg(), dy.resolve_neg())):
+            a = a.detach().requires_grad_()
+            y = norm_act(a, w, kind="group", groups=2)
+            found.append((y, *torch.autograd.grad(y, a, da)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def _bias_of(name, x, bias):
+    weight = torch.ones(6, 8, 3, 3, device=x.device)
+    if name == "linear":
+        return linear(x, weight[..., 0, 0], bias)
+    if name == "norm_conv":
+        stats = group_stats_ref(x.detach(), 2)
+        return norm_conv(x, stats, torch.ones(8, device=x.device), None, weight, bias)
+    if name == "pair":
+        return space_conv(x[..., :5], weight, bias, x2=x[..., 5:])
+    return space_conv(x, weight, bias, upsample="nearest" if name == "upsample" else None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "triton"])
+@pytest.mark.parametrize("name", ["linear", "conv", "pair", "upsample", "norm_conv"])
+def test_a_bias_is_not_kept_for_the_backward(name, backend, device):
+    x = torch.randn(1, 2, 3, 4, 8, device=device, requires_grad=True)
+    bias, kept = torch.randn(6, device=device, requires_grad=True), []
+    with (
+        use_backend(backend, strict=False),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.data_ptr()) or t, lambda t: t
+        ),
+    ):
+        y = _bias_of(name, x, bias)
+        assert bias.data_ptr() not in kept
+        with torch.no_grad():
+            bias.add_(1)  # as an optimiser does between the forward and the backward of a pipeline
+        _, db = torch.autograd.grad(y.sum(), (x, bias))
+    assert torch.equal(db, torch.full_like(db, y[..., 0].numel()))

@@ -536,7 +536,12 @@ def test_choice_is_pinned():
         assert isinstance(explain(op, *call)["triton"], dispatch.ByName)
         chosen, _ = _call.choose(op, torch.device("cuda"), tuple(call))
         assert chosen in ("library", "torch")
+        huge = torch.empty(1, 1, 2**16, 2**16, 8, device="meta", dtype=x.dtype), *call[1:]
+        chosen, lost = _call.choose(op, torch.device("cuda"), huge)
+        assert chosen in ("library", "torch") and lost is None  # nobody asked for Triton
         if not GPU:  # by name, under the interpreter
+            with use_backend("triton"):
+                assert "int32" in _call.choose(op, torch.device("cpu"), huge)[1][2]
             with use_backend("triton"):
                 assert select(op, torch.device("cpu"), *call) == "triton"
     with use_backend("reference"):

@@ -165,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTenso
   p.y = y.mutable_data_ptr();
   p.residual = optional_input(residual, "residual", dtype, y.numel());
 
-  const bool given = mean.has_value() && rstd.has_value();
+  STD_TORCH_CHECK(mean.has_value() == rstd.has_value(), "norm_act: give mean and rstd, or neither");
+  const bool given = mean.has_value();
   const std::vector<int64_t> saved = given ? std::vector<int64_t>{0} : plan.stats_shape;
   Tensor mean_out = empty(x, saved, ScalarType::Float);
   Tensor rstd_out = empty(x, saved, ScalarType::Float);

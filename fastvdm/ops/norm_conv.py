@@ -16,7 +16,6 @@ from torch import Tensor
 from fastvdm.kernels.limits import GROUP
 from fastvdm.ops import space_conv as conv_ops
 from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
-from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import flops
 from fastvdm.ops._op import autograd, op
 from fastvdm.ops.norm_act import check_stats, norm_act, norm_act_bwd, norm_act_fwd
@@ -123,9 +122,10 @@ def norm_conv(
     Raises:
         ValueError, TypeError: as ``norm_act`` and ``space_conv``.
     """
-    if x.ndim != 5:
-        check_video(x)
-    groups, c = stats[0].shape[-1], x.shape[-1]
+    check_conv(x, None, weight, bias, 1, residual)
+    if len(stats) != 2 or stats[0] is None or stats[0].ndim != 2:
+        raise ValueError("stats must be (mean, rstd), each (B, groups)")
+    groups, c = stats[0].shape[1], x.shape[-1]
     which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
     if which != "triton":
         h = norm_act(
@@ -133,7 +133,6 @@ def norm_conv(
             eps=eps, scale=scale, shift=shift, act=act, stats=stats,
         )  # fmt: skip
         return space_conv(h, weight, bias, residual=residual)
-    check_conv(x, None, weight, bias, 1, residual, None)
     if groups < 1 or c % groups:
         raise ValueError(f"groups must divide the {c} channels, got {groups}")
     check_stats(x, stats, groups, per_frame)

@@ -54,10 +54,6 @@ class Config:
 active = Config.from_env()  # read it as config.active: use_backend puts another in its place
 
 
-def get_config() -> Config:
-    return active
-
-
 @contextmanager
 def use_backend(backend: str, *, strict: bool | None = None) -> Iterator[None]:
     """Force ``backend`` for every op inside the block, e.g. ``use_backend("reference")``.
