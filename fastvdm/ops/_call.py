@@ -169,7 +169,7 @@ def _fallback(op: str, name: str, backend: str, off: str | None, reason: str | N
     if config.active.strict:
         raise FallbackError(f"{op} fell back to {instead}: {off or f'{backend}: {reason}'}")
     if off is not None:  # of every op, so it is said once
-        _warn(f"fastvdm runs on its torch reference: {off} ({_MEANT})")
+        _warn(f"fastvdm runs on plain torch: {off} ({_MEANT})")
     else:
         _warn(f"fastvdm.{op} uses {instead}: {backend}: {reason}")
 
