@@ -96,7 +96,7 @@ def _runs(op: str, device: torch.device) -> str:
     found: dict[str, list[str]] = {}
     for kind, implementation in chosen.items():
         found.setdefault(_name(op, implementation, device), []).append(kind)
-    # A kernel is never "the rest": what no example shows (fp64) it may not take.
+    # Beside others a kernel is never "the rest": what no example shows (fp64) it may not take.
     rest = [_name(op, which, device) for which in chosen.values() if which not in _KERNELS]
     most = max(rest or found, key=lambda name: len(found[name]))
     all_types = _types_of(list(chosen))

@@ -101,6 +101,39 @@ def test_pre_norm_block_is_the_same_on_every_backend(resample):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+class _Wrapped(torch.nn.Module):
+    """Stands in the place of a module, as adapters do, and has none of its attributes."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("block", [ResnetBlock, PreNormResnetBlock])
+@pytest.mark.parametrize("name", ["conv1", "norm1", "conv2", "norm2", "skip"])
+def test_a_wrapped_module_of_a_residual_block(block, name):
+    """It is called, and what stands beside it stays fused."""
+    block = block(8 + 4, 8, group, emb_dim=5)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, x2 = torch.randn(1, 2, 4, 6, 8), torch.randn(1, 2, 4, 6, 4)
+    emb, called = torch.randn(1, 5), []
+    wanted = block(x, emb, x2)
+    setattr(block, name, _Wrapped(getattr(block, name)))
+    getattr(block, name).inner.register_forward_hook(lambda *_: called.append(name))
+    torch.testing.assert_close(block(x, emb, x2), wanted, rtol=1e-4, atol=1e-4)
+    assert called == [name]
+
+
+def test_a_hook_unfuses_no_other_pair():
+    block = ResnetBlock(8, 8, group, emb_dim=5)
+    block.conv2.register_forward_hook(lambda *_: None)
+    seen = launches(block, torch.randn(1, 2, 4, 6, 8), torch.randn(1, 5))
+    assert seen["space_conv_stats_fwd"] == seen["space_conv_fwd"] == 1
+
+
 def _attention(axis: str, channels: int) -> AxisAttention:
     return AxisAttention(axis, Norm("layer", channels), 2, 16, bias=True)
 

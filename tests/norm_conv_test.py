@@ -346,15 +346,12 @@ def test_bad_inputs(backend):
         (TypeError, "shift must be fp32", dict(shift=torch.ones(2, 6).long())),
         (ValueError, "residual must be", dict(residual=x)),
         (ValueError, "x must be", dict(x=x[0])),
-        (
-            TypeError,
-            "weight must be a tensor",
-            dict(norm_weight=None),
-        ),
+        (TypeError, "^norm_weight must be a tensor", dict(norm_weight=None)),
         (ValueError, "weight must be 4-D", dict(weight=torch.tensor(1.0))),
         (ValueError, r"stats must be \(mean, rstd\)", dict(stats=(None, stats[1]))),
         (ValueError, r"stats must be \(mean, rstd\)", dict(stats=(stats[0], None))),
         (ValueError, r"stats must be \(mean, rstd\)", dict(stats=torch.ones(2))),
+        (ValueError, "eps must be", dict(eps=-1.0)),
     ]
     for error, text, change in bad:
         given = dict(x=x, stats=stats, norm_weight=w, norm_bias=None, weight=weight) | change

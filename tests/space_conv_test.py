@@ -525,6 +525,19 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
     assert x.grad is not None and weight.grad is not None
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+@pytest.mark.parametrize("upsample", [None, "nearest"])
+def test_empty_batch(backend, upsample, device):
+    x = torch.randn(0, 2, 3, 5, 4, device=device, requires_grad=True)
+    weight = torch.randn(6, 4, 3, 3, device=device, requires_grad=True)
+    with use_backend(backend, strict=False):
+        y = ops.space_conv(x, weight, upsample=upsample)
+        dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+    factor = 1 if upsample is None else 2
+    assert y.shape == (0, 2, 3 * factor, 5 * factor, 6) and dx.shape == x.shape
+    assert torch.equal(dw, torch.zeros_like(weight))
+
+
 def test_choice_is_pinned():
     """No kernel that has not been measured on a GPU is the default there."""
     x = torch.empty(1, 1, 8, 8, 64, device="meta", dtype=torch.float16)

@@ -65,10 +65,9 @@ def _conv_norm(
     )
 
 
-def _may_fuse(convs: tuple[SpaceConv, ...], norms: tuple[Norm, ...]) -> bool:
-    """Whether fused ops may stand for all of these; not where statistics come from all ranks."""
-    plain = [is_plain(conv, SpaceConv) for conv in convs]
-    return all(plain) and all([n.shards is None and is_plain(n, Norm) for n in norms])
+def _plain(conv: SpaceConv, norm: Norm) -> bool:
+    """Whether one op may stand for the two; not where the statistics come from all ranks."""
+    return is_plain(conv, SpaceConv) and is_plain(norm, Norm) and norm.shards is None
 
 
 class ResnetBlock(nn.Module):
@@ -100,12 +99,12 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
         mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
-        fused = _may_fuse((self.conv1, self.conv2), (self.norm1, self.norm2))
+        first, second = _plain(self.conv1, self.norm1), _plain(self.conv2, self.norm2)
         h = _conv_norm(
-            fused, self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask
+            first, self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask
         )
         residual = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)
-        return _conv_norm(fused, self.conv2, self.norm2, h, residual=residual)
+        return _conv_norm(second, self.conv2, self.norm2, h, residual=residual)
 
 
 class PreNormResnetBlock(nn.Module):
@@ -159,8 +158,8 @@ class PreNormResnetBlock(nn.Module):
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
-            fused = _may_fuse((self.conv1, self.conv2), (self.norm2,))
-            if mask is None and not up and fused:
+            fused = _plain(self.conv1, self.norm2)
+            if fused and mask is None and not up and is_plain(self.conv2, SpaceConv):
                 conv1, norm, conv2 = self.conv1, self.norm2, self.conv2
                 return conv_norm_conv(
                     h, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,

@@ -33,6 +33,7 @@ from fastvdm.runtime.dispatch import (
 # --- check ---------------------------------------------------------------------------------------
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_NEVER_NONE = ("weight", "coef", "model_out", "estimate")
 
 
 def check_tensors(
@@ -43,8 +44,7 @@ def check_tensors(
     same: tuple[str, ...] = (),
 ) -> None:
     """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
-    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix. A weight is
-    never None.
+    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix.
 
     Raises:
         ValueError: a shape or a device does not fit.
@@ -52,18 +52,23 @@ def check_tensors(
     """
     device, dtype = x.device, x.dtype
     for name, t, shape in wanted:
-        if t is None and not name.endswith("weight"):
+        if t is None and not name.endswith(_NEVER_NONE):
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if not isinstance(t, Tensor) or tuple(t.shape) != shape:
+            raise wrong_form(name, t, str(shape))
         if t.device != device:
             raise ValueError(f"{name} must be on {device} like {beside}, got {t.device}")
         if t.dtype not in dtypes:
             raise TypeError(f"{name} must be {listed(dtypes)}, got {t.dtype}")
         if t.dtype != dtype and name in same and not mix(t, x):
             raise TypeError(f"{name} must be {dtype} like {beside}, got {t.dtype}")
+
+
+def wrong_form(name: str, t: Any, form: str) -> Exception:
+    """The error of a ``t`` that has not the ``form``, or is no tensor at all."""
+    if isinstance(t, Tensor):
+        return ValueError(f"{name} must be {form}, got {tuple(t.shape)}")
+    return TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvdm.ops._call import FLOATS, check_tensors, listed, mix
+from fastvdm.ops._call import FLOATS, check_tensors, listed, mix, wrong_form
 
 
 def check_video(x: Tensor, name: str = "x") -> None:
     """A floating-point (B, F, H, W, C)."""
-    if x.ndim != 5:
-        raise ValueError(f"{name} must be (B, F, H, W, C), got {tuple(x.shape)}")
+    if getattr(x, "ndim", 0) != 5:
+        raise wrong_form(name, x, "(B, F, H, W, C)")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be {listed(FLOATS)}, got {x.dtype}")
 
@@ -60,14 +60,12 @@ def check_block(
     Raises:
         ValueError, TypeError: the first that does not fit.
     """
-    if x.ndim != 5:
+    if getattr(x, "ndim", 0) != 5:
         check_video(x)
     channels = x.shape[4]
-    if qkv_weight.ndim != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
-        raise ValueError(
-            f"qkv_weight must be (3 * heads * D, C) with heads = {heads}, "
-            f"got {tuple(qkv_weight.shape)}"
-        )
+    rank = getattr(qkv_weight, "ndim", 0)
+    if rank != 2 or heads < 1 or qkv_weight.shape[0] % (3 * heads):
+        raise wrong_form("qkv_weight", qkv_weight, f"(3 * heads * D, C) with heads = {heads}")
     features = qkv_weight.shape[0]
     check_tensors(
         x,
@@ -117,14 +115,13 @@ def check_options(
     for name, table in (("rel_k", rel_k), ("rel_v", rel_v)):
         if table is None:
             continue
-        if table.ndim != 3 or table.shape[0] not in (1, heads) or table.shape[1] % 2 == 0:
-            raise ValueError(f"{name} must be (1 or {heads}, 2R+1, {d}), got {tuple(table.shape)}")
+        rank = getattr(table, "ndim", 0)
+        if rank != 3 or table.shape[0] not in (1, heads) or table.shape[1] % 2 == 0:
+            raise wrong_form(name, table, f"(1 or {heads}, 2R+1, {d})")
         check_tensors(qkv_like, (name, table, (*table.shape[:2], d)), beside=beside)
     if rotary is not None:
-        if rotary.ndim != 3 or not 0 < 2 * rotary.shape[-1] <= d:
-            raise ValueError(
-                f"rotary must be (2, {n}, R/2) with R in 2..{d}, got {tuple(rotary.shape)}"
-            )
+        if getattr(rotary, "ndim", 0) != 3 or not 0 < 2 * rotary.shape[-1] <= d:
+            raise wrong_form("rotary", rotary, f"(2, {n}, R/2) with R in 2..{d}")
         shape = (2, n, rotary.shape[-1])
         check_tensors(qkv_like, ("rotary", rotary, shape), beside=beside, dtypes=(torch.float32,))
     if focus_mask is not None:

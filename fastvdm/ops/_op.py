@@ -217,6 +217,9 @@ def _declare_backward(
     arguments = {n: kinds.get(n, Tensor) for n in takes}
     arguments |= {f"need_{group}": bool for group in _groups(wanted)} | {"backend": str}
     place = {n: i for i, n in enumerate(arguments)}
+    for g in wanted:
+        if g.argument not in place and not g.argument.endswith("bias"):
+            raise ValueError(f"{name} does not take {g.argument}, whose gradient it makes")
     forms = [
         (place.get(g.argument), place.get(f"need_{g.group}"), g.argument in laid_out)
         for g in wanted

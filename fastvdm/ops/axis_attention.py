@@ -16,18 +16,16 @@ on one device; the last axis of ``qkv`` and ``dout`` has stride 1 and (H, W) wal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastvdm.kernels.limits import SHORT, SPACE, TIME
-from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
 from fastvdm.ops._check import check_options
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.runtime.dispatch import FP64, implementations
+from fastvdm.runtime.dispatch import FP64, Implementations, implementations
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}
@@ -94,7 +92,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 
 
 @implementations("axis_attention", "axis_attention_fwd", "axis_attention_bwd", examples=_examples)
-def _(qkv: Tensor) -> Iterator[tuple[str, str | None]]:
+def _(qkv: Tensor) -> Implementations:
     d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if fp64 else None)
@@ -141,8 +139,8 @@ def axis_attention(
     """
     if axis not in _AXES:
         raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
-    if qkv.ndim != 7 or qkv.shape[4] != 3:
-        raise ValueError(f"qkv must be (B, F, H, W, 3, heads, D), got {tuple(qkv.shape)}")
+    if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
+        raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
     check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
     check_options(
         qkv, tuple(qkv.shape), axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, "qkv"

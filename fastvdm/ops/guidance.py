@@ -9,12 +9,10 @@ need one, and a backward through them raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fastvdm.ops._call import check_tensors, run, select
+from fastvdm.ops._call import check_tensors, run, select, wrong_form
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import autograd, op
 from fastvdm.reference.guidance import (
@@ -23,7 +21,7 @@ from fastvdm.reference.guidance import (
     guidance_seed_ref,
     guidance_update_ref,
 )
-from fastvdm.runtime.dispatch import FP64, implementations
+from fastvdm.runtime.dispatch import FP64, Implementations, implementations
 
 _STATE = (torch.float32, torch.float64)
 
@@ -85,23 +83,20 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 for _op in ("guidance_seed", "guidance_update"):
 
     @implementations(_op, f"{_op}_fwd", examples=_examples)
-    def _(z: Tensor, other: Tensor) -> Iterator[tuple[str, str | None]]:
+    def _(z: Tensor, other: Tensor) -> Implementations:
         fp64 = torch.float64 in (z.dtype, other.dtype)
         yield "cpu", FP64 if fp64 else None
         yield "triton", None
 
 
 def _check_state(z: Tensor, other: Tensor, name: str, coef: Tensor, names: tuple[str, ...]) -> None:
-    if z.ndim != 5:
-        raise ValueError(f"z must be (B, C, F, H, W), got {tuple(z.shape)}")
+    if getattr(z, "ndim", 0) != 5:
+        raise wrong_form("z", z, "(B, C, F, H, W)")
     check_tensors(z, ("z", z, tuple(z.shape)), dtypes=_STATE)
     check_tensors(z, (name, other, tuple(z.shape)), beside="z")
-    if coef.shape != (z.shape[0], len(names)) or coef.dtype != z.dtype:
-        raise ValueError(
-            f"coef must be ({z.shape[0]}, {len(names)}) {z.dtype}: {', '.join(names)}; got "
-            f"{tuple(coef.shape)} {coef.dtype}"
-        )
-    check_tensors(z, ("coef", coef, tuple(coef.shape)), beside="z")
+    if getattr(coef, "shape", None) != (z.shape[0], len(names)):
+        raise wrong_form("coef", coef, f"({z.shape[0]}, {len(names)}): {', '.join(names)}")
+    check_tensors(z, ("coef", coef, tuple(coef.shape)), beside="z", dtypes=(z.dtype,))
 
 
 def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: str) -> int:
@@ -111,8 +106,10 @@ def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: s
     if values is None or slot is None:
         return 1
     b, c, f, h, w = z.shape
-    factor = h // values.shape[3] if values.ndim == 5 and 0 < values.shape[3] <= h else 0
-    expected = (b, c, values.shape[2] if values.ndim == 5 else "K", h // max(factor, 1))
+    if getattr(values, "ndim", 0) != 5:
+        raise wrong_form(name, values, f"({b}, {c}, K, ...)")
+    factor = h // values.shape[3] if 0 < values.shape[3] <= h else 0
+    expected = (b, c, values.shape[2], h // max(factor, 1))
     if (
         factor == 0
         or values.shape[:2] != (b, c)
@@ -227,10 +224,8 @@ def guidance_update(
         raise ValueError("give noise or rng, not both")
     b = z.shape[0]
     if rng is not None:
-        if rng.shape not in ((b,), (b, 2)) or rng.dtype != torch.int64:
-            raise ValueError(
-                f"rng must be ({b},) or ({b}, 2) int64, got {tuple(rng.shape)} {rng.dtype}"
-            )
+        if getattr(rng, "shape", None) not in ((b,), (b, 2)):
+            raise wrong_form("rng", rng, f"({b},) or ({b}, 2)")
         check_tensors(z, ("rng", rng, tuple(rng.shape)), beside="z", dtypes=(torch.int64,))
     check_tensors(z, ("threshold", threshold, (b,)), beside="z")
     which = select("guidance_update", z.device, z, estimate)

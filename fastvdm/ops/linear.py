@@ -8,7 +8,6 @@ fp32 too, and on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -16,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select
+from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select, wrong_form
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
-from fastvdm.runtime.dispatch import ByDefault, ByName, implementations
+from fastvdm.runtime.dispatch import ByDefault, ByName, Implementations, implementations
 from fastvdm.runtime.extension import EMULATED
 
 
@@ -65,7 +64,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 
 
 @implementations("linear", "linear_fwd", "linear_dx", backends=("cpu",), examples=_examples)
-def _(dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
+def _(dtype: torch.dtype) -> Implementations:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         yield "cpu", ByDefault(f"{dtype} is not a type of its kernels")
     elif dtype not in EMULATED:
@@ -84,11 +83,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if is_traceable_wrapper_subclass(weight):  # quantised or distributed: it knows torch's own ops
         return F.linear(x, weight, bias)
-    if weight.ndim != 2 or min(weight.shape) < 1:
-        raise ValueError(f"weight must be (N, K), got {tuple(weight.shape)}")
+    if getattr(weight, "ndim", 0) != 2 or min(weight.shape) < 1:
+        raise wrong_form("weight", weight, "(N, K)")
     n, k = weight.shape
-    if x.ndim < 1 or x.shape[-1] != k:
-        raise ValueError(f"x must be (..., {k}), got {tuple(x.shape)}")
+    if getattr(x, "ndim", 0) < 1 or x.shape[-1] != k:
+        raise wrong_form("x", x, f"(..., {k})")
     check_tensors(
         x, ("x", x, tuple(x.shape)), ("weight", weight, (n, k)), ("bias", bias, (n,)),
         same=("weight", "bias"),

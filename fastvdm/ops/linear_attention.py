@@ -11,16 +11,14 @@ so neither direction passes over the frame more than twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.linear_attention import linear_attention_ref
-from fastvdm.runtime.dispatch import FP64, implementations
+from fastvdm.runtime.dispatch import FP64, Implementations, implementations
 
 _MAX_DIM = 128
 
@@ -52,7 +50,7 @@ linear_attention_bwd = backward_of(linear_attention_fwd)
     "linear_attention", "linear_attention_fwd", "linear_attention_bwd",
     examples=lambda device: {"fp32": (torch.empty(1, 1, 1, 1, 3, 1, 32, device=device),)},
 )  # fmt: skip
-def _(qkv: Tensor) -> Iterator[tuple[str, str | None]]:
+def _(qkv: Tensor) -> Implementations:
     d, dtype = qkv.shape[-1], qkv.dtype
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if dtype == torch.float64 else None)
@@ -76,8 +74,8 @@ def linear_attention(qkv: Tensor, *, sm_scale: float | None = None) -> Tensor:
         ValueError: wrong rank or axis 4 is not 3.
         TypeError: dtype not among the four.
     """
-    if qkv.ndim != 7 or qkv.shape[4] != 3:
-        raise ValueError(f"qkv must be (B, F, H, W, 3, heads, D), got {tuple(qkv.shape)}")
+    if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
+        raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
     check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
     qkv = qkv.to(autocast_dtype(qkv))
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)

@@ -12,8 +12,6 @@ elsewhere norm_linear, linear_attention and linear_residual.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.linear_attention_block import linear_attention_block_ref
-from fastvdm.runtime.dispatch import FP64, ByName, implementations
+from fastvdm.runtime.dispatch import FP64, ByName, Implementations, implementations
 
 
 @op(
@@ -63,7 +61,7 @@ linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
     "linear_attention_block", "linear_attention_block_fwd", "linear_attention_block_bwd",
     backends=("cpu",), examples=lambda device: {"fp32": (torch.empty(1, device=device),)},
 )  # fmt: skip
-def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor) -> Implementations:
     fp64 = x.dtype == torch.float64
     yield "cpu", FP64 if fp64 else None
     here = "on a CPU what the C++ kernel leaves runs on the torch reference"

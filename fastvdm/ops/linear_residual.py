@@ -7,18 +7,17 @@ Where there is no such kernel it is ``linear``, then a sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from fastvdm.ops._call import autocast_dtype, check_tensors, run, select
+from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
 from fastvdm.ops._check import check_projection
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.ops.linear import linear
-from fastvdm.runtime.dispatch import FP64, ByName, implementations
+from fastvdm.runtime.dispatch import FP64, ByName, Implementations, implementations
 
 
 @op(
@@ -41,7 +40,7 @@ linear_residual_bwd = backward_of(linear_residual_fwd)
     "linear_residual", "linear_residual_fwd", "linear_residual_bwd", backends=("triton",),
     examples=lambda device: {"fp32": (torch.empty(1, device=device),)},
 )  # fmt: skip
-def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor) -> Implementations:
     if x.dtype == torch.float64 and x.is_cuda:
         yield "triton", FP64  # as norm_linear
     else:
@@ -63,13 +62,13 @@ def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = 
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    if weight.ndim != 2 or x.ndim < 1 or o.ndim < 1:
-        raise ValueError(f"weight must be (N, K), got {tuple(weight.shape)}")
+    if getattr(weight, "ndim", 0) != 2 or min(weight.shape) < 1:
+        raise wrong_form("weight", weight, "(N, K)")
     n, k = weight.shape
-    if min(n, k) < 1 or x.shape[-1] != n or tuple(o.shape) != (*x.shape[:-1], k):
-        raise ValueError(
-            f"expected x (..., {n}) and o (..., {k}), got {tuple(x.shape)} and {tuple(o.shape)}"
-        )
+    if getattr(x, "ndim", 0) < 1 or x.shape[-1] != n:
+        raise wrong_form("x", x, f"(..., {n})")
+    if getattr(o, "shape", None) != (*x.shape[:-1], k):
+        raise wrong_form("o", o, str((*x.shape[:-1], k)))
     check_tensors(
         x, ("x", x, tuple(x.shape)), ("o", o, tuple(o.shape)), ("weight", weight, (n, k)),
         ("bias", bias, (n,)),

@@ -10,7 +10,7 @@ x_bias is the bias of the convolution that made x, where that would add it in a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.norm_act import norm_act_ref
-from fastvdm.runtime.dispatch import FP64, implementations
+from fastvdm.runtime.dispatch import FP64, Implementations, implementations
 
 _MASKS = (*FLOATS, torch.bool, torch.uint8)
 
@@ -82,7 +82,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 
 
 @implementations("norm_act", "norm_act_fwd", "norm_act_bwd", examples=_examples)
-def _(x: Tensor, kind: str, channels: int) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor, kind: str, channels: int) -> Implementations:
     fp64 = x.dtype == torch.float64
     yield "cpu", FP64 if fp64 else None
     wide = kind != "group" and channels > MAX_ROW_CHANNELS
@@ -145,7 +145,7 @@ def norm_act(
     Raises:
         ValueError, TypeError: a shape, device, dtype or option does not fit.
     """
-    if x.ndim != 5:
+    if getattr(x, "ndim", 0) != 5:
         check_video(x)
     if kind not in NORM_KINDS:
         raise ValueError(f'kind must be "group", "rms" or "layer", got {kind!r}')

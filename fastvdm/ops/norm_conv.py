@@ -8,7 +8,7 @@ kept for the backward, which makes it again with ``norm_act`` where weight gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fastvdm.ops._cost import flops
 from fastvdm.ops._op import autograd, op
 from fastvdm.ops.norm_act import check_stats, norm_act, norm_act_bwd, norm_act_fwd
 from fastvdm.ops.space_conv import check_conv, space_conv, space_conv_bwd
-from fastvdm.runtime.dispatch import ByDesign, implementations
+from fastvdm.runtime.dispatch import ByDesign, Implementations, implementations
 
 
 @op("norm_conv", strided="scale shift weight")
@@ -81,7 +81,7 @@ autograd(norm_conv_fwd, _backward, setup_context=_save)
     "norm_conv", "norm_conv_fwd", backends=("triton",),
     examples=lambda device: {"fp32": (torch.empty(1, 1, 1, 1, 8, device=device), 3)},
 )  # fmt: skip
-def _(x: Tensor, kernel: int) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor, kernel: int) -> Implementations:
     if autocast_dtype(x) != x.dtype:
         yield "triton", ByDesign("autocast gives the convolution another type than the norm")
     else:
@@ -123,16 +123,9 @@ def norm_conv(
         ValueError, TypeError: as ``norm_act`` and ``space_conv``.
     """
     check_conv(x, None, weight, bias, 1, residual)
-    if len(stats) != 2 or stats[0] is None or stats[0].ndim != 2:
+    if len(stats) != 2 or getattr(stats[0], "ndim", 0) != 2:
         raise ValueError("stats must be (mean, rstd), each (B, groups)")
     groups, c = stats[0].shape[1], x.shape[-1]
-    which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
-    if which != "triton":
-        h = norm_act(
-            x, norm_weight, norm_bias, kind="group", groups=groups, per_frame=per_frame,
-            eps=eps, scale=scale, shift=shift, act=act, stats=stats,
-        )  # fmt: skip
-        return space_conv(h, weight, bias, residual=residual)
     if groups < 1 or c % groups:
         raise ValueError(f"groups must divide the {c} channels, got {groups}")
     check_stats(x, stats, groups, per_frame)
@@ -141,6 +134,15 @@ def norm_conv(
         x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
         ("scale", scale, film), ("shift", shift, film),
     )  # fmt: skip
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
+    if which != "triton":
+        h = norm_act(
+            x, norm_weight, norm_bias, kind="group", groups=groups, per_frame=per_frame,
+            eps=eps, scale=scale, shift=shift, act=act, stats=stats,
+        )  # fmt: skip
+        return space_conv(h, weight, bias, residual=residual)
     x, weight, bias, residual = conv_ops.cast(x, weight, bias, residual)
     if scale is not None and scale.stride(1) != 1:
         scale = scale.contiguous()

@@ -7,20 +7,19 @@ inputs is saved for the backward. Where there is no such kernel it is ``norm_act
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
 from fastvdm.kernels.limits import MAX_ROW_CHANNELS
-from fastvdm.ops._call import autocast_dtype, autocast_on, check_tensors, run, select
+from fastvdm.ops._call import autocast_dtype, autocast_on, check_tensors, run, select, wrong_form
 from fastvdm.ops._check import check_eps, check_projection, check_video
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.runtime.dispatch import FP64, ByDefault, ByName, implementations
+from fastvdm.runtime.dispatch import FP64, ByDefault, ByName, Implementations, implementations
 
 
 @op(
@@ -49,7 +48,7 @@ norm_linear_bwd = backward_of(norm_linear_fwd)
     "norm_linear", "norm_linear_fwd", "norm_linear_bwd", backends=("triton",),
     examples=lambda device: {"fp32": (torch.empty(1, 1, 1, 1, 64, device=device),)},
 )  # fmt: skip
-def _(x: Tensor) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor) -> Implementations:
     if x.dtype == torch.float64 and x.is_cuda:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         yield "triton", FP64
@@ -83,11 +82,11 @@ def norm_linear(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
     """
-    if x.ndim != 5:
+    if getattr(x, "ndim", 0) != 5:
         check_video(x)
     c = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != c:
-        raise ValueError(f"weight must be (N, {c}), got {tuple(weight.shape)}")
+    if getattr(weight, "ndim", 0) != 2 or weight.shape[1] != c:
+        raise wrong_form("weight", weight, f"(N, {c})")
     n = weight.shape[0]
     if min(*x.shape[1:], n) < 1:
         raise ValueError(f"only the batch may be empty, got {tuple(x.shape)} to {n}")

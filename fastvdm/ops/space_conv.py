@@ -7,20 +7,19 @@ first: folded, the upsampled tensor is never made and 5/9 of the multiplications
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select
+from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select, wrong_form
 from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime.device import INTERPRETED
-from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, implementations
+from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, Implementations, implementations
 from fastvdm.runtime.extension import AMX, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
@@ -139,9 +138,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 
 
 @implementations("space_conv", "space_conv_fwd", "space_conv_dx", examples=_examples)
-def _(
-    x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype
-) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype) -> Implementations:
     """A library is a composition behind our op, "torch" one call under torch's autograd.
 
     A pair of sources: no concatenated copy is kept for the backward; 0.95-1.1x the time of one call
@@ -171,7 +168,7 @@ def _transpose_examples(device: torch.device) -> dict[str, tuple]:
     "space_conv_transpose", "space_conv_transpose_fwd", "space_conv_transpose_bwd",
     backends=("triton",), examples=_transpose_examples,
 )  # fmt: skip
-def _(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
+def _(x: Tensor, dtype: torch.dtype) -> Implementations:
     """Four phases against one call of oneDNN: in bf16 0.36x the time at 64 channels, 0.6x at 128,
     1.06x at 256 (without AMX; with it not measured), else 1.1-3.7x. Machine and sizes as above."""
     yield "triton", by_triton(x, 4, dtype)
@@ -199,16 +196,16 @@ def check_conv(
     Raises:
         ValueError, TypeError: the first that does not fit.
     """
-    if x.ndim != 5:
+    if getattr(x, "ndim", 0) != 5:
         check_video(x)
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight must be 4-D with a square kernel, got {tuple(weight.shape)}")
+    if getattr(weight, "ndim", 0) != 4 or weight.shape[2] != weight.shape[3]:
+        raise wrong_form("weight", weight, "4-D with a square kernel")
     out, takes, kernel, _ = weight.shape
     if transposed:
         out, takes = takes, out
     channels = x.shape[-1]
     if x2 is not None:
-        if x2.ndim != 5:
+        if getattr(x2, "ndim", 0) != 5:
             check_video(x2, "x2")
         check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
         channels += x2.shape[-1]

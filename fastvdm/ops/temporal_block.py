@@ -7,7 +7,6 @@ GPU's registers is composed of other ops: norm_linear, axis_attention, linear_re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost, tabl
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.reference.temporal_block import temporal_block_ref
-from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, implementations
+from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, Implementations, implementations
 
 
 @op(
@@ -107,7 +106,7 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 @implementations("temporal_block", "temporal_block_fwd", "temporal_block_bwd", examples=_examples)
 def _(
     x: Tensor, qkv_weight: Tensor, heads: int, tables: bool = False, biased: bool = False
-) -> Iterator[tuple[str, str | None]]:
+) -> Implementations:
     fp64 = x.dtype == torch.float64
     yield "cpu", FP64 if fp64 else None
     exceeds = exceeds_registers(x, qkv_weight, heads, tables, biased)

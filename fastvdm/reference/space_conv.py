@@ -29,7 +29,7 @@ def space_conv_ref(
     if upsample == "nearest":
         images = F.interpolate(images, scale_factor=2, mode="nearest")
     y = F.conv2d(images, weight, bias, stride=stride, padding=padding)
-    y = rearrange(y, "(b f) c h w -> b f h w c", b=x.shape[0])
+    y = rearrange(y, "(b f) c h w -> b f h w c", b=x.shape[0], f=x.shape[1])
     if residual is not None:
         y = y + residual.to(y.dtype)
     return y.contiguous()
@@ -39,7 +39,7 @@ def space_conv_transpose_ref(x: Tensor, weight: Tensor, bias: Tensor | None = No
     """The transposed 4x4 convolution, stride 2, padding 1: H and W double."""
     images = rearrange(x, "b f h w c -> (b f) c h w")
     y = F.conv_transpose2d(images, weight, bias, stride=2, padding=1)
-    return rearrange(y, "(b f) c h w -> b f h w c", b=x.shape[0]).contiguous()
+    return rearrange(y, "(b f) c h w -> b f h w c", b=x.shape[0], f=x.shape[1]).contiguous()
 
 
 def group_stats_ref(

@@ -64,9 +64,9 @@ class ByName(ByDesign):
     where that is its own, a composition for any."""
 
 
-Implementations = Iterator[tuple[str, str | None]]
+Implementations = Iterator[tuple[str, str | None]]  # what a generator yields: (name, why not)
 NO_KERNEL = ByDesign("no kernel for this op")
-FP64 = ByDefault("fp64 runs on the torch reference")
+FP64 = ByDefault("fp64 has no kernel")
 NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 
 
