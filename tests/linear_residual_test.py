@@ -197,9 +197,9 @@ def test_elsewhere_it_is_the_parts(backend, monkeypatch):
 
 
 BAD = {
-    "rows": (dict(o=(2, 5, 6)), ValueError, "expected x"),
+    "rows": (dict(o=(2, 5, 6)), ValueError, "o must be"),
     "weight": (dict(weight=(4, 3, 6)), ValueError, "weight must be"),
-    "features": (dict(weight=(5, 6)), ValueError, "expected x"),
+    "features": (dict(weight=(5, 6)), ValueError, "x must be"),
     "bias": (dict(bias=(3,)), ValueError, "bias must be"),
     "o": (dict(kind=torch.float16), TypeError, "o must be"),
     "fp64": (dict(wide=torch.float64), TypeError, "fp64 only throughout"),
