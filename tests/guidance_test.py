@@ -249,7 +249,8 @@ def test_a_place_on_the_device_is_added_to_the_step(lane):
         want = guidance_update(*args, **kwargs)
         got = guidance_update(*args, **kwargs | dict(rng=counted, step=2))
         for bad in (counted[:1], counted.int(), o["rng"][:1]):
-            with pytest.raises(ValueError, match=r"rng must be \(2,\) or \(2, 2\) int64"):
+            error = TypeError if bad.dtype == torch.int32 else ValueError
+            with pytest.raises(error, match="rng must be"):
                 guidance_update(*args, **kwargs | dict(rng=bad))
     assert all(map(torch.equal, want, got))
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvdm.kernels import space_conv_library
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
-from fastvdm.ops import _op
+from fastvdm.ops import _call
 from fastvdm.ops import conv_group_norm as conv_group_norm_ops
 from fastvdm.ops import norm_act as ops
 from fastvdm.ops import space_conv as conv_ops
@@ -206,7 +206,7 @@ def test_only_what_is_wanted(kind, device, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(_op, "launcher", spy)
+    monkeypatch.setattr(_call, "launcher", spy)
     x = torch.randn(2, 1, 3, 5, 6, device=device).half()
     w, x_bias = torch.randn(6, device=device), torch.randn(6, device=device)
     dy = torch.randn_like(x)

@@ -134,8 +134,6 @@ def norm_conv(
         x, ("norm_weight", norm_weight, (c,)), ("norm_bias", norm_bias, (c,)),
         ("scale", scale, film), ("shift", shift, film),
     )  # fmt: skip
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
     which = select("norm_conv", x.device, x, weight.shape[-1]) if x.shape[0] else "parts"
     if which != "triton":
         h = norm_act(
