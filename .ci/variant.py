@@ -67,7 +67,7 @@ def run(variant: str, extra: list[str]) -> int:
     # Run from the copy, so that it is the package that `import fastvdm` finds.
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     options += ["-c", str(ROOT / "pyproject.toml")]
-    options += [*(str(ROOT / "tests" / t) for t in TESTS[variant]), *extra]
+    options += [*(str(ROOT / "tests" / "ops" / t) for t in TESTS[variant]), *extra]
     found = "from fastvdm.runtime import extension as e; print('extension:', e.__file__)"
     found += "; assert not e.reason_off()"
     if variant == "amx":

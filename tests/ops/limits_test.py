@@ -13,7 +13,7 @@ import torch
 from fastvdm.kernels.limits import MAX_ROW_CHANNELS, SHORT, TIME
 from fastvdm.runtime.dispatch import explain
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def test_no_triton_is_needed() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from fastvdm import UNet3D
 from fastvdm.testing import max_error
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "trainers"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "trainers"
 
 
 @pytest.fixture(autouse=True)

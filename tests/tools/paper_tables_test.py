@@ -14,7 +14,7 @@ from paper.intervals import gains_table, joined
 from paper.tables import QUICK, Place, Row, jobs, networks
 from paper.train import HeldOut, Recipe, Training, factor, train
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "paper_tables.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "paper_tables.py"
 TINY = Recipe("tiny", steps=4, batch=2, every=2)
 
 

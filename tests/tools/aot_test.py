@@ -15,8 +15,8 @@ from aot import ARCHS, AotResult, heaviest, minmax, occupancy, stems, table
 
 pytest.importorskip("triton")
 
-KERNELS = Path(__file__).parent.parent / "kernels"
-AOT = Path(__file__).parent.parent / "bench" / "aot.py"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+AOT = Path(__file__).resolve().parents[2] / "bench" / "aot.py"
 
 
 def without_interpreter(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The tile products of the AMX path, alone: see tests/tiles_test.cpp. The whole path runs in
+"""The tile products of the AMX path, alone: see tests/ops/tiles_test.cpp. The whole path runs in
 ``make emulate-amx``."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 pytestmark = pytest.mark.skipif(

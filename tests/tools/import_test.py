@@ -14,7 +14,7 @@ import pytest
 
 import fastvdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {"UNet3D", "accelerate", "convert_optimizer_state", "use_backend", "__version__"}
 
 FORWARD = """

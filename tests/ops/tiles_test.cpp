@@ -1,5 +1,5 @@
 // Tile products of csrc/cpu/common/tiles.h against plain sums, on small integers: equal to the last bit.
-// Built and run by tests/tiles_test.py, emulated anywhere and on the registers where a CPU has them.
+// Built and run by tests/ops/tiles_test.py, emulated anywhere and on the registers where a CPU has them.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>

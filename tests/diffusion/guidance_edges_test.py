@@ -1,6 +1,7 @@
 """Guidance at its edges, with denoisers in closed form: no call may return noise in silence.
 
-``python tests/guidance_edges_test.py`` prints the errors with and without the stable range.
+``python tests/diffusion/guidance_edges_test.py`` prints the errors with and without the stable
+range.
 """
 
 from __future__ import annotations

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import time
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import LEFT, spawn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastvdm import UNet3D
@@ -33,38 +30,6 @@ NETWORKS = {
                   attn_dim_head=8, resnet_groups=4, emb_dim=16, num_blocks=1, position="shaw",
                   zero_init=False),
 }  # fmt: skip
-
-
-# Seconds until a test that hangs is ended and fails, and that a rank waits in a collective for the
-# others: no machine is so busy.
-DEADLINE, WAIT = 1800, 900
-
-
-def spawn(worker, world: int, tmp_path, *args) -> None:
-    """Run ``worker(rank, world, *args)`` in ``world`` processes; an error in one ends all."""
-    arguments = (worker, world, str(tmp_path / "store"), args)
-    context = mp.spawn(_enter, arguments, nprocs=world, join=False)
-    end = time.monotonic() + DEADLINE
-    while not context.join(timeout=1):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"{worker.__name__} hangs")
-
-
-def _enter(rank: int, worker, world: int, store: str, args: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=WAIT),
-    )  # fmt: skip
-    try:
-        worker(rank, world, *args)
-        if worker is not leaving_worker:
-            dist.barrier()  # a rank that is done closes its connections
-    finally:
-        dist.destroy_process_group()
 
 
 def make(name: str) -> tuple[UNet3D, torch.Tensor, torch.Tensor]:
@@ -176,16 +141,17 @@ def test_shares_of_different_sizes_fail_on_every_rank(tmp_path):
     spawn(uneven_worker, 2, tmp_path)
 
 
-def leaving_worker(rank: int, world: int) -> None:
+def leaving_worker(rank: int, world: int) -> str:
     model, x, time_ = make("rms")
     mesh = init_device_mesh("cpu", (world,))
     parallel = frame_parallel(model, mesh)
     if rank == 1:  # its input alone is bad
         with pytest.raises(ValueError, match="multiple of 2 ranks"):
             shard_frames(x[:, :, :7], mesh)
-        return
-    with pytest.raises(RuntimeError, match="(?i)connection|pipe"):
-        parallel(shard_frames(x, mesh), time_)
+    else:
+        with pytest.raises(RuntimeError, match="(?i)connection|pipe"):
+            parallel(shard_frames(x, mesh), time_)
+    return LEFT
 
 
 def test_a_rank_that_leaves_does_not_hang_the_others(tmp_path):

@@ -25,7 +25,7 @@ from harness import (
 from fastvdm import UNet3D
 from fastvdm.ops._cost import Cost
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 X = torch.arange(12.0).reshape(3, 4)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_test import spawn
 from peer import peer_or_skip
+from processes import spawn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
@@ -99,7 +99,7 @@ SMALL = {
 
 def test_command_lines_run(tmp_path, monkeypatch):
     """Train, resume, sample and the rest as documented, at sizes that take seconds. Exporting is
-    ``tests/export_test.py``'s, a preset on eight GPUs nobody's."""
+    ``tests/network/export_test.py``'s, a preset on eight GPUs nobody's."""
     for name in ("typer", "av", "accelerate"):
         pytest.importorskip(name)
     from fastvdm.cli import main

@@ -17,7 +17,7 @@ import torch
 from fastvdm.runtime import device as devices
 from fastvdm.runtime.device import A100, B200, H100, H200, Facts, current_gpu, facts, pretend
 
-KERNELS = Path(__file__).parent.parent / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 # -- what another GPU would launch ----------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch
 from fastvdm.info import _EXTRAS
 from fastvdm.runtime import extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "*.o")
 
 USE = """

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("av", reason="the demo reads video through PyAV")
 pytest.importorskip("rich")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import demo
 import demo_predict
