@@ -1,5 +1,6 @@
 # make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
-# make test    everything: lint, types, tests (what CI runs); 20 minutes on two cores
+# make test    lint, types, tests (what CI runs): XX minutes on two cores; ARGS="-k norm_act": only these
+# make test-all   the slow tests, too: pytest -m slow --collect-only -q names them
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
 # make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
@@ -39,7 +40,7 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test bench gpu isa sanitize emulate-amx fuzz lint info paper-tables peer clean
+.PHONY: demo test test-all bench gpu isa sanitize emulate-amx fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -47,6 +48,9 @@ demo: $(STAMPS)/demo.stamp .peer/done.stamp
 
 test: $(STAMPS)/dev.stamp .peer/done.stamp
 	FASTVDM_REQUIRE_PEER=1 $(PY) .ci/check.py $(ARGS)
+
+test-all: $(STAMPS)/dev.stamp .peer/done.stamp
+	FASTVDM_REQUIRE_PEER=1 $(PY) .ci/check.py --all $(ARGS)
 
 lint: $(STAMPS)/dev.stamp
 	$(PY) .ci/check.py --only lint

@@ -1,6 +1,8 @@
-"""Runs every check of the repository, all of them even if one fails, and ends with a plain table.
+"""Runs the checks of the repository, all of them even if one fails, and ends with a plain table.
 
-``make test`` calls it; ``--only lint`` leaves out the tests. The exit status is 0 if all passed.
+``make test`` calls it: info, lint, types and the tests that are not marked slow; ``make test-all``
+adds these (``--all``). Other arguments go to pytest, which then runs alone: ``make test ARGS="-k
+norm_act"``, ``make test ARGS=tests/ops``. The exit status is 0 if all passed.
 """
 
 from __future__ import annotations
@@ -16,33 +18,35 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
 
 
-def steps(only: str | None, extra: list[str]) -> list[tuple[str, list[str]]]:
+def steps(only: str | None, everything: bool, extra: list[str]) -> list[tuple[str, list[str]]]:
     """(name, command) in the order they run; lint first, as it fails fastest."""
     lint = [
         ("ruff check", [*PYTHON, "ruff", "check", "."]),
         ("ruff format", [*PYTHON, "ruff", "format", "--check", "."]),
         ("mypy", [*PYTHON, "mypy"]),
     ]
-    info = [("fastvdm info", [*PYTHON, "fastvdm.info"])]
+    if only == "lint":
+        return lint
     workers = str(min(4, os.cpu_count() or 1))
     # loadfile: the tests of one file share their compiled functions. The longest files come first
     # (tests/conftest.py), where xdist would begin with those of many tests.
-    pytest = [*PYTHON, "pytest", "tests", "-q", "-n", workers, "--dist", "loadfile"]
+    pytest = [*PYTHON, "pytest", "-q", "-n", workers, "--dist", "loadfile"]
     pytest += ["--no-loadscope-reorder", "--durations=15"]
+    pytest += [] if everything else ["-m", "not slow"]
     tests = [("pytest", [*pytest, *extra])]
-    return lint if only == "lint" else info + lint + tests
+    info = [("fastvdm info", [*PYTHON, "fastvdm.info"])]
+    return tests if extra else info + lint + tests
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["lint"])
+    parser.add_argument("--all", action="store_true", help="the tests marked slow, too")
     args, extra = parser.parse_known_args()
-    if args.only is None and not extra:
-        print("Lint, types and about 2000 tests: some 20 minutes on two cores.", flush=True)
     # One thread per worker: the workers are the parallelism.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     rows = []
-    for name, command in steps(args.only, extra):
+    for name, command in steps(args.only, args.all, extra):
         print(f"\n== {name}", flush=True)
         start = time.monotonic()
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode

@@ -1,8 +1,8 @@
 """Arguments for ``setup()`` that build ``fastvdm/_C``: libtorch stable ABI, one object per ISA.
 
 ``csrc/cpu/**/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set
-of the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace; which of
-them runs is decided at run time (``csrc/cpu/common/isa.cpp``). Every other source is compiled once,
+of the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace, for AMX where
+it has products on tiles; which of them runs is decided at run time (``csrc/cpu/common/isa.h``). Every other source is compiled once,
 for the baseline of the platform, so that the library loads on any CPU. No ``-march=native``
 anywhere.
 
@@ -73,6 +73,7 @@ ISA_FLAGS = {
     ],
 }
 ISA_FLAGS["amx"] = ISA_FLAGS["avx512"]  # tiles.h writes the tile instructions in assembly
+TILED = ("temporal_block", "linear_attention_block")  # whose kernels have products on tiles
 ISA_MACROS = {"amx": [("FASTVDM_TILES", "1")]}
 
 # For tests on a machine without AMX (make emulate-amx): the same kernels on AVX2, tile instructions
@@ -89,10 +90,15 @@ if SANITIZE:
     FLAGS += ["-fno-sanitize-recover=all"]
 
 
-def isas() -> list[str]:
-    """The instruction sets that this platform's compiler can build for."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return list(ISA_FLAGS) if x86 else ["portable"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def isas(kernel: str) -> list[str]:
+    """The instruction sets that a file of kernels is compiled for on this platform."""
+    if not X86:
+        return ["portable"]
+    tiled = Path(kernel).name.startswith(TILED)
+    return [isa for isa in ISA_FLAGS if isa != "amx" or tiled]
 
 
 def compiler() -> str | None:
@@ -171,10 +177,15 @@ class BuildPerISA(build_ext):
             [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
         ):
             return super().build_extension(ext)  # which finds it up to date and says so
+        if cache := shutil.which("ccache"):
+            for name in ("compiler_so", "compiler_so_cxx"):
+                command = getattr(self.compiler, name, [])
+                if command and Path(command[0]).name != "ccache":
+                    setattr(self.compiler, name, [cache, *command])
         torch = find_torch()
         print(f"compiling for the stable ABI of the torch in {torch}", flush=True)
         ext.include_dirs, ext.library_dirs = [str(torch / "include")], [str(torch / "lib")]
-        work = [(None, s) for s in rest] + [(isa, s) for isa in isas() for s in kernels]
+        work = [(None, s) for s in rest] + [(isa, s) for s in kernels for isa in isas(s)]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in other processes
                 try:
@@ -195,7 +206,7 @@ def build_arguments(sources: list[str]) -> dict[str, Any]:
     here = Path(__file__).parent
     macros = [
         ("TORCH_TARGET_VERSION", TARGET_VERSION),
-        ("FASTVDM_X86", "1" if len(isas()) > 1 else "0"),
+        ("FASTVDM_X86", "1" if X86 else "0"),
         ("FASTVDM_EMULATE_AMX", "1" if EMULATE_AMX else "0"),
     ]
     extension = Extension(

@@ -20,6 +20,7 @@ BUILT = any((Path(__file__).parents[1] / "fastvdm").glob("_C*.so"))
 os.environ.setdefault("FASTVDM_STRICT", "1" if BUILT else "0")
 
 import pytest  # noqa: E402
+from processes import Ranks  # noqa: E402
 
 from fastvdm.testing import cpu_isas, poison_empty, use_cpu_isa  # noqa: E402
 
@@ -98,6 +99,14 @@ def _fresh_accelerator() -> None:
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that run a worker each: ``ranks.run(worker, world, tmp_path, *args)``."""
+    pool = Ranks()
+    yield pool
+    pool.stop()
 
 
 @pytest.fixture

@@ -69,14 +69,14 @@ inline int64_t linear_block_scratch(const LinearBlockArgs& a) {
 }
 
 // Forward: Σ exp(k - max) x̂ of a split; the frame's ctx and m; out of a split.
-FASTVDM_DECLARE(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
 // Backward: m again from g; what passes through q, by parts; dctx and dg; what passes through k.
-FASTVDM_DECLARE(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
+FASTVDM_TILED(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
                                            float*))
-FASTVDM_DECLARE(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
 
 }  // namespace fastvdm

@@ -64,7 +64,7 @@ inline int64_t block_scratch(const BlockArgs& a, bool backward) {
          (backward ? 4 * wide + 9 * head + 2 * rows : 2 * wide + 5 * head) + attention_work(a.t);
 }
 
-FASTVDM_DECLARE(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE(void temporal_block_bwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_TILED(void temporal_block_bwd(const BlockArgs&, int64_t begin, int64_t end, float*))
 
 }  // namespace fastvdm

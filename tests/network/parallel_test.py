@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from processes import LEFT, spawn
+from processes import LEFT
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastvdm import UNet3D
@@ -75,8 +75,8 @@ def frame_worker(rank: int, world: int, name: str, num_images: int) -> None:
 @pytest.mark.parametrize(
     ("name", "world", "images"), [("group", 2, 0), ("rms", 4, 3), ("paper", 2, 2)]
 )
-def test_frame_parallel_equals_one_process(name, world, images, tmp_path):
-    spawn(frame_worker, world, tmp_path, name, images)
+def test_frame_parallel_equals_one_process(ranks, name, world, images, tmp_path):
+    ranks.run(frame_worker, world, tmp_path, name, images)
 
 
 def bad_worker(rank: int, world: int) -> None:
@@ -91,8 +91,8 @@ def bad_worker(rank: int, world: int) -> None:
         parallel.stem_attention.shards.to_pixels(torch.zeros(1, 2, 1, 1, 8))
 
 
-def test_bad_sizes_fail_on_every_rank(tmp_path):
-    spawn(bad_worker, 2, tmp_path)
+def test_bad_sizes_fail_on_every_rank(ranks, tmp_path):
+    ranks.run(bad_worker, 2, tmp_path)
 
 
 def disagreeing_worker(rank: int, world: int) -> None:
@@ -115,8 +115,8 @@ def disagreeing_worker(rank: int, world: int) -> None:
         make("rms")[0].load_state_dict(state)
 
 
-def test_what_is_wrong_on_one_rank_fails_on_every_rank(tmp_path):
-    spawn(disagreeing_worker, 2, tmp_path)
+def test_what_is_wrong_on_one_rank_fails_on_every_rank(ranks, tmp_path):
+    ranks.run(disagreeing_worker, 2, tmp_path)
 
 
 def uneven_worker(rank: int, world: int) -> None:
@@ -137,8 +137,8 @@ def uneven_worker(rank: int, world: int) -> None:
         assert frame_parallel(model, mesh)(x[:, :, half], time_).isfinite().all()
 
 
-def test_shares_of_different_sizes_fail_on_every_rank(tmp_path):
-    spawn(uneven_worker, 2, tmp_path)
+def test_shares_of_different_sizes_fail_on_every_rank(ranks, tmp_path):
+    ranks.run(uneven_worker, 2, tmp_path)
 
 
 def leaving_worker(rank: int, world: int) -> str:
@@ -154,9 +154,9 @@ def leaving_worker(rank: int, world: int) -> str:
     return LEFT
 
 
-def test_a_rank_that_leaves_does_not_hang_the_others(tmp_path):
+def test_a_rank_that_leaves_does_not_hang_the_others(ranks, tmp_path):
     """The closed connection ends the collective."""
-    spawn(leaving_worker, 2, tmp_path)
+    ranks.run(leaving_worker, 2, tmp_path)
 
 
 def compiled_worker(rank: int, world: int) -> None:
@@ -179,10 +179,14 @@ def compiled_worker(rank: int, world: int) -> None:
         assert max_error(p.grad, q.grad) < 2e-5, key
 
 
-def test_compiled_frame_parallel_equals_one_process(tmp_path):
+@pytest.mark.slow
+def test_compiled_frame_parallel_equals_one_process(ranks, tmp_path):
     """One graph, collectives in it, those of the statistics too, forward and backward. Of one
     level: what lies between two levels sends nothing, and compile_test.py compiles it."""
-    spawn(compiled_worker, 2, tmp_path)
+    ranks.run(compiled_worker, 2, tmp_path)
+
+
+STEPS = 8
 
 
 def train(model, x, noise, time, steps: int) -> list[float]:
@@ -203,17 +207,17 @@ def engine_worker(rank: int, world: int, engine: str) -> None:
     model = UNet3D(**SMALL, norm="rms").eval()
     x, noise = torch.randn(4, 3, 2, 4, 4), torch.randn(4, 3, 2, 4, 4)
     time = torch.arange(4.0) * 100
-    want = train(copy.deepcopy(model), x, noise, time, 20)
+    want = train(copy.deepcopy(model), x, noise, time, STEPS)
     if engine == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     else:
         model = fully_shard_unet(model, init_device_mesh("cpu", (world,)))
     part = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    losses = torch.stack(train(model, x[part], noise[part], time[part], 20))
+    losses = torch.stack(train(model, x[part], noise[part], time[part], STEPS))
     dist.all_reduce(losses)
     assert torch.allclose(losses / world, torch.stack(want), rtol=2e-5), (losses / world, want)
 
 
 @pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("ddp", 4)])
-def test_data_parallel_training_curve(engine, world, tmp_path):
-    spawn(engine_worker, world, tmp_path, engine)
+def test_data_parallel_training_curve(ranks, engine, world, tmp_path):
+    ranks.run(engine_worker, world, tmp_path, engine)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from peer import peer_or_skip
-from processes import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +32,7 @@ def run_python(page: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_code_blocks_run(page, tmp_path, monkeypatch):
+def test_code_blocks_run(page, ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "from video_diffusion_pytorch import" in page.read_text():
         from fastvdm.video import write_video
@@ -41,14 +40,17 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "video_diffusion_pytorch", peer_or_skip())
         write_video("gifs/0.gif", torch.rand(3, 4, 16, 16))
     if page.name == "distributed.md":
-        spawn(page_worker, 2, tmp_path, page)
+        ranks.run(page_worker, 2, tmp_path, page)
     else:
         run_python(page)
 
 
 def page_worker(rank: int, world: int, page: Path) -> None:
     os.environ["WORLD_SIZE"] = str(world)
-    run_python(page)
+    try:
+        run_python(page)
+    finally:
+        del os.environ["WORLD_SIZE"]
 
 
 def test_every_block_is_of_a_kind_that_is_run():

@@ -24,6 +24,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_quick(tmp_path):
     pytest.importorskip("tqdm")
     done = run("--quick", "--out", str(tmp_path), "--processes", "1")

@@ -27,30 +27,36 @@ void* scratch(int64_t bytes);
 
 }  // namespace fastvdm
 
-// Declares a kernel in the namespace of each instruction set, and picks the one in force.
-#if FASTVDM_X86
-#define FASTVDM_DECLARE(signature) \
-  namespace portable {             \
-  signature;                       \
-  }                                \
-  namespace avx2 {                 \
-  signature;                       \
-  }                                \
-  namespace avx512 {               \
-  signature;                       \
-  }                                \
-  namespace amx {                  \
-  signature;                       \
+// Declares a kernel in the namespace of each instruction set, and picks the one in force. Only where
+// products run on tiles has AMX an object of its own (TILED in csrc/build.py), declared by
+// FASTVDM_TILED; elsewhere it would repeat that of AVX-512.
+#define FASTVDM_DECLARE_IN(isa, signature) \
+  namespace isa {                          \
+  signature;                               \
   }
-#define FASTVDM_PICK(fn)                                 \
-  (::fastvdm::isa() == ::fastvdm::Isa::amx      ? amx::fn    \
+#if FASTVDM_X86
+#define FASTVDM_DECLARE(signature)        \
+  FASTVDM_DECLARE_IN(portable, signature) \
+  FASTVDM_DECLARE_IN(avx2, signature)     \
+  FASTVDM_DECLARE_IN(avx512, signature)
+#define FASTVDM_TILED(signature) \
+  FASTVDM_DECLARE(signature)     \
+  FASTVDM_DECLARE_IN(amx, signature)
+#if FASTVDM_EMULATE_AMX  // the CPU may have no AVX-512
+#define FASTVDM_BESIDE_TILES(fn) avx2::fn
+#else
+#define FASTVDM_BESIDE_TILES(fn) avx512::fn
+#endif
+#define FASTVDM_PICK_WITH(amx_fn, fn)                    \
+  (::fastvdm::isa() == ::fastvdm::Isa::amx      ? amx_fn     \
    : ::fastvdm::isa() == ::fastvdm::Isa::avx512 ? avx512::fn \
    : ::fastvdm::isa() == ::fastvdm::Isa::avx2   ? avx2::fn   \
                                                 : portable::fn)
+#define FASTVDM_PICK(fn) FASTVDM_PICK_WITH(FASTVDM_BESIDE_TILES(fn), fn)
+#define FASTVDM_PICK_TILED(fn) FASTVDM_PICK_WITH(amx::fn, fn)
 #else
-#define FASTVDM_DECLARE(signature) \
-  namespace portable {             \
-  signature;                       \
-  }
+#define FASTVDM_DECLARE(signature) FASTVDM_DECLARE_IN(portable, signature)
+#define FASTVDM_TILED FASTVDM_DECLARE
 #define FASTVDM_PICK(fn) (portable::fn)
+#define FASTVDM_PICK_TILED FASTVDM_PICK
 #endif
