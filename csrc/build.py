@@ -185,7 +185,8 @@ class BuildPerISA(build_ext):
         torch = find_torch()
         print(f"compiling for the stable ABI of the torch in {torch}", flush=True)
         ext.include_dirs, ext.library_dirs = [str(torch / "include")], [str(torch / "lib")]
-        work = [(None, s) for s in rest] + [(isa, s) for s in kernels for isa in isas(s)]
+        # The files that take longest first: none is left alone at the end.
+        work = [(isa, s) for s in kernels for isa in isas(s)] + [(None, s) for s in rest]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in other processes
                 try:

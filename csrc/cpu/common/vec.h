@@ -144,19 +144,26 @@ FASTVDM_INLINE void put(f16* p, float x) {
 }
 
 #if !defined(__AVX2__) && !defined(__AVX512F__)
-FASTVDM_INLINE vf load(const f16* p) {
+FASTVDM_NOINLINE vf load(const f16* p) {
   vf v;
   for (int i = 0; i < VL; ++i) v[i] = to_f32(p[i]);
   return v;
 }
-FASTVDM_INLINE void store(f16* p, vf v) {
+FASTVDM_NOINLINE void store(f16* p, vf v) {
   for (int i = 0; i < VL; ++i) put(p + i, v[i]);
 }
 #endif
 
 // ---- the first n < VL elements; what lies beyond is neither read nor written ---------------------
+// Without masks they are loops, whose copies in unrolled code take most of a file's time to compile:
+// the baseline calls them.
+#if defined(__AVX2__) || defined(__AVX512F__)
+#define FASTVDM_PARTIAL FASTVDM_INLINE
+#else
+#define FASTVDM_PARTIAL FASTVDM_NOINLINE
+#endif
 template <class T>
-FASTVDM_INLINE vf load_n(const T* p, int n) {
+FASTVDM_PARTIAL vf load_n(const T* p, int n) {
 #if defined(__AVX512F__)
   const __mmask16 m = (__mmask16)((1u << n) - 1u);
   if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(m, p);
@@ -170,7 +177,7 @@ FASTVDM_INLINE vf load_n(const T* p, int n) {
 #endif
 }
 template <class T>
-FASTVDM_INLINE void store_n(T* p, vf v, int n) {
+FASTVDM_PARTIAL void store_n(T* p, vf v, int n) {
 #if defined(__AVX512F__)
   const __mmask16 m = (__mmask16)((1u << n) - 1u);
   if constexpr (sizeof(T) == 4) {
