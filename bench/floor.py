@@ -16,6 +16,7 @@ from fastvdm import use_backend
 from fastvdm.layers import attention, conv, norm, resnet
 from fastvdm.ops._cost import Cost
 from fastvdm.ops.axis_attention import axis_attention_cost
+from fastvdm.ops.linear import linear_cost
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.norm_act import norm_act_cost
 from fastvdm.ops.space_conv import space_conv_cost, space_conv_transpose_cost
@@ -61,8 +62,8 @@ def _conv_norm(x: Tensor, weight: Tensor, bias: Any, *rest: Any, **k: Any) -> Co
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Cost:
-    rows, (n, k) = x.numel() // x.shape[-1], weight.shape
-    return Cost(2 * rows * n * k, x.element_size() * (rows * (n + k) + n * k))
+    n, k = weight.shape
+    return linear_cost(x.numel() // k, k, n, x.element_size())
 
 
 def _temporal(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: Any) -> Cost:

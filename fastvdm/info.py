@@ -24,8 +24,8 @@ from fastvdm.runtime import config, dispatch, extension
 
 _EXTRAS = {
     "triton": ("triton",),
-    "video": ("av", "imageio", "pillow"),
-    "cli": ("typer", "rich", "tqdm"),
+    "video": ("av",),
+    "cli": ("typer", "tqdm"),
     "train": ("accelerate", "tqdm"),
     "text": ("transformers",),
     "metrics": ("torchmetrics", "scipy"),

@@ -23,9 +23,9 @@ from fastvdm.cli.options import (
     Size,
     StemSkip,
     Weights,
+    Windows,
     check_output,
     check_positive,
-    guidance,
     load_model,
     with_options,
 )
@@ -37,19 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Window = Annotated[
-    int | None, typer.Option(help="Frames of one network call; those it was trained on.")
-]
-Overlap = Annotated[int, typer.Option(help="Frames that a window shares with the one before.")]
 Method = Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")]
-WeightR = Annotated[
-    str,
-    typer.Option(help="w_r of the known frames: a number or auto, 2 F/n, n of F known."),
-]
-Limit = Annotated[
-    str,
-    typer.Option(help="stable: no weight beyond what a step can bear. none: weights as they are."),
-]
 
 
 @app.command()
@@ -57,10 +45,11 @@ Limit = Annotated[
 def sample(
     model: Model,
     output: Out,
-    options: Options,
+    *,
     num: Annotated[int, typer.Option(help="Videos; more than one become output-0, -1 ...")] = 1,
     batch_size: Annotated[int, typer.Option(help="Videos drawn at a time.")] = 4,
     frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
+    options: Options,
 ) -> None:
     """Draw videos."""
     from fastvdm import diffusion
@@ -69,7 +58,7 @@ def sample(
     names = [output] if num == 1 else [_numbered(output, i, num) for i in range(num)]
     run = Run(model, names, options)
     cond = run.options.pop("cond")
-    shape = (run.unet.channels, run.window(frames), *run.side)
+    shape = (run.unet.channels, frames or run.settings.num_frames, *run.side)
     for first in range(0, num, batch_size):
         part = range(first, min(first + batch_size, num))
         videos = diffusion.sample(
@@ -93,34 +82,23 @@ def extend(
     model: Model,
     video: In,
     output: Out,
-    options: Options,
+    *,
     num_frames: Annotated[int, typer.Option(help="Frames of the result, input included.")],
     given: Annotated[
         int | None, typer.Option(help="Use only the first so many frames of the input.")
     ] = None,
-    overlap: Overlap = 1,
-    window: Window = None,
     method: Method = "reconstruction",
-    guidance_weight: WeightR = "auto",
-    guidance_limit: Limit = "stable",
+    windows: Windows,
+    options: Options,
 ) -> None:
     """Continue a video, block by block, to any length."""
     from fastvdm.diffusion.extend import extend as run_extend
 
-    check_positive(num_frames=num_frames, given=given, window=window)
-    known = guidance(method=method, guidance_weight=guidance_weight, guidance_limit=guidance_limit)
-    run = Run(model, [output], options)
+    check_positive(num_frames=num_frames, given=given)
+    run = Run(model, [output], options, windows, method=method)
     frameskip = run.settings.frameskip
-    result = run_extend(
-        run.unet,
-        run.read(video, run.side, given, frameskip),
-        num_frames,
-        window=run.window(window),
-        overlap=overlap,
-        seed=options.seed,
-        **known,
-        **run.options,
-    )
+    clip = run.read(video, run.side, given, frameskip)
+    result = run_extend(run.unet, clip, num_frames, **run.options)
     run.write(output, result[0], files.video_fps(video) / frameskip)
 
 
@@ -130,30 +108,18 @@ def interpolate(
     model: Model,
     video: In,
     output: Out,
-    options: Options,
+    *,
     factor: Annotated[int, typer.Option(help="Input frame i becomes frame factor * i.")] = 2,
-    overlap: Overlap = 1,
-    window: Window = None,
     method: Method = "reconstruction",
-    guidance_weight: WeightR = "auto",
-    guidance_limit: Limit = "stable",
+    windows: Windows,
+    options: Options,
 ) -> None:
     """Raise the frame rate: every frame of the input is kept, those between are drawn."""
     from fastvdm.diffusion.extend import interpolate_frames
 
-    check_positive(factor=factor, window=window)
-    known = guidance(method=method, guidance_weight=guidance_weight, guidance_limit=guidance_limit)
-    run = Run(model, [output], options)
-    result = interpolate_frames(
-        run.unet,
-        run.read(video, run.side),
-        factor,
-        window=run.window(window),
-        overlap=overlap,
-        seed=options.seed,
-        **known,
-        **run.options,
-    )
+    check_positive(factor=factor)
+    run = Run(model, [output], options, windows, method=method)
+    result = interpolate_frames(run.unet, run.read(video, run.side), factor, **run.options)
     run.write(output, result[0], files.video_fps(video) * factor)
 
 
@@ -163,7 +129,7 @@ def upscale(
     model: Model,
     video: In,
     output: Out,
-    options: Options,
+    *,
     low_size: Annotated[
         int | None, typer.Option(help="Resize and crop the input to this side first.")
     ] = None,
@@ -175,31 +141,17 @@ def upscale(
         str,
         typer.Option(help="Weight of the input in units of 1/|D|^2, or auto, which enforces it."),
     ] = "auto",
-    overlap: Overlap = 1,
-    window: Window = None,
-    guidance_weight: WeightR = "auto",
-    guidance_limit: Limit = "stable",
+    windows: Windows,
+    options: Options,
 ) -> None:
     """Draw a larger version of a video (Eq. 8) with a model of the larger size."""
     from fastvdm.diffusion.extend import upscale as run_upscale
 
-    check_positive(low_size=low_size, frameskip=frameskip, window=window)
-    given = guidance(
-        low_res=True, downsample=downsample, low_res_weight=low_res_weight,
-        guidance_weight=guidance_weight, guidance_limit=guidance_limit,
-    )  # fmt: skip
-    run = Run(model, [output], options)
-    result = run_upscale(
-        run.unet,
-        run.read(video, low_size),
-        run.side,
-        window=run.window(window),
-        overlap=overlap,
-        frameskip=frameskip,
-        seed=options.seed,
-        **given,
-        **run.options,
-    )
+    check_positive(low_size=low_size, frameskip=frameskip)
+    low_res = {"downsample": downsample, "low_res_weight": low_res_weight}
+    run = Run(model, [output], options, windows, **low_res)
+    clip = run.read(video, low_size)
+    result = run_upscale(run.unet, clip, run.side, frameskip=frameskip, **run.options)
     run.write(output, result[0], files.video_fps(video) * frameskip)
 
 

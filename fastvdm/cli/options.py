@@ -109,36 +109,81 @@ class Options:
     overwrite: Overwrite = False
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The options of the commands that draw a video from another, window by window."""
+
+    overlap: Annotated[
+        int, typer.Option(help="Frames that a window shares with the one before.")
+    ] = 1
+    window: Annotated[
+        int | None, typer.Option(help="Frames of one network call; those it was trained on.")
+    ] = None
+    guidance_weight: Annotated[
+        str,
+        typer.Option(help="w_r of the known frames: a number or auto, 2 F/n, n of F known."),
+    ] = "auto"
+    guidance_limit: Annotated[
+        str,
+        typer.Option(
+            help="stable: no weight beyond what a step can bear. none: weights as they are."
+        ),
+    ] = "stable"
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose argument ``options`` becomes the fields of ``Options`` on the command line,
-    after its own."""
-    hints = get_type_hints(Options, include_extras=True)
-    named = inspect.Parameter.KEYWORD_ONLY
-    shared = [
-        inspect.Parameter(f.name, named, default=f.default, annotation=hints[f.name])
-        for f in dataclasses.fields(Options)
-    ]
-    every = inspect.signature(command, eval_str=True).parameters.values()
-    own = [p.replace(kind=named) for p in every if p.name != "options"]
+    """A command whose arguments that are dataclasses become their fields on the command line."""
+    shared: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for p in inspect.signature(command, eval_str=True).parameters.values():
+        if dataclasses.is_dataclass(p.annotation):
+            shared[p.name] = p.annotation
+            hints = get_type_hints(p.annotation, include_extras=True)
+            parameters += [
+                p.replace(name=f.name, default=f.default, annotation=hints[f.name])
+                for f in dataclasses.fields(p.annotation)
+            ]
+        else:
+            parameters.append(p)
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        options = Options(**{p.name: values.pop(p.name) for p in shared})
-        command(**values, options=options)
+        for name, kind in shared.items():
+            own = {f.name: values.pop(f.name) for f in dataclasses.fields(kind)}
+            values[name] = kind(**own)
+        command(**values)
 
-    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 
 
 class Run:
-    """A model ready to sample: everything that can be wrong is found here, before any step."""
+    """A model ready to sample: everything that can be wrong is found here, before any step.
 
-    def __init__(self, model: str, outputs: list[Path], options: Options) -> None:
+    ``options`` are those of ``fastvdm.diffusion.sample``; where there are ``windows``, of the
+    functions of ``fastvdm.diffusion.extend``, with those of the ``condition``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        outputs: list[Path],
+        options: Options,
+        windows: Windows | None = None,
+        **condition: Any,
+    ) -> None:
         from fastvdm.diffusion import DDIM, Ancestral, DiscreteSchedule, Langevin
 
         self.given = options
         check_positive(steps=options.steps, size=options.size, fps=options.fps)
+        if windows is not None:
+            check_positive(window=windows.window)
+            condition |= {
+                "guidance_weight": windows.guidance_weight,
+                "guidance_limit": windows.guidance_limit,
+            }
+            condition = guidance(condition)
         for output in outputs:
             check_output(output, options.overwrite)
         vectors = None if options.cond is None else read_cond(options.cond)
@@ -172,7 +217,11 @@ class Run:
             "progress": True,
             "cuda_graph": options.cuda_graph,
             "device": self.unet.stem.weight.device,
+            **condition,
         }
+        if windows is not None:
+            window = windows.window or settings.num_frames
+            self.options |= {"window": window, "overlap": windows.overlap, "seed": options.seed}
 
     @property
     def unet(self) -> Any:
@@ -182,9 +231,6 @@ class Run:
     def side(self) -> tuple[int, int]:
         size = self.given.size
         return self.settings.image_size if size is None else (size, size)
-
-    def window(self, asked: int | None) -> int:
-        return self.settings.num_frames if asked is None else asked
 
     def read(
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,
@@ -200,7 +246,7 @@ class Run:
         typer.echo(f"{path}: {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]}")
 
 
-def guidance(low_res: bool = False, **options: Any) -> dict[str, Any]:
+def guidance(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a ``Condition`` from the command line, checked before anything is read.
 
     Raises:
@@ -217,7 +263,7 @@ def guidance(low_res: bool = False, **options: Any) -> dict[str, Any]:
                     f"{name} must be auto or a number, got {options[name]!r}"
                 ) from None
     frame = torch.zeros(1, 1, 1, 1, 1)
-    Condition(frame, low_res=frame if low_res else None, **options)
+    Condition(frame, low_res=frame if "downsample" in options else None, **options)
     return options
 
 

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """Everything per-sample that one network call and its update need, on the device."""
 
     time: Tensor  # (B,)
-    seed: Tensor  # (B, 4) for guidance_seed
+    guide: Tensor  # (B, 4) for guidance_seed
     after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
     direct: Tensor  # (B, 9) the same, estimate = the network's output
     noisy: bool  # whether the update draws noise at all
@@ -95,13 +95,13 @@ class Plan:
         zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         tail = [p_z / p_m, *step, *replace]
         half = 0.5 * alpha_of(log_snr) * p_m
-        seed = self._table([p_z, p_m, weights[0] * half, weights[1] * half[:, None]])
+        guide = self._table([p_z, p_m, weights[0] * half, weights[1] * half[:, None]])
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
         time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
         noisy = ((step.u_n != 0) | (self._replaces & (replace.u_n != 0))).tolist()
         return [
-            Row(times[i], seed[i], after[i], direct[i], noisy[i], guided)
+            Row(times[i], guide[i], after[i], direct[i], noisy[i], guided)
             for i in range(len(log_snr))
         ]
 

@@ -147,49 +147,49 @@ class _Run:
                 "or run under inference_mode?): reconstruction guidance needs its gradient"
             )
         detached = out.detach()
-        extra = given.extra_gradient(z, detached, row.seed) if given.autograd_low_res else None
+        extra = given.extra_gradient(z, detached, row.guide) if given.autograd_low_res else None
         half = torch.float16 in (out.dtype, self.denoiser.compute_dtype(z.device.type))
-        x_hat, seed = guidance_seed(
+        x_hat, cotangent = guidance_seed(
             z,
             detached.to(z.dtype) if half else detached,
-            row.seed,
+            row.guide,
             **given.targets(),
             extra=extra,
             clip=given.clip_before_loss,
         )
         gradient = _scaled_gradient if half else _gradient
-        options = {"grad": gradient(out, leaf, seed)}
+        options = {"grad": gradient(out, leaf, cotangent)}
         if given.has_low_res:  # D(x_hat) depends on z directly as well, x_hat^a on z^b does not
-            options["seed"] = seed
+            options["seed"] = cotangent
         return x_hat, options
 
     def _threshold(
-        self, z: Tensor, estimate: Tensor, coef: Tensor, options: dict[str, Tensor]
+        self, z: Tensor, estimate: Tensor, coef: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde| per sample.
 
         A quantile is not elementwise, so this mode costs launches of its own. torch.quantile
         refuses 2^24 elements and reads a tensor on the host; this is its formula.
         """
-        grad, seed = options.get("grad"), options.get("seed")
-        x, _ = guidance_update(z, estimate, coef, grad=grad, seed=seed, **self._frames())
+        x, _ = guidance_update(z, estimate, coef, **options, **self._frames())
         ordered = x.abs().flatten(1).sort(dim=1).values
         place = self.percentile * (ordered.shape[1] - 1)
         low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
         return torch.lerp(low, high, place - math.floor(place)).clamp_min(1.0)
 
 
-def _gradient(out: Tensor, leaf: Tensor, seed: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(out, leaf, seed)
+def _gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(out, leaf, cotangent)
     return grad
 
 
-def _scaled_gradient(out: Tensor, leaf: Tensor, seed: Tensor) -> Tensor:
-    """The same in fp16, whose largest number a seed passes where there is much noise: scaled by a
-    power of two per sample, so that its largest value is near 1."""
-    most = seed.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(torch.finfo(seed.dtype).tiny)
+def _scaled_gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
+    """The same in fp16, whose largest number a cotangent passes where there is much noise: scaled
+    by a power of two per sample, so that its largest value is near 1."""
+    tiny = torch.finfo(cotangent.dtype).tiny
+    most = cotangent.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(tiny)
     scale = torch.exp2(most.log2().round())
-    return _gradient(out, leaf, (seed / scale).to(out.dtype)) * scale
+    return _gradient(out, leaf, (cotangent / scale).to(out.dtype)) * scale
 
 
 def _progress(count: int, on: bool) -> Iterator[int]:

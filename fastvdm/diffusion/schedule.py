@@ -120,11 +120,6 @@ class CosineSchedule:
         late = 2 * torch.log(torch.tan(a * (1 - t.clamp_min(0.5)) + c))
         return torch.where(t <= 0.5, early, late)
 
-    def t(self, log_snr: Tensor) -> Tensor:
-        """The time of a log-SNR: the inverse of ``log_snr``."""
-        a, b, _ = self._ends
-        return (torch.atan(torch.exp(-0.5 * log_snr)) - b) / a
-
     def levels(self, num_steps: int | None = None) -> Levels:
         """t uniform from 1 to 0 in ``num_steps`` steps (default 256, the paper's most used)."""
         num_steps = 256 if num_steps is None else num_steps

@@ -160,9 +160,6 @@ def FVD(features: nn.Module, **kwargs: Any) -> Any:
     return fid.FrechetInceptionDistance(feature=features, **kwargs)
 
 
-FID = FVD  # the distance is the same; only the features differ
-
-
 def InceptionScore(features: nn.Module, splits: int = 10, **kwargs: Any) -> Any:
     """exp E KL(p(y|x) || p(y)): ``update(video)``, then ``compute()`` → (mean, std over splits).
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from fastvdm.bundle import Settings
-from fastvdm.unet.config import RECIPES, preset
+from fastvdm.unet.config import RECIPES, UNetConfig, preset
 
 # Ho et al. 2022, Video Diffusion Models, Appendix A (batch: over all devices).
 TRAINING: dict[str, dict[str, Any]] = {
@@ -155,8 +153,8 @@ class TrainConfig:
             )
         name = values.get("preset")
         if name is not None:
-            arguments = preset(name)  # raises for an unknown one
-            side, recipe = arguments["image_size"], RECIPES[name]
+            side = preset(name).image_size  # raises for an unknown one
+            recipe = RECIPES[name]
             shape = {"size": (side, side), "num_frames": recipe["num_frames"]}
             values = TRAINING[name] | shape | {"prediction": recipe["prediction"]} | values
         values = dict(values)
@@ -167,23 +165,17 @@ class TrainConfig:
                 values[key] = tuple(values[key])
         return cls(**values)
 
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], **overrides: Any) -> TrainConfig:
-        """From a JSON file with fields of this class, with ``overrides``."""
-        return cls.create(json.loads(Path(path).read_text()) | overrides)
-
-    def unet_arguments(self) -> dict[str, Any]:
-        """The constructor arguments of the network."""
+    def network(self) -> UNetConfig:
+        """The configuration of the network; with a text encoder, before it decides ``cond_dim``."""
         if self.preset is not None:
             return preset(self.preset, **self.model)
         default: dict[str, Any] = {"dim": 64, "time_input": "logsnr"}
         if self.num_images:
             default["norm_per_frame"] = True  # else image frames leak through the statistics
-        return default | {"cond_drop_prob": self.cond_drop_prob} | self.model
+        return UNetConfig(**default | {"cond_drop_prob": self.cond_drop_prob} | self.model)
 
     def settings(self) -> Settings:
         """What sampling will need to know."""
-        index = self.unet_arguments().get("time_input", "index") == "index"
         recipe = RECIPES.get(self.preset or "", {})
         names = ("num_steps", "gamma", "langevin")
         return Settings(
@@ -192,7 +184,7 @@ class TrainConfig:
             frameskip=self.frameskip,
             fps=self.fps,
             prediction=self.prediction,
-            schedule="discrete" if index else "cosine",
+            schedule="discrete" if self.network().time_input == "index" else "cosine",
             timesteps=self.timesteps,
             text_encoder=self.text_encoder,
             text_pooling=self.text_pooling,
@@ -208,7 +200,7 @@ class TrainConfig:
             "num_frames": self.num_frames,
             "size": self.size,
             "frameskip": self.frameskip,
-            "channels": self.unet_arguments().get("channels", 3),
+            "channels": self.network().channels,
             "captions": self.text_encoder is not None,
             "flip": self.flip,
             "short": self.short,
@@ -217,7 +209,7 @@ class TrainConfig:
     def sample_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of a sample, image frames included when the data set brings them."""
         images = self.num_images if self.image_source == "dataset" else 0
-        channels = self.unet_arguments().get("channels", 3)
+        channels = self.network().channels
         return (channels, self.num_frames + images, *self.size)
 
     def check_resumable(self, stored: dict[str, Any]) -> None:

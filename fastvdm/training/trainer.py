@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +200,14 @@ def build(config: TrainConfig) -> Bundle:
     from fastvdm.unet import UNet3D
 
     with _seeded(stream_seed(config.seed, _INIT)):
-        arguments = config.unet_arguments()
-        settings = config.settings()
+        network, settings = config.network(), config.settings()
         text = None
         if settings.text_encoder is not None:
-            text = make_text(settings, arguments.get("cond_dim"))
-            arguments["cond_dim"] = text.out_dim
-        elif arguments.get("cond_dim") is not None:
+            text = make_text(settings, network.cond_dim)
+            network = replace(network, cond_dim=text.out_dim)
+        elif network.cond_dim is not None:
             raise ValueError("a network with cond_dim needs captions: set text_encoder")
-        unet = UNet3D(**arguments)
+        unet = UNet3D(**vars(network))
     return Bundle(unet, settings, text)
 
 

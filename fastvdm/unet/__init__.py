@@ -1,6 +1,6 @@
 """The network."""
 
-from fastvdm.unet.config import PRESETS, RECIPES
+from fastvdm.unet.config import PRESETS, RECIPES, UNetConfig
 from fastvdm.unet.unet import UNet3D
 
-__all__ = ["PRESETS", "RECIPES", "UNet3D"]
+__all__ = ["PRESETS", "RECIPES", "UNet3D", "UNetConfig"]

@@ -24,11 +24,11 @@ TOLERANCE = 1e-4
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 
 
-def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str | None) -> str:
-    """Run both on a small random input, and find the ``stem_skip`` with which they agree.
+def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str | None) -> None:
+    """Run both on a small random input, and set the ``stem_skip`` with which they agree.
 
-    ``model`` has the weights of ``network``, in fp32 or fp64. Its ``stem_skip`` is set. Nothing of
-    ``network``, of the global random state or of torch's settings is changed afterwards.
+    ``model`` has the weights of ``network``, in fp32 or fp64. Nothing of ``network``, of the global
+    random state or of torch's settings is changed afterwards.
 
     Args:
         stem_skip: the only one to try; None tries both.
@@ -96,7 +96,6 @@ def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str |
             )
         chosen = "after"  # of the RMSNorm era there is only that
     model.stem_skip = chosen
-    return chosen
 
 
 def _inputs(model: FactorizedUNet) -> dict[str, Tensor]:

@@ -2,73 +2,225 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 BERT_DIM = 768  # bert-base-cased, the encoder behind the peer's use_bert_text_cond
 
-CHOICES = {
-    "layout": ("peer", "paper"),
-    "norm": ("group", "rms"),
-    "position": ("rotary+t5", "t5", "shaw", "none"),
-    "time_input": ("index", "logsnr"),
-    "null_cond": ("learned", "zeros"),
-    "conditioning": ("scale_shift", "add"),
-    "resample": ("conv", "resblock"),
-    "checkpointing": ("none", "block", "level"),
-    "stem_skip": (None, "after", "before"),
-    "block_type": ("resnet",),
-}
+
+def _one_of(default: str | None, *others: str) -> Any:
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The arguments of ``UNet3D``, checked; ``dataclasses.replace`` makes and checks another.
+
+    The first thirteen are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, with the same
+    meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the peer's
+    defects, and the layout of the paper's own models (``UNet3D.from_preset``).
+
+    Args:
+        dim: base width. cond_dim: width of the conditioning vector, None for none.
+        out_dim: output channels, ``channels`` by default. dim_mults: width multiplier per level.
+        attn_heads, attn_dim_head: heads and their size; in the paper layout heads = C / head size.
+        use_bert_text_cond: cond_dim = 768. init_dim: width of the stem. init_kernel_size: odd.
+        use_sparse_linear_attn: linear spatial attention at every level (peer layout).
+        block_type: "resnet". resnet_groups: groups of the GroupNorm.
+        norm: "group" (peer to 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
+        norm_per_frame: GroupNorm statistics over each frame instead of the whole video. Only then,
+            or with "rms", are image frames of joint training exactly isolated (paper §3).
+        cond_drop_prob: probability of dropping the condition in training when the caller does not
+            pass ``null_cond_prob``. The peer has 0, so that its null embedding is never trained.
+        mask_stem_attention: apply the focus and image masks to the temporal attention of the stem
+            too. The peer does not, so that its frames mix there.
+        stem_skip: "after" (peer 0.6 and 0.7) or "before" (peer up to 0.5.3 and forks copied from
+            it): where the outermost skip leaves, after the temporal attention of the stem or before
+            it. No weight tells. None is "after", and warns when weights are loaded that could be
+            either's.
+        dropout: probability, between the two convolutions of a block.
+        checkpointing: "none", "block" or "level": what is recomputed in the backward pass.
+        layout: "peer" or "paper"; the arguments below default to what the layout has.
+        num_blocks: residual blocks per level (paper layout; the peer has two).
+        image_size, attn_resolutions: the paper layout attends where the feature map of an
+            ``image_size`` input has one of these sizes.
+        time_input: "index" (peer) or "logsnr" (paper): what ``forward`` takes as ``time``.
+        position: "rotary+t5" (peer), "t5", "shaw" (paper) or "none", in temporal attention.
+        shaw_max_distance, shaw_values, shaw_per_head: clip distance of the Shaw tables, tables for
+            values as well as keys, a table per head. The paper is silent; LVDM has both tables,
+            shared by the heads, and so are the defaults.
+        emb_dim: width of the embedding, 4 * dim (peer) or 1024 (paper).
+        mlp_layers: layers of the embedding MLPs.
+        null_cond: "learned" (peer) or "zeros" (paper): the vector of the unconditional branch.
+        conditioning: "scale_shift" or "add" (paper layout). The text says "added", the distillation
+            code scales and shifts; the latter is the default.
+        resample: "conv" or "resblock" (paper layout): strided convolution and nearest-up +
+            convolution, or pooling and nearest-up inside a residual block.
+        zero_init: zero the last convolution of a block, the output of an attention and the head
+            (paper layout), as the distillation code does.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+    """
+
+    dim: int
+    cond_dim: int | None = None
+    out_dim: int | None = None
+    dim_mults: Sequence[int] = (1, 2, 4, 8)
+    channels: int = 3
+    attn_heads: int = 8
+    attn_dim_head: int = 32
+    use_bert_text_cond: bool = False
+    init_dim: int | None = None
+    init_kernel_size: int = 7
+    use_sparse_linear_attn: bool = True
+    block_type: str = _one_of("resnet")
+    resnet_groups: int = 8
+    _: KW_ONLY
+    norm: str = _one_of("group", "rms")
+    norm_eps: float | None = None
+    norm_per_frame: bool = False
+    cond_drop_prob: float = 0.1
+    mask_stem_attention: bool = True
+    stem_skip: str | None = _one_of(None, "after", "before")
+    dropout: float = 0.0
+    checkpointing: str = _one_of("none", "block", "level")
+    layout: str = _one_of("peer", "paper")
+    num_blocks: int = 2
+    image_size: int | None = None
+    attn_resolutions: Sequence[int] = (8, 16, 32)
+    time_input: str = _one_of("index", "logsnr")
+    position: str = _one_of("rotary+t5", "t5", "shaw", "none")
+    shaw_max_distance: int = 16
+    shaw_values: bool = True
+    shaw_per_head: bool = False
+    emb_dim: int | None = None
+    mlp_layers: int = 2
+    null_cond: str = _one_of("learned", "zeros")
+    conditioning: str = _one_of("scale_shift", "add")
+    resample: str = _one_of("conv", "resblock")
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mults", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" or (f.type == "int | None" and value is not None):
+                _check_positive(f.name, value)
+            check_choice(f.name, value)
+        if not self.dim_mults:
+            raise ValueError("dim_mults must name at least one level, got ()")
+        for i, m in enumerate(self.dim_mults):
+            _check_positive(f"dim_mults[{i}]", m)
+        if self.init_kernel_size % 2 == 0:
+            raise ValueError(f"init_kernel_size must be odd, got {self.init_kernel_size}")
+        for name in ("dropout", "cond_drop_prob"):
+            if not 0.0 <= (p := getattr(self, name)) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {p}")
+        if self.dim < 4 or self.dim % 2:
+            raise ValueError(f"dim must be even and at least 4, got {self.dim}")
+        if self.layout == "paper" and self.image_size is None:
+            raise ValueError("layout='paper' needs image_size to place its attention")
+        if self.layout == "paper" and self.stem_skip == "before":
+            raise ValueError(
+                "stem_skip='before' is the peer's: layout='paper' has no such attention"
+            )
+
+    # What the arguments come to, where their defaults depend on others.
+
+    @property
+    def stem_width(self) -> int:
+        return self.init_dim or self.dim
+
+    @property
+    def out_channels(self) -> int:
+        return self.out_dim or self.channels
+
+    @property
+    def cond_width(self) -> int | None:
+        return BERT_DIM if self.use_bert_text_cond else self.cond_dim
+
+    @property
+    def time_width(self) -> int:
+        return self.emb_dim or (1024 if self.layout == "paper" else 4 * self.dim)
+
+    @property
+    def emb_width(self) -> int:
+        """Of what the blocks take. The paper's layout adds the embedding of the condition, as the
+        distillation code adds its class's; the peer concatenates the raw vector."""
+        return self.time_width + (0 if self.layout == "paper" else self.cond_width or 0)
+
+    @property
+    def rotary_dim(self) -> int | None:
+        return min(32, self.attn_dim_head) if self.position == "rotary+t5" else None
+
+
+_CHOICES = {f.name: f.metadata["choices"] for f in fields(UNetConfig) if f.metadata}
 
 
 def check_choice(name: str, value: Any) -> None:
-    if value not in CHOICES[name]:
-        choices = ", ".join(map(str, CHOICES[name]))
+    """Raises ValueError for what an argument that is one of several words cannot be."""
+    if name in _CHOICES and value not in _CHOICES[name]:
+        choices = ", ".join(map(str, _CHOICES[name]))
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
-# What all six share (Appendix A; the layout is facts of the distillation code, see UNet3D).
-PAPER = {
-    "layout": "paper",
-    "norm": "group",
-    "resnet_groups": 32,
-    "norm_eps": 1e-6,
-    "norm_per_frame": True,
-    "init_kernel_size": 3,
-    "time_input": "logsnr",
-    "null_cond": "zeros",
-    "position": "shaw",
-    "emb_dim": 1024,
-    "attn_resolutions": (8, 16, 32),
-}
+P = ParamSpec("P")
+C = TypeVar("C")
+N = TypeVar("N")
 
 
-def _paper(dim: int, mults: tuple[int, ...], size: int, head_dim: int, **options: Any) -> dict:
-    return PAPER | {
-        "dim": dim,
-        "dim_mults": mults,
-        "image_size": size,
-        "attn_dim_head": head_dim,
-        **options,
-    }
+def built_from(
+    config: Callable[P, C],
+) -> Callable[[Callable[[N, C], None]], Callable[Concatenate[N, P], None]]:
+    """An ``__init__`` of one configuration that takes its arguments instead, as its signature says,
+    which ``help`` and the hub's mixin read."""
+
+    def decorate(build: Callable[[N, C], None]) -> Callable[Concatenate[N, P], None]:
+        @functools.wraps(build)
+        def __init__(self: N, *args: P.args, **options: P.kwargs) -> None:
+            build(self, config(*args, **options))
+
+        __init__.__doc__ = config.__doc__
+        of_config: Any = config
+        __init__.__signature__ = inspect.signature(of_config.__init__)  # type: ignore[attr-defined]
+        return __init__
+
+    return decorate
 
 
+# What all six share (Appendix A; the layout is facts of the distillation code, see UNetConfig).
+_paper = functools.partial(
+    UNetConfig, layout="paper", norm="group", resnet_groups=32, norm_eps=1e-6, norm_per_frame=True,
+    init_kernel_size=3, time_input="logsnr", null_cond="zeros", position="shaw", emb_dim=1024,
+    attn_resolutions=(8, 16, 32),
+)  # fmt: skip
 # The text models take the attention-pooled BERT-large embedding, 1024 wide.
-PRESETS: dict[str, dict[str, Any]] = {
-    "ucf101": _paper(256, (1, 2, 4, 8), 64, 64, num_blocks=2, mlp_layers=4, dropout=0.1),
-    "bair": _paper(128, (1, 2, 3, 4), 64, 64, num_blocks=3, mlp_layers=2, dropout=0.1),
-    "kinetics600": _paper(256, (1, 2, 4, 8), 64, 64, num_blocks=2, mlp_layers=2, dropout=0.1),
-    "t2v-small": _paper(128, (1, 2, 4, 8), 64, 64, num_blocks=2, mlp_layers=4, cond_dim=1024),
-    "t2v-large": _paper(256, (1, 2, 4, 8), 64, 64, num_blocks=2, mlp_layers=4, cond_dim=1024),
-    "t2v-128": _paper(128, (1, 2, 4, 8, 16), 128, 128, num_blocks=2, mlp_layers=4, cond_dim=1024),
-}
+PRESETS: dict[str, UNetConfig] = {
+    "ucf101": _paper(256, dim_mults=(1, 2, 4, 8), image_size=64, attn_dim_head=64, num_blocks=2,
+                     mlp_layers=4, dropout=0.1),
+    "bair": _paper(128, dim_mults=(1, 2, 3, 4), image_size=64, attn_dim_head=64, num_blocks=3,
+                   mlp_layers=2, dropout=0.1),
+    "kinetics600": _paper(256, dim_mults=(1, 2, 4, 8), image_size=64, attn_dim_head=64,
+                          num_blocks=2, mlp_layers=2, dropout=0.1),
+    "t2v-small": _paper(128, 1024, dim_mults=(1, 2, 4, 8), image_size=64, attn_dim_head=64,
+                        num_blocks=2, mlp_layers=4),
+    "t2v-large": _paper(256, 1024, dim_mults=(1, 2, 4, 8), image_size=64, attn_dim_head=64,
+                        num_blocks=2, mlp_layers=4),
+    "t2v-128": _paper(128, 1024, dim_mults=(1, 2, 4, 8, 16), image_size=128, attn_dim_head=128,
+                      num_blocks=2, mlp_layers=4),
+}  # fmt: skip
 
 # Not part of the network, but of the model: how it is trained and sampled (Appendix A).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -83,12 +235,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def preset(name: str, **overrides: Any) -> dict[str, Any]:
-    """Constructor arguments of a preset, with overrides.
+def preset(name: str, **overrides: Any) -> UNetConfig:
+    """A preset with other values of some arguments.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset, or a value out of range. TypeError: no such argument.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name] | overrides
+    return replace(PRESETS[name], **overrides)

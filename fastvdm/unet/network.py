@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,135 +14,52 @@ from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.layers.shards import FrameShards
 from fastvdm.unet.blocks import Level, Unit, attend
-from fastvdm.unet.build import Parts, Spec, paper_parts, peer_parts
-from fastvdm.unet.config import BERT_DIM, CHOICES, check_choice, check_positive
+from fastvdm.unet.build import paper_parts, peer_parts
+from fastvdm.unet.config import UNetConfig, built_from, check_choice
 
 
 class FactorizedUNet(nn.Module):
-    """``UNet3D`` without its ways to read and write weights; it says what the arguments mean."""
+    """``UNet3D`` without its ways to read and write weights."""
 
-    def __init__(
-        self,
-        dim: int,
-        cond_dim: int | None = None,
-        out_dim: int | None = None,
-        dim_mults: Sequence[int] = (1, 2, 4, 8),
-        channels: int = 3,
-        attn_heads: int = 8,
-        attn_dim_head: int = 32,
-        use_bert_text_cond: bool = False,
-        init_dim: int | None = None,
-        init_kernel_size: int = 7,
-        use_sparse_linear_attn: bool = True,
-        block_type: str = "resnet",
-        resnet_groups: int = 8,
-        *,
-        norm: str = "group",
-        norm_eps: float | None = None,
-        norm_per_frame: bool = False,
-        cond_drop_prob: float = 0.1,
-        mask_stem_attention: bool = True,
-        stem_skip: str | None = None,
-        dropout: float = 0.0,
-        checkpointing: str = "none",
-        layout: str = "peer",
-        num_blocks: int = 2,
-        image_size: int | None = None,
-        attn_resolutions: Sequence[int] = (8, 16, 32),
-        time_input: str = "index",
-        position: str = "rotary+t5",
-        shaw_max_distance: int = 16,
-        shaw_values: bool = True,
-        shaw_per_head: bool = False,
-        emb_dim: int | None = None,
-        mlp_layers: int = 2,
-        null_cond: str = "learned",
-        conditioning: str = "scale_shift",
-        resample: str = "conv",
-        zero_init: bool = True,
-    ) -> None:
+    @built_from(UNetConfig)
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        dim_mults = tuple(dim_mults)
-        check_positive(
-            dim=dim, cond_dim=cond_dim, out_dim=out_dim, channels=channels, init_dim=init_dim,
-            attn_heads=attn_heads, attn_dim_head=attn_dim_head, resnet_groups=resnet_groups,
-            init_kernel_size=init_kernel_size, num_blocks=num_blocks, mlp_layers=mlp_layers,
-            emb_dim=emb_dim, shaw_max_distance=shaw_max_distance,
-        )  # fmt: skip
-        for name, value in {
-            "norm": norm, "layout": layout, "position": position, "time_input": time_input,
-            "null_cond": null_cond, "conditioning": conditioning, "resample": resample,
-            "checkpointing": checkpointing, "block_type": block_type, "stem_skip": stem_skip,
-        }.items():  # fmt: skip
-            check_choice(name, value)
-        if not dim_mults:
-            raise ValueError("dim_mults must name at least one level, got ()")
-        check_positive(**{f"dim_mults[{i}]": m for i, m in enumerate(dim_mults)})
-        if init_kernel_size % 2 == 0:
-            raise ValueError(f"init_kernel_size must be odd, got {init_kernel_size}")
-        for name, p in {"dropout": dropout, "cond_drop_prob": cond_drop_prob}.items():
-            if not 0.0 <= p <= 1.0:
-                raise ValueError(f"{name} must lie in [0, 1], got {p}")
-        if dim < 4 or dim % 2:
-            raise ValueError(f"dim must be even and at least 4, got {dim}")
-        if layout == "paper" and image_size is None:
-            raise ValueError("layout='paper' needs image_size to place its attention")
-        if layout == "paper" and stem_skip == "before":
-            raise ValueError(
-                "stem_skip='before' is the peer's: layout='paper' has no such attention"
-            )
-
-        self.channels = channels
-        self.out_dim = out_dim or channels
-        self.levels = len(dim_mults)
-        self.layout, self.time_input = layout, time_input
-        self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
+        paper = config.layout == "paper"
+        self.channels, self.out_dim = config.channels, config.out_channels
+        self.cond_dim = config.cond_width
         self.has_cond = self.cond_dim is not None
-        self.cond_drop_prob, self.mask_stem_attention = cond_drop_prob, mask_stem_attention
-        self.stem_skip = stem_skip
+        self.levels = len(config.dim_mults)
+        self.layout, self.time_input = config.layout, config.time_input
+        self.position, self.rotary_dim = config.position, config.rotary_dim
+        self.stem_skip, self.mask_stem_attention = config.stem_skip, config.mask_stem_attention
+        self.cond_drop_prob = config.cond_drop_prob
         self.shards: FrameShards | None = None  # see fastvdm.parallel
-        self.position = position
-        self.rotary_dim = min(32, attn_dim_head) if position == "rotary+t5" else None
 
-        paper = layout == "paper"
-        time_dim = emb_dim or (1024 if paper else 4 * dim)
-        act = nn.SiLU if paper else nn.GELU
+        act, layers = nn.SiLU if paper else nn.GELU, config.mlp_layers
         self.time_embedding = TimeEmbedding(
-            dim, time_dim, time_input=time_input, num_layers=mlp_layers, act=act
+            config.dim, config.time_width, time_input=self.time_input, num_layers=layers, act=act
         )
         self.cond_embedding: nn.Module | None = None
-        block_emb_dim = time_dim
-        if self.cond_dim is not None:
-            if paper:  # both embeddings are added, as the distillation code adds its class's
-                self.cond_embedding = mlp(self.cond_dim, time_dim, mlp_layers, act)
-            else:  # the peer concatenates the raw vector
-                block_emb_dim += self.cond_dim
         self.null_cond_emb: nn.Parameter | None = None
-        if self.cond_dim is not None and null_cond == "learned":
-            self.null_cond_emb = nn.Parameter(torch.randn(1, self.cond_dim))
+        if self.cond_dim is not None:
+            if paper:
+                self.cond_embedding = mlp(self.cond_dim, config.time_width, layers, act)
+            if config.null_cond == "learned":
+                self.null_cond_emb = nn.Parameter(torch.randn(1, self.cond_dim))
 
-        spec = Spec(
-            dim=dim, init_dim=init_dim or dim, out_dim=self.out_dim, dim_mults=dim_mults,
-            emb_dim=block_emb_dim, heads=attn_heads, head_dim=attn_dim_head,
-            linear_attention=use_sparse_linear_attn, norm=norm, groups=resnet_groups,
-            norm_eps=norm_eps, per_frame=norm_per_frame, num_blocks=num_blocks, dropout=dropout,
-            position=position, shaw_max_distance=shaw_max_distance, shaw_values=shaw_values,
-            shaw_per_head=shaw_per_head, conditioning=conditioning, resample=resample,
-            zero_init=zero_init, attn_resolutions=tuple(attn_resolutions), image_size=image_size,
-        )  # fmt: skip
-        self.stem = SpaceConv(channels, spec.init_dim, init_kernel_size)
-        parts: Parts = (paper_parts if paper else peer_parts)(spec)
+        self.stem = SpaceConv(self.channels, config.stem_width, config.init_kernel_size)
+        parts = (paper_parts if paper else peer_parts)(config)
         self.stem_attention = parts.stem_attention
         self.downs = nn.ModuleList(parts.downs)
         self.middle = nn.ModuleList(parts.middle)
         self.ups = nn.ModuleList(parts.ups)
         self.head = parts.head
         self.push_resampled = parts.push_resampled
-        self.checkpointing = checkpointing
+        self.checkpointing = config.checkpointing
 
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
-        if "t5" in position:
+        if "t5" in self.position:
             attention = (m for m in self.modules() if isinstance(m, AxisAttention))
             heads = {m.heads for m in attention if m.axis == "time"}
             for h in sorted(heads):
@@ -151,8 +67,7 @@ class FactorizedUNet(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set afterwards, to what the constructor takes for them."""
-        if name in CHOICES:
-            check_choice(name, value)
+        check_choice(name, value)
         super().__setattr__(name, value)
         if name == "checkpointing":
             for module in self.modules():

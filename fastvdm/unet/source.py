@@ -170,8 +170,7 @@ def load(
     stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
     model.to(device=stem.device, dtype=wide).load_state_dict(state)
     if network is not None:
-        config: Any = model._hub_mixin_config
-        config["stem_skip"] = choose_stem_skip(network, model, chosen)
+        choose_stem_skip(network, model, chosen)
     for name, p in model.named_parameters():
         p.data = p.data.to(dtypes.get(name, p.dtype))
     return model

@@ -20,51 +20,8 @@ from fastvdm.unet.network import FactorizedUNet
 class UNet3D(FactorizedUNet, folders.Pretrained, library_name="fastvdm", license="mit"):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
-    The first thirteen arguments are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, with
-    the same meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the
-    peer's defects, and the layout of the paper's own models (``from_preset``).
-
-    Args:
-        dim: base width. cond_dim: width of the conditioning vector, None for none.
-        out_dim: output channels, ``channels`` by default. dim_mults: width multiplier per level.
-        attn_heads, attn_dim_head: heads and their size; in the paper layout heads = C / head size.
-        use_bert_text_cond: cond_dim = 768. init_dim: width of the stem. init_kernel_size: odd.
-        use_sparse_linear_attn: linear spatial attention at every level (peer layout).
-        block_type: "resnet". resnet_groups: groups of the GroupNorm.
-        norm: "group" (peer to 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
-        norm_per_frame: GroupNorm statistics over each frame instead of the whole video. Only then,
-            or with "rms", are image frames of joint training exactly isolated (paper §3).
-        cond_drop_prob: probability of dropping the condition in training when the caller does not
-            pass ``null_cond_prob``. The peer has 0, so that its null embedding is never trained.
-        mask_stem_attention: apply the focus and image masks to the temporal attention of the stem
-            too. The peer does not, so that its frames mix there.
-        stem_skip: "after" (peer 0.6 and 0.7) or "before" (peer up to 0.5.3 and forks copied from
-            it): where the outermost skip leaves, after the temporal attention of the stem or before
-            it. No weight tells. None is "after", and warns when weights are loaded that could be
-            either's.
-        dropout: probability, between the two convolutions of a block.
-        checkpointing: "none", "block" or "level": what is recomputed in the backward pass.
-        layout: "peer" or "paper"; the arguments below default to what the layout has.
-        num_blocks: residual blocks per level (paper layout; the peer has two).
-        image_size, attn_resolutions: the paper layout attends where the feature map of an
-            ``image_size`` input has one of these sizes.
-        time_input: "index" (peer) or "logsnr" (paper): what ``forward`` takes as ``time``.
-        position: "rotary+t5" (peer), "t5", "shaw" (paper) or "none", in temporal attention.
-        shaw_max_distance, shaw_values, shaw_per_head: clip distance of the Shaw tables, tables for
-            values as well as keys, a table per head. The paper is silent; LVDM has both tables,
-            shared by the heads, and so are the defaults.
-        emb_dim: width of the embedding, 4 * dim (peer) or 1024 (paper).
-        mlp_layers: layers of the embedding MLPs.
-        null_cond: "learned" (peer) or "zeros" (paper): the vector of the unconditional branch.
-        conditioning: "scale_shift" or "add" (paper layout). The text says "added", the distillation
-            code scales and shifts; the latter is the default.
-        resample: "conv" or "resblock" (paper layout): strided convolution and nearest-up +
-            convolution, or pooling and nearest-up inside a residual block.
-        zero_init: zero the last convolution of a block, the output of an attention and the head
-            (paper layout), as the distillation code does.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+    Its arguments are the fields of ``fastvdm.unet.UNetConfig``, which says what they mean: first
+    the thirteen of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, then keyword-only ones.
     """
 
     @classmethod
@@ -75,7 +32,7 @@ class UNet3D(FactorizedUNet, folders.Pretrained, library_name="fastvdm", license
         Raises:
             ValueError: no such preset.
         """
-        return cls(**preset(name, **overrides))
+        return cls(**vars(preset(name, **overrides)))
 
     @classmethod
     def from_unet3d(

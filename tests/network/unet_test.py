@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
 
 from fastvdm import UNet3D
 from fastvdm.testing import max_error
-from fastvdm.unet import PRESETS
+from fastvdm.unet import PRESETS, UNetConfig
 from fastvdm.unet.blocks import Unit
 
 SMALL = dict(dim=16, dim_mults=(1, 2), attn_heads=2)
@@ -220,13 +222,35 @@ def test_presets_build(name):
     assert sum(p.numel() for p in model.parameters()) == PRESET_PARAMETERS[name]
     sizes = {}
     for i, level in enumerate(model.downs):
-        size = PRESETS[name]["image_size"] >> i
+        size = PRESETS[name].image_size >> i
         attention = level.units[0].spatial
         if attention is not None:
             sizes[size] = attention.heads
     # Heads at 32, 16, 8: C / head_dim (Appendix A)
     want = {"bair": (4, 6, 8), "t2v-small": (4, 8, 16), "t2v-128": (4, 8, 16)}
     assert tuple(sizes[s] for s in (32, 16, 8)) == want.get(name, (8, 16, 32))
+
+
+def test_the_arguments_are_one_configuration():
+    given = inspect.signature(UNet3D).parameters.values()
+    assert [(p.name, p.kind is p.KEYWORD_ONLY) for p in given] == [
+        (f.name, f.kw_only) for f in fields(UNetConfig)
+    ]
+    for f, p in list(zip(fields(UNetConfig), given))[1:]:
+        assert f.default == p.default, f.name
+    for f in fields(UNetConfig):
+        assert f"{f.name}: " in UNetConfig.__doc__ or f"{f.name}, " in UNetConfig.__doc__, f.name
+    assert UNet3D.__init__.__doc__ == UNetConfig.__doc__
+    config = UNetConfig(16, dim_mults=[1, 2])
+    assert config == copy.deepcopy(config) and hash(config) == hash(
+        UNetConfig(16, dim_mults=(1, 2))
+    )
+    with pytest.raises(FrozenInstanceError):
+        config.dim = 8
+    with pytest.raises(ValueError, match="dim must be even"):
+        replace(PRESETS["bair"], dim=5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dims'"):
+        UNet3D.from_preset("bair", dims=16)
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -275,6 +299,7 @@ def test_cond_without_cond_dim():
         (dict(resnet_groups=5), ValueError, "5 groups do not divide 16"),
         (dict(norm="batch"), ValueError, "norm must be one of group, rms"),
         (dict(layout="paper"), ValueError, "image_size"),
+        (dict(layout="paper", image_size=16.0), TypeError, "image_size must be an int, got float"),
         (dict(dropout=1.5), ValueError, r"dropout must lie in \[0, 1\]"),
         (dict(layout="paper", image_size=16, attn_dim_head=24), ValueError, "attn_dim_head"),
     ],
