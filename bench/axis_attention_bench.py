@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import bench_cases, shape
+from calls import bench_cases, shape
 from einops import rearrange
 from harness import Contest, Provider, Unavailable, compiled, grads_of, need_kernel
 from torch import Tensor

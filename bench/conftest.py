@@ -4,13 +4,13 @@ How to write ``bench/<stem>_bench.py``::
 
     import pytest
     import torch
-    from cases import bench_cases, shape
+    from calls import bench_cases, shape
     from harness import Contest, Provider, compiled, grads_of, need_kernel
 
     PROVIDERS = ("torch", "compiled", "fastvdm")
 
     def contest(case: str, device: str) -> Contest:
-        s = shape(case)                                     # bench/cases.py
+        s = shape(case)                                     # bench/calls.py
         x = torch.randn(s.x_shape, device=device)
         info: dict = {}
 

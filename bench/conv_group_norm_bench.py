@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Shape, bench_cases, shape
+from calls import Shape, bench_cases, shape
 from harness import Contest, Provider, compiled, grads_of
 from torch import Tensor
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import bench_cases, shape
+from calls import bench_cases, shape
 from einops import rearrange
 from harness import Contest, Provider, compiled, grads_of, need_kernel
 from torch import Tensor
