@@ -130,7 +130,6 @@ def contest(case: str, device: str, core: str, train: bool = False) -> Contest:
     }
     wide = torch.float64 if case == "tiny" else torch.float32
     cost = temporal_block_cost if over_time else linear_attention_block_cost
-    sizes = (s.x_shape, s.heads, s.head_dim)
     return Contest(
         reference=lambda: runner(plain, [t.to(wide) for t in inputs], dy)(),
         providers={
