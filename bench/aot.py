@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calls import classes, edges, networks
+from calls import by_name, classes, edges, networks
 from launches import Launch, captured, compiled, lowered
 
 from fastvdm.runtime.device import A100, B200, H100
@@ -189,14 +189,13 @@ def _refused(launch: Launch, error: Exception) -> AotResult:
 
 
 def heaviest(results: Sequence[AotResult]) -> set[str]:
-    """Names of the launches with most registers and with most shared memory of each kernel, with
-    and without matrix instructions: what another architecture would refuse first."""
-    found: dict[tuple, AotResult] = {}
+    """Names of the launches with most registers of each kernel, with and without matrix
+    instructions: what another architecture would refuse first."""
+    found: dict[tuple[str, bool], AotResult] = {}
     for r in results:
-        for resource in ("registers", "shared"):
-            key = r.kernel, r.uses_dot, resource
-            if key not in found or getattr(r, resource) > getattr(found[key], resource):
-                found[key] = r
+        most = found.setdefault((r.kernel, r.uses_dot), r)
+        if r.registers > most.registers:
+            found[r.kernel, r.uses_dot] = r
     return {r.name for r in found.values()}
 
 
@@ -227,25 +226,33 @@ def run(jobs: Sequence[Job], processes: int) -> list[AotResult]:
 
 
 def report(archs: Sequence[int], wanted: tuple[str, ...], processes: int) -> list[AotResult]:
-    """Every launch whose name starts with one of ``wanted``."""
-    table = [*networks(), *classes(), *edges()]
-    found = [launch for arch in archs for launch in captured(table, GPUS[arch])]
-    return run([(measure, m) for m in found if m.name.startswith(wanted)], processes)
+    """Every launch whose name starts with one of ``wanted``; the edges for one architecture."""
+    jobs: list[Job] = []
+    for arch in archs:
+        table = [*networks(), *by_name(), *classes(), *(edges() if arch == 90 else ())]
+        jobs += [(measure, m) for m in captured(table, GPUS[arch]) if m.name.startswith(wanted)]
+    return run(jobs, processes)
 
 
 def gate(processes: int) -> list[AotResult]:
-    """What every change is held to: the launches of the networks for sm_90, of each kernel the
-    heaviest of them for the others, and the edges through the front end."""
-    jobs: list[Job] = [(measure, launch) for launch in captured(networks(), H100)]
+    """What every change is held to: the launches of the networks and one by name for sm_90, those
+    of them with most registers of each kernel for the others, and the edges through Triton's front
+    end."""
+    table = [*networks(), by_name()[1]]
+    jobs: list[Job] = [(measure, launch) for launch in captured(table, H100)]
     jobs += [(lower, launch) for launch in captured(edges(), H100)]
     results = run(jobs, processes)
     names = heaviest([r for r in results if not (r.lowered or r.error)])
-    heavy = {(m.kernel, c) for _, m in jobs if m.name in names for c in m.calls}
+    heavy = {(m.kernel, m.calls[0]) for _, m in jobs if m.name in names}
+    jobs = []
     for gpu in (A100, B200):
-        there = captured(networks(), gpu)
-        jobs = [(measure, m) for m in there if any((m.kernel, c) in heavy for c in m.calls)]
-        results += run(jobs, processes)
-    return results
+        for m in captured(table, gpu):
+            # A kernel of that architecture alone has nothing that stands for it.
+            if any((m.kernel, c) in heavy for c in m.calls) or m.kernel not in {
+                k for k, _ in heavy
+            }:
+                jobs.append((measure, m))
+    return results + run(jobs, processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

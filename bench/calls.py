@@ -1,10 +1,9 @@
 """The table of calls: every op at the shapes of the networks, once.
 
-Benchmarks take their shapes from here (``shape``, ``bench_cases``), the tuner its jobs
-(``networks``), the ahead-of-time report and its tests all of it: what a call launches is what is
-compiled. ``classes`` are the calls that the limits of a ``pick_config`` or of an op speak of, each
-with the most options that it may have; ``edges`` change a kernel by an argument that is absent, 1
-or of another dtype.
+Benchmarks take their shapes from here, the tuner its jobs (``networks``, ``by_name``), the
+ahead-of-time report and its tests all of it: what a call launches is what is compiled. ``classes``
+are the calls that the limits of a ``pick_config`` or of an op speak of, each with the most options
+that it may have; ``edges`` change a kernel by an argument that is absent, 1 or of another dtype.
 
 A call carries the options that its kernel's key does not name, as the networks use them (bias and
 rotary embedding in fp32, the focus mask): what fits for it fits for the other calls of that key.
@@ -121,24 +120,26 @@ def _maker(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 def norm(
     s: Shape, device: str, dtype: torch.dtype, *, kind: int, backward: bool = False, c2: int = 0,
-    before: bool = False, film: bool = True, need: tuple[bool, ...] = (True, True, True),
+    before: bool = False, film: bool = True, dropout: bool = False,
+    need: tuple[bool, ...] = (True, True, True),
 ) -> Run:  # fmt: skip
-    """Norm, FiLM, SiLU, residual; backward of x, the parameters and the FiLM vectors (``need``).
+    """Norm, FiLM, SiLU, dropout, residual; backward of x, the parameters, the FiLM (``need``).
     ``c2``: channels of a second source; ``before``: the bias of the convolution before."""
     make, c, launch = _maker(device, dtype), s.channels + c2, kernels("norm_act")
     x, x2 = make(*s.x_shape), make(*s.x_shape[:-1], c2) if c2 else None
     vectors = (make(c), make(c), make(s.batch, c), make(s.batch, c))
     params = (x, x2, make(c) if before else None, *(vectors if film else (vectors[0], *[None] * 3)))
     options, residual = (kind, s.groups, False, EPS, True), None if c2 else x
+    drop = torch.ones(x.shape, dtype=torch.bool, device=device) if dropout else None
 
     def forward() -> tuple[Tensor, ...]:
-        return launch.norm_act_fwd(*params, residual, None, None, None, *options)
+        return launch.norm_act_fwd(*params, residual, drop, None, None, *options)
 
     if not backward:
         return forward
     stats = forward()[1:] if kind == GROUP else (None, None)
     dy, needs = make(*s.x_shape[:-1], c), (need[0], before, *need[1:])
-    return lambda: launch.norm_act_bwd(dy, *params, None, *stats, *options, *needs)
+    return lambda: launch.norm_act_bwd(dy, *params, drop, *stats, *options, *needs)
 
 
 # What the networks hand to attention over time: the peer's options, and the paper's Shaw tables.
@@ -348,7 +349,7 @@ def _both(*args: Any, **options: Any) -> list[Call]:
 
 def networks() -> list[Call]:
     """What the networks call, the most used first: in that order the tuner's time runs out. Forward
-    serves sampling and training; on a GPU the convolution is taken only by name."""
+    serves sampling and training."""
     found = []
     for backward in (False, True):
         way: dict[str, Any] = {"backward": backward}
@@ -360,13 +361,17 @@ def networks() -> list[Call]:
             found.append(_call(attention, case, axis=TIME, given=given, **way))
         found += [_call(attention, c, axis=SPACE, **way) for c in ("l3", *PAPER)]
     found += [_call(half, "l3") for half in (first_half, second_half)]
-    found += [_call(guided, "l0", FP32, what=what) for what in ("seed", "update")]
-    return found + [_call(conv, c) for c in PEER + PAPER[:3]]
+    return found + [_call(guided, "l0", FP32, what=what) for what in ("seed", "update")]
+
+
+def by_name() -> list[Call]:
+    """The convolution, which networks on a GPU take only where it is asked for."""
+    return [_call(conv, c) for c in PEER + PAPER[:3]]
 
 
 def classes() -> list[Call]:
     """What a ``pick_config`` and an op tell apart, at the largest width, head and length of each
-    class, and what the networks call by name or seldom."""
+    class, and what the networks call seldom."""
     found, halves = [], (first_half, second_half)
     for stream in (BF16, FP32):
         more: dict[str, Any] = dict(stream=stream, biases=True)
@@ -399,10 +404,10 @@ def classes() -> list[Call]:
     ):  # fmt: skip
         found += _both(attention, Shape(16, 32, 32, 64, head_dim=d), dtype, axis=SPACE, given=given)
     for kind in (GROUP, RMS, LAYER):
-        found += _both(norm, Shape(4, 16, 16, 64), kind=kind, before=True)
+        found += _both(norm, Shape(4, 16, 16, 64), kind=kind, before=True, dropout=True)
         found += _both(norm, Shape(4, 16, 16, 96), kind=kind, c2=48)
-        found += _both(norm, Shape(4, 16, 16, 128), FP32, kind=kind)
-        found += _both(norm, Shape(4, 16, 16, MAX_ROW_CHANNELS), kind=kind)
+        found += _both(norm, Shape(4, 16, 16, 128), FP32, kind=kind, dropout=True)
+        found += _both(norm, Shape(4, 16, 16, MAX_ROW_CHANNELS), kind=kind, dropout=True)
     for c in (64, 128):
         s = Shape(16, 64, 64, c)
         for form in (dict(c2=c), dict(kernel=1, c2=c, bare=True), dict(kernel=4, stride=2)):

@@ -1,6 +1,6 @@
 """Tuning: python bench/tune.py --out DIR, on a machine with a GPU; a step of ``make gpu``.
 
-A job is a call of the networks (calls.py). The ``pick_config`` functions that it asks
+A job is a call of the networks, or by name (calls.py). The ``pick_config`` functions that it asks
 (``fastvdm.kernels.tuned``) are answered with neighbours of their analytic configuration
 (tune_cases.py): each is compiled, held to the result of the analytic one, and timed against it in
 interleaved rounds. One that is more than 3 % faster goes into kernels/configs/<gpu>.json and
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import triton
-from calls import Call, Run, networks
+from calls import Call, Run, by_name, networks
 from harness import Contest, Outputs, Provider, run_contest
 from tune_cases import candidates
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     path = tuned.path_of(gpu.name)
     table, origin = copy.deepcopy(tuned.table(path)), versions()
-    todo: Iterable[Call] = networks()
+    todo: Iterable[Call] = [*networks(), *by_name()]
     say: Callable[[str], None] = print
     try:
         from tqdm import tqdm

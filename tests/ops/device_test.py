@@ -29,9 +29,9 @@ def never(*args, **kwargs):
 
 @functools.cache
 def launches(gpu: Facts) -> dict[str, list[tuple[str, tuple, dict]]]:
-    """(kernel, grid, constexprs and options) of every call of the networks, at their shapes in a
-    GPU's batch, with analytic tiles; and of two whose grids go by the GPU only where there is one
-    video, or a wide one. Nothing runs: the tensors have no data, and CUDA may not be touched."""
+    """(kernel, grid, constexprs and options) of every job of the tuner, in a GPU's batch, with
+    analytic tiles; and of two whose grids go by the GPU only where there is one video, or a wide
+    one. Nothing runs: the tensors have no data, and CUDA may not be touched."""
     pytest.importorskip("triton")
     import calls
     from triton.runtime.interpreter import InterpretedFunction
@@ -56,7 +56,7 @@ def launches(gpu: Facts) -> dict[str, list[tuple[str, tuple, dict]]]:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(InterpretedFunction, "run", run)
         patch.setattr(torch.cuda, "_lazy_init", never)
-        for job in [*calls.networks(), *more]:
+        for job in [*calls.networks(), *calls.by_name(), *more]:
             found[job.name] = []
             job.build("meta")()
     return found

@@ -241,7 +241,8 @@ def _tile(config) -> tuple:
 
 
 def test_names_of_calls_are_unique() -> None:
-    names = [call.name for call in (*calls.networks(), *calls.classes(), *calls.edges())]
+    parts = (calls.networks, calls.by_name, calls.classes, calls.edges)
+    names = [call.name for part in parts for call in part()]
     assert len(names) == len(set(names))
 
 
@@ -395,6 +396,7 @@ def test_a_machine_without_a_gpu_is_told(tmp_path, capsys) -> None:
 def test_main_writes_both_files(file, tmp_path, monkeypatch, search, capsys) -> None:
     stub = Stub(wrong=(3,))
     monkeypatch.setattr(tune, "networks", lambda: [stub.job()])
+    monkeypatch.setattr(tune, "by_name", list)
     real = tune.tune
     monkeypatch.setattr(tune, "tune", lambda *a, device, **kw: real(*a, device="cpu", **kw))
     search([], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})  # only for its clock
