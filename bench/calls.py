@@ -355,13 +355,17 @@ def networks() -> list[Call]:
         way: dict[str, Any] = {"backward": backward}
         found += [_call(temporal, c, **way) for c in (PEER[:1] if backward else PEER[:3])]
         found += [_call(linear, c, **way) for c in PEER]
+        found.append(_call(linear, replace(SHAPES["l0"], batch=1), **way))  # programs share a frame
         found += [_call(norm, c, kind=GROUP, **way) for c in PEER + PAPER]
         found += [_call(norm, c, kind=RMS, **way) for c in PEER]
         for case, given in (("l3", PEERS), ("ucf-16", SHAW), ("t2v128-32", SHAW)):
             found.append(_call(attention, case, axis=TIME, given=given, **way))
         found += [_call(attention, c, axis=SPACE, **way) for c in ("l3", *PAPER)]
     found += [_call(half, "l3") for half in (first_half, second_half)]
-    return found + [_call(guided, "l0", FP32, what=what) for what in ("seed", "update")]
+    ends = [{"what": what} for what in ("seed", "update")]
+    found += [_call(guided, "l0", FP32, **end) for end in ends]
+    forms = [{"net": n, "more": m} for n in (BF16, FP32) for m in (False, True)]
+    return found + [_call(guided, "l0", FP32, **form, **end) for form in forms for end in ends]
 
 
 def by_name() -> list[Call]:
@@ -415,8 +419,7 @@ def classes() -> list[Call]:
         found += [*_both(conv_transpose, s), _call(norm_conv, s)]
     for c, dtype in ((64, FP32), (100, BF16)):  # by pointers on every GPU
         found += [_call(make, Shape(4, 64, 64, c, groups=4), dtype) for make in (conv, norm_conv)]
-    ends = [dict(net=n, what=w) for n in (BF16, FP32) for w in ("seed", "update")]
-    return found + [_call(guided, "l0", FP32, more=m, **end) for end in ends for m in (False, True)]
+    return found
 
 
 def edges() -> list[Call]:

@@ -210,7 +210,11 @@ MAKERS = {
         (calls.attention, WIDE, [{"axis": SPACE, **way} for way in BOTH]),
         (calls.first_half, FEW, [{}]),
         (calls.second_half, FEW, [{}]),
-        (calls.guided, Shape(7, 4, 6, 3, batch=2), [{"what": w} for w in ("seed", "update")]),
+        (
+            calls.guided,
+            Shape(7, 4, 6, 3, batch=2),
+            [{"what": w, "more": more} for w in ("seed", "update") for more in (False, True)],
+        ),
         (calls.conv, FEW, [{}]),
     )
     for options in some
