@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import bench_cases, shape
+from calls import bench_cases, shape
 from einops import rearrange
-from harness import Contest, Provider, Unavailable, compiled, grads_of, need_kernel
+from harness import Contest, Provider, Unavailable, compiled, cost_of, need_kernel, runner
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -107,23 +107,14 @@ def contest(case: str, device: str, kind: str, train: bool = False) -> Contest:
     n = s.frames if axis == "time" else s.height * s.width
     qkv = torch.randn(s.qkv_shape).to(device, dtype)
     bias = torch.randn(s.heads, n, n).to(device, dtype) if with_bias else None
-    dy = torch.randn(*s.qkv_shape[:4], s.heads, s.head_dim).to(device, dtype)
+    dy = torch.randn(*s.qkv_shape[:4], s.heads, s.head_dim).to(device, dtype) if train else None
+    inputs = (qkv, bias)
     info: dict[str, Any] = {}
-
-    def runner(fn: Callable[..., Tensor], inputs: tuple = (qkv, bias)) -> Callable[[], Any]:
-        if train:
-            return grads_of(fn, inputs, dy)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return fn(*inputs)
-
-        return run
 
     def backend(which: SDPBackend) -> Callable[[], Any]:
         if not gpu and which != SDPBackend.MATH:
             raise Unavailable("a CUDA backend")
-        run = runner(on_heads(one_sdpa(which), axis))
+        run = runner(on_heads(one_sdpa(which), axis), inputs, dy)
         try:
             run()
         except RuntimeError as error:
@@ -133,25 +124,25 @@ def contest(case: str, device: str, kind: str, train: bool = False) -> Contest:
     def flexed() -> Callable[[], Any]:
         if not gpu:
             raise Unavailable("FlexAttention has no backward on a CPU")
-        return runner(compiled(on_heads(flex, axis, contiguous=True), info))
+        return runner(compiled(on_heads(flex, axis, contiguous=True), info), inputs, dy)
 
     def with_xformers() -> Callable[[], Any]:
         if not gpu:
             raise Unavailable("xformers needs a GPU")
-        return runner(on_heads(xformers, axis))
+        return runner(on_heads(xformers, axis), inputs, dy)
 
     def ours() -> Callable[[], Any]:
         need_kernel("axis_attention", device)
-        return runner(lambda x, b: axis_attention(x, axis=axis, bias=b))
+        return runner(lambda x, b: axis_attention(x, axis=axis, bias=b), inputs, dy)
 
     def reference() -> Any:
         wide = torch.float64 if case == "tiny" else torch.float32
-        inputs = (qkv.to(wide), None if bias is None else bias.to(wide))
-        return runner(lambda x, b: axis_attention_ref(x, axis=axis, bias=b), inputs)()
+        given = [None if t is None else t.to(wide) for t in inputs]
+        return runner(lambda x, b: axis_attention_ref(x, axis=axis, bias=b), given, dy)()
 
     builds: dict[str, Callable[[], Any]] = {
-        "peer": lambda: runner(on_heads(einsum, axis)),
-        "sdpa": lambda: runner(on_heads(sdpa, axis)),
+        "peer": lambda: runner(on_heads(einsum, axis), inputs, dy),
+        "sdpa": lambda: runner(on_heads(sdpa, axis), inputs, dy),
         **{name: lambda which=which: backend(which) for name, which in SDPA.items()},
         "flex": flexed,
         "xformers": with_xformers,
@@ -160,11 +151,7 @@ def contest(case: str, device: str, kind: str, train: bool = False) -> Contest:
 
     def cost(dtype: torch.dtype) -> Cost:
         args = (s.qkv_shape, dtype.itemsize, axis)
-        forward = axis_attention_cost(*args, bias=bias is not None)
-        if not train:
-            return forward
-        backward = axis_attention_cost(*args, bias=bias is not None, backward=True)
-        return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+        return cost_of(axis_attention_cost, *args, bias=bias is not None, train=train)
 
     return Contest(
         reference=reference,

@@ -4,13 +4,13 @@ How to write ``bench/<stem>_bench.py``::
 
     import pytest
     import torch
-    from cases import bench_cases, shape
+    from calls import bench_cases, shape
     from harness import Contest, Provider, compiled, grads_of, need_kernel
 
     PROVIDERS = ("torch", "compiled", "fastvdm")
 
     def contest(case: str, device: str) -> Contest:
-        s = shape(case)                                     # bench/cases.py
+        s = shape(case)                                     # bench/calls.py
         x = torch.randn(s.x_shape, device=device)
         info: dict = {}
 
@@ -93,11 +93,10 @@ def device(request: pytest.FixtureRequest) -> str:
 def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
     cache = getattr(request.config, "cache", None)
     failed = cache.get("cache/lastfailed", {}) if cache is not None else {}
-    red = [test for test in failed if test.startswith(f"tests/ops/{stem}_test.py")]
+    files = [f"tests/ops/{op}_test.py" for op in getattr(request.module, "TESTED", (stem,))]
+    red = [test for test in failed if test.startswith(tuple(files))]
     if red:
-        pytest.fail(
-            f"not timed: {red[0]} is red (run pytest tests/ops/{stem}_test.py)", pytrace=False
-        )
+        pytest.fail(f"not timed: {red[0]} is red (run pytest {' '.join(files)})", pytrace=False)
 
 
 def _selected(item: pytest.Item, key: tuple) -> list[str]:

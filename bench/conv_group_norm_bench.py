@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Shape, bench_cases, shape
-from harness import Contest, Provider, compiled, grads_of
+from calls import Shape, bench_cases, shape
+from harness import Contest, Provider, compiled, runner
 from torch import Tensor
 
 from fastvdm.ops._cost import Cost
@@ -129,22 +129,14 @@ def contest(case: str, device: str, part: str, train: bool = False) -> Contest:
     s, gpu = shape(case, device), device.startswith("cuda")
     dtype = torch.bfloat16 if gpu else torch.float32
     inputs = make_inputs(s, part, device, dtype)
-    dy = torch.randn(s.x_shape).to(device, dtype)
+    dy = torch.randn(s.x_shape).to(device, dtype) if train else None
     infos: dict[str, dict[str, Any]] = {"conv3d-compiled": {}, "conv2d-cl-compiled": {}}
-
-    def runner(fn: Callable[..., Tensor], given: Inputs, seed: Tensor) -> Callable[[], Any]:
-        if train:
-            return grads_of(fn, given, seed)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return fn(*given)
-
-        return run
 
     def three(memory_format: torch.memory_format, info: dict[str, Any] | None = None) -> Any:
         fn = theirs(part, s.groups, 3)
-        *given, seed = to_3d([*inputs, dy], memory_format)
+        given, seed = to_3d(inputs, memory_format), None
+        if dy is not None:
+            (seed,) = to_3d([dy], memory_format)
         run = runner(fn if info is None else compiled(fn, info, dynamic=False), given, seed)
 
         def back() -> Any:
@@ -170,7 +162,7 @@ def contest(case: str, device: str, part: str, train: bool = False) -> Contest:
     def reference() -> Any:  # fp64 on the largest levels takes minutes on two cores
         wide = torch.float64 if gpu or case == "tiny" else torch.float32
         given = [t.to(wide) for t in inputs]
-        return runner(theirs(part, s.groups, 2), given, dy.to(wide))()
+        return runner(theirs(part, s.groups, 2), given, dy)()
 
     return Contest(
         reference=reference,

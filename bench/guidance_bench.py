@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from cases import bench_cases, shape
+from calls import bench_cases, shape
 from harness import Contest, Provider, need_kernel
 
 from fastvdm import UNet3D, use_backend

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvdm.ops._cost import Cost
 from fastvdm.runtime.extension import emulated
 from fastvdm.testing import max_error
 
@@ -261,6 +262,26 @@ def grads_of(fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Ten
         return torch.autograd.grad(y, wanted, dy.to(y.dtype))
 
     return run
+
+
+def runner(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor | None = None
+) -> Callable[[], Outputs]:
+    """A ``run`` of ``fn(*inputs)``; with ``dy``, of its gradients."""
+    if dy is not None:
+        return grads_of(fn, inputs, dy)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return fn(*inputs)
+
+    return run
+
+
+def cost_of(cost: Callable[..., Cost], *args: Any, train: bool, **options: Any) -> Cost:
+    """Of the forward, or of it and the backward, by an op's cost function."""
+    ways = (False, True) if train else (False,)
+    return Cost(*map(sum, zip(*(cost(*args, backward=way, **options) for way in ways))))
 
 
 # The limits of this machine.

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import bench_cases, shape
+from calls import bench_cases, shape
 from einops import rearrange
-from harness import Contest, Provider, compiled, grads_of, need_kernel
+from harness import Contest, Provider, compiled, cost_of, need_kernel, runner
 from torch import Tensor
 
-from fastvdm.ops._cost import Cost
 from fastvdm.ops.linear_attention import linear_attention, linear_attention_cost
 from fastvdm.reference.linear_attention import linear_attention_ref
 
@@ -39,44 +38,27 @@ def contest(case: str, device: str, train: bool = False) -> Contest:
     dtype = torch.bfloat16 if gpu else torch.float32
     s = shape(case, device)
     qkv = torch.randn(s.qkv_shape).to(device, dtype)
-    dy = torch.randn(*s.qkv_shape[:4], s.heads, s.head_dim).to(device, dtype)
+    dy = torch.randn(*s.qkv_shape[:4], s.heads, s.head_dim).to(device, dtype) if train else None
     info: dict[str, Any] = {}
-
-    def runner(fn: Callable[[Tensor], Tensor], x: Tensor = qkv) -> Callable[[], Any]:
-        if train:
-            return grads_of(fn, (x,), dy.to(x.dtype))
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return fn(x)
-
-        return run
 
     def ours() -> Callable[[], Any]:
         need_kernel("linear_attention", device)
-        return runner(linear_attention)
-
-    def cost(dtype: torch.dtype) -> Cost:
-        forward = linear_attention_cost(s.qkv_shape, dtype.itemsize)
-        if not train:
-            return forward
-        backward = linear_attention_cost(s.qkv_shape, dtype.itemsize, backward=True)
-        return Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
+        return runner(linear_attention, (qkv,), dy)
 
     builds: dict[str, Callable[[], Any]] = {
-        "peer": lambda: runner(peer),
-        "torch": lambda: runner(linear_attention_ref),
-        "compiled": lambda: runner(compiled(linear_attention_ref, info)),
+        "peer": lambda: runner(peer, (qkv,), dy),
+        "torch": lambda: runner(linear_attention_ref, (qkv,), dy),
+        "compiled": lambda: runner(compiled(linear_attention_ref, info), (qkv,), dy),
         "fastvdm": ours,
     }
     wide = torch.float64 if case == "tiny" else torch.float32
     return Contest(
-        reference=lambda: runner(linear_attention_ref, qkv.to(wide))(),
+        reference=lambda: runner(linear_attention_ref, (qkv.to(wide),), dy)(),
         providers={
             name: Provider(build, 4e-2 if gpu else 1e-4, dtype, info if name == "compiled" else {})
             for name, build in builds.items()
         },
-        cost=cost,
+        cost=lambda dtype: cost_of(linear_attention_cost, s.qkv_shape, dtype.itemsize, train=train),
         device=device,
     )
 

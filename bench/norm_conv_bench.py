@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import bench_cases, shape
-from harness import Contest, Provider, Unavailable, grads_of
+from calls import bench_cases, shape
+from harness import Contest, Provider, Unavailable, runner
 from torch import Tensor
 
 from fastvdm import use_backend
@@ -37,7 +37,7 @@ def contest(case: str, device: str, train: bool = False) -> Contest:
         return (gain * torch.randn(dims)).to(device, dtype)
 
     weight = make(c, c, 3, 3, gain=(9 * c) ** -0.5).contiguous(memory_format=torch.channels_last)
-    x, dy = make(*s.x_shape), make(*s.x_shape)
+    x, dy = make(*s.x_shape), make(*s.x_shape) if train else None
     stats = group_stats_ref(x, s.groups)
     inputs = [x, make(c), make(c), make(s.batch, c), make(s.batch, c), weight, make(c)]
 
@@ -55,16 +55,6 @@ def contest(case: str, device: str, train: bool = False) -> Contest:
         y = y.view(x.shape) * (1 + scale[:, None, None, None]) + shift[:, None, None, None]
         y = F.conv2d(F.silu(y).flatten(0, 1).permute(0, 3, 1, 2), weight, bias, padding=1)
         return y.permute(0, 2, 3, 1).reshape(x.shape) + x
-
-    def runner(fn: Callable[..., Tensor], given: list[Tensor], dy: Tensor) -> Callable[[], Any]:
-        if train:
-            return grads_of(fn, given, dy)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return fn(*given)
-
-        return run
 
     def triton(fn: Callable[..., Tensor]) -> Callable[[], Any]:
         if not gpu or (off := dispatch.explain("norm_conv")["triton"]):
@@ -91,7 +81,7 @@ def contest(case: str, device: str, train: bool = False) -> Contest:
     )
     tolerance = (6e-2 if train else 3e-2) if gpu else 1e-4
     return Contest(
-        reference=lambda: runner(torch_only, [t.to(wide) for t in inputs], dy.to(wide))(),
+        reference=lambda: runner(torch_only, [t.to(wide) for t in inputs], dy)(),
         providers={n: Provider(b, tolerance, dtype) for n, b in zip(PROVIDERS, builds)},
         cost=cost,
         device=device,

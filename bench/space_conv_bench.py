@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import bench_cases, shape
-from harness import Contest, Provider, Unavailable, compiled, grads_of
+from calls import bench_cases, shape
+from harness import Contest, Provider, Unavailable, compiled, runner
 from torch import Tensor
 
 from fastvdm import use_backend
@@ -163,45 +163,34 @@ def contest(case: str, device: str, kind: str, train: bool = False) -> Contest:
     torch.backends.cudnn.benchmark = gpu
     job = make_job(case, kind, device, dtype)
     info: dict[str, Any] = {}
-    with torch.no_grad():
-        dy = torch.randn_like(conv2d(job)(*job.inputs))
-
-    def runner(
-        fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor = dy
-    ) -> Callable[[], Any]:
-        if train:
-            return grads_of(fn, inputs, dy)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return fn(*inputs)
-
-        return run
+    dy = None
+    if train:
+        with torch.no_grad():
+            dy = torch.randn_like(conv2d(job)(*job.inputs))
 
     def three(memory_format: torch.memory_format) -> Callable[[], Any]:
         inputs = to_conv3d(job.inputs, memory_format)
-        (dy3,) = to_conv3d([dy], memory_format)
-        run = runner(conv3d(job), inputs, dy3)
+        run = runner(conv3d(job), inputs, *to_conv3d([dy], memory_format))
         return lambda: back(run())
 
     def triton() -> Callable[[], Any]:
         if not gpu or (off := dispatch.explain("space_conv")["triton"]):
             raise Unavailable(off if gpu else "the Triton kernel runs on a GPU")
-        return runner(ours(job, "triton"), job.inputs)
+        return runner(ours(job, "triton"), job.inputs, dy)
 
     tolerance = 3e-2 if gpu else 1e-4
     builds = {
         "conv3d": lambda: three(torch.contiguous_format),
         "conv3d-cl": lambda: three(torch.channels_last_3d),
-        "conv2d-cl": lambda: runner(conv2d(job), job.inputs),
-        "conv2d-cl-compiled": lambda: runner(compiled(conv2d(job), info), job.inputs),
-        "fastvdm": lambda: runner(ours(job), job.inputs),
+        "conv2d-cl": lambda: runner(conv2d(job), job.inputs, dy),
+        "conv2d-cl-compiled": lambda: runner(compiled(conv2d(job), info), job.inputs, dy),
+        "fastvdm": lambda: runner(ours(job), job.inputs, dy),
         "fastvdm-triton": triton,
     }
 
     def reference() -> Any:  # fp64 on the largest levels takes minutes on two cores
         wide = torch.float64 if gpu or case == "tiny" else torch.float32
-        return runner(conv2d(job), [None if t is None else t.to(wide) for t in job.inputs])()
+        return runner(conv2d(job), [None if t is None else t.to(wide) for t in job.inputs], dy)()
 
     return Contest(
         reference=reference,

@@ -1,8 +1,8 @@
 """Tuning: python bench/tune.py --out DIR, on a machine with a GPU; a step of ``make gpu``.
 
-Every job of tune_cases.py runs one launcher at a shape of cases.py. The ``pick_config`` functions
-that it asks (``fastvdm.kernels.tuned``) are answered with neighbours of their analytic
-configuration: each is compiled, held to the result of the analytic one, and timed against it in
+A job is a call of the networks, or by name (calls.py). The ``pick_config`` functions that it asks
+(``fastvdm.kernels.tuned``) are answered with neighbours of their analytic configuration
+(tune_cases.py): each is compiled, held to the result of the analytic one, and timed against it in
 interleaved rounds. One that is more than 3 % faster goes into kernels/configs/<gpu>.json and
 DIR/<gpu>.json, at once, so that nothing is lost if the time runs out. A combination of kernel and
 arguments is tuned at the first job that asks for it. What stands in the file is not used here: the
@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 import triton
+from calls import Call, Run, by_name, networks
 from harness import Contest, Outputs, Provider, run_contest
-from tune_cases import Job, Run, candidates, jobs
+from tune_cases import candidates
 
 from fastvdm.kernels import tuned
 from fastvdm.kernels.tuned import Choice, choosing
@@ -51,7 +52,7 @@ Answers = Mapping[At, Any]
 class Task:
     """One choice of a job, and what to try for it; ``rejected``: what cannot run, and why."""
 
-    job: Job
+    job: Call
     run: Run
     choice: Choice
     configs: list[Any]
@@ -95,7 +96,7 @@ def answering(run: Run, answers: Answers) -> Run:
     return answered
 
 
-def prepare(job: Job, device: str) -> tuple[Run, list[Choice]]:
+def prepare(job: Call, device: str) -> tuple[Run, list[Choice]]:
     """The job's call, and what it asks for, each once, in order. Runs it with analytic answers."""
     found: dict[At, Choice] = {}
     with choosing(lambda c: c.analytic):
@@ -117,7 +118,7 @@ def in_threads(calls: Mapping[Any, Callable[[], Any]], deadline: float) -> dict[
 
 
 def tasks_of(
-    batch: Sequence[Job], answers: Answers, report: Report, device: str, deadline: float
+    batch: Sequence[Call], answers: Answers, report: Report, device: str, deadline: float
 ) -> list[Task]:
     """A task for each choice that has no answer yet, at the first job that asks for it."""
     calls = {job: lambda job=job: prepare(job, device) for job in batch}
@@ -195,7 +196,7 @@ def race(task: Task, answers: Answers, device: str) -> Found:
 
 
 def tune(
-    todo: Iterable[Job], keep: Callable[[Found], None], *, device: str, budget: float
+    todo: Iterable[Call], keep: Callable[[Found], None], *, device: str, budget: float
 ) -> Report:
     """Tune every choice of every job until ``budget`` seconds are over (a kernel that is being
     compiled then is waited for); ``keep`` takes each outcome as it comes."""
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     path = tuned.path_of(gpu.name)
     table, origin = copy.deepcopy(tuned.table(path)), versions()
-    todo: Iterable[Job] = jobs()
+    todo: Iterable[Call] = [*networks(), *by_name()]
     say: Callable[[str], None] = print
     try:
         from tqdm import tqdm

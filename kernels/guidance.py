@@ -16,7 +16,6 @@ draws its own 4-word block and uses two words, which is simpler than sharing it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -378,95 +377,3 @@ def guidance_update_fwd(
         num_warps=config.num_warps,
     )
     return x_tilde, z_next
-
-
-def aot_cases() -> list:
-    """The shipped configurations: 16x64x64 video, fp32 state, bf16 and fp32 networks."""
-    from fastvdm.kernels.aot_case import AotCase
-
-    ints = {n: "i32" for n in ("blocks", "C", "F", "H", "W", "num_known")}
-    axes = "bcfhw"
-    state = {"z_ptr": "*fp32", "coef_ptr": "*fp32"}
-    config, small = (pick_config.analytic("seed", torch.float32, f) for f in (1, 4))
-    cases = []
-    for net in ("bf16", "fp32"):
-        seed_types = {
-            **state,
-            **ints,
-            "m_ptr": f"*{net}",
-            "x_hat_ptr": "*fp32",
-            "seed_ptr": f"*{net}",
-            "num_low": "i32",
-            **{f"stride_{t}{a}": "i32" for t in "ms" for a in axes},
-        }
-        for name, low in (("frames", False), ("low_res", True)):
-            given = {"known_ptr": "*fp32", "slot_ptr": "*i32"}
-            given |= {"low_ptr": "*fp32", "low_slot_ptr": "*i32"} if low else {}
-            absent = {} if low else {"low_ptr": None, "low_slot_ptr": None}
-            cases.append(
-                AotCase(
-                    f"guidance_seed/{name}/{net}",
-                    _guidance_seed_kernel,
-                    {**seed_types, **given},
-                    {
-                        **absent,
-                        "extra_ptr": None,
-                        "HAS_KNOWN": True,
-                        "HAS_LOW": low,
-                        "HAS_EXTRA": False,
-                        "CLIP": low,
-                        "FACTOR": 2 if low else 1,
-                        "ACC": tl.float32,
-                        "BLOCK": small.block if low else config.block,
-                    },
-                    divisible=("H", "W"),
-                    num_warps=config.num_warps,
-                )
-            )
-        for name, guided in (("guided", True), ("plain", False)):
-            types = {
-                **state,
-                **ints,
-                "x_hat_ptr": "*fp32" if guided else f"*{net}",
-                "x_tilde_ptr": "*fp32",
-                "z_next_ptr": "*fp32",
-                "rng_ptr": "*i64",
-                "step": "i32",
-                **{f"stride_{t}{a}": "i32" for t in "xgs" for a in axes},
-            }
-            pointers = {"noise_ptr": None}
-            if guided:
-                types |= {"grad_ptr": "*fp32", "seed_ptr": f"*{net}", "threshold_ptr": "*fp32"}
-                types |= {"known_ptr": "*fp32", "slot_ptr": "*i32"}
-            else:
-                unused = ("grad_ptr", "seed_ptr", "known_ptr", "slot_ptr", "threshold_ptr")
-                pointers |= dict.fromkeys(unused)
-            cases.append(
-                AotCase(
-                    f"guidance_update/{name}/{net}",
-                    _guidance_update_kernel,
-                    types,
-                    {
-                        **pointers,
-                        "HAS_GRAD": guided,
-                        "HAS_SEED": guided,
-                        "HAS_KNOWN": guided,
-                        "HAS_NOISE": False,
-                        "RNG": 1,
-                        "HAS_THRESHOLD": guided,
-                        "CLIP": True,
-                        "WANT_X": False,
-                        "ACC": tl.float32,
-                        "BLOCK": config.block,
-                    },
-                    divisible=("H", "W"),
-                    num_warps=config.num_warps,
-                )
-            )
-    grey = {"C": 1, "stride_xc": 1}  # extents of 1 reach a kernel as constants
-    last = cases[-1]
-    kept = {k: v for k, v in last.signature.items() if k not in grey}
-    constexprs = {**last.constexprs, **grey}
-    name = "guidance_update/grey/fp32"
-    cases.append(replace(last, name=name, signature=kept, constexprs=constexprs))
-    return cases

@@ -45,8 +45,8 @@ class Config(NamedTuple):
 @tuned("linear_attention", pixels=next_power_of_2)
 def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool) -> Config:
     """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator; the
-    values compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``). ``pixels`` of a frame
-    and ``backward`` tell measured tiles apart."""
+    values compile without spills for sm_80, sm_90 and sm_100 (``bench/aot.py``). ``pixels`` of a
+    frame and ``backward`` tell measured tiles apart."""
     block_d = max(16, next_power_of_2(dim))
     if dtype in (torch.float16, torch.bfloat16):
         return Config(64, block_d, 8 if block_d == 128 else 4)
@@ -360,52 +360,3 @@ def linear_attention_bwd(
     dctx = partial.sum(1)
     _bwd_kernel[grid](*args, dctx, *rest, FIRST=False, SECOND=True, **tile)
     return dqkv
-
-
-def aot_cases():
-    """Heads of 32 (the peer) in all kernels; 64, 128 (bf16; spills 168 bytes for sm_80, left out
-    there) and fp32 in those that do both passes, which need most."""
-    from fastvdm.kernels.aot_case import AotCase
-
-    found = []
-    sizes = [(torch.bfloat16, d) for d in (32, 64, 128)] + [(torch.float32, d) for d in (32, 64)]
-    for dtype, dim in sizes:
-        block_n, block_d, warps = pick_config.analytic(dim, dtype, 4096, backward=True)
-        data = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        constexprs = dict(
-            SCALE=dim**-0.5, D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(dtype)
-        )
-        for kernel, what in (
-            (_fwd_kernel, {}),
-            (_fwd_context_kernel, {}),
-            (_fwd_merge_kernel, {}),
-            (_fwd_apply_kernel, {}),
-            (_bwd_kernel, dict(FIRST=True, SECOND=True)),
-            (_bwd_kernel, dict(FIRST=True, SECOND=False)),
-            (_bwd_kernel, dict(FIRST=False, SECOND=True)),
-        ):
-            both = kernel is _fwd_kernel or all(what.values()) and what
-            if not both and (dtype, dim) != (torch.bfloat16, 32):
-                continue
-            signature = {}
-            for argument in kernel.arg_names:
-                if argument.endswith("_ptr"):
-                    own = argument in ("qkv_ptr", "out_ptr", "dout_ptr", "dqkv_ptr")
-                    signature[argument] = data if own else "*fp32"
-                elif argument not in constexprs and argument not in what:
-                    signature[argument] = "i32"
-            known = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-            passes = "".join(f"_{k.lower()}" for k, v in what.items() if v)
-            found.append(
-                AotCase(
-                    f"linear_attention{kernel.__name__}{passes}/{data[1:]}_d{dim}",
-                    kernel,
-                    signature,
-                    known | what,
-                    num_warps=warps,
-                    num_stages=2,
-                    uses_dot=kernel is not _fwd_merge_kernel,
-                    archs=(80, 90, 100) if block_d < 128 else (90, 100),
-                )
-            )
-    return found

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
 from fastvdm.kernels.linear_tiles import (
     LinearConfig,
@@ -29,7 +28,7 @@ from fastvdm.kernels.tuned import tuned
 def pick_config(
     rows: int, depth: int, features: int, x_itemsize: int, itemsize: int
 ) -> LinearConfig:
-    """Tiles that compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``). NOT MEASURED.
+    """Tiles without spills for sm_80, sm_90 and sm_100 (``bench/aot.py``). NOT MEASURED.
 
     Smaller ones where the large would leave multiprocessors without work. ``depth`` and
     ``x_itemsize`` tell measured tiles apart.
@@ -108,29 +107,3 @@ def linear_residual_bwd(
     if need_bias and bias is not None:
         dbias = seeds.sum(0, dtype=acc_torch_dtype(dy.dtype)).to(bias.dtype)
     return do, dweight, dbias
-
-
-def _case(rows: int, x_type: str, low: str) -> AotCase:
-    size = {"bf16": 2, "fp32": 4}
-    config = pick_config.analytic(rows, 512, 512, size[x_type], size[low])
-    types = {name: f"*{low}" for name in ("o_ptr", "weight_ptr", "bias_ptr")}
-    types |= {name: f"*{x_type}" for name in ("x_ptr", "y_ptr")}
-    constexprs = dict(BM=config.BM, BN=config.BN, BK=config.BK, ACC=tl.float32)
-    names = [a for a in _linear_residual_kernel.arg_names if a not in constexprs]
-    return AotCase(
-        f"linear_residual_fwd/{x_type}-{low}-{config.BM}x{config.BN}",
-        _linear_residual_kernel,
-        {name: types.get(name, "i32") for name in names},
-        constexprs,
-        divisible=("K", "N"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        uses_dot=True,
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile of ``pick_config``: 16 bits throughout, an fp32 stream as under autocast, fp32."""
-    kinds = (("bf16", "bf16"), ("fp32", "bf16"))
-    found = [_case(rows, *kind) for kind in kinds for rows in (1 << 10, 1 << 16)]
-    return [*found, _case(1 << 16, "fp32", "fp32")]

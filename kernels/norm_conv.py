@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, cdiv, next_power_of_2
 from fastvdm.kernels.space_conv import Prologue, conv
 
@@ -83,20 +82,3 @@ def norm_conv_fwd(
         transposed=False, out_axis=0, size=(x.shape[2], x.shape[3]),
         prologue=Prologue(gain, offset, act),
     )[0]  # fmt: skip
-
-
-def aot_cases() -> list[AotCase]:
-    """The fold; the convolution's own cases are in ``space_conv``."""
-    wide = dict.fromkeys(("mean_ptr", "rstd_ptr", "gain_ptr", "offset_ptr"), "*fp32")
-    given = dict.fromkeys(("w_ptr", "b_ptr", "scale_ptr", "shift_ptr"), "*bf16")
-    sizes = ("C", "group_width", "groups", "frames", "stride_scale", "stride_shift")
-    return [
-        AotCase(
-            "norm_conv_fold/bf16",
-            _fold_kernel,
-            signature=wide | given | dict.fromkeys(sizes, "i32"),
-            constexprs=dict(BLOCK_C=128, ACC=tl.float32),
-            divisible=("C", "stride_scale", "stride_shift"),
-            num_warps=1,
-        )
-    ]

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import (
     acc_dtype,
     acc_torch_dtype,
@@ -43,7 +42,7 @@ from fastvdm.kernels.tuned import tuned
 def pick_config(
     rows: int, channels: int, features: int, x_itemsize: int, itemsize: int
 ) -> LinearConfig:
-    """Tiles that compile without spills for sm_80, sm_90 and sm_100 (``aot_cases``). NOT MEASURED.
+    """Tiles without spills for sm_80, sm_90 and sm_100 (``bench/aot.py``). NOT MEASURED.
 
     Normalising costs about ten instructions an element of x and tile of columns, so that tiles are
     wide; an fp32 x takes twice the shared memory, thus half the step.
@@ -192,34 +191,3 @@ def norm_linear_bwd(
     if need_bias and bias is not None:
         dbias = seeds.sum(0, dtype=acc_torch_dtype(x.dtype)).to(bias.dtype)
     return dx.view(x.shape) if need_dx else dx, dnorm_weight, dnorm_bias, dweight, dbias
-
-
-def _case(rows: int, channels: int, x_type: str, low: str, archs: tuple[int, ...]) -> AotCase:
-    size = {"bf16": 2, "fp16": 2, "fp32": 4}
-    config = pick_config.analytic(rows, channels, 3 * channels, size[x_type], size[low])
-    types = {name: f"*{low}" for name in ("weight_ptr", "bias_ptr", "y_ptr")}
-    types |= {name: f"*{x_type}" for name in ("x_ptr", "norm_weight_ptr", "norm_bias_ptr")}
-    constexprs = dict(EPS=1e-5, BM=config.BM, BN=config.BN, BK=config.BK, ACC=tl.float32)
-    names = [a for a in _norm_linear_kernel.arg_names if a not in constexprs]
-    return AotCase(
-        f"norm_linear_fwd/{x_type}-{low}-{config.BM}x{config.BN}",
-        _norm_linear_kernel,
-        {name: types.get(name, "i32") for name in names},
-        constexprs,
-        divisible=("C", "N"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        uses_dot=True,
-        archs=archs,
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Every tile of ``pick_config``: 16 bits throughout, an fp32 stream as under autocast, fp32."""
-    kinds = (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"))
-    return [
-        _case(rows, 512, *kind, (80, 90, 100))
-        for kind in kinds
-        for rows in (1 << 12, 1 << 16)
-        if kind[1] != "fp32" or rows == 1 << 16
-    ]

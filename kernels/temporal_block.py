@@ -18,7 +18,7 @@ length of this call. With frozen weights nothing but dx is written: 3*M*C*e byte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels import axis_attention
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.axis_attention.shared import (
     head_stride,
     rotary_table,
@@ -79,8 +78,8 @@ def pick_config(
     major: int,
 ) -> Config:
     """Pixels a tile: each tile streams all weights, so as many rows as the registers allow. The
-    limits are those at which ptxas does not spill (``aot_cases``): ``tables`` are Shaw's, ``major``
-    is the device's compute capability, ``itemsize`` that of x. NOT MEASURED."""
+    limits are those at which ptxas does not spill (``bench/aot.py``): ``tables`` are Shaw's,
+    ``major`` is the device's compute capability, ``itemsize`` that of x. NOT MEASURED."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
     wide, rows = itemsize > 2, 128
@@ -695,101 +694,3 @@ def temporal_block_bwd(
         reduced(dbias, bias),
         *(x.new_empty((0,)) for _ in range(2)),  # none of tables: with those it is composed
     )
-
-
-def _aot_case(
-    name: str,
-    channels: int,
-    dim: int,
-    frames: int,
-    x_type: str = "bf16",
-    *,
-    backward: bool = False,
-    train: bool = False,
-    archs: tuple,
-) -> AotCase:
-    """``name``: "peer" has rotary embedding and relative bias, "shaw" tables on keys and values;
-    both have the masks and a bias on everything, the most that such a call may ask for."""
-    peer, major = name == "peer", archs[0] // 10
-    config = pick_config.analytic(
-        frames, channels, dim, 1 << 16, {"bf16": 2, "fp32": 4}[x_type],
-        tables=not peer, backward=backward, major=major,
-    )  # fmt: skip
-    kernel = _bwd_kernel if backward else _fwd_kernel
-    optional = dict(
-        bias_ptr=peer,
-        rot_ptr=peer,
-        rel_k_ptr=not peer,
-        rel_v_ptr=not peer,
-        scratch_ptr=config.BC > _REGISTER_CHANNELS,
-        dnorm_weight_ptr=train,
-        dnorm_bias_ptr=train,
-        dbias_ptr=train,
-        xn_ptr=train,
-        o_ptr=train,
-    )
-    types = {"focus_ptr": "*u8", "rot_ptr": "*fp32", "bias_ptr": "*fp32", "dbias_ptr": "*fp32"}
-    types |= {"dnorm_weight_ptr": "*fp32", "dnorm_bias_ptr": "*fp32"}
-    stream = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "norm_weight_ptr", "norm_bias_ptr")
-    types |= dict.fromkeys(stream, f"*{x_type}")
-    signature: dict[str, str] = {}
-    constexprs: dict[str, object] = dict(
-        C=channels,
-        D=dim,
-        ACC=tl.float32,
-        MASKED=True,
-        TRAIN=train,
-        HALF=dim // 2 if peer else 0,
-        P=config.P,
-        BN=config.BN,
-        BC=config.BC,
-        BD=config.BD,
-    )
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            continue
-        if not argument.endswith("_ptr"):
-            is_float = argument in ("scale_high", "scale_low", "eps")
-            signature[argument] = "fp32" if is_float else "i32"
-        elif optional.get(argument, True):
-            signature[argument] = types.get(argument, "*bf16")
-        else:
-            constexprs[argument] = None
-    way = "fwd" if not backward else "bwd" if train else "bwd_frozen"
-    what = f"{name}_c{channels}_d{dim}_f{frames}_{x_type}"
-    return AotCase(
-        f"temporal_block_{way}/{what}_sm{'_'.join(map(str, archs))}",
-        kernel,
-        signature,
-        {k: v for k, v in constexprs.items() if k in kernel.arg_names},
-        divisible=("area",),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        uses_dot=True,
-        archs=archs,
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Every class of calls that ``pick_config`` and the op tell apart, at its largest
-    width, head and length, with an fp32 stream as under autocast and without."""
-    found = []
-    sizes = ((64, 32, 16), (64, 64, 16), (64, 32, 32), (128, 32, 16), (128, 64, 16), (256, 32, 16))
-    for archs in ((80,), (90, 100)):
-        for x_type in ("bf16", "fp32"):
-            for name in ("peer", "shaw"):
-                # as the networks have it: the peer's three widths, the paper's narrowest
-                usual = [(c, 32, 16) for c in (64, 128, 256)] if name == "peer" else [(128, 64, 16)]
-                for size in sizes:
-                    composed = size[0] == 256 and (x_type, name) != ("bf16", "peer")
-                    composed |= (x_type, name, size) == ("fp32", "shaw", (128, 64, 16))
-                    if not composed:
-                        case = _aot_case(name, *size, x_type, archs=archs)
-                        rare = size not in usual or (x_type == "fp32" and size[0] > 64)
-                        found.append(replace(case, rare=rare))
-            for train in (True, False):
-                case = _aot_case(
-                    "peer", 64, 32, 16, x_type, backward=True, train=train, archs=archs
-                )
-                found.append(replace(case, rare=x_type == "fp32"))
-    return found

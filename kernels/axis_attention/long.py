@@ -9,14 +9,13 @@ batch. Recomputing costs two of five products; atomics would cost the order of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
     head_stride,
@@ -638,70 +637,3 @@ def long_bwd(
         drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
         drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)
     return dbias, drel_k, drel_v
-
-
-_OPTIONS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
-_KERNELS = {
-    "fwd": _long_fwd_kernel,
-    "dq": _long_bwd_dq_kernel,
-    "dkv": _long_bwd_dkv_kernel,
-    "dbias": _long_bwd_dbias_kernel,
-    "drel": _long_bwd_drel_kernel,
-}
-
-
-def _case(kind: str, dtype: str, d: int, given: tuple[str, ...]) -> AotCase:
-    bd, kernel = max(16, next_power_of_2(d)), _KERNELS[kind]
-    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
-    has = {"shaw": shaw, "bias": "bias_ptr" in given, "rotary": "rot_ptr" in given}
-    config = pick_config.analytic(kind, bd, {"bf16": 2, "fp32": 4}[dtype], 1024, **has)
-    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
-    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
-    types |= {"scale_high": "fp32", "scale_low": "fp32"}
-    for name in ("bias", "rot", "lse", "delta", "dbias", "drel_k", "drel_v"):
-        types[f"{name}_ptr"] = "*fp32"
-    constexprs: dict = dict(
-        D=d,
-        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
-        BM=config.BM,
-        BN=config.BN,
-        BD=bd,
-        ACC=tl.float32,
-    )
-    constexprs |= {p: None for p in _OPTIONS if p not in given}
-    constexprs |= {f"d{p}": None for p in _OPTIONS[1:3] if p not in given}
-    constexprs = {k: v for k, v in constexprs.items() if k in kernel.arg_names}
-    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs}
-    what = "+".join(p[:-4] for p in given) or "plain"
-    return AotCase(
-        f"axis_attention_long_{kind}/{dtype}-D{d}-{what}",
-        kernel,
-        signature,
-        constexprs,
-        divisible=[a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h") or a == "n"],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
-        uses_dot=dtype == "bf16",
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Spatial attention (plain; with a bias and its gradient) at each head dimension, and what
-    else a long sequence may carry."""
-    found = []
-    for d in (64, 128):
-        found += [_case(kind, "bf16", d, ()) for kind in ("fwd", "dq", "dkv")]
-    found += [_case(kind, "bf16", 64, ("bias_ptr", "rot_ptr")) for kind in list(_KERNELS)[:4]]
-    found += [_case(kind, "bf16", 128, ("bias_ptr", "rot_ptr")) for kind in ("dq", "dkv", "dbias")]
-    found += [_case(kind, "fp32", 64, ("bias_ptr",)) for kind in list(_KERNELS)[:4]]
-    rare = []  # what else fp32 may carry without Shaw tables, with which it spills
-    for d in (64, 128):
-        options = ("bias_ptr", "rot_ptr", "focus_ptr")
-        rare += [_case(kind, "fp32", d, options) for kind in list(_KERNELS)[:4]]
-    rare += [_case(kind, "fp32", 128, ()) for kind in ("fwd", "dq", "dkv")]
-    rare += [_case("fwd", "fp32", 128, ("bias_ptr",)), _case("fwd", "fp32", 64, ("rot_ptr",))]
-    found += [replace(case, rare=True) for case in rare]
-    shaw = ("rel_k_ptr", "rel_v_ptr")
-    found += [_case(kind, "bf16", 64, shaw) for kind in ("fwd", "dq", "dkv", "drel")]
-    return found

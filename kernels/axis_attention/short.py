@@ -9,14 +9,13 @@ their head, and leave one partial each: no atomics, nothing of the batch's size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
     head_stride,
@@ -381,66 +380,3 @@ def short_bwd(
     )
     reduced = [None if t is None else t.sum(0) for t in (dbias, drel_k, drel_v)]
     return reduced[0], reduced[1], reduced[2]
-
-
-_POINTERS = ("bias_ptr", "rel_k_ptr", "rel_v_ptr", "rot_ptr", "focus_ptr")
-
-
-def _case(backward: bool, dtype: str, n: int, d: int, given: tuple[str, ...]) -> AotCase:
-    bn, bd = max(16, next_power_of_2(n)), max(16, next_power_of_2(d))
-    itemsize = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
-    shaw = "rel_k_ptr" in given or "rel_v_ptr" in given
-    config = pick_config.analytic(bn, bd, itemsize, 4096, backward=backward, shaw=shaw)
-    acc = "fp64" if dtype == "fp64" else "fp32"
-    kernel = _short_bwd_kernel if backward else _short_fwd_kernel
-    types = {name: f"*{dtype}" for name in ("dout_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr")}
-    types |= {"rel_k_ptr": f"*{dtype}", "rel_v_ptr": f"*{dtype}", "focus_ptr": "*u8"}
-    types |= {"bias_ptr": "*fp32", "rot_ptr": "*fp32", "scale_high": "fp32", "scale_low": "fp32"}
-    types |= {f"d{name}": f"*{acc}" for name in ("bias_ptr", "rel_k_ptr", "rel_v_ptr")}
-    constexprs = dict(
-        D=d,
-        HALF=min(d, 32) // 2 if "rot_ptr" in given else 0,
-        P=config.P,
-        BN=bn,
-        BD=bd,
-        ACC=tl.float64 if dtype == "fp64" else tl.float32,
-    )
-    absent = {p: None for p in _POINTERS if p not in given}
-    absent |= {f"d{p}": None for p in absent}
-    signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in constexprs | absent}
-    what = f"{dtype}-N{n}-D{d}-" + ("+".join(p[:-4] for p in given) or "plain")
-    strides_ = [a for a in signature if a[-2:] in ("_b", "_o", "_n", "_c", "_h")]
-    return AotCase(
-        f"axis_attention_short_{'bwd' if backward else 'fwd'}/{what}",
-        kernel,
-        signature,
-        constexprs | {k: v for k, v in absent.items() if k in kernel.arg_names},
-        divisible=strides_,
-        num_warps=config.num_warps,
-        num_stages=1,
-        maxnreg=config.maxnreg,
-        uses_dot=dtype == "bf16",
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Temporal attention as the peer runs it (rotary and bias) and as the paper does (Shaw)."""
-    peers, shaw = ("bias_ptr", "rot_ptr"), ("rel_k_ptr", "rel_v_ptr")
-    wanted = [
-        ("bf16", 16, 32, peers),
-        ("bf16", 16, 64, peers),
-        ("bf16", 16, 64, _POINTERS),
-        ("bf16", 16, 128, peers),
-        ("bf16", 32, 32, peers),
-        ("bf16", 32, 64, shaw),
-        ("fp32", 16, 32, peers),
-        ("fp32", 16, 64, shaw),
-    ]
-    rare = [
-        ("fp32", 16, 128, (*peers, "focus_ptr")),
-        ("fp32", 32, 64, (*peers, "focus_ptr")),
-        ("fp32", 32, 128, ("focus_ptr",)),
-    ]
-    found = [_case(backward, *what) for what in wanted for backward in (False, True)]
-    more = [_case(backward, *what) for what in rare for backward in (False, True)]
-    return found + [replace(case, rare=True) for case in more]

@@ -30,7 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
 from fastvdm.kernels.limits import GROUP, LAYER
 from fastvdm.kernels.norm_act.group import (
@@ -42,7 +41,6 @@ from fastvdm.kernels.norm_act.group import (
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 from fastvdm.kernels.norm_act.shared import (
     affine,
-    aot_case,
     extents,
     merge_tile,
     row_stride,
@@ -317,16 +315,3 @@ def _reduce(
         SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
     )  # fmt: skip
     return sums
-
-
-def aot_cases() -> list[AotCase]:
-    """The small kernels that reduce partials have one form."""
-    block_k, block_c = merge_tile(128, 64)
-    merge = dict(BLOCK_K=block_k, BLOCK_C=block_c, ACC=tl.float32)
-    last = dict(BLOCK_N=32, BLOCK_C=32, ACC=tl.float32)
-    return [
-        aot_case("reduce", _reduce_kernel, "bf16", (64, 0), 4, SUMS=3, **merge),
-        aot_case("dfilm", _dfilm_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
-        aot_case("dweight", _dweight_kernel, "bf16", (64, 0), 4, SUMS=3, **last),
-        aot_case("dx_bias", _dx_bias_kernel, "bf16", (64, 0), 4, **last),
-    ]

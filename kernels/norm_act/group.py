@@ -14,14 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
 from fastvdm.kernels.norm_act.shared import (
     STAGES,
     Config,
     affine,
-    aot_case,
-    aot_sums,
     extents,
     load_dt,
     merge_tile,
@@ -423,30 +420,3 @@ def group_bwd_dx(
     _group_bwd_dx_kernel[(grid,)](
         dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
     )
-
-
-def aot_cases() -> list[AotCase]:
-    """As the launchers start them: bf16 in both widths of tile, two unequal sources, fp32; with
-    x_bias and its gradient where there is one source of bf16."""
-    block_k, block_c = merge_tile(128, 64)
-    merge = dict(EPS=1e-5, BLOCK_K=block_k, BLOCK_C=block_c, ACC=tl.float32)
-    found = [aot_case("merge", _merge_kernel, "bf16", (64, 0), 4, **merge)]
-    for dtype, c1, c2 in (("bf16", 64, 0), ("bf16", 256, 0), ("bf16", 96, 48), ("fp32", 128, 0)):
-        found += _aot_group(dtype, c1, c2)
-    return found
-
-
-def _aot_group(dtype: str, c1: int, c2: int) -> list[AotCase]:
-    cfg = pick_config.analytic(c1, c2, 2, "bwd")
-    tile = dict(BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=tl.float32)
-    kernels = {
-        "group_fwd": _group_fwd_kernel,
-        "group_bwd_sums": _group_bwd_sums_kernel,
-        "group_bwd_dx": _group_bwd_dx_kernel,
-    }
-    channels, warps = (c1, c2), cfg.num_warps
-    sums = {"group_bwd_sums": {"SUMS": aot_sums(dtype, c2)}}
-    return [aot_case("stats", _stats_kernel, dtype, channels, warps, **tile)] + [
-        aot_case(what, kernel, dtype, channels, warps, ACT=True, **tile, **sums.get(what, {}))
-        for what, kernel in kernels.items()
-    ]

@@ -9,15 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, at_least, cdiv, next_power_of_2
-from fastvdm.kernels.limits import MAX_ROW_CHANNELS
 from fastvdm.kernels.norm_act.shared import (
     STAGES,
     Config,
     affine,
-    aot_case,
-    aot_sums,
     extents,
     load_dt,
     row_stride,
@@ -258,34 +254,3 @@ def row_bwd(
         ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps,
     )  # fmt: skip
     return part
-
-
-def aot_cases() -> list[AotCase]:
-    """As the launchers start them: bf16 with one and two sources, fp32, and the widest row; with
-    x_bias and its gradient where there is one source of bf16."""
-    found = []
-    for dtype, c1, c2 in (
-        ("bf16", 64, 0),
-        ("bf16", 96, 48),
-        ("fp32", 128, 0),
-        ("bf16", MAX_ROW_CHANNELS, 0),
-    ):
-        found += _aot_row(dtype, c1, c2)
-    return found
-
-
-def _aot_row(dtype: str, c1: int, c2: int) -> list[AotCase]:
-    cfg = pick_row_config.analytic(c1, c2, 2, "bwd")
-    tile = dict(
-        ACT=True, BLOCK_L=cfg.block_l, BLOCK_C1=next_power_of_2(c1),
-        BLOCK_C2=next_power_of_2(max(c2, 1)), ACC=tl.float32, EPS=1e-5,
-    )  # fmt: skip
-    sums = {"fwd": {}, "bwd": {"SUMS": aot_sums(dtype, c2)}}
-    return [
-        aot_case(
-            f"{kind}_{what}", kernel, dtype, (c1, c2), cfg.num_warps, LAYER=layer, **tile,
-            **sums[what],
-        )
-        for kind, layer in (("rms", False), ("layer", True))
-        for what, kernel in (("fwd", _row_fwd_kernel), ("bwd", _row_bwd_kernel))
-    ]  # fmt: skip

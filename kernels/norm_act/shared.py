@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.aot_case import AotCase
 from fastvdm.kernels.common import cdiv, next_power_of_2
 from fastvdm.runtime.device import facts
 
@@ -106,35 +105,3 @@ def load_dt(t, dy_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexp
         sig = tl.sigmoid(t)
         dt *= sig * (1.0 + t * (1.0 - sig))
     return tl.where(mask, dt, 0.0)
-
-
-# What is in the accumulator's type, whatever the inputs are.
-_PARTIALS = ("part_ptr", "mean_ptr", "rstd_ptr", "m_ptr", "sums_ptr", "dw_ptr", "db_ptr")
-
-
-def aot_case(
-    what: str, kernel: Any, dtype: str, channels: tuple[int, int], num_warps: int, **constexprs: Any
-) -> AotCase:
-    signature: dict[str, str] = {}
-    divisible = []
-    absent = [] if channels[1] else ["x2_ptr", "dx2_ptr"]
-    absent += ["xb_ptr"] if aot_sums(dtype, channels[1]) == 2 else []
-    for arg in kernel.arg_names:
-        if arg in constexprs:
-            continue
-        if arg in absent:
-            constexprs[arg] = None
-        elif arg.endswith("_ptr"):
-            kind = "fp32" if arg in _PARTIALS else "u8" if arg == "drop_ptr" else dtype
-            signature[arg] = f"*{kind}"
-        else:
-            signature[arg] = "i32"
-            if arg in ("C", "C1", "C2", "stride_scale", "stride_shift"):
-                divisible.append(arg)
-    name = f"norm_act_{what}/{dtype}-{'+'.join(str(c) for c in channels if c)}"
-    return AotCase(name, kernel, signature, constexprs, divisible, num_warps)
-
-
-def aot_sums(dtype: str, c2: int) -> int:
-    """3 with x_bias."""
-    return 2 if c2 or dtype != "bf16" else 3

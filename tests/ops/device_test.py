@@ -29,24 +29,23 @@ def never(*args, **kwargs):
 
 @functools.cache
 def launches(gpu: Facts) -> dict[str, list[tuple[str, tuple, dict]]]:
-    """(kernel, grid, constexprs and options) of every tuning job, at the networks' shapes in a
-    GPU's batch, with analytic tiles; and of two whose grids go by the GPU only where there is one
-    video, or a wide one. Nothing runs: the tensors have no data, and CUDA may not be touched."""
+    """(kernel, grid, constexprs and options) of every job of the tuner, in a GPU's batch, with
+    analytic tiles; and of two whose grids go by the GPU only where there is one video, or a wide
+    one. Nothing runs: the tensors have no data, and CUDA may not be touched."""
     pytest.importorskip("triton")
-    import cases
-    import tune_cases
+    import calls
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     from fastvdm.kernels.tuned import choosing
 
     def alone(device: str):
-        return tune_cases.linear(cases.shape("l0"), device, torch.bfloat16, backward=False)
+        return calls.linear(calls.shape("l0"), device, torch.bfloat16)
 
     def wide(device: str):
-        return tune_cases.half(cases.shape("ucf-8", "cuda"), device, torch.bfloat16, first=True)
+        return calls.first_half(calls.shape("ucf-8", "cuda"), device, torch.bfloat16)
 
-    more = [tune_cases.Job(f.__name__, f, torch.bfloat16) for f in (alone, wide)]
+    more = [calls.Call(f.__name__, f, torch.bfloat16) for f in (alone, wide)]
     found: dict[str, list[tuple[str, tuple, dict]]] = {}
 
     def run(kernel, *args, grid, warmup, **options):
@@ -57,8 +56,7 @@ def launches(gpu: Facts) -> dict[str, list[tuple[str, tuple, dict]]]:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(InterpretedFunction, "run", run)
         patch.setattr(torch.cuda, "_lazy_init", never)
-        patch.setattr(tune_cases, "shape", lambda case, _: cases.shape(case, "cuda"))
-        for job in [*tune_cases.jobs(), *more]:
+        for job in [*calls.networks(), *calls.by_name(), *more]:
             found[job.name] = []
             job.build("meta")()
     return found
@@ -81,7 +79,7 @@ def test_descriptors_from_sm_90_on() -> None:
 
 
 def test_a_tile_of_the_temporal_block_is_what_the_architecture_holds() -> None:
-    pixels = {g: launches(g)["temporal l1 backward=False"][0][2]["P"] for g in (A100, H100, B200)}
+    pixels = {g: launches(g)["temporal l1"][0][2]["P"] for g in (A100, H100, B200)}
     assert pixels[A100] < pixels[H100] == pixels[B200]
 
 
@@ -97,7 +95,7 @@ def test_as_many_programs_as_there_are_multiprocessors() -> None:
         "_row_bwd_kernel",
     ):
         assert by_gpu[A100][kernel] != by_gpu[H100][kernel] != by_gpu[B200][kernel], kernel
-    job = "temporal l0 backward=True"  # more tiles than four programs a multiprocessor
+    job = "temporal l0 backward"  # more tiles than four programs a multiprocessor
     for gpu, count, splits in ((A100, 108, 2), (H100, 132, 3), (B200, 148, 3)):
         assert launches(gpu)[job][0][:2] == ("_bwd_kernel", (4 * count,))
         # 16 frames of 8 heads: two waves of programs
@@ -154,9 +152,9 @@ assert not torch.cuda.is_initialized() and "triton" not in sys.modules
 
 def test_each_architecture_is_compiled_ahead_of_time() -> None:
     pytest.importorskip("triton")
-    from aot import ARCHS
+    from aot import GPUS
 
-    assert {gpu.capability for gpu in (A100, H100, H200, B200)} == set(ARCHS)
+    assert {gpu.capability for gpu in (A100, H100, H200, B200)} == set(GPUS)
 
 
 # -- a real device --------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
-"""Every Triton configuration that our networks call for compiles for sm_90, and of each kernel the
-heaviest for sm_80 and sm_100, without spills. ``python bench/aot.py`` takes all for all three."""
+"""What the table of calls launches compiles without spills, for each GPU, with its launchers' own
+arguments: the interpreter, which runs Python, accepts more than the compiler does.
+
+Every run compiles what ``python bench/aot.py --gate`` says, once; the whole table is slow.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from aot import ARCHS, AotResult, heaviest, minmax, occupancy, stems, table
+from aot import GPUS, KNOWN_SPILLS, AotResult, heaviest, minmax, occupancy, table
+from calls import edges
+from launches import captured
 
 pytest.importorskip("triton")
 
@@ -26,47 +32,69 @@ def without_interpreter(*arguments: str) -> str:
     return run.stdout
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    """One line per case and architecture."""
-    lines = without_interpreter(str(AOT), "--common", "--json").splitlines()
+def report(*arguments: str) -> list[dict]:
+    """One line per launch and architecture."""
+    lines = without_interpreter(str(AOT), "--json", *arguments).splitlines()
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_case_may_ship(compiled, arch) -> None:
-    """No compiler error, no spills, shared memory within the limit, the matrix instruction and
-    the bulk copy where the case asks for them."""
-    mine = [r for r in compiled if r["arch"] == arch]
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return report("--gate")
+
+
+def faults(results: list[dict], arch: int) -> str:
+    mine = [r for r in results if r["arch"] == arch]
     assert mine
-    faults = [f"{r['name']}: {'; '.join(r['faults'])}" for r in mine if r["faults"]]
-    assert not faults, "\n".join(faults)
+    return "\n".join(f"{r['name']}: {'; '.join(r['faults'])}" for r in mine if r["faults"])
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_launch_may_ship(compiled, arch) -> None:
+    """No compiler error, no spills but the known, shared memory within the limit, the matrix
+    instruction and the bulk copy where the kernel asks for them."""
+    assert not (found := faults(compiled, arch)), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", GPUS)
+def test_the_whole_table_may_ship(arch) -> None:
+    """And what is known to spill does, to the byte: where it fell, the list must."""
+    results = report("--arch", str(arch))
+    assert not (found := faults(results, arch)), found
+    spills = {r["name"]: r["spills"] for r in results if r["spills"]}
+    assert spills == {name: n for (name, at), n in KNOWN_SPILLS.items() if at == arch}
+
+
+def kernels_of(results: list[dict], arch: int) -> set[str]:
+    return {r["name"].split("/")[0] for r in results if r["arch"] == arch}
+
+
+def test_every_kernel_is_launched(compiled) -> None:
+    """By a call of the table, as the launchers would on an H100."""
+    launched = kernels_of(compiled, 90)
+    for path in KERNELS.rglob("*.py"):
+        op = path.relative_to(KERNELS).with_suffix("").parts[0]
+        for name in re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.M):
+            assert f"{op}.{name}" in launched, f"no call in bench/calls.py launches {op}.{name}"
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled) -> None:
-    kernels = {a: {r["name"].split("/")[0] for r in compiled if r["arch"] == a} for a in ARCHS}
-    copies = {r["name"].split("/")[0] for r in compiled if r["uses_tma"]}  # none before sm_90
-    assert kernels[90] == kernels[100] and kernels[90] - copies <= kernels[80] <= kernels[90]
+    whole = [r for r in compiled if not r["lowered"]]
+    kernels = {arch: kernels_of(whole, arch) for arch in GPUS}
+    copies = {r["name"].split("/")[0] for r in whole if r["uses_tma"]}  # none before sm_90
+    assert copies and kernels[90] == kernels[100] and kernels[90] - copies <= kernels[80]
 
 
 def test_names_are_unique(compiled) -> None:
-    names = [(r["name"], r["arch"]) for r in compiled]
+    names = [(r["name"], r["arch"], r["lowered"]) for r in compiled]
     assert len(names) == len(set(names))
-
-
-def test_every_kernel_file_declares_its_cases() -> None:
-    """A file that launches a kernel is a stem of the table."""
-    declared = {stem.replace(".", "/") for stem in stems()}
-    for path in KERNELS.rglob("*.py"):
-        stem = path.relative_to(KERNELS).with_suffix("").as_posix().removesuffix("/__init__")
-        if any(line.startswith("def _") and "_kernel" in line for line in path.open()):
-            assert stem in declared, f"{stem} has kernels and no aot_cases()"
 
 
 def test_heavier_matrix_instructions_where_tiles_allow(compiled) -> None:
     """The online-softmax kernels reach the warp-group instruction of Hopper."""
-    found = {r["name"]: r["matrix"] for r in compiled if r["arch"] == 90}
-    assert found["axis_attention_long_fwd/bf16-D64-plain"] == "wgmma.mma_async"
+    found = {r["name"]: r["matrix"] for r in compiled if r["arch"] == 90 and not r["lowered"]}
+    assert found["axis_attention.long_fwd/attention ucf-16 axis=2"] == "wgmma.mma_async"
 
 
 # The maxima of softmax, plain: PTX drops a NaN there, but exp(NaN - m) is NaN, and with it the sum
@@ -125,13 +153,19 @@ def test_the_gate_sees_spills() -> None:
     """A kernel held to 32 registers spills, and the table says so."""
     code = f"""
 import sys
-from dataclasses import replace
 sys.path.append({str(AOT.parent)!r})
-from aot import cases, compile_case
-case = next(c for c in cases("axis_attention.short") if "bwd/bf16-N16-D32" in c.name)
-print(compile_case(replace(case, maxnreg=32), 90).faults())
+from aot import H100, captured, measure, networks
+calls = [c for c in networks() if c.name.startswith("attention l3 axis=1") and "back" in c.name]
+launch = [m for m in captured(calls, H100) if "bwd" in m.kernel][0]
+print(measure(launch, maxnreg=32).faults())
 """
     assert "bytes of spills" in without_interpreter("-c", code)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")
+def test_the_interpreter_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        captured(edges(), GPUS[90])
 
 
 def result(**change) -> AotResult:
@@ -163,8 +197,7 @@ def test_the_heaviest_of_each_kernel() -> None:
     made = [
         result(name="a/small", registers=40),
         result(name="a/registers", registers=200),
-        result(name="a/shared", registers=60, shared=9000),
-        result(name="a/copies", uses_tma=False),
+        result(name="a/no products", registers=30, uses_dot=False),
         result(name="b/alone"),
     ]
     assert heaviest(made) == {r.name for r in made} - {"a/small"}

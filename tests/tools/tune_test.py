@@ -16,9 +16,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import calls
 import tune
 import tune_cases
-from cases import Shape
+from calls import Call, Shape
 
 from fastvdm.kernels import (
     guidance,
@@ -31,6 +32,7 @@ from fastvdm.kernels import (
 )
 from fastvdm.kernels.axis_attention import long, short
 from fastvdm.kernels.common import next_power_of_2
+from fastvdm.kernels.limits import GROUP, RMS, SPACE, TIME
 from fastvdm.kernels.norm_act import group, row
 from fastvdm.runtime.device import H100, H200, current_gpu, pretend
 
@@ -196,19 +198,25 @@ def test_candidates_are_a_handful_of_valid_neighbours(name: str) -> None:
 
 WIDE = Shape(2, 5, 7, 24, heads=1, head_dim=16)  # more pixels than the short attention takes
 FEW = Shape(3, 2, 5, 24, heads=2, head_dim=16)
-SHAPES = {tune_cases.guided: Shape(7, 4, 6, 3, batch=2), tune_cases.over_space: WIDE}
+BOTH = ({}, {"backward": True})
 MAKERS = {
-    f"{make.__name__} {options}": (make, options)
-    for make, some in {
-        tune_cases.norm: [{"kind": k, "backward": b} for k in (0, 1) for b in (False, True)],
-        tune_cases.temporal: [{"backward": b} for b in (False, True)],
-        tune_cases.linear: [{"backward": b} for b in (False, True)],
-        tune_cases.over_time: [{"shaw": s, "backward": b} for s in (0, 1) for b in (False, True)],
-        tune_cases.over_space: [{"backward": b} for b in (False, True)],
-        tune_cases.half: [{"first": f} for f in (False, True)],
-        tune_cases.guided: [{"what": w} for w in ("seed", "update")],
-        tune_cases.conv: [{}],
-    }.items()
+    f"{make.__name__} {options}": (make, shape, options)
+    for make, shape, some in (
+        (calls.norm, FEW, [{"kind": k, **way} for k in (GROUP, RMS) for way in BOTH]),
+        (calls.temporal, FEW, BOTH),
+        (calls.linear, FEW, BOTH),
+        (calls.attention, FEW, [{"axis": TIME, "given": calls.PEERS, **way} for way in BOTH]),
+        (calls.attention, FEW, [{"axis": TIME, "given": calls.SHAW, **way} for way in BOTH]),
+        (calls.attention, WIDE, [{"axis": SPACE, **way} for way in BOTH]),
+        (calls.first_half, FEW, [{}]),
+        (calls.second_half, FEW, [{}]),
+        (
+            calls.guided,
+            Shape(7, 4, 6, 3, batch=2),
+            [{"what": w, "more": more} for w in ("seed", "update") for more in (False, True)],
+        ),
+        (calls.conv, FEW, [{}]),
+    )
     for options in some
 }
 
@@ -218,9 +226,8 @@ MAKERS = {
 def test_jobs_run_and_every_candidate_is_right(name: str) -> None:
     """Tiles change, results do not. The interpreter runs what a GPU would refuse, and knows no
     warps, stages or registers: tiles that it has seen are left out."""
-    make, options = MAKERS[name]
-    shape, dtype = SHAPES.get(make, FEW), torch.float32
-    job = tune_cases.Job(name, lambda d: make(shape, d, dtype, **options), dtype)
+    make, shape, options = MAKERS[name]
+    job = Call(name, lambda d: make(shape, d, torch.float32, **options), torch.float32)
     run, asked = tune.prepare(job, "cpu")
     assert asked and {c.kernel for c in asked} <= tune_cases.MOVES.keys()
     expected = tune.answering(run, {})()
@@ -237,8 +244,9 @@ def _tile(config) -> tuple:
     return tuple(v for k, v in tune._fields(config).items() if k not in launch)
 
 
-def test_job_names_are_unique() -> None:
-    names = [job.name for job in tune_cases.jobs()]
+def test_names_of_calls_are_unique() -> None:
+    parts = (calls.networks, calls.by_name, calls.classes, calls.edges)
+    names = [call.name for part in parts for call in part()]
     assert len(names) == len(set(names))
 
 
@@ -252,8 +260,8 @@ class Stub:
         self.pick, self.wrong, self.raises = make_picker(), wrong, raises
         self.used: list[Config] = []
 
-    def job(self, name: str = "stub", n: int = 64) -> tune_cases.Job:
-        return tune_cases.Job(name, lambda device: lambda: self.launch(n), torch.float32)
+    def job(self, name: str = "stub", n: int = 64) -> Call:
+        return Call(name, lambda device: lambda: self.launch(n), torch.float32)
 
     def launch(self, n: int) -> torch.Tensor:
         config = self.pick(n)
@@ -391,7 +399,8 @@ def test_a_machine_without_a_gpu_is_told(tmp_path, capsys) -> None:
 
 def test_main_writes_both_files(file, tmp_path, monkeypatch, search, capsys) -> None:
     stub = Stub(wrong=(3,))
-    monkeypatch.setattr(tune, "jobs", lambda: [stub.job()])
+    monkeypatch.setattr(tune, "networks", lambda: [stub.job()])
+    monkeypatch.setattr(tune, "by_name", list)
     real = tune.tune
     monkeypatch.setattr(tune, "tune", lambda *a, device, **kw: real(*a, device="cpu", **kw))
     search([], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})  # only for its clock
