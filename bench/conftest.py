@@ -93,11 +93,10 @@ def device(request: pytest.FixtureRequest) -> str:
 def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
     cache = getattr(request.config, "cache", None)
     failed = cache.get("cache/lastfailed", {}) if cache is not None else {}
-    red = [test for test in failed if test.startswith(f"tests/ops/{stem}_test.py")]
+    own, row = f"tests/ops/{stem}_test.py", f"tests/ops/suite_test.py::test_suite[{stem}/"
+    red = [test for test in failed if test.startswith((own, row))]
     if red:
-        pytest.fail(
-            f"not timed: {red[0]} is red (run pytest tests/ops/{stem}_test.py)", pytrace=False
-        )
+        pytest.fail(f"not timed: {red[0]} is red (run pytest {red[0]!r})", pytrace=False)
 
 
 def _selected(item: pytest.Item, key: tuple) -> list[str]:
