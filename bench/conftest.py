@@ -93,10 +93,12 @@ def device(request: pytest.FixtureRequest) -> str:
 def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
     cache = getattr(request.config, "cache", None)
     failed = cache.get("cache/lastfailed", {}) if cache is not None else {}
-    files = [f"tests/ops/{op}_test.py" for op in getattr(request.module, "TESTED", (stem,))]
-    red = [test for test in failed if test.startswith(tuple(files))]
+    ops = getattr(request.module, "TESTED", (stem,))
+    files = [f"tests/ops/{op}_test.py" for op in ops]
+    rows = [f"tests/ops/suite_test.py::test_suite[{op}/" for op in ops]
+    red = [test for test in failed if test.startswith((*files, *rows))]
     if red:
-        pytest.fail(f"not timed: {red[0]} is red (run pytest {' '.join(files)})", pytrace=False)
+        pytest.fail(f"not timed: {red[0]} is red (run pytest {red[0]!r})", pytrace=False)
 
 
 def _selected(item: pytest.Item, key: tuple) -> list[str]:

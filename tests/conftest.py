@@ -62,10 +62,9 @@ if not GPU and importlib.util.find_spec("triton"):
 # The files that take longest, in falling order: they start first, so that none is left alone at the
 # end. ``.ci/check.py`` keeps xdist from putting those with few tests last.
 LONGEST = (
-    "aot", "axis_attention", "space_conv", "export", "norm_act",
-    "norm_act_bias", "parallel", "compile", "temporal_block", "norm_conv",
-    "packaging", "trainers", "training", "guidance_edges", "paper_tables", "unet",
-    "linear_residual", "norm_linear", "guidance",
+    "suite", "aot", "axis_attention", "space_conv", "export", "norm_act",
+    "parallel", "compile", "norm_conv",
+    "packaging", "trainers", "training", "guidance_edges", "paper_tables", "unet", "guidance",
 )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def _unsaved(values: dict) -> dict:
     backward="dout qkv out lse axis bias rel_k rel_v rotary focus_mask num_images sm_scale",
     grads="qkv:dqkv bias:dbias rel_k:drel_k rel_v:drel_v",
     strided="qkv",
-    seed=lambda dout: dout if merged(dout) else dout.contiguous(),
+    # contiguous() would leave an empty one the strides of an expanded gradient.
+    seed=lambda d: d if merged(d) else d.clone(memory_format=torch.contiguous_format),
     unsaved=_unsaved,
 )
 def axis_attention_fwd(

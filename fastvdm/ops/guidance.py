@@ -234,6 +234,10 @@ def guidance_update(
             z, estimate, coef, grad=grad, seed=seed, known=known, slot=slot, noise=noise, rng=rng,
             step=step, threshold=threshold, clip=clip,
         )  # fmt: skip
+    # Of an fp32 state no kernel reads fp64.
+    grad, seed = (
+        t if t is None or t.dtype != torch.float64 else t.to(z.dtype) for t in (grad, seed)
+    )
     noise = noise.to(z.dtype) if noise is not None else None
     threshold = threshold.to(z.dtype) if threshold is not None else None
     return run(

@@ -1,4 +1,4 @@
-"""The guidance ops against their reference, and the guided step against Eqs. 7 and 8."""
+"""Guidance, beside the suite: noise, the guided step against Eqs. 7 and 8, launches a step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import ROWS, make
 from gaussian import DOUBLE, Gaussian
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,148 +27,18 @@ from fastvdm.diffusion import (
 )
 from fastvdm.ops.guidance import (
     guidance_seed,
-    guidance_seed_fwd,
-    guidance_update,
-    guidance_update_fwd,
 )
 from fastvdm.reference.guidance import philox_normal, philox_words
-from fastvdm.testing import assert_close3, cpu_isas, opcheck_op
-
-# (B, C, F, H, W), all extents differ; "off_tile" leaves a partial block, "wide" fills vectors
-SHAPES = {
-    "grey": (2, 1, 5, 8, 4),
-    "off_tile": (2, 3, 7, 12, 8),
-    "one_frame": (3, 2, 1, 4, 6),
-    "wide": (1, 3, 2, 4, 38),
-}
-
-
-def operands(shape, dtype=torch.float32, network=None, device="cpu", channels_last=True):
-    b, c, f, h, w = shape
-    g = torch.Generator().manual_seed(0)
-
-    def rand(*size, dtype=dtype):
-        return torch.randn(size, generator=g, dtype=DOUBLE).to(dtype).to(device)
-
-    m = rand(b, f, h, w, c, dtype=network or dtype).permute(0, 4, 1, 2, 3)
-    grad = rand(b, f, h, w, c).permute(0, 4, 1, 2, 3)
-    if not channels_last:
-        m, grad = m.contiguous(), grad.contiguous()
-    slot = torch.full((f,), -1, dtype=torch.int32)
-    slot[f - 1], slot[0] = 1, 0
-    low_slot = torch.full((f,), -1, dtype=torch.int32)
-    low_slot[f // 2] = 0
-    return dict(
-        z=rand(*shape),
-        m=m,
-        grad=grad,
-        seed_coef=rand(b, 4),
-        coef=rand(b, 9),
-        known=rand(b, c, 2, h, w),
-        slot=slot.to(device),
-        low_res=rand(b, c, 1, h // 2, w // 2),
-        low_slot=low_slot.to(device),
-        extra=rand(*shape),
-        noise=rand(*shape),
-        threshold=rand(b).abs() + 0.5,
-        rng=torch.tensor([3, 2**61 + 5, 2**33][:b], device=device),
-    )
-
-
-def seed_args(o, *, known=True, low=True, extra=False, clip=False):
-    frames = dict(known=o["known"], slot=o["slot"]) if known else {}
-    lows = dict(low_res=o["low_res"], low_slot=o["low_slot"]) if low else {}
-    extras = dict(extra=o["extra"]) if extra else {}
-    return (o["z"], o["m"], o["seed_coef"]), dict(**frames, **lows, **extras, clip=clip)
-
-
-def update_args(o, *, grad=True, known=True, noise="rng", clip=True, threshold=False):
-    kwargs = dict(grad=o["grad"], seed=o["m"]) if grad else {}
-    kwargs |= dict(known=o["known"], slot=o["slot"]) if known else {}
-    place = o["rng"].flip(0) % 2**32  # of each sample's own stream, up to the 32 bits of its word
-    kwargs |= {
-        "rng": dict(rng=o["rng"], step=9),
-        "counted": dict(rng=torch.stack((o["rng"], place), dim=1), step=3),
-        "noise": dict(noise=o["noise"]),
-        None: {},
-    }[noise]
-    kwargs |= dict(threshold=o["threshold"]) if threshold else {}
-    return (o["z"], o["m"], o["coef"]), dict(**kwargs, clip=clip)
-
-
-SEED_CASES = {
-    "frames": dict(low=False),
-    "low_res": dict(known=False),
-    "both_clip": dict(clip=True),
-    "extra_clip": dict(known=False, low=False, extra=True, clip=True),
-}
-UPDATE_CASES = {
-    "plain": dict(grad=False, known=False),
-    "given_noise": dict(noise="noise", clip=False),
-    "dynamic": dict(noise=None, threshold=True),
-    "rng": dict(),
-    "counted": dict(noise="counted"),
-}
-
-
-def wide(t):
-    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-
-
-def check_op(backend, op, args, kwargs):
-    """Kernel against reference in the same dtype and in fp64; two runs give the same bits."""
-    with use_backend(backend):
-        out, again = op(*args, **kwargs), op(*args, **kwargs)
-    with use_backend("reference"):
-        base = op(*args, **kwargs)
-        exact = op(*map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
-    for o, a, b, e in zip(out, again, base, exact):
-        assert torch.equal(o, a)
-        assert_close3(o, b, e)
-    return out
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("case", SEED_CASES)
-def test_seed_parity(shape, case, lane, poison):
-    backend, device = lane
-    o = operands(shape, device=device, channels_last=case != "frames")
-    args, kwargs = seed_args(o, **SEED_CASES[case])
-    _, seed = check_op(backend, guidance_seed, args, kwargs)
-    assert seed.stride() == o["m"].stride()
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("case", UPDATE_CASES)
-def test_update_parity(shape, case, lane, poison):
-    backend, device = lane
-    o = operands(shape, device=device)
-    check_op(backend, guidance_update, *update_args(o, **UPDATE_CASES[case]))
-
-
-@pytest.mark.parametrize("network", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(network, lane):
-    """A narrow network under an fp32 state, and everything in fp64. bf16 rounding is not the
-    interpreter's (it truncates); a GPU runs it in the bench."""
-    backend, device = lane
-    if network == (torch.bfloat16 if backend == "triton" else torch.float64):
-        pytest.skip("bf16 is the C++ lane's, fp64 the Triton lane's")
-    state = torch.float64 if network == torch.float64 else torch.float32
-    o = operands(SHAPES["off_tile"], state, network, device)
-    args, kwargs = seed_args(o)
-    _, seed = check_op(backend, guidance_seed, args, kwargs)
-    assert seed.dtype == network
-    check_op(backend, guidance_update, *update_args(o))
+from fastvdm.testing import cpu_isas
 
 
 @pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
 def test_slots_are_checked():
     """On a CPU a place that is not among the frames given is an error, not a read beyond them."""
-    o = operands(SHAPES["off_tile"])
-    args, kwargs = seed_args(o)
-    kwargs["slot"] = kwargs["slot"] + 1
+    case = make(ROWS["guidance/seed"], torch.float32)
+    case.rest["slot"] += 1
     with use_backend("cpu"), pytest.raises(RuntimeError, match="frame 2 of 2"):
-        guidance_seed(*args, **kwargs)
+        case(*case.tensors.values())
 
 
 def test_exact_low_resolution(lane):
@@ -187,49 +58,6 @@ def test_exact_low_resolution(lane):
     assert torch.equal(seed[:, :, [0, 2]], spread)
 
 
-@pytest.mark.parametrize(
-    "lane", ["triton", *(f"cpu-{isa}" for isa in cpu_isas()[:1])], indirect=True
-)
-def test_opcheck(lane):
-    backend, device = lane
-    o = operands((2, 3, 7, 12, 8), device=device)
-    a, k = seed_args(o)
-    frames = (k["known"], k["slot"], k["low_res"], k["low_slot"])
-    for extra, clip in ((None, False), (o["extra"], True)):
-        opcheck_op(guidance_seed_fwd, (*a, *frames, extra, clip, backend))
-    opcheck_op(guidance_seed_fwd, (*a, None, None, None, None, None, False, backend))
-    a, k = update_args(o)
-    given = (k["grad"], k["seed"], k["known"], k["slot"], None, k["rng"], None)
-    for want in (False, True):
-        opcheck_op(guidance_update_fwd, (*a, *given, 3, True, want, backend))
-
-
-def test_fullgraph(lane):
-    """Both ops trace without a break."""
-    backend, device = lane
-    o = operands(SHAPES["off_tile"], device=device)
-
-    def step(z, m, grad):
-        _, k = seed_args(o, extra=True)
-        x_hat, seed = guidance_seed(z, m, o["seed_coef"], **k)
-        _, k = update_args(o)
-        return guidance_update(z, x_hat, o["coef"], **{**k, "grad": grad, "seed": seed})[1]
-
-    with use_backend(backend):
-        expected = step(o["z"], o["m"], o["grad"])
-        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(o["z"], o["m"], o["grad"]), expected)
-
-
-def test_no_backward(lane):
-    backend, device = lane
-    o = operands(SHAPES["grey"], device=device)
-    with use_backend(backend):
-        x_hat, _ = guidance_seed(o["z"].requires_grad_(), o["m"], o["seed_coef"])
-        with pytest.raises(RuntimeError, match="use_backend"):
-            x_hat.sum().backward()
-
-
 # -- noise ------------------------------------------------------------------------------------
 
 
@@ -242,17 +70,20 @@ def test_philox_known_answer():
 def test_a_place_on_the_device_is_added_to_the_step(lane):
     """(B, 2) seeds and places give the bits of (B,) seeds at step + place."""
     backend, device = lane
-    o = operands(SHAPES["off_tile"], device=device)
-    args, kwargs = update_args(o)
-    counted = torch.stack((o["rng"], torch.full_like(o["rng"], 7)), dim=1)
+    case = make(ROWS["guidance/update"], torch.float32, device, dict(clip=True))
+    tensors, seeds = list(case.tensors.values()), case.rest["rng"][:, 0].contiguous()
+
+    def update(rng, step):
+        case.rest |= dict(rng=rng, step=step)
+        return case(*tensors)
+
+    counted = torch.stack((seeds, torch.full_like(seeds, 7)), dim=1)
     with use_backend(backend):
-        want = guidance_update(*args, **kwargs)
-        got = guidance_update(*args, **kwargs | dict(rng=counted, step=2))
-        for bad in (counted[:1], counted.int(), o["rng"][:1]):
+        assert all(map(torch.equal, update(seeds, 9), update(counted, 2)))
+        for bad in (counted[:1], counted.int(), seeds[:1]):
             error = TypeError if bad.dtype == torch.int32 else ValueError
             with pytest.raises(error, match="rng must be"):
-                guidance_update(*args, **kwargs | dict(rng=bad))
-    assert all(map(torch.equal, want, got))
+                update(bad, 2)
 
 
 def test_noise_is_normal_and_independent():

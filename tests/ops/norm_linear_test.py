@@ -1,47 +1,28 @@
-"""norm_linear: the Triton kernel (interpreted without a GPU) against torch.
-
-bf16 runs on a GPU only: the interpreter truncates it. Widths cross the blocks of the inner axis
-(32 and 64) and of the columns (64 and 128), rows those of a tile; their products add no branch.
-"""
+"""norm_linear, beside the suite: statistics far from zero, exactness, what a gradient costs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.ops import norm_linear as op
 from fastvdm.ops._call import select
 from fastvdm.ops.norm_linear import (
     norm_linear,
-    norm_linear_bwd,
     norm_linear_cost,
-    norm_linear_fwd,
 )
 from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.runtime.config import use_backend
 from fastvdm.runtime.dispatch import ByName, FallbackError, explain
 from fastvdm.testing import (
     assert_close3,
-    assert_parity,
     grads,
     make_exact_operand,
-    opcheck_op,
 )
 
 NAMES = ("x", "norm_weight", "weight", "norm_bias", "bias")
-GPU = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
-# (B, F, H, W, C), N, biases
-CASES = {
-    "one_row": ((1, 1, 1, 1, 17), 5, True),
-    "narrow": ((2, 3, 1, 5, 3), 9, False),
-    "tile": ((1, 2, 4, 8, 64), 192, False),
-    "odd": ((2, 3, 1, 11, 300), 130, True),
-    "wide": ((1, 5, 2, 7, 512), 70, True),
-    "shares": ((1, 1, 3, 1, 40), 1000, True),
-}
+ODD = (2, 3, 1, 11, 300), 130, True  # (B, F, H, W, C), N, biases
 
 
 @pytest.fixture(autouse=True)
@@ -73,36 +54,6 @@ def _call(fn, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_parity(case, dtype, device, poison):
-    assert_parity(
-        _call(norm_linear), _call(norm_linear_ref), _inputs(*case, dtype, device), names=NAMES
-    )
-
-
-@pytest.mark.parametrize("name", ["narrow", "odd"])
-def test_mixed_precision(name, device, poison):
-    """As under autocast: an fp32 residual stream into a 16-bit projection."""
-    inputs = _inputs(*CASES[name], torch.float32, device, low=torch.float16)
-    assert norm_linear(*inputs[:3]).dtype == torch.float16
-    assert_parity(_call(norm_linear), _call(norm_linear_ref), inputs, names=NAMES)
-
-
-def test_autocast(device):
-    """fp32 parameters: the product in 16 bits, their gradients in fp32."""
-    inputs = _inputs(*CASES["odd"], torch.float32, device)
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    with torch.autocast(device, torch.bfloat16 if GPU else torch.float16):
-        out = _call(norm_linear)(*leaves)
-        with use_backend("reference"):
-            plain = _call(norm_linear)(*inputs)
-    found = torch.autograd.grad(out.float().square().sum(), leaves)
-    assert out.dtype == plain.dtype and all(g.dtype == torch.float32 for g in found)
-    wide = _call(norm_linear_ref)(*(t.double() for t in inputs))
-    assert_close3(out, plain, wide)
-
-
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 @pytest.mark.parametrize("c", [17, 512])
 def test_mean_far_above_deviation(c, mean, device):
@@ -131,7 +82,7 @@ def test_exact(device):
 
 
 def test_rows_do_not_leak(device):
-    inputs = _inputs(*CASES["odd"], torch.float32, device)
+    inputs = _inputs(*ODD, torch.float32, device)
     inputs[0][1, 2, 0, 3, 7] = torch.nan
     out = _call(norm_linear)(*inputs)
     assert torch.isnan(out).any(-1).nonzero().tolist() == [[1, 2, 0, 3]]
@@ -143,9 +94,9 @@ def test_frozen_weights(trained, device, monkeypatch):
     """What is not trained is not asked for, and x is normalised again for ``weight`` alone."""
     from fastvdm.kernels import norm_linear as kernels
 
-    inputs = _inputs(*CASES["odd"], torch.float32, device)
+    inputs = _inputs(*ODD, torch.float32, device)
     leaves = [t.clone().requires_grad_() for t in inputs]
-    dout = torch.randn(*CASES["odd"][0][:-1], CASES["odd"][1], device=device)
+    dout = torch.randn(*ODD[0][:-1], ODD[1], device=device)
     _, full = grads(_call(norm_linear), leaves, dout)
 
     seen, again = [], []
@@ -168,89 +119,6 @@ def test_frozen_weights(trained, device, monkeypatch):
     assert len(again) == ("weight" in trained)
 
 
-def test_strides_and_expanded_gradient(device):
-    inputs = _inputs(*CASES["tile"], torch.float32, device)
-    x = torch.stack((inputs[0], inputs[0]), dim=-1)[..., 0].requires_grad_()
-    weight = inputs[2].t().contiguous().t()
-    assert not x.is_contiguous() and not weight.is_contiguous()
-    out = norm_linear(x, inputs[1], weight)
-    (dx,) = torch.autograd.grad(out.sum(), x)
-    y = inputs[0].clone().requires_grad_()
-    plain = norm_linear(y, inputs[1], inputs[2])
-    assert torch.equal(out, plain)
-    assert torch.equal(dx, torch.autograd.grad(plain, y, torch.ones_like(plain))[0])
-
-
-def test_deterministic(device):
-    runs = []
-    for _ in range(2):
-        leaves = [
-            t.clone().requires_grad_() for t in _inputs(*CASES["wide"], torch.float16, device)
-        ]
-        out = _call(norm_linear)(*leaves)
-        runs.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
-
-
-@pytest.mark.skipif(GPU, reason="fp64 is the reference's there")
-def test_gradcheck():
-    inputs = _inputs((1, 2, 1, 2, 5), 4, True, torch.float64, "cpu")
-    leaves = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(_call(norm_linear), leaves, nondet_tol=0.0, fast_mode=True)
-
-
-def test_opcheck(device):
-    x, gain, weight, offset, bias = _inputs((2, 3, 1, 4, 7), 5, True, torch.float32, device)
-    args = (x, gain, offset, weight, bias, 1e-5)
-    opcheck_op(
-        norm_linear_fwd,
-        (
-            *(t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in args),
-            "triton",
-        ),
-    )
-    dy = torch.randn(2, 3, 1, 4, 5, device=device)
-    for flags in ((True,) * 4, (False, True, False, True), (True, False, True, False)):
-        opcheck_op(norm_linear_bwd, (dy, *args, *flags, "triton"))
-
-
-def test_compile_without_recompiling(device):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    inputs = _inputs(*CASES["narrow"], torch.float32, device)
-
-    def run(x):
-        return norm_linear(x, *inputs[1:3])
-
-    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
-    counts = []
-    for frames in (6, 7, 9):
-        x = torch.randn(2, frames, 4, 5, 3, device=device).requires_grad_()
-        out, plain = compiled(x), run(x)
-        assert torch.equal(out, plain)
-        found, wanted = (torch.autograd.grad(t.square().sum(), x)[0] for t in (out, plain))
-        assert torch.equal(found, wanted)
-        counts.append(counter.frame_count)
-    assert counts[1] == counts[2]
-
-
-def test_double_backward_is_refused(device):
-    inputs = _inputs(*CASES["narrow"], torch.float32, device)
-    x = inputs[0].requires_grad_()
-    (grad,) = torch.autograd.grad(norm_linear(x, *inputs[1:3]).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
-        grad.sum().backward()
-
-
-def test_empty(device):
-    inputs = _inputs(*CASES["odd"], torch.float32, device)
-    leaves = [inputs[0][:0].requires_grad_(), *(t.requires_grad_() for t in inputs[1:])]
-    out = _call(norm_linear)(*leaves)
-    assert out.shape == (0, 3, 1, 11, 130)
-    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves)):
-        assert torch.equal(grad, torch.zeros_like(leaf))
-
-
 def test_too_wide(device):
     x = torch.zeros(1, 1, 1, 1, 4104, device=device)
     assert "above 4096" in explain("norm_linear", x)["triton"]
@@ -269,7 +137,7 @@ def test_fp64_on_a_gpu_is_the_references():
 def test_elsewhere_it_is_the_parts(backend, monkeypatch):
     """No kernel is missed and no op of ours is called: norm_act, then linear."""
     monkeypatch.setattr(op, "norm_linear_fwd", None)
-    inputs = _inputs(*CASES["tile"], torch.float32, "cpu")
+    inputs = _inputs((1, 2, 4, 8, 64), 192, False, torch.float32, "cpu")
     with use_backend(backend):
         out = norm_linear(*inputs[:3])
     wide = norm_linear_ref(*(t.double() for t in inputs[:3]))
@@ -278,10 +146,7 @@ def test_elsewhere_it_is_the_parts(backend, monkeypatch):
 
 BAD = {
     "rank": (dict(x=(2, 3, 24)), ValueError, "x must be"),
-    "width": (dict(x=(1, 2, 2, 3, 25)), ValueError, "weight must be"),
     "pixels": (dict(x=(1, 2, 0, 3, 24)), ValueError, "only the batch"),
-    "norm": (dict(norm_weight=(23,)), ValueError, "norm_weight must be"),
-    "bias": (dict(bias=(7,)), ValueError, "bias must be"),
     "eps": (dict(eps=0.0), ValueError, "eps must be positive"),
     "integers": (dict(kind=torch.int64), TypeError, "x must be fp32"),
     "fp64": (dict(kind=torch.float64), TypeError, "fp64 only throughout"),
@@ -292,11 +157,8 @@ BAD = {
 def test_bad_input(change, error, text):
     kind, eps = change.get("kind", torch.float32), change.get("eps", 1e-5)
     x = torch.zeros(change.get("x", (1, 2, 2, 3, 24)), dtype=kind)
-    gain, bias = torch.zeros(change.get("norm_weight", (24,))), change.get("bias")
     with pytest.raises(error, match=text):
-        norm_linear(
-            x, gain, torch.zeros(8, 24), bias=None if bias is None else torch.zeros(bias), eps=eps
-        )
+        norm_linear(x, torch.zeros(24), torch.zeros(8, 24), eps=eps)
 
 
 def test_cost():

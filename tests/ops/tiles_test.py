@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def build(out: Path, *flags: str) -> Path:
     include = [f"-I{ROOT / 'csrc' / 'cpu'}", f"-I{Path(torch.__file__).parent / 'include'}"]
     macros = ["-DFASTVDM_ISA=amx", "-DFASTVDM_TILES=1"]
-    source = str(ROOT / "tests" / "tiles_test.cpp")
+    source = str(ROOT / "tests" / "ops" / "tiles_test.cpp")
     command = [str(COMPILER), "-std=c++20", "-O2", *macros, *flags, *include, source, "-o"]
     subprocess.run([*command, str(out)], check=True, timeout=1800)
     return out
