@@ -1,10 +1,10 @@
 """Arguments for ``setup()`` that build ``fastvdm/_C``: libtorch stable ABI, one object per ISA.
 
 ``csrc/cpu/**/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set
-of the machine's family, with its own ``-m`` flags and ``FASTVDM_ISA`` as its namespace, for AMX where
-it has products on tiles; which of them runs is decided at run time (``csrc/cpu/common/isa.h``). Every other source is compiled once,
-for the baseline of the platform, so that the library loads on any CPU. No ``-march=native``
-anywhere.
+of the machine's family, for AMX where it has products on tiles, with its own ``-m`` flags and
+``FASTVDM_ISA`` as its namespace; which of them runs is decided at run time
+(``csrc/cpu/common/isa.h``). Every other source is compiled once, for the baseline of the platform,
+so that the library loads on any CPU. No ``-march=native`` anywhere.
 
 Of torch only headers and libtorch_cpu are needed, of any version since 2.11: it is looked for, and
 not imported. It is no build requirement, which would bring gigabytes into every isolated build.
