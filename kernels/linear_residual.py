@@ -28,7 +28,7 @@ from fastvdm.kernels.tuned import tuned
 def pick_config(
     rows: int, depth: int, features: int, x_itemsize: int, itemsize: int
 ) -> LinearConfig:
-    """Tiles without spills for sm_80, sm_90 and sm_100 (``bench/aot.py``). NOT MEASURED.
+    """Tiles that spill in none but the calls that ``bench/aot.py`` names. NOT MEASURED.
 
     Smaller ones where the large would leave multiprocessors without work. ``depth`` and
     ``x_itemsize`` tell measured tiles apart.

@@ -42,7 +42,7 @@ from fastvdm.kernels.tuned import tuned
 def pick_config(
     rows: int, channels: int, features: int, x_itemsize: int, itemsize: int
 ) -> LinearConfig:
-    """Tiles without spills for sm_80, sm_90 and sm_100 (``bench/aot.py``). NOT MEASURED.
+    """Tiles that spill in none but the calls that ``bench/aot.py`` names. NOT MEASURED.
 
     Normalising costs about ten instructions an element of x and tile of columns, so that tiles are
     wide; an fp32 x takes twice the shared memory, thus half the step.

@@ -52,7 +52,7 @@ class LongConfig:
 def pick_config(
     kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool
 ) -> LongConfig:
-    """Tiles that compile without spills for sm_80, sm_90 and sm_100; not timed on a GPU yet.
+    """Tiles that spill in none but the calls that ``bench/aot.py`` names; not timed on a GPU yet.
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
     The length ``n`` tells measured tiles apart.
