@@ -44,8 +44,9 @@ class Config(NamedTuple):
 
 @tuned("linear_attention", pixels=next_power_of_2)
 def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool) -> Config:
-    """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator;
-    they spill in none but the calls that ``bench/aot.py`` names. ``pixels`` of a frame and ``backward`` tell measured tiles apart."""
+    """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator, which
+    spill in none but the calls that ``bench/aot.py`` names. ``pixels`` of a frame and ``backward``
+    tell measured tiles apart."""
     block_d = max(16, next_power_of_2(dim))
     if dtype in (torch.float16, torch.bfloat16):
         return Config(64, block_d, 8 if block_d == 128 else 4)
