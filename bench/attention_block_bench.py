@@ -19,16 +19,20 @@ from harness import Contest, Provider, compiled, cost_of, need_kernel, runner
 from torch import Tensor
 
 from fastvdm.layers.position import rotary_table
+from fastvdm.ops.attention_block import AttentionOptions, attention_block
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.linear_attention import linear_attention
-from fastvdm.ops.linear_attention_block import linear_attention_block, linear_attention_block_cost
+from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_linear import norm_linear
-from fastvdm.ops.temporal_block import temporal_block, temporal_block_cost
-from fastvdm.reference.linear_attention_block import linear_attention_block_ref
-from fastvdm.reference.temporal_block import temporal_block_ref
+from fastvdm.ops.temporal_block import temporal_block_cost
+from fastvdm.reference.attention_block import attention_block_ref
 
-TESTED = ("temporal_block", "linear_attention_block")  # red tests of these: no timing
+TESTED = (
+    "attention_block",
+    "temporal_block",
+    "linear_attention_block",
+)  # red tests of these: no timing
 PROVIDERS = ("peer", "torch", "compiled", "parts", "fastvdm")
 CASES = bench_cases("tiny", "l1", full=("l0", "l2", "l3"))
 CORES = ("time", "linear")
@@ -101,8 +105,7 @@ def contest(case: str, device: str, core: str, train: bool = False) -> Contest:
         return peer_linear(x, *weights, s.heads).permute(0, 2, 3, 4, 1)
 
     def plain(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, *bias: Tensor) -> Tensor:
-        block = temporal_block_ref if over_time else linear_attention_block_ref
-        return block(x, g, wq, wo, heads=s.heads, **options(bias))
+        return attention_block_ref(x, g, wq, wo, core=core, heads=s.heads, **options(bias))
 
     def parts(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, *bias: Tensor) -> Tensor:
         qkv = norm_linear(x, g, wq).unflatten(-1, (3, s.heads, s.head_dim))
@@ -113,8 +116,8 @@ def contest(case: str, device: str, core: str, train: bool = False) -> Contest:
         return linear_residual(x, out.flatten(-2), wo)
 
     def fused(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, *bias: Tensor) -> Tensor:
-        block = temporal_block if over_time else linear_attention_block
-        return block(x, g, wq, wo, heads=s.heads, **options(bias))
+        given = AttentionOptions(**options(bias))
+        return attention_block(x, g, wq, wo, core=core, heads=s.heads, options=given)
 
     def with_kernel(op: str, fn: Callable[..., Tensor]) -> Callable[[], Any]:
         need_kernel(op, device)
@@ -126,7 +129,7 @@ def contest(case: str, device: str, core: str, train: bool = False) -> Contest:
         "torch": lambda: runner(plain, inputs, dy),
         "compiled": lambda: runner(compiled(plain, info), inputs, dy),
         "parts": lambda: with_kernel(attention, parts),
-        "fastvdm": lambda: with_kernel(TESTED[CORES.index(core)], fused),
+        "fastvdm": lambda: with_kernel("attention_block", fused),
     }
     wide = torch.float64 if case == "tiny" else torch.float32
     cost = temporal_block_cost if over_time else linear_attention_block_cost

@@ -22,6 +22,7 @@ import torch
 from harness import Outputs
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.limits import GROUP, LAYER, MAX_ROW_CHANNELS, RMS, SPACE, TIME
 from fastvdm.layers.position import rotary_table
 
@@ -143,21 +144,23 @@ def norm(
 
 
 # What the networks hand to attention over time: the peer's options, and the paper's Shaw tables.
-PEERS, SHAW = ("bias", "rotary", "focus"), ("rel_k", "rel_v")
-EVERY = ("bias", "rel_k", "rel_v", "rotary", "focus")
+PEERS, SHAW = ("bias", "rotary", "focus_mask"), ("rel_k", "rel_v")
+EVERY = ("bias", "rel_k", "rel_v", "rotary", "focus_mask")
 
 
-def _options(s: Shape, n: int, device: str, dtype: torch.dtype, given: tuple[str, ...]) -> list:
-    """bias, rel_k, rel_v, rotary, focus mask (read, nowhere set) for n positions."""
+def _options(
+    s: Shape, n: int, device: str, dtype: torch.dtype, given: tuple[str, ...], images: int = 0
+) -> AttentionOptions:
+    """For n positions; the focus mask is read, nowhere set."""
     table = torch.randn(1, 2 * n - 1, s.head_dim, device=device, dtype=dtype)
     made = {
         "bias": torch.randn(s.heads, n, n, device=device),
         "rel_k": table,
         "rel_v": table.clone(),
         "rotary": rotary_table(n, min(32, s.head_dim), torch.device(device)),
-        "focus": torch.zeros(s.batch, dtype=torch.bool, device=device),
+        "focus_mask": torch.zeros(s.batch, dtype=torch.bool, device=device),
     }
-    return [made[name] if name in given else None for name in EVERY]
+    return AttentionOptions(**{name: made[name] for name in given}, num_images=images)
 
 
 def temporal(
@@ -175,10 +178,7 @@ def temporal(
         t if biases or i == 0 else None for pair in (norms, qkv, out) for i, t in enumerate(pair)
     ]
     options = _options(s, s.frames, device, dtype, given)
-    args, launch = (
-        (*weights, s.heads, EPS, *options, 0, s.head_dim**-0.5),
-        kernels("temporal_block"),
-    )
+    args, launch = (*weights, s.heads, EPS, options), kernels("temporal_block")
     if not backward:
         return lambda: launch.temporal_block_fwd(x, *args)
     needs = [
@@ -234,8 +234,9 @@ def attention(
 ) -> Run:  # fmt: skip
     """``need``: the gradients of qkv, bias, rel_k and rel_v, where they are given."""
     qkv, launch = _maker(device, dtype)(*s.qkv_shape), kernels("axis_attention")
-    options = _options(s, s.frames if axis == TIME else s.height * s.width, device, dtype, given)
-    rest = (axis, *options, images, s.head_dim**-0.5)
+    n = s.frames if axis == TIME else s.height * s.width
+    options = _options(s, n, device, dtype, given, images)
+    rest = (axis, options, s.head_dim**-0.5)
     if not backward:
         return lambda: launch.axis_attention_fwd(qkv, *rest)
     saved = launch.axis_attention_fwd(qkv, *rest)
@@ -387,7 +388,7 @@ def classes() -> list[Call]:
             if c <= 128 or stream == BF16:
                 found.append(_call(temporal, s, **more))
             if c < 128 or (c == 128 and (stream == BF16 or d < 64)):
-                found.append(_call(temporal, s, given=(*SHAW, "focus"), **more))
+                found.append(_call(temporal, s, given=(*SHAW, "focus_mask"), **more))
         s = Shape(16, 64, 64, 64)
         found += [_call(temporal, s, backward=True, frozen=f, **more) for f in (False, True)]
         for height in (4, 32):  # few rows and many
@@ -398,7 +399,7 @@ def classes() -> list[Call]:
     for n, d, given, dtype in (
         (16, 32, PEERS, BF16), (16, 64, PEERS, BF16), (16, 64, EVERY, BF16), (16, 128, PEERS, BF16),
         (32, 32, PEERS, BF16), (32, 64, SHAW, BF16), (16, 32, PEERS, FP32), (16, 64, SHAW, FP32),
-        (16, 128, PEERS, FP32), (32, 64, PEERS, FP32), (32, 128, ("focus",), FP32),
+        (16, 128, PEERS, FP32), (32, 64, PEERS, FP32), (32, 128, ("focus_mask",), FP32),
     ):  # fmt: skip
         found += _both(attention, Shape(n, 32, 32, 64, head_dim=d), dtype, axis=TIME, given=given)
     for d, given, dtype in (
@@ -431,7 +432,7 @@ def edges() -> list[Call]:
         s = replace(one, frames=frames)
         found.append(_call(attention, s, given=EVERY, images=frames - 1, **more))
     found += [_call(attention, s, given=PEERS, need=bias, **more) for s in (few, many)]
-    found.append(_call(attention, many, given=("bias", *SHAW, "focus"), need=table, **more))
+    found.append(_call(attention, many, given=("bias", *SHAW, "focus_mask"), need=table, **more))
     found += _both(temporal, replace(one, channels=32, head_dim=32), given=PEERS[:2])
     found += _both(temporal, few, stream=FP32, frozen=True, given=PEERS[:2])
     found += _both(linear, one)

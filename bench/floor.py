@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fastvdm import use_backend
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.layers import attention, conv, norm, resnet
 from fastvdm.ops._cost import Cost
 from fastvdm.ops.axis_attention import axis_attention_cost
 from fastvdm.ops.linear import linear_cost
+from fastvdm.ops.linear_attention import linear_attention_cost
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.norm_act import norm_act_cost
 from fastvdm.ops.space_conv import space_conv_cost, space_conv_transpose_cost
@@ -66,14 +68,26 @@ def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Cost:
     return linear_cost(x.numel() // k, k, n, x.element_size())
 
 
-def _temporal(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: Any) -> Cost:
-    dim = qkv_weight.shape[0] // (3 * k["heads"])
-    return temporal_block_cost(x.shape, k["heads"], dim, x.element_size())
+def _attention(qkv: Tensor, core: str, heads: int, options: AttentionOptions) -> Cost:
+    shape = (*qkv.shape[:-1], 3, heads, qkv.shape[-1] // (3 * heads))
+    if core == "linear":
+        return linear_attention_cost(shape, qkv.element_size())
+    bias = options.bias is not None
+    return axis_attention_cost(shape, qkv.element_size(), core, bias=bias)
 
 
-def _linear_block(x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, *_: Any, **k: Any) -> Cost:
-    dim = qkv_weight.shape[0] // (3 * k["heads"])
-    return linear_attention_block_cost(x.shape, k["heads"], dim, x.element_size())
+def _block(
+    x: Tensor, norm_weight: Tensor, qkv_weight: Tensor, out_weight: Tensor, **k: Any
+) -> Cost:
+    heads, core = k["heads"], k["core"]
+    if core == "space":
+        qkv = x.new_empty(*x.shape[:-1], qkv_weight.shape[0])
+        out = qkv[..., : out_weight.shape[1]]
+        calls = _linear(x, qkv_weight), _attention(qkv, core, heads, k["options"])
+        flops, moved = zip(*calls, _linear(out, out_weight))
+        return Cost(sum(flops), sum(moved))
+    cost = temporal_block_cost if core == "time" else linear_attention_block_cost
+    return cost(x.shape, heads, qkv_weight.shape[0] // (3 * heads), x.element_size())
 
 
 _OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
@@ -83,11 +97,8 @@ _OPS: dict[tuple[Any, str], Callable[..., Cost]] = {
     ),
     (norm, "norm_act"): _norm,
     (resnet, "conv_group_norm"): _conv_norm,
-    (attention, "temporal_block"): _temporal,
-    (attention, "axis_attention"): lambda qkv, *, axis, **k: axis_attention_cost(
-        qkv.shape, qkv.element_size(), axis, bias=k.get("bias") is not None
-    ),
-    (attention, "linear_attention_block"): _linear_block,
+    (attention, "attention_block"): _block,
+    (attention, "attention"): _attention,
     (F, "linear"): _linear,
 }
 

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastvdm import UNet3D
-from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.parallel import count_communication, frame_parallel, gather_frames, shard_frames
 from fastvdm.testing import max_error
 
@@ -35,7 +35,7 @@ def formula(model: UNet3D, run) -> float:
             lambda m, args: sizes.append(args[0].numel() * args[0].element_size())
         )
         for m in model.modules()
-        if isinstance(m, AxisAttention) and m.axis == "time"
+        if isinstance(m, Attention) and m.core == "time"
     ]
     run()
     for hook in hooks:

@@ -32,14 +32,14 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def(
       "temporal_block_fwd_cpu(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qkv_weight, "
       "Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, int heads, float eps, Tensor? bias, "
-      "Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, int num_images, "
-      "float sm_scale) -> Tensor");
+      "Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, int num_images) "
+      "-> Tensor");
   m.def(
       "temporal_block_bwd_cpu(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, "
       "Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, int heads, "
       "float eps, Tensor? bias, Tensor? rel_k, Tensor? rel_v, Tensor? rotary, Tensor? focus_mask, "
-      "int num_images, float sm_scale, bool need_norm, bool need_qkv, bool need_out, "
-      "bool need_bias, bool need_rel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "int num_images, bool need_norm, bool need_qkv, bool need_out, bool need_bias, "
+      "bool need_rel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("linear_attention_fwd_cpu(Tensor qkv, float sm_scale) -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -47,12 +47,12 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
       "float sm_scale) -> Tensor");
   m.def(
       "linear_attention_block_fwd_cpu(Tensor x, Tensor norm_weight, Tensor? norm_bias, "
-      "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, int heads, float eps, "
-      "float sm_scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, int heads, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_attention_block_bwd_cpu(Tensor dy, Tensor x, Tensor norm_weight, Tensor? norm_bias, "
       "Tensor qkv_weight, Tensor out_weight, Tensor? out_bias, Tensor g, Tensor lse, int heads, "
-      "float eps, float sm_scale, bool need_norm, bool need_qkv, bool need_out) "
+      "float eps, bool need_norm, bool need_qkv, bool need_out) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "guidance_seed_fwd_cpu(Tensor z, Tensor model_out, Tensor coef, Tensor? known, "

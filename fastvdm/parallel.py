@@ -25,7 +25,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.shards import FrameShards
 from fastvdm.unet import UNet3D
@@ -54,7 +54,7 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
     _check_ranks_agree(model, mesh)
     shards = FrameShards(mesh.get_group(), mesh.size())
     for module in model.modules():
-        if isinstance(module, AxisAttention | Norm | UNet3D):
+        if isinstance(module, Attention | Norm | UNet3D):
             module.shards = shards
     _check_first_call(model, mesh)
     return model

@@ -1,7 +1,9 @@
 """x + out(attention(LayerNorm_C(x))) over the frames of each pixel, x read once and written once.
 
-    xn = (x - mean) rstd w + b,  q, k, v = xn Wᵀ + b,  p = softmax(sm_scale (q'k' + q rel_k) + bias)
+    xn = (x - mean) rstd w + b,  q, k, v = xn Wᵀ + b,  p = softmax(D^-½ (q'k' + q rel_k) + bias)
     y = x + (p (v + rel_v)) W_outᵀ + b_out,   q', k' with the rotary embedding
+
+Shaw tables, rel_k and rel_v, stand neither beside a rotary embedding nor beside a bias.
 
 x (B, F, H, W, C). A program holds P pixels with all their frames, padded to BN = 16 or 32: P * BN
 rows of all C channels, and walks over the heads; the weights stream from the L2. 2*M*C*e bytes and
@@ -26,13 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels import axis_attention
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
-    head_stride,
+    prepared,
     rotary_table,
     rotate,
     skew,
     split_scale,
-    unroll_table,
+    table_strides,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -214,17 +217,17 @@ def _distances(
 
 @triton.jit
 def _probabilities(
-    q, q_plain, k, rel_k, bias_ptr, focused, F, attended, scale,
+    q, k, rel_k, bias_ptr, focused, F, attended, scale,
     MASKED: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """p (P, BN, BN): over the first ``attended`` keys; the identity for focused samples and for
     the frames from ``attended`` on; zero in rows of nothing but -inf."""
-    q, k = q.reshape(P, BN, BD), k.reshape(P, BN, BD)
-    s = dot_x3(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
+    keys = tl.trans(k.reshape(P, BN, BD), 0, 2, 1)
+    s = dot_x3(q.reshape(P, BN, BD), keys, tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:
         shift = tl.arange(0, P * BN) % BN - (F - 1)
-        by_distance = dot_x3(q_plain, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
+        by_distance = dot_x3(q, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
         s += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
     s = s * scale
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
@@ -297,7 +300,6 @@ def _fwd_tile(
         q = _project(xn, w, qkv_bias_ptr, first, ROWS, D, BD, ACC)
         w = _projection(qkv_weight_ptr, inner + first, C, D, BC, BD)
         k = _project(xn, w, qkv_bias_ptr, inner + first, ROWS, D, BD, ACC)
-        q_plain = q.to(low)
         if rot_ptr is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         rel_k = None
@@ -307,7 +309,7 @@ def _fwd_tile(
         if bias_ptr is not None:
             head_bias = bias_ptr + head * F * F
         p = _probabilities(
-            q.to(low), q_plain, k.to(low), rel_k, head_bias, focused, F, attended, scale,
+            q.to(low), k.to(low), rel_k, head_bias, focused, F, attended, scale,
             MASKED, P, BN, BD, ACC,
         )  # fmt: skip
         w = _projection(qkv_weight_ptr, 2 * inner + first, C, D, BC, BD)
@@ -406,7 +408,7 @@ def _bwd_kernel(
             if bias_ptr is not None:
                 head_bias = bias_ptr + head * F * F
             p = _probabilities(
-                q, q, k, None, head_bias, focused, F, attended, scale,
+                q, k, None, head_bias, focused, F, attended, scale,
                 MASKED, P, BN, BD, ACC,
             )  # fmt: skip
             p_low = p.to(low)
@@ -471,12 +473,12 @@ def fuse_backward(channels: int, frames: int, dim: int, *, tables: bool) -> bool
 
 def _composed_backward(
     dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
-    bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale,
-    need_norm, need_qkv, need_out, need_bias, need_rel,
+    options, need_norm, need_qkv, need_out, need_bias, need_rel,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The same from recomputed buffers: library norm and GEMMs around the attention's kernels."""
     b, f, h, w, c = x.shape
     low, dim = qkv_weight.dtype, qkv_weight.shape[0] // (3 * heads)
+    bias, rel_k, rel_v = options[:3]
 
     def nothing() -> Tensor:  # each its own: outputs of an op may not alias
         return x.new_empty((0,))
@@ -496,16 +498,16 @@ def _composed_backward(
     xn = xn.to(low)
     qkv = torch.nn.functional.linear(xn, qkv_weight, qkv_bias).view(b, f, h, w, 3, heads, dim)
     low_dy = dy.reshape(-1, c).to(low)
-    options = (bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale)
+    attend = (TIME, options, dim**-0.5)
     dout_weight, dout_bias, dqkv_weight, dqkv_bias = (nothing() for _ in range(4))
     if need_out:
-        o, _ = axis_attention.axis_attention_fwd(qkv, TIME, *options)
+        o, _ = axis_attention.axis_attention_fwd(qkv, *attend)
         dout_weight = low_dy.t() @ o.view(-1, heads * dim)
         if out_bias is not None:
             dout_bias = dy.reshape(-1, c).sum(0, dtype=wide).to(out_bias.dtype)
     do = (low_dy @ out_weight).view(b, f, h, w, heads, dim)
     dqkv, dbias, drel_k, drel_v = axis_attention.axis_attention_bwd(
-        *(do, qkv, nothing(), nothing(), TIME, *options),
+        *(do, qkv, nothing(), nothing(), *attend),
         *(True, need_bias and bias is not None),
         *(need_rel and rel_k is not None, need_rel and rel_v is not None),
     )
@@ -530,14 +532,6 @@ def _composed_backward(
     )
 
 
-def _masked(focus_mask: Tensor | None, num_images: int) -> bool:
-    return focus_mask is not None or num_images > 0
-
-
-def _bytes(focus_mask: Tensor | None) -> Tensor | None:
-    return None if focus_mask is None else focus_mask.view(torch.uint8)
-
-
 def temporal_block_fwd(
     x: Tensor,
     norm_weight: Tensor,
@@ -548,13 +542,7 @@ def temporal_block_fwd(
     out_bias: Tensor | None,
     heads: int,
     eps: float,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    sm_scale: float,
+    options: AttentionOptions,
 ) -> Tensor:
     """y as x."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -562,9 +550,8 @@ def temporal_block_fwd(
     if y.numel() == 0:
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
-    tables = rel_k is not None or rel_v is not None
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=tables, backward=False, major=_major(x)
+        f, c, dim, pixels, x.element_size(), tables=options.shaw, backward=False, major=_major(x)
     )
     tiles, scratch = cdiv(pixels, config.P), None
     walkers = tiles
@@ -572,16 +559,15 @@ def temporal_block_fwd(
         walkers = min(tiles, program_budget(x.device))
         size = (walkers * config.P * config.BN, heads * dim)
         scratch = torch.empty(size, dtype=qkv_weight.dtype, device=x.device)
-    rel_k, rel_v = unroll_table(rel_k, f), unroll_table(rel_v, f)
+    options = prepared(options, f)
     _fwd_kernel[(walkers,)](
         *(x, y, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
-        *(bias, rel_k, rel_v, rotary, _bytes(focus_mask), scratch),
-        *(pixels, h * w, f, f - num_images, heads, tiles, walkers, *split_scale(sm_scale), eps),
-        *(head_stride(rel_k), head_stride(rel_v)),
-        MASKED=_masked(focus_mask, num_images),
+        *(*options[:5], scratch, pixels, h * w, f, f - options.num_images, heads, tiles, walkers),
+        *(*split_scale(dim**-0.5), eps, *table_strides(options)),
+        MASKED=options.masked,
         C=c,
         D=dim,
-        HALF=0 if rotary is None else rotary.shape[-1],
+        HALF=options.pairs,
         P=config.P,
         BN=config.BN,
         BC=config.BC,
@@ -604,13 +590,7 @@ def temporal_block_bwd(
     out_bias: Tensor | None,
     heads: int,
     eps: float,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    sm_scale: float,
+    options: AttentionOptions,
     need_norm: bool,
     need_qkv: bool,
     need_out: bool,
@@ -619,17 +599,17 @@ def temporal_block_bwd(
 ) -> tuple[Tensor, ...]:
     """As ``fastvdm::temporal_block_bwd``."""
     b, f, h, w, c = x.shape
-    dim, tables = qkv_weight.shape[0] // (3 * heads), rel_k is not None or rel_v is not None
-    if not fuse_backward(c, f, dim, tables=tables):
+    dim = qkv_weight.shape[0] // (3 * heads)
+    if not fuse_backward(c, f, dim, tables=options.shaw):
         return _composed_backward(
             *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
-            *(heads, eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale),
-            *(need_norm, need_qkv, need_out, need_bias, need_rel),
+            *(heads, eps, options, need_norm, need_qkv, need_out, need_bias, need_rel),
         )
+    options = prepared(options, f)
     pixels, rows = b * h * w, b * f * h * w
     inner, acc, device = heads * dim, acc_torch_dtype(x.dtype), x.device
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    need_bias = need_bias and bias is not None
+    need_bias = need_bias and options.bias is not None
     config = pick_config(
         f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=_major(x)
     )
@@ -651,14 +631,15 @@ def temporal_block_bwd(
     if tiles:
         _bwd_kernel[(walkers,)](
             *(dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight),
-            *(bias, rotary, _bytes(focus_mask)),
+            *(options.bias, options.rotary, options.focus_mask),
             *(dx, dnorm_weight, dnorm_bias, dbias, xn, dqkv, o),
-            *(pixels, h * w, f, f - num_images, heads, tiles, walkers, *split_scale(sm_scale), eps),
+            *(pixels, h * w, f, f - options.num_images, heads, tiles, walkers),
+            *(*split_scale(dim**-0.5), eps),
             TRAIN=need_qkv,
-            MASKED=_masked(focus_mask, num_images),
+            MASKED=options.masked,
             C=c,
             D=dim,
-            HALF=0 if rotary is None else rotary.shape[-1],
+            HALF=options.pairs,
             P=config.P,
             BN=config.BN,
             BC=config.BC,
@@ -691,6 +672,6 @@ def temporal_block_bwd(
         product(low_dy, o),
         # Not in the kernel, where its sums would spill: a rare parameter, one more read of dy.
         summed(dy.reshape(rows, c), out_bias if need_out else None),
-        reduced(dbias, bias),
+        reduced(dbias, options.bias),
         *(x.new_empty((0,)) for _ in range(2)),  # none of tables: with those it is composed
     )

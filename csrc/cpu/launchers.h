@@ -38,14 +38,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
 Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
                           OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
                           double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                          OptTensor rotary, OptTensor focus_mask, int64_t num_images,
-                          double sm_scale);
+                          OptTensor rotary, OptTensor focus_mask, int64_t num_images);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
                    Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
                    int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
-                   bool need_norm, bool need_qkv, bool need_out, bool need_bias, bool need_rel);
+                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, bool need_norm,
+                   bool need_qkv, bool need_out, bool need_bias, bool need_rel);
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);
@@ -54,11 +53,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor n
                                                               OptTensor norm_bias,
                                                               Tensor qkv_weight, Tensor out_weight,
                                                               OptTensor out_bias, int64_t heads,
-                                                              double eps, double sm_scale);
+                                                              double eps);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_bwd(
     Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
     Tensor out_weight, OptTensor out_bias, Tensor g, Tensor lse, int64_t heads, double eps,
-    double sm_scale, bool need_norm, bool need_qkv, bool need_out);
+    bool need_norm, bool need_qkv, bool need_out);
 
 std::tuple<Tensor, Tensor> guidance_seed_fwd(Tensor z, Tensor model_out, Tensor coef,
                                              OptTensor known, OptTensor slot, OptTensor low_res,

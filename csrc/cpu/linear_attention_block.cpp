@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "common/buffers.h"
@@ -55,7 +56,7 @@ void make_tiles(Plan& plan, bool backward) {
 
 void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
                const Tensor& qkv_weight, const Tensor& out_weight, const OptTensor& out_bias,
-               int64_t heads, double eps, double sm_scale, bool backward) {
+               int64_t heads, double eps, bool backward) {
   STD_TORCH_CHECK(x.dim() == 5 && qkv_weight.dim() == 2 && out_weight.dim() == 2,
                   "linear_attention_block: x must be (B, F, H, W, C), the weights matrices");
   LinearBlockArgs& a = plan.a;
@@ -73,7 +74,7 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.channels = static_cast<int>(C);
   a.cp = static_cast<int>(cp);
   a.eps = static_cast<float>(eps);
-  a.scale = static_cast<float>(sm_scale);
+  a.scale = static_cast<float>(std::pow(static_cast<double>(d), -0.5));
   a.pixels = x.size(2) * x.size(3);
   plan.all_frames = x.size(0) * x.size(1);
   // 96: whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2.
@@ -202,10 +203,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor n
                                                               OptTensor norm_bias,
                                                               Tensor qkv_weight, Tensor out_weight,
                                                               OptTensor out_bias, int64_t heads,
-                                                              double eps, double sm_scale) {
+                                                              double eps) {
   Plan plan;
-  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale,
-            false);
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, false);
   const int64_t b = x.size(0), f = x.size(1), d = plan.a.d;
   Tensor y = empty(x, sizes_of(x), x.scalar_type());
   Tensor g = empty(x, {b, f, heads, d, x.size(4)}, ScalarType::Float);
@@ -224,10 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor n
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_block_bwd(
     Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
     Tensor out_weight, OptTensor out_bias, Tensor g, Tensor lse, int64_t heads, double eps,
-    double sm_scale, bool need_norm, bool need_qkv, bool need_out) {
+    bool need_norm, bool need_qkv, bool need_out) {
   Plan plan;
-  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, sm_scale,
-            true);
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, heads, eps, true);
   LinearBlockArgs& p = plan.a;
   const int64_t C = x.size(4), cp = p.cp, inner = plan.inner;
   const int64_t wide = heads * linear_block_panel(p), frames = plan.all_frames;

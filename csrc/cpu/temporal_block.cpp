@@ -2,6 +2,7 @@
 #include "temporal_block.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/attention_options.h"
 #include "common/buffers.h"
@@ -68,17 +69,20 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
                const Tensor& qkv_weight, const OptTensor& qkv_bias, const Tensor& out_weight,
                const OptTensor& out_bias, int64_t heads, double eps, const OptTensor& bias,
                const OptTensor& rel_k, const OptTensor& rel_v, const OptTensor& rotary,
-               const OptTensor& focus_mask, int64_t num_images, double sm_scale, bool backward) {
+               const OptTensor& focus_mask, int64_t num_images, bool backward) {
   STD_TORCH_CHECK(x.dim() == 5 && qkv_weight.dim() == 2 && out_weight.dim() == 2,
                   "temporal_block: x must be (B, F, H, W, C), the weights matrices");
   BlockArgs& a = plan.a;
   const int64_t C = x.size(4), rows3 = qkv_weight.size(0);
   STD_TORCH_CHECK(heads > 0 && rows3 > 0 && rows3 % (3 * heads) == 0 && C > 0 && C < (1 << 24),
                   "temporal_block: qkv_weight must be (3 * heads * D, C)");
+  STD_TORCH_CHECK((!rel_k.has_value() && !rel_v.has_value()) ||
+                      (!rotary.has_value() && !bias.has_value()),
+                  "temporal_block: no Shaw tables beside a rotary embedding or a bias");
   plan.heads = heads;
   const int64_t d = plan.d = rows3 / (3 * heads), frames = x.size(1), inner = heads * d;
-  plan.options = attention_options(heads, d, frames, num_images, sm_scale, bias, rel_k, rel_v,
-                                   rotary);
+  const double scale = std::pow(static_cast<double>(d), -0.5);
+  plan.options = attention_options(heads, d, frames, num_images, scale, bias, rel_k, rel_v, rotary);
   a.t = plan.options.t;
   a.dtype = static_cast<int>(dtype_of(x));
   a.x = input(x, "x", x.scalar_type(), x.numel());
@@ -156,11 +160,10 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
 Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
                           OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
                           double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                          OptTensor rotary, OptTensor focus_mask, int64_t num_images,
-                          double sm_scale) {
+                          OptTensor rotary, OptTensor focus_mask, int64_t num_images) {
   Plan plan;
   make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
-            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, false);
+            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, false);
   BlockArgs& a = plan.a;
   Tensor y = empty(x, sizes_of(x), x.scalar_type());
   a.y = y.mutable_data_ptr();
@@ -178,11 +181,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
                    Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
                    int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, double sm_scale,
-                   bool need_norm, bool need_qkv, bool need_out, bool need_bias, bool need_rel) {
+                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, bool need_norm,
+                   bool need_qkv, bool need_out, bool need_bias, bool need_rel) {
   Plan plan;
   make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
-            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale, true);
+            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, true);
   BlockArgs& a = plan.a;
   a.dy = input(dy, "dy", x.scalar_type(), x.numel());
   Tensor dx = empty(x, sizes_of(x), x.scalar_type());

@@ -61,7 +61,7 @@ inline int64_t block_tile_scratch(const BlockArgs& a, bool backward) {
 inline int64_t block_scratch(const BlockArgs& a, bool backward) {
   const int64_t rows = block_rows(a), wide = rows * a.cp, head = rows * a.t.dp;
   return block_tile_scratch(a, backward) +
-         (backward ? 4 * wide + 9 * head + 2 * rows : 2 * wide + 5 * head) + attention_work(a.t);
+         (backward ? 4 * wide + 8 * head + 2 * rows : 2 * wide + 4 * head) + attention_work(a.t);
 }
 
 FASTVDM_TILED(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))

@@ -87,10 +87,9 @@ FASTVDM_INLINE void project(const BlockArgs& a, const Operands& m, int rows, con
             load(to + (int64_t)r * dp + c) + load(a.qkv_bias + at * dp + c));
 }
 
-// Rotates in place the rows of the frames that attend; `plain`, where given, keeps them unrotated.
-FASTVDM_INLINE void rotate_rows(const BlockArgs& a, const Tile& t, float* x, float* plain) {
+// Rotates in place the rows of the frames that attend.
+FASTVDM_INLINE void rotate_rows(const BlockArgs& a, const Tile& t, float* x) {
   const int dp = a.t.dp;
-  if (plain != nullptr) memcpy(plain, x, sizeof(float) * (int64_t)t.rows * dp);
   if (a.t.cos == nullptr) return;
   for (int p = 0; p < t.pixels; ++p)
     for (int f = 0; f < a.t.n; ++f) {
@@ -117,13 +116,13 @@ FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int fi
 }
 
 FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Tile& t, int head, int attending,
-                                const float* q, const float* plain, const float* k, const float* v,
-                                float* o, float* work) {
+                                const float* q, const float* k, const float* v, float* o,
+                                float* work) {
   if (attending < a.frames) identity(a, t, head, attending, v, o);
   if (attending == 0) return;
   for (int p = 0; p < t.pixels; ++p) {
     const int64_t at = (int64_t)p * a.frames * a.t.dp;
-    attend(a.t, head, q + at, plain + at, k + at, v + at, o + at, work, nullptr);
+    attend(a.t, head, q + at, q + at, k + at, v + at, o + at, work, nullptr);
   }
 }
 
@@ -131,10 +130,8 @@ template <class T>
 void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int C = a.channels, cp = a.cp, dp = a.t.dp;
   const int64_t rows = (int64_t)a.pixels * a.frames + 16;
-  const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
   float *xn = scratch + block_tile_scratch(a, false), *y = xn + rows * cp, *q = y + rows * cp;
-  float *k = q + rows * dp, *v = k + rows * dp, *o = v + rows * dp, *plain = o + rows * dp;
-  float* work = plain + rows * dp;
+  float *k = q + rows * dp, *v = k + rows * dp, *o = v + rows * dp, *work = o + rows * dp;
   const Operands m = operands<T>(a, scratch, false);
 #if FASTVDM_TILES
   const TileScope scope;
@@ -148,11 +145,11 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
       if (attending > 0) {
         project(a, m, t.rows, xn, h, 0, q);
         project(a, m, t.rows, xn, h, 1, k);
-        rotate_rows(a, t, q, both ? plain : nullptr);
-        rotate_rows(a, t, k, nullptr);
+        rotate_rows(a, t, q);
+        rotate_rows(a, t, k);
       }
       project(a, m, t.rows, xn, h, 2, v);
-      attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
+      attend_tile(a, t, h, attending, q, k, v, o, work);
       if (m.xn != nullptr)
         round_rows(o, t.rows, dp, m.heads + h * a.dk, m.width, a.dk);
       else
@@ -173,11 +170,9 @@ template <class T>
 void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int C = a.channels, cp = a.cp, dp = a.t.dp;
   const int64_t rows = (int64_t)a.pixels * a.frames + 16, wide = rows * cp, head = rows * dp;
-  const bool both = a.t.cos != nullptr && a.t.rel_k != nullptr;
   float *xn = scratch + block_tile_scratch(a, true), *hat = xn + wide, *dy = hat + wide;
   float *dxn = dy + wide, *q = dxn + wide, *k = q + head, *v = k + head, *o = v + head;
-  float *plain = o + head, *dout = plain + head;
-  float *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + head;
+  float *dout = o + head, *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + head;
   float* work = rstd + 2 * rows;
   const Operands m = operands<T>(a, scratch, true);
 #if FASTVDM_TILES
@@ -200,8 +195,8 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
         if (attending > 0) {
           project(a, m, t.rows, xn, h, 0, q);
           project(a, m, t.rows, xn, h, 1, k);
-          rotate_rows(a, t, q, both ? plain : nullptr);
-          rotate_rows(a, t, k, nullptr);
+          rotate_rows(a, t, q);
+          rotate_rows(a, t, k);
         }
         project(a, m, t.rows, xn, h, 2, v);
 #if FASTVDM_TILES
@@ -212,7 +207,7 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
 #endif
           gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
         if (g.out != nullptr) {
-          attend_tile(a, t, h, attending, q, both ? plain : q, k, v, o, work);
+          attend_tile(a, t, h, attending, q, k, v, o, work);
           gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
         }
         if (attending < a.frames) {
@@ -230,8 +225,8 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
         if (attending > 0)
           for (int p = 0; p < t.pixels; ++p) {
             const int64_t at = (int64_t)p * a.frames * dp;
-            attend_bwd(a.t, g.attn, h, q + at, (both ? plain : q) + at, k + at, v + at, dout + at,
-                       dq + at, dk + at, dv + at, work);
+            attend_bwd(a.t, g.attn, h, q + at, q + at, k + at, v + at, dout + at, dq + at, dk + at,
+                       dv + at, work);
           }
         float* const parts[3] = {dq, dk, dv};
         for (int w = attending > 0 || m.xn != nullptr ? 0 : 2; w < 3; ++w) {

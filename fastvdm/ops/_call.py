@@ -245,14 +245,24 @@ def observed(name: str, args: Sequence[Any]) -> bool:
     return False
 
 
-def body_of(stem: str, name: str) -> Callable[..., Any]:
-    """The body of most ops: the launcher of the backend that the last argument names."""
+def gathered(args: Sequence[Any], value: tuple[int, Any] | None) -> Sequence[Any]:
+    """``args`` of a schema with the NamedTuple ``value``, (place, class), instead of its fields."""
+    if value is None:
+        return args
+    at, kind = value
+    end = at + len(kind._fields)
+    return *args[:at], kind(*args[at:end]), *args[end:]
+
+
+def body_of(stem: str, name: str, value: tuple[int, Any] | None = None) -> Callable[..., Any]:
+    """The body of most ops: the launcher of the backend that the last argument names. In Python it
+    gets the NamedTuple ``value``, (place, class), in C++ its fields."""
     of_extension: Any = None
 
     def launch(*args: Any) -> Any:
         nonlocal of_extension
         if args[-1] != "cpu":
-            return launcher(stem, name, args[-1])(*args[:-1])
+            return launcher(stem, name, args[-1])(*gathered(args[:-1], value))
         if of_extension is None:
             of_extension = launcher(stem, name, "cpu")
         return of_extension(*args[:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.ops._call import FLOATS, check_tensors, listed, mix, wrong_form
 
 
@@ -93,21 +94,21 @@ def check_options(
     qkv_like: Tensor,
     shape: tuple[int, ...],
     axis: str,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
+    options: AttentionOptions,
+    low: torch.dtype,
     beside: str = "x",
-) -> None:
+) -> AttentionOptions:
     """The options of softmax attention against the ``shape`` of qkv, (B, F, H, W, 3, heads, D),
-    which ``temporal_block`` never forms; the device is that of ``qkv_like``.
+    which ``attention_block`` need not form; the device is that of ``qkv_like``. Returns them with
+    the Shaw tables in the dtype ``low``, that of the products.
 
     Raises:
         ValueError: a shape, a device or a combination is wrong.
-        TypeError: a dtype is wrong.
+        TypeError: a dtype is wrong, or ``options`` are none.
     """
+    if not isinstance(options, AttentionOptions):
+        raise TypeError(f"options must be AttentionOptions, got {type(options).__name__}")
+    bias, rel_k, rel_v, rotary, focus_mask, num_images = options
     b, f, h, w, _, heads, d = shape
     n = f if axis == "time" else h * w
     if bias is not None:
@@ -135,3 +136,7 @@ def check_options(
             raise ValueError("num_images needs axis='time'")
         if not 0 <= num_images <= f:
             raise ValueError(f"num_images must be within 0..{f} frames, got {num_images}")
+    if rel_k is None and rel_v is None:
+        return options
+    rel_k = None if rel_k is None else rel_k.to(low)
+    return options._replace(rel_k=rel_k, rel_v=None if rel_v is None else rel_v.to(low))

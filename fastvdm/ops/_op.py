@@ -8,6 +8,9 @@ its launcher takes and ``grads`` what comes out; all else is derived::
     def norm_linear_fwd(x: Tensor, ..., eps: float, backend: str) -> Tensor:
         return weight.new_empty((*x.shape[:-1], weight.shape[0]))  # the fake: outputs without data
 
+One argument may be a NamedTuple. The schema has its fields in its place, and so have ``run`` and
+C++; the fake and Triton's launchers get the one value.
+
 ``torch.library.custom_op`` does more on every call: it reads the schema back from C++ to fill in
 defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for aliases, in the tests.
 ``run`` in ``_call`` goes further: see there.
@@ -18,13 +21,13 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from fastvdm.ops._call import BODIES, DENSE, NODES, TENSORS, body_of, observed, run
+from fastvdm.ops._call import BODIES, DENSE, NODES, TENSORS, body_of, gathered, observed, run
 
 NAMESPACE = "fastvdm"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -139,21 +142,22 @@ def op(
     def declare(fake_of: Callable[..., Any]) -> OpOverload:
         name = fake_of.__name__
         kinds = inspect.get_annotations(fake_of, eval_str=True)
-        result = kinds.pop("return")
-        forward = _declare(name, kinds, result, body_of(stem, name))
-        fake(forward)(fake_of)
-        free = [list(kinds).index(n) for n in strided.split()]
+        result, value, names = kinds.pop("return"), _value(kinds), list(_flat(kinds))
+        forward = _declare(name, _flat(kinds), result, body_of(stem, name, value))
+        fake(forward)(lambda *args: fake_of(*gathered(args, value)))
+        free = [names.index(n) for n in strided.split()]
         DENSE[name] = tuple(i for i in TENSORS[name] if i not in free)
         if grads:
-            takes, wanted = backward.split(), [_Grad(*g.partition(":")[::2]) for g in grads.split()]
+            takes = {n: kinds.get(n, Tensor) for n in backward.split()}
+            wanted = [_Grad(*g.partition(":")[::2]) for g in grads.split()]
             back = shares
             if back is None:
                 back = _declare_backward(
-                    name, kinds, takes, wanted, laid_out.split(), backward_body or stem
+                    name, takes, wanted, laid_out.split(), backward_body or stem
                 )
             _connect(
-                forward, back, list(kinds), takes[1:], wanted, outputs.split(), residual.split(),
-                seed, unsaved,
+                forward, back, names, list(_flat(takes))[1:], wanted, outputs.split(),
+                residual.split(), seed, unsaved,
             )  # fmt: skip
         return forward
 
@@ -186,6 +190,20 @@ def _groups(wanted: list[_Grad]) -> list[str]:
     return list(dict.fromkeys(g.group for g in wanted if not g.spelled.endswith("!")))
 
 
+def _value(kinds: dict[str, Any]) -> tuple[int, Any] | None:
+    """(place, class) of the NamedTuple among the arguments."""
+    places = enumerate(kinds.values())
+    return next(((i, kind) for i, kind in places if hasattr(kind, "_fields")), None)
+
+
+def _flat(kinds: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the fields of the NamedTuple in its place."""
+    found: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        found |= get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+    return found
+
+
 def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
     """``body`` as an op of this name, argument types and result."""
 
@@ -205,8 +223,7 @@ def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., 
 
 def _declare_backward(
     forward: str,
-    kinds: dict[str, Any],
-    takes: list[str],
+    takes: dict[str, Any],
     wanted: list[_Grad],
     laid_out: list[str],
     body: Callable[..., Any] | str,
@@ -214,8 +231,8 @@ def _declare_backward(
     """The backward op, with a fake that gives each gradient the form of its argument. ``body``, or
     the file of its launcher."""
     name = _backward_name(forward)
-    arguments = {n: kinds.get(n, Tensor) for n in takes}
-    arguments |= {f"need_{group}": bool for group in _groups(wanted)} | {"backend": str}
+    arguments = _flat(takes) | {f"need_{group}": bool for group in _groups(wanted)}
+    arguments["backend"] = str
     place = {n: i for i, n in enumerate(arguments)}
     for g in wanted:
         if g.argument not in place and not g.argument.endswith("bias"):
@@ -236,7 +253,7 @@ def _declare_backward(
         return tuple(found) if len(found) > 1 else found[0]
 
     result = Tensor if len(wanted) == 1 else types.GenericAlias(tuple, (Tensor,) * len(wanted))
-    body = body_of(body, name) if isinstance(body, str) else body
+    body = body_of(body, name, _value(takes)) if isinstance(body, str) else body
     backward = _declare(name, arguments, result, body)
     fake(backward)(fake_of)
     no_double_backward(backward)

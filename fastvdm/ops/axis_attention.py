@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.limits import SHORT, SPACE, TIME
 from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
 from fastvdm.ops._check import check_options
@@ -52,7 +53,7 @@ def _unsaved(values: dict) -> dict:
 @op(
     "axis_attention",
     outputs="out lse",
-    backward="dout qkv out lse axis bias rel_k rel_v rotary focus_mask num_images sm_scale",
+    backward="dout qkv out lse axis options sm_scale",
     grads="qkv:dqkv bias:dbias rel_k:drel_k rel_v:drel_v",
     strided="qkv",
     # contiguous() would leave an empty one the strides of an expanded gradient.
@@ -60,23 +61,13 @@ def _unsaved(values: dict) -> dict:
     unsaved=_unsaved,
 )
 def axis_attention_fwd(
-    qkv: Tensor,
-    axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    sm_scale: float,
-    backend: str,
+    qkv: Tensor, axis: int, options: AttentionOptions, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """out (B, F, H, W, heads, D) contiguous, in the dtype of qkv; lse (B, outer, heads, N) =
     log Σ_j exp s_ij in the accumulator's dtype, empty (0,) where N <= SHORT. Rows of lse that
     belong to an image or to a focused sample are 0, empty rows (all -inf) +inf.
 
-    axis: TIME or SPACE. bias (heads, N, N) in any floating dtype; rel_k, rel_v
-    (1 or heads, 2R+1, D) in the dtype of qkv; rotary (2, N, R/2) fp32; focus_mask (B,) bool.
+    axis: TIME or SPACE. The Shaw tables of ``options`` are in the dtype of qkv.
     """
     b, f, h, w, _, heads, d = qkv.shape
     n, outer = sequence(qkv.shape, axis)
@@ -119,16 +110,7 @@ def axis_attention(
         qkv: (B, F, H, W, 3, heads, D), the packed output of one projection; read by strides, copied
             only if the pixels do not walk with one stride. fp32, fp16, bf16 or fp64.
         axis: "time" or "space" (pixels in row-major order).
-        bias: (heads, N, N) [query, key], added to the scaled logits. -inf masks; a row of nothing
-            but -inf gives zeros.
-        rel_k, rel_v: Shaw vectors (1 or heads, 2R+1, D): row clip(j-i, -R, R) + R is added to key j
-            (value j) as query i sees it. Under ``rotary`` rel_k meets the unrotated query.
-        rotary: (2, N, R/2) cosines and sines in fp32; turns the pairs (2i, 2i+1) of the first R
-            features of q and k. Not differentiated.
-        focus_mask: (B,) bool, time only. True: the frames of this video attend to themselves only,
-            out = v (+ rel_v of distance 0).
-        num_images: K, time only. The last K frames are images that attend to themselves only, the
-            first F-K attend to each other.
+        bias, rel_k, rel_v, rotary, focus_mask, num_images: see ``AttentionOptions``.
         sm_scale: factor on the logits before the bias; D**-0.5 by default.
 
     Returns:
@@ -138,30 +120,28 @@ def axis_attention(
         ValueError: a shape, a device or a combination of arguments is wrong.
         TypeError: a dtype is wrong.
     """
+    options = AttentionOptions(bias, rel_k, rel_v, rotary, focus_mask, num_images)
+    return attend(qkv, axis, options, sm_scale)
+
+
+def attend(
+    qkv: Tensor, axis: str, options: AttentionOptions, sm_scale: float | None = None
+) -> Tensor:
+    """``axis_attention`` with its options in one."""
     if axis not in _AXES:
         raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
     if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
         raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
     check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
-    check_options(
-        qkv, tuple(qkv.shape), axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, "qkv"
-    )
-    qkv = qkv.to(autocast_dtype(qkv))
-    rel_k = None if rel_k is None else rel_k.to(qkv.dtype)
-    rel_v = None if rel_v is None else rel_v.to(qkv.dtype)
+    low = autocast_dtype(qkv)
+    options = check_options(qkv, tuple(qkv.shape), axis, options, low, "qkv")
+    qkv = qkv.to(low)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     which = select("axis_attention", qkv.device, qkv)
     if which == "reference":
-        return axis_attention_ref(
-            qkv, axis=axis, bias=bias, rel_k=rel_k, rel_v=rel_v, rotary=rotary,
-            focus_mask=focus_mask, num_images=num_images, sm_scale=scale,
-        )  # fmt: skip
+        return axis_attention_ref(qkv, axis=axis, sm_scale=scale, **options._asdict())
     qkv = qkv if merged(qkv) else qkv.contiguous()
-    return run(
-        axis_attention_fwd, qkv, _AXES[axis], bias,
-        rel_k, rel_v, None if rotary is None else rotary.detach(),
-        focus_mask, num_images, scale, which,
-    )[0]  # fmt: skip
+    return run(axis_attention_fwd, qkv, _AXES[axis], *options, scale, which)[0]
 
 
 def axis_attention_cost(

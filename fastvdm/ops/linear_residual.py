@@ -1,6 +1,6 @@
 """``linear_residual``: x + o weightᵀ + bias, the second half of an attention block.
 
-For blocks that are too wide for the one kernel of ``temporal_block``. The Triton kernel adds bias
+For blocks that no one kernel does whole (``attention_block``). The Triton kernel adds bias
 and residual to its accumulator, and rounds once.
 Where there is no such kernel it is ``linear``, then a sum.
 """

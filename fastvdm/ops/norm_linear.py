@@ -1,6 +1,6 @@
 """``norm_linear``: LayerNorm_C(x) weightᵀ + bias, the first half of an attention block.
 
-For blocks that are too wide for the one kernel of ``temporal_block``. The Triton kernel normalises
+For blocks that no one kernel does whole (``attention_block``). The Triton kernel normalises
 x between its load and the product, so that the normalised x is never written; nothing but the
 inputs is saved for the backward. Where there is no such kernel it is ``norm_act``, then ``linear``.
 """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvdm.layers.attention import AxisAttention, LinearAttention, TimeContext
+from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose, convolve
 from fastvdm.layers.norm import Norm, normalise
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
@@ -28,8 +28,8 @@ class Unit(nn.Module):
     def __init__(
         self,
         blocks: Iterable[Block],
-        spatial: LinearAttention | AxisAttention | None = None,
-        temporal: AxisAttention | None = None,
+        spatial: Attention | None = None,
+        temporal: Attention | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastvdm.layers.attention import AxisAttention, LinearAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import ShawTable
@@ -20,7 +20,7 @@ PEER_SPATIAL_HEAD_DIM = 32
 
 
 class Parts(NamedTuple):
-    stem_attention: AxisAttention | None
+    stem_attention: Attention | None
     downs: list[Level]
     middle: list[Unit]
     ups: list[Level]
@@ -50,14 +50,14 @@ def peer_parts(config: UNetConfig) -> Parts:
     """One skip a level, attention at every resolution, 4x4 strided and transposed convolutions."""
     heads, norm = config.attn_heads, partial(_norm, config)
 
-    def temporal(c: int) -> AxisAttention:
+    def temporal(c: int) -> Attention:
         shaw = _shaw(config, heads)
-        return AxisAttention("time", Norm("layer", c), heads, config.attn_dim_head, shaw=shaw)
+        return Attention("time", Norm("layer", c), heads, config.attn_dim_head, shaw=shaw)
 
-    def spatial(c: int) -> LinearAttention | None:
+    def spatial(c: int) -> Attention | None:
         if not config.use_sparse_linear_attn:
             return None
-        return LinearAttention(Norm("layer", c), heads, PEER_SPATIAL_HEAD_DIM)
+        return Attention("linear", Norm("layer", c), heads, PEER_SPATIAL_HEAD_DIM)
 
     block = partial(ResnetBlock, norm=norm, emb_dim=config.emb_width, dropout=config.dropout)
 
@@ -77,7 +77,7 @@ def peer_parts(config: UNetConfig) -> Parts:
         level(2 * c_out, c_in, SpaceConvTranspose(c_in, c_in) if i < last else None)
         for i, (c_in, c_out) in enumerate(reversed(pairs))
     ]
-    full = AxisAttention("space", Norm("layer", mid), heads, PEER_SPATIAL_HEAD_DIM)
+    full = Attention("space", Norm("layer", mid), heads, PEER_SPATIAL_HEAD_DIM)
     middle = [Unit([block(mid, mid)], full, temporal(mid)), Unit([block(mid, mid)])]
     tail = ResnetBlock(2 * stem, dim, norm, emb_dim=None, dropout=config.dropout)
     head = PeerHead(tail, SpaceConv(dim, config.out_channels, 1))
@@ -97,18 +97,18 @@ def paper_parts(config: UNetConfig) -> Parts:
         zero_init=config.zero_init,
     )
 
-    def attention(axis: str, c: int) -> AxisAttention:
+    def attention(core: str, c: int) -> Attention:
         heads, rest = divmod(c, head_dim)
         if rest:
             raise ValueError(f"attn_dim_head must divide the width {c}, got {head_dim}")
-        return AxisAttention(
-            axis,
+        return Attention(
+            core,
             norm(c),
             heads,
             head_dim,
             bias=True,
             zero_init=config.zero_init,
-            shaw=_shaw(config, heads) if axis == "time" else None,
+            shaw=_shaw(config, heads) if core == "time" else None,
         )
 
     def unit(c_in: int, c_out: int, attend: bool) -> Unit:

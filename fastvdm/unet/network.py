@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastvdm.layers.attention import AxisAttention, TimeContext
+from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
@@ -60,8 +60,8 @@ class FactorizedUNet(nn.Module):
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
         if "t5" in self.position:
-            attention = (m for m in self.modules() if isinstance(m, AxisAttention))
-            heads = {m.heads for m in attention if m.axis == "time"}
+            attention = (m for m in self.modules() if isinstance(m, Attention))
+            heads = {m.heads for m in attention if m.core == "time"}
             for h in sorted(heads):
                 self.relative_bias[str(h)] = T5RelativeBias(h)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvdm.layers.attention import LinearAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import rotary_frequencies
 from fastvdm.layers.resnet import ResnetBlock
@@ -81,7 +81,8 @@ def _resnet(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
 
 def _attention(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
     layer = model.get_submodule(own)
-    if isinstance(layer, LinearAttention):  # 1x1 Conv2d there
+    assert isinstance(layer, Attention)
+    if layer.core == "linear":  # 1x1 Conv2d there
         for name, p in (("qkv", layer.qkv.weight), ("out", layer.out.weight)):
             yield Entry(f"{peer}.fn.fn.to_{name}.weight", f"{own}.{name}.weight", (*p.shape, 1, 1))
         yield Entry(f"{peer}.fn.fn.to_out.bias", f"{own}.out.bias", tuple(layer.out.bias.shape))

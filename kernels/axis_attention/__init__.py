@@ -15,38 +15,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.long import long_bwd, long_fwd
-from fastvdm.kernels.axis_attention.shared import Geometry, geometry, roll_up, unroll_table
+from fastvdm.kernels.axis_attention.shared import Geometry, geometry, prepared, roll_up
 from fastvdm.kernels.axis_attention.short import short_bwd, short_fwd
 from fastvdm.kernels.common import acc_torch_dtype
 from fastvdm.kernels.limits import SHORT
 
 
-def _attended(bias: Tensor | None, n: int) -> Tensor | None:
-    return None if bias is None else bias[:, :n, :n].contiguous()
-
-
-def _bytes(focus_mask: Tensor | None) -> Tensor | None:
-    return None if focus_mask is None else focus_mask.view(torch.uint8)
-
-
 def axis_attention_fwd(
-    qkv: Tensor,
-    axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
-    sm_scale: float,
+    qkv: Tensor, axis: int, options: AttentionOptions, sm_scale: float
 ) -> tuple[Tensor, Tensor]:
+    rel_v, num_images = options.rel_v, options.num_images
     geo = geometry(qkv, axis, num_images)
     b, f, h, w, _, heads, d = qkv.shape
     out = torch.empty((b, f, h, w, heads, d), dtype=qkv.dtype, device=qkv.device)
     size = (b, geo.outer, heads, geo.total) if geo.total > SHORT else (0,)
     # Rows that the kernel skips (images, focused samples) read as 0.
-    make = torch.empty if num_images == 0 and focus_mask is None else torch.zeros
+    make = torch.zeros if options.masked else torch.empty
     lse = make(size, dtype=acc_torch_dtype(qkv.dtype), device=qkv.device)
     if out.numel() == 0:
         return out, lse
@@ -58,14 +44,11 @@ def axis_attention_fwd(
             torch.add(passed, rel_v[:, rel_v.shape[1] // 2], out=out[:, geo.n :])
     if geo.n == 0:
         return out, lse
-    args = (
-        *(_attended(bias, geo.n), unroll_table(rel_k, geo.n), unroll_table(rel_v, geo.n)),
-        *(rotary, _bytes(focus_mask), sm_scale),
-    )
+    options = prepared(options, geo.n)
     if geo.total > SHORT:
-        long_fwd(geo, qkv, out, lse, *args)
+        long_fwd(geo, qkv, out, lse, options, sm_scale)
     else:
-        short_fwd(geo, qkv, out, *args)
+        short_fwd(geo, qkv, out, options, sm_scale)
     return out, lse
 
 
@@ -87,18 +70,14 @@ def axis_attention_bwd(
     out: Tensor,
     lse: Tensor,
     axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus_mask: Tensor | None,
-    num_images: int,
+    options: AttentionOptions,
     sm_scale: float,
     need_dqkv: bool,
     need_dbias: bool,
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, rel_k, rel_v, num_images = *options[:3], options.num_images
     geo = geometry(qkv, axis, num_images)
     dqkv = None
     if need_dqkv:
@@ -108,15 +87,11 @@ def axis_attention_bwd(
             dqkv[:, geo.n :, :, :, 2] = dout[:, geo.n :]
     grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if geo.n and dout.numel():
-        options = (
-            *(_attended(bias, geo.n), unroll_table(rel_k, geo.n), unroll_table(rel_v, geo.n)),
-            *(rotary, _bytes(focus_mask), sm_scale),
-        )
-        wanted = (dqkv, need_dbias, need_drel_k, need_drel_v)
+        rest = (prepared(options, geo.n), sm_scale, dqkv, need_dbias, need_drel_k, need_drel_v)
         if geo.total > SHORT:
-            grads = long_bwd(geo, dout, qkv, out, lse, axis, *options, *wanted)
+            grads = long_bwd(geo, dout, qkv, out, lse, axis, *rest)
         else:
-            grads = short_bwd(geo, dout, qkv, axis, *options, *wanted)
+            grads = short_bwd(geo, dout, qkv, axis, *rest)
 
     def table(need: bool, grad: Tensor | None, of: Tensor | None) -> Tensor | None:
         if not need or of is None:

@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
-    head_stride,
     pinned,
     rotary_table,
     rotate,
     skew,
     split_scale,
     strides,
+    table_strides,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -502,10 +503,10 @@ def _long_bwd_drel_kernel(
         tl.store(drel_v_ptr + to, drel_v, mask=(offs_d < D)[None, :])
 
 
-def _common(geo: Geometry, qkv: Tensor, rotary: Tensor | None, config: LongConfig) -> dict:
+def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongConfig) -> dict:
     return dict(
         D=geo.d,
-        HALF=0 if rotary is None else rotary.shape[-1],
+        HALF=options.pairs,
         BM=config.BM,
         BN=config.BN,
         BD=max(16, next_power_of_2(geo.d)),
@@ -516,29 +517,28 @@ def _common(geo: Geometry, qkv: Tensor, rotary: Tensor | None, config: LongConfi
     )
 
 
+def _config(kind: str, geo: Geometry, qkv: Tensor, options: AttentionOptions) -> LongConfig:
+    has = {"bias": options.bias is not None, "rotary": options.rotary is not None}
+    bd = max(16, next_power_of_2(geo.d))
+    return pick_config(kind, bd, qkv.element_size(), geo.n, shaw=options.shaw, **has)
+
+
 def long_fwd(
     geo: Geometry,
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus: Tensor | None,
+    options: AttentionOptions,
     sm_scale: float,
 ) -> None:
-    """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes n rows of out and lse."""
-    bd = max(16, next_power_of_2(geo.d))
-    shaw = rel_k is not None or rel_v is not None
-    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
-    config = pick_config("fwd", bd, qkv.element_size(), geo.n, **has)
+    """``options`` are ``prepared``; writes n rows of out and lse."""
+    config = _config("fwd", geo, qkv, options)
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
     _long_fwd_kernel[grid](
-        *(qkv, bias, rel_k, rel_v, rotary, focus, out, lse),
+        *(qkv, *options[:5], out, lse),
         *(geo.outer, geo.total, geo.n, geo.heads, *split_scale(sm_scale)),
-        *(*geo.qkv, *geo.out, head_stride(rel_k), head_stride(rel_v)),
-        **_common(geo, qkv, rotary, config),
+        *(*geo.qkv, *geo.out, *table_strides(options)),
+        **_common(geo, qkv, options, config),
     )
 
 
@@ -562,11 +562,7 @@ def long_bwd(
     out: Tensor,
     lse: Tensor,
     axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus: Tensor | None,
+    options: AttentionOptions,
     sm_scale: float,
     dqkv: Tensor | None,
     need_dbias: bool,
@@ -575,64 +571,56 @@ def long_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
     unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
-    bd = max(16, next_power_of_2(geo.d))
-    shaw = rel_k is not None or rel_v is not None
     acc = acc_torch_dtype(qkv.dtype)
     sequences = geo.batch * geo.outer
     scale = split_scale(sm_scale)
-    tables = (head_stride(rel_k), head_stride(rel_v))
-    options = (bias, rel_k, rel_v, rotary, focus)
+    given, tables = options[:5], table_strides(options)
     reads = (*geo.qkv, *strides(dout, axis))
     delta = torch.empty_like(lse)
-
-    has = {"shaw": shaw, "bias": bias is not None, "rotary": rotary is not None}
-
-    def config(kind: str) -> LongConfig:
-        return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
 
     def splits_of(tiles: int) -> int:
         return max(1, min(sequences, program_budget(qkv.device) // tiles))
 
-    by_query = config("dq")
+    by_query = _config("dq", geo, qkv, options)
     _long_bwd_dq_kernel[(sequences * geo.heads * cdiv(geo.n, by_query.BM),)](
-        *(dout, qkv, out, lse, delta, *options, dqkv),
+        *(dout, qkv, out, lse, delta, *given, dqkv),
         *(geo.outer, geo.total, geo.n, geo.heads, *scale),
         *(*reads, *geo.out, *geo.dqkv, *tables),
-        **_common(geo, qkv, rotary, by_query),
+        **_common(geo, qkv, options, by_query),
     )
     if dqkv is not None:
-        by_key = config("dkv")
+        by_key = _config("dkv", geo, qkv, options)
         _long_bwd_dkv_kernel[(sequences * geo.heads * cdiv(geo.n, by_key.BN),)](
-            *(dout, qkv, lse, delta, *options, dqkv),
+            *(dout, qkv, lse, delta, *given, dqkv),
             *(geo.outer, geo.total, geo.n, geo.heads, *scale),
             *(*reads, *geo.dqkv, *tables),
-            **_common(geo, qkv, rotary, by_key),
+            **_common(geo, qkv, options, by_key),
         )
     dbias = drel_k = drel_v = None
     if need_dbias:
-        tile = config("dbias")
+        tile = _config("dbias", geo, qkv, options)
         tiles = geo.heads * cdiv(geo.n, tile.BM) * cdiv(geo.n, tile.BN)
         splits = splits_of(tiles)
         dbias = torch.empty((splits, geo.heads, geo.n, geo.n), dtype=acc, device=qkv.device)
         _long_bwd_dbias_kernel[(tiles * splits,)](
-            *(dout, qkv, lse, delta, *options, dbias),
+            *(dout, qkv, lse, delta, *given, dbias),
             *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
-            **_common(geo, qkv, rotary, tile),
+            **_common(geo, qkv, options, tile),
         )
         dbias = dbias.sum(0)
     if need_drel_k or need_drel_v:
-        tile = config("drel")
+        tile = _config("drel", geo, qkv, options)
         diagonals = 2 * cdiv(geo.n, tile.BN) - 1
         splits = splits_of(geo.heads * diagonals)
         size = (splits, geo.heads, diagonals, 2 * tile.BN, geo.d)
         drel_k = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_k else None
         drel_v = torch.empty(size, dtype=acc, device=qkv.device) if need_drel_v else None
         _long_bwd_drel_kernel[(geo.heads * diagonals * splits,)](
-            *(dout, qkv, lse, delta, *options, drel_k, drel_v),
+            *(dout, qkv, lse, delta, *given, drel_k, drel_v),
             *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
-            **_common(geo, qkv, rotary, tile),
+            **_common(geo, qkv, options, tile),
         )
         drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
         drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)

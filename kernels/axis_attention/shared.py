@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.common import INTERPRET
 from fastvdm.kernels.limits import TIME
 
@@ -89,9 +90,21 @@ def roll_up(grad: Tensor, table: Tensor) -> Tensor:
     return result
 
 
-def head_stride(table: Tensor | None) -> int:
-    """Stride of an unrolled table's first axis; 0 where the heads share one."""
-    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
+def prepared(options: AttentionOptions, n: int) -> AttentionOptions:
+    """As kernels read them: the bias of the ``n`` attended positions, tables unrolled, bytes."""
+    bias, rel_k, rel_v, _, focus_mask, _ = options
+    return options._replace(
+        bias=None if bias is None else bias[:, :n, :n].contiguous(),
+        rel_k=unroll_table(rel_k, n),
+        rel_v=unroll_table(rel_v, n),
+        focus_mask=None if focus_mask is None else focus_mask.view(torch.uint8),
+    )
+
+
+def table_strides(options: AttentionOptions) -> list[int]:
+    """Strides of the first axis of the unrolled tables; 0 where the heads share one."""
+    tables = options.rel_k, options.rel_v
+    return [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tables]
 
 
 def split_scale(sm_scale: float) -> tuple[float, float]:

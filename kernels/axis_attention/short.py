@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
-    head_stride,
     pinned,
     rotary_table,
     rotate,
     skew,
     split_scale,
     strides,
+    table_strides,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -295,28 +296,19 @@ def _short_bwd_kernel(
 
 
 def short_fwd(
-    geo: Geometry,
-    qkv: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus: Tensor | None,
-    sm_scale: float,
+    geo: Geometry, qkv: Tensor, out: Tensor, options: AttentionOptions, sm_scale: float
 ) -> None:
-    """bias (heads, n, n); rel_k, rel_v unrolled; focus uint8; writes the first n rows of out."""
+    """``options`` are ``prepared``; writes the first n rows of out."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    shaw = rel_k is not None or rel_v is not None
     size = qkv.element_size()
-    config = pick_config(bn, bd, size, geo.outer, backward=False, shaw=shaw)
+    config = pick_config(bn, bd, size, geo.outer, backward=False, shaw=options.shaw)
     tiles = cdiv(geo.outer, config.P)
     _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
-        *(qkv, bias, rel_k, rel_v, rotary, focus, out),
+        *(qkv, *options[:5], out),
         *(geo.outer, geo.total, geo.n, tiles, geo.heads, *split_scale(sm_scale)),
-        *(*geo.qkv, *geo.out, head_stride(rel_k), head_stride(rel_v)),
+        *(*geo.qkv, *geo.out, *table_strides(options)),
         D=geo.d,
-        HALF=0 if rotary is None else rotary.shape[-1],
+        HALF=options.pairs,
         P=config.P,
         BN=bn,
         BD=bd,
@@ -332,11 +324,7 @@ def short_bwd(
     dout: Tensor,
     qkv: Tensor,
     axis: int,
-    bias: Tensor | None,
-    rel_k: Tensor | None,
-    rel_v: Tensor | None,
-    rotary: Tensor | None,
-    focus: Tensor | None,
+    options: AttentionOptions,
     sm_scale: float,
     dqkv: Tensor | None,
     need_dbias: bool,
@@ -346,9 +334,8 @@ def short_bwd(
     """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
     unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    shaw = rel_k is not None or rel_v is not None
     size = qkv.element_size()
-    config = pick_config(bn, bd, size, geo.outer, backward=True, shaw=shaw)
+    config = pick_config(bn, bd, size, geo.outer, backward=True, shaw=options.shaw)
     tiles = cdiv(geo.outer, config.P)
     all_tiles = geo.batch * tiles
     walkers = all_tiles
@@ -364,12 +351,12 @@ def short_bwd(
     drel_k = partial(need_drel_k, 2 * geo.n - 1, geo.d)
     drel_v = partial(need_drel_v, 2 * geo.n - 1, geo.d)
     _short_bwd_kernel[(walkers * geo.heads,)](
-        *(dout, qkv, bias, rel_k, rel_v, rotary, focus, dqkv, dbias, drel_k, drel_v),
+        *(dout, qkv, *options[:5], dqkv, dbias, drel_k, drel_v),
         *(geo.outer, geo.total, geo.n, tiles, all_tiles, geo.heads, walkers),
         *(*split_scale(sm_scale), *geo.qkv, *strides(dout, axis), *geo.dqkv),
-        *(head_stride(rel_k), head_stride(rel_v)),
+        *table_strides(options),
         D=geo.d,
-        HALF=0 if rotary is None else rotary.shape[-1],
+        HALF=options.pairs,
         P=config.P,
         BN=bn,
         BD=bd,

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 from fastvdm.runtime.dispatch import INTERPRETED
@@ -134,8 +134,8 @@ def test_a_hook_unfuses_no_other_pair():
     assert seen["space_conv_stats_fwd"] == seen["space_conv_fwd"] == 1
 
 
-def _attention(axis: str, channels: int) -> AxisAttention:
-    return AxisAttention(axis, Norm("layer", channels), 2, 16, bias=True)
+def _attention(core: str, channels: int) -> Attention:
+    return Attention(core, Norm("layer", channels), 2, 16, bias=True)
 
 
 @pytest.mark.parametrize(("axis", "channels"), [("space", 24), ("time", 264)])

@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.utils import prune
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.layers.attention import AxisAttention, TimeContext
+from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv
 from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 from fastvdm.parallel import frame_parallel
@@ -323,7 +323,7 @@ def test_wrappers_around_blocks(name):
 
     model = UNet3D(**NETWORKS[name]).eval()
     want = run(model)
-    wrapped = (Unit, ResnetBlock, PreNormResnetBlock, AxisAttention, SpaceConv)
+    wrapped = (Unit, ResnetBlock, PreNormResnetBlock, Attention, SpaceConv)
     checkpoints.apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, wrapped))
     y = run(model)
     y.sum().backward()

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -22,17 +23,16 @@ from torch import Tensor
 
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops import guidance
+from fastvdm.ops.attention_block import AttentionOptions, attention_block
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.conv_group_norm import conv_group_norm
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
-from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
-from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.reference.space_conv import group_stats_ref
 from fastvdm.runtime.config import use_backend
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, poison_empty
@@ -185,9 +185,24 @@ def check_parity(case: Case) -> None:
         assert_close3(a, b, c, name=f"output {i}")
 
 
-# -- the attention blocks: their only calls in the suite ------------------------------------------
+# -- the attention block, one function a core -----------------------------------------------------
 
-time_block, linear_block = temporal_block, linear_attention_block
+linear_block = partial(attention_block, core="linear")
+
+
+def time_block(
+    *tensors: Tensor,
+    bias: Tensor | None = None,
+    rel_k: Tensor | None = None,
+    rel_v: Tensor | None = None,
+    rotary: Tensor | None = None,
+    focus_mask: Tensor | None = None,
+    num_images: int = 0,
+    **rest: Any,
+) -> Tensor:
+    options = AttentionOptions(bias, rel_k, rel_v, rotary, focus_mask, num_images)
+    return attention_block(*tensors, core="time", options=options, **rest)
+
 
 # -- what stands beside the tensors ---------------------------------------------------------------
 
@@ -495,6 +510,14 @@ ROWS: dict[str, Row] = {
         dict(B=1, F=2, H=5, W=7, A=3, D=16), dict(axis="space"), without=_SOFTMAX,
         edges={"tiles": dict(F=1, H=9, W=15, A=1)},
     ),
+    "attention_block/space": Row(
+        "attention_block", attention_block,
+        BLOCK | dict(norm_bias="C", qkv_bias="3AD", out_bias="C"),
+        VIDEO | dict(F=2, W=3, C=20, A=2, D=16), dict(core="space", heads=heads), kernels=(),
+        scales=dict(qkv_weight=2.0), mixed=("qkv_weight", "out_weight", "qkv_bias", "out_bias"),
+        edges={"bare": dict(H=4, W=9, given=(), eps=1e-3)},
+        without=_SOFTMAX | {"cost": "composed of ops that have one"},
+    ),
     "temporal_block/bias": Row(
         "temporal_block", time_block,
         BLOCK | dict(norm_bias="C", qkv_bias="3AD", out_bias="C", bias="A F F"),
@@ -559,7 +582,7 @@ ROWS: dict[str, Row] = {
         VIDEO | dict(F=3, W=7, C=17, A=4, D=8), dict(heads=heads), kernels=("cpu",),
         scales=dict(qkv_weight=2.0, out_weight=3.0),
         mixed=("qkv_weight", "out_weight", "out_bias"),
-        edges={"bare": dict(F=2, H=3, W=5, A=1, given=(), sm_scale=0.7, eps=1e-3)},
+        edges={"bare": dict(F=2, H=3, W=5, A=1, given=(), eps=1e-3)},
         cpu_edges={
             "one_pixel": dict(B=1, F=1, H=1, W=1, C=3, A=1, D=5),
             "odd": dict(D=24),

@@ -147,7 +147,7 @@ def test_a_refusal_in_a_compiled_call_warns(monkeypatch, no_extension):
         assert compiled(torch.zeros(2, 5)).eq(0).all()
 
 
-@pytest.mark.parametrize("op", ["axis_attention", "guidance_update", "norm_act", "temporal_block"])
+@pytest.mark.parametrize("op", ["axis_attention", "guidance_update", "norm_act", "attention_block"])
 def test_cuda_without_triton_is_said(op, monkeypatch, no_interpreter):
     off(monkeypatch, "triton", dispatch.NO_TRITON)
     entry = dispatch.OPS[op]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import fastvdm.ops
 from fastvdm import UNet3D, use_backend
-from fastvdm.layers.attention import AxisAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.ops import space_conv as conv
 from fastvdm.ops._call import BODIES
 from fastvdm.ops._cost import Cost, flops
@@ -31,12 +31,12 @@ from fastvdm.ops.linear_residual import linear_residual_bwd, linear_residual_fwd
 from fastvdm.ops.norm_conv import norm_conv_fwd
 from fastvdm.ops.norm_linear import norm_linear_bwd, norm_linear_fwd
 from fastvdm.ops.temporal_block import temporal_block_bwd, temporal_block_fwd
+from fastvdm.reference.attention_block import attention_block_ref
 from fastvdm.reference.axis_attention import axis_attention_ref
 from fastvdm.reference.linear_attention import linear_attention_ref
 from fastvdm.reference.linear_residual import linear_residual_ref
 from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.reference.space_conv import space_conv_ref, space_conv_transpose_ref
-from fastvdm.reference.temporal_block import temporal_block_ref
 from fastvdm.runtime import extension
 
 for _module in pkgutil.iter_modules(fastvdm.ops.__path__):
@@ -185,12 +185,12 @@ def test_attention(tables, images):
     x, qw, ow = (b, f, h, w, c), (3 * inner, c), (c, inner)
 
     def block(x, norm, qw, ow, rel_k, rel_v):
-        return temporal_block_ref(
-            x, norm, qw, ow, heads=heads, rel_k=rel_k, rel_v=rel_v, num_images=images
+        return attention_block_ref(
+            x, norm, qw, ow, core="time", heads=heads, rel_k=rel_k, rel_v=rel_v, num_images=images
         )
 
     forward, backward = of_reference(block, x, (c,), qw, ow, rel_k, rel_v)
-    weights = (x, (c,), None, qw, None, ow, None, heads, 1e-5, None, *rest)
+    weights = (x, (c,), None, qw, None, ow, None, heads, 1e-5, None, *rest[:-1])
     assert of_op(temporal_block_fwd, *weights, "triton") == forward
 
     def block_back(*needs):
@@ -213,13 +213,11 @@ def test_linear_attention():
     x, inner = (b, f, h, w, c), heads * d
     product, fold = 2 * b * f * h * w * c * inner, 2 * b * f * inner * d * c
     args = (x, (c,), None, (3 * inner, c), (c, inner), None)
-    assert of_op(linear_attention_block_fwd, *args, heads, 1e-5, 1.0, "cpu") == (
-        4 * product + 2 * fold
-    )
+    assert of_op(linear_attention_block_fwd, *args, heads, 1e-5, "cpu") == (4 * product + 2 * fold)
     for qkv_too, out_too in ((True, True), (False, True), (False, False)):
         found = of_op(
             linear_attention_block_bwd, x, *args, (b, f, heads, d, c), (b, f, heads, d), heads,
-            1e-5, 1.0, True, qkv_too, out_too, "cpu",
+            1e-5, True, qkv_too, out_too, "cpu",
         )  # fmt: skip
         assert found == (6 + 2 * qkv_too) * product + (4 + qkv_too + out_too) * fold
 
@@ -238,7 +236,7 @@ def network_counts(model, x: Tensor) -> tuple[int, int]:
 def attention_inputs(model, x: Tensor) -> list[tuple[nn.Module, torch.Size]]:
     seen, hooks = [], []
     for m in model.modules():
-        if isinstance(m, AxisAttention):
+        if isinstance(m, Attention) and m.core != "linear":
             hooks.append(m.register_forward_pre_hook(lambda m, a: seen.append((m, a[0].shape))))
     model(x, torch.tensor([3]))
     for hook in hooks:
@@ -259,7 +257,7 @@ def test_network_counts_as_the_peers():
     if extension.reason_off() is not None:
         return  # then there is nothing else on a CPU
     for m, (b, f, h, w, _) in attention_inputs(model, x):
-        n, outer = (f, h * w) if m.axis == "time" else (h * w, f)
+        n, outer = (f, h * w) if m.core == "time" else (h * w, f)
         both += 2 * b * outer * n * n * m.heads * m.head_dim
     assert network_counts(model, x) == (forward, both)
 

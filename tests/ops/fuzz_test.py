@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvdm import use_backend
+from fastvdm.ops.attention_block import AttentionOptions, attention_block
 from fastvdm.ops.axis_attention import axis_attention
 from fastvdm.ops.guidance import guidance_seed, guidance_update
-from fastvdm.ops.linear_attention_block import linear_attention_block
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.space_conv import space_conv
-from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.testing import assert_close3, cpu_isas, grads, use_cpu_isa
 
 pytestmark = pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
@@ -153,8 +152,9 @@ def blocks(data, dtype, seed):
     ]
 
     def fn(x, norm, qkv, out, bias, rel_k, rel_v):
-        return temporal_block(
-            x, norm, qkv, out, heads=heads, bias=bias, rel_k=rel_k, rel_v=rel_v, eps=1e-3, **rest
+        options = AttentionOptions(bias, rel_k, rel_v, **rest)
+        return attention_block(
+            x, norm, qkv, out, core="time", heads=heads, eps=1e-3, options=options
         )
 
     check(fn, inputs)
@@ -176,8 +176,8 @@ def linear_attentions(data, dtype, seed):
     ]
 
     def fn(x, norm_weight, qkv, out, norm_bias, bias):
-        return linear_attention_block(
-            x, norm_weight, qkv, out, heads=heads, norm_bias=norm_bias, out_bias=bias
+        return attention_block(
+            x, norm_weight, qkv, out, core="linear", heads=heads, norm_bias=norm_bias, out_bias=bias
         )
 
     check(fn, [t.to(dtype) for t in inputs])

@@ -9,10 +9,10 @@ from cases import linear_block
 from torch import nn
 
 from fastvdm import use_backend
-from fastvdm.layers.attention import LinearAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
-from fastvdm.reference.linear_attention_block import linear_attention_block_ref
+from fastvdm.reference.attention_block import attention_block_ref
 from fastvdm.testing import cpu_isas, grads, max_error
 
 pytestmark = pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
@@ -44,7 +44,15 @@ def operands(case: str, sharp: float = 2.0):
 def block(heads: int, fn=linear_block, **options):
     def call(x, norm_weight, qkv, out, norm_bias=None, out_bias=None):
         return fn(
-            x, norm_weight, qkv, out, heads=heads, norm_bias=norm_bias, out_bias=out_bias, **options
+            x,
+            norm_weight,
+            qkv,
+            out,
+            core="linear",
+            heads=heads,
+            norm_bias=norm_bias,
+            out_bias=out_bias,
+            **options,
         )
 
     return call
@@ -54,7 +62,7 @@ def block(heads: int, fn=linear_block, **options):
 def test_negative_controls(wrong):
     """The tolerance would notice each of these."""
     inputs, heads = operands("frames")
-    expected = block(heads, linear_attention_block_ref)(*inputs)
+    expected = block(heads, attention_block_ref)(*inputs)
     x, norm_weight, qkv, out, norm_bias, bias = inputs
     q, k, v = qkv.chunk(3)
     if wrong == "q and k swapped":
@@ -74,8 +82,8 @@ def test_the_softmax_needs_no_bound(isa):
     inputs, heads = operands("splits", sharp=200.0)
     with use_backend("cpu", strict=True):
         found = block(heads)(*inputs)
-    wide = block(heads, linear_attention_block_ref)(*(t.double() for t in inputs))
-    plain = block(heads, linear_attention_block_ref)(*inputs)
+    wide = block(heads, attention_block_ref)(*(t.double() for t in inputs))
+    plain = block(heads, attention_block_ref)(*inputs)
     assert torch.isfinite(found).all()
     assert max_error(found, wide) < 3 * max_error(plain, wide) + 1e-5
 
@@ -153,9 +161,9 @@ def test_adapter_is_called():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * self.inner(x)
 
-    layer = LinearAttention(Norm("layer", 16), heads=2, head_dim=8)
+    layer = Attention("linear", Norm("layer", 16), heads=2, head_dim=8)
     x = torch.randn(1, 2, 4, 4, 16)
-    wanted = LinearAttention(Norm("layer", 16), heads=2, head_dim=8)
+    wanted = Attention("linear", Norm("layer", 16), heads=2, head_dim=8)
     wanted.load_state_dict(layer.state_dict())
     with torch.no_grad():
         wanted.qkv.weight.mul_(2)

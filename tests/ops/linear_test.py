@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvdm import UNet3D
-from fastvdm.layers.attention import AxisAttention, LinearAttention
+from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
 from fastvdm.ops import linear as op
 from fastvdm.ops._call import BODIES, select
@@ -115,14 +115,14 @@ def test_narrow_input_of_wide_layers(low, backend):
     norm = torch.ones(8)
     x, o = torch.randn(1, 2, 3, 4, 8), torch.randn(1, 2, 3, 4, 6)
     w, bias = torch.randn(8, 6), torch.randn(8)
-    layers = [LinearAttention(Norm("layer", 8), 2, 4), LinearAttention(Norm("rms", 8), 2, 4)]
-    layers += [AxisAttention(a, Norm("layer", 8), 2, 4, bias=True) for a in ("time", "space")]
+    layers = [Attention("linear", Norm(kind, 8), 2, 4) for kind in ("layer", "rms")]
+    layers += [Attention(a, Norm("layer", 8), 2, 4, bias=True) for a in ("time", "space")]
     with use_backend(backend):
         for layer in layers:
             with pytest.raises(TypeError, match=f"{low}.*float32|float32.*{low}"):
                 layer(x.to(low))
             layer.qkv.to(low), layer.out.to(low)
-            if layer.norm.kind == "layer" and getattr(layer, "axis", "time") == "time":
+            if layer.norm.kind == "layer" and layer.core != "space":
                 assert layer(x).dtype == torch.float32
                 assert layer.to(low)(x.to(low)).dtype == low
         calls = (

@@ -10,6 +10,7 @@ from cases import ROWS, by_reference, make, time_block
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.ops._call import select
+from fastvdm.ops.attention_block import AttentionOptions
 from fastvdm.ops.temporal_block import (
     exceeds_registers,
     temporal_block_cost,
@@ -104,40 +105,39 @@ PARTS = {
 def test_parts(sizes, dtype):
     """What does not fit is composed of the parts, on the same backend, with no fallback."""
     tensors = make(ROWS["temporal_block/bias"], dtype, "cpu", sizes).tensors
-    call = (tensors["x"], tensors["qkv_weight"], 2, False, True)
-    assert re.search("above|exceed", explain("temporal_block", *call)["triton"])
+    call = ("time", tensors["x"], tensors["qkv_weight"], 2, AttentionOptions(tensors["bias"]))
+    assert re.search("above|exceed", explain("attention_block", *call)["triton"])
     with use_backend("triton", strict=True):
-        assert select("temporal_block", torch.device("cpu"), *call) == "parts"
+        assert select("attention_block", torch.device("cpu"), *call) == "parts"
 
 
-LIMITS = [  # frames, channels, heads' features, stream, options; fused?
-    (16, 256, 32, torch.bfloat16, {}, True),
-    (16, 256, 32, torch.float32, {}, False),
-    (16, 256, 64, torch.bfloat16, {}, False),
-    (16, 256, 32, torch.bfloat16, dict(tables=True), False),
-    (17, 64, 32, torch.float32, {}, True),
-    (17, 64, 64, torch.bfloat16, {}, False),
-    (17, 72, 32, torch.bfloat16, {}, False),
-    (16, 128, 64, torch.float32, dict(biased=True), True),
-    (16, 128, 64, torch.float32, dict(tables=True), False),
-    (16, 128, 64, torch.bfloat16, dict(tables=True), True),
-    (16, 16, 16, torch.bfloat16, dict(tables=True, biased=True), False),
+LIMITS = [  # frames, channels, heads' features, stream, tables; fused?
+    (16, 256, 32, torch.bfloat16, False, True),
+    (16, 256, 32, torch.float32, False, False),
+    (16, 256, 64, torch.bfloat16, False, False),
+    (16, 256, 32, torch.bfloat16, True, False),
+    (17, 64, 32, torch.float32, False, True),
+    (17, 64, 64, torch.bfloat16, False, False),
+    (17, 72, 32, torch.bfloat16, False, False),
+    (16, 128, 64, torch.float32, False, True),
+    (16, 128, 64, torch.float32, True, False),
+    (16, 128, 64, torch.bfloat16, True, True),
 ]
 
 
-@pytest.mark.parametrize("frames, c, dim, dtype, options, fused", LIMITS)
-def test_limits_of_the_registers(frames, c, dim, dtype, options, fused):
+@pytest.mark.parametrize("frames, c, dim, dtype, tables, fused", LIMITS)
+def test_limits_of_the_registers(frames, c, dim, dtype, tables, fused):
     x = torch.empty(0, frames, 1, 1, c, dtype=dtype)
     weight = torch.empty(3 * 2 * dim, c, dtype=torch.bfloat16)
-    assert (exceeds_registers(x, weight, 2, **options) is None) == fused
+    assert (exceeds_registers(x, weight, 2, tables) is None) == fused
 
 
 def test_fp64_on_a_gpu_is_the_references():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = (torch.empty(s, device="cuda", dtype=torch.float64) for s in ((1,) * 5, (3, 1)))
-        reason = explain("temporal_block", x, weight, 1)["triton"]
+        reason = explain("attention_block", "time", x, weight, 1)["triton"]
         assert reason == "fp64 has no kernel" and isinstance(reason, ByDesign)
-        assert explain("temporal_block", x.half(), weight.half(), 1)["triton"] is None
+        assert explain("attention_block", "time", x.half(), weight.half(), 1)["triton"] is None
 
 
 BAD = {

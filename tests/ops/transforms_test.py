@@ -10,11 +10,11 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, v
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.ops._call import backend_in_force
+from fastvdm.ops.attention_block import attention_block
 from fastvdm.ops.conv_group_norm import (
     norm_act,
     space_conv,
 )
-from fastvdm.ops.temporal_block import temporal_block
 from fastvdm.runtime import extension
 from fastvdm.testing import max_error
 
@@ -38,7 +38,7 @@ def test_the_other_transforms(backend):
     x, v = torch.randn(2, 1, 2, 1, 1, 8)
 
     def fn(x):
-        return temporal_block(norm_act(x, C, kind="layer"), C, W[3], W[4], heads=2)
+        return attention_block(norm_act(x, C, kind="layer"), C, W[3], W[4], core="time", heads=2)
 
     def all_of_them():
         yield vjp(fn, x)[1](v)[0]

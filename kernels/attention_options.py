@@ -1,0 +1,44 @@
+"""The options of softmax attention: one value from a layer to a launcher. Needs no Triton."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionOptions(NamedTuple):
+    """What softmax attention over a sequence of N positions may have beside q, k and v.
+
+    bias: (heads, N, N) [query, key] in any floating dtype, added to the scaled logits. -inf masks;
+        a row of nothing but -inf gives zeros.
+    rel_k, rel_v: Shaw vectors (1 or heads, 2R+1, D): row clip(j-i, -R, R) + R is added to key j
+        (value j) as query i sees it. Under ``rotary`` rel_k meets the unrotated query.
+    rotary: (2, N, R/2) cosines and sines in fp32; turns the pairs (2i, 2i+1) of the first R
+        features of q and k. Not differentiated.
+    focus_mask: (B,) bool, over time only. True: the frames of this video attend to themselves only,
+        out = v (+ rel_v of distance 0).
+    num_images: K, over time only. The last K frames are images that attend to themselves only, the
+        first F-K attend to each other.
+    """
+
+    bias: Tensor | None = None
+    rel_k: Tensor | None = None
+    rel_v: Tensor | None = None
+    rotary: Tensor | None = None
+    focus_mask: Tensor | None = None
+    num_images: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """R/2, how many pairs are turned."""
+        return 0 if self.rotary is None else self.rotary.shape[-1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether some frames attend to themselves only."""
+        return self.focus_mask is not None or self.num_images > 0
+
+    @property
+    def shaw(self) -> bool:
+        return self.rel_k is not None or self.rel_v is not None
