@@ -11,19 +11,14 @@ import typer
 
 from fastvdm import video as files
 from fastvdm.cli.options import (
-    Device,
-    Groups,
+    FrameWindows,
     In,
+    LowResWindows,
     Model,
+    ModelOptions,
     Options,
     Out,
-    Overwrite,
-    Prefix,
     Run,
-    Size,
-    StemSkip,
-    Weights,
-    Windows,
     check_output,
     check_positive,
     load_model,
@@ -36,8 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Method = Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")]
 
 
 @app.command()
@@ -87,15 +80,14 @@ def extend(
     given: Annotated[
         int | None, typer.Option(help="Use only the first so many frames of the input.")
     ] = None,
-    method: Method = "reconstruction",
-    windows: Windows,
+    windows: FrameWindows,
     options: Options,
 ) -> None:
     """Continue a video, block by block, to any length."""
     from fastvdm.diffusion.extend import extend as run_extend
 
     check_positive(num_frames=num_frames, given=given)
-    run = Run(model, [output], options, windows, method=method)
+    run = Run(model, [output], options, windows)
     frameskip = run.settings.frameskip
     clip = run.read(video, run.side, given, frameskip)
     result = run_extend(run.unet, clip, num_frames, **run.options)
@@ -110,15 +102,14 @@ def interpolate(
     output: Out,
     *,
     factor: Annotated[int, typer.Option(help="Input frame i becomes frame factor * i.")] = 2,
-    method: Method = "reconstruction",
-    windows: Windows,
+    windows: FrameWindows,
     options: Options,
 ) -> None:
     """Raise the frame rate: every frame of the input is kept, those between are drawn."""
     from fastvdm.diffusion.extend import interpolate_frames
 
     check_positive(factor=factor)
-    run = Run(model, [output], options, windows, method=method)
+    run = Run(model, [output], options, windows)
     result = interpolate_frames(run.unet, run.read(video, run.side), factor, **run.options)
     run.write(output, result[0], files.video_fps(video) * factor)
 
@@ -136,20 +127,14 @@ def upscale(
     frameskip: Annotated[
         int, typer.Option(help="Input frame i becomes frame frameskip * i: raises the rate too.")
     ] = 1,
-    downsample: Annotated[str, typer.Option(help="average or bilinear: D of Eq. 8.")] = "average",
-    low_res_weight: Annotated[
-        str,
-        typer.Option(help="Weight of the input in units of 1/|D|^2, or auto, which enforces it."),
-    ] = "auto",
-    windows: Windows,
+    windows: LowResWindows,
     options: Options,
 ) -> None:
     """Draw a larger version of a video (Eq. 8) with a model of the larger size."""
     from fastvdm.diffusion.extend import upscale as run_upscale
 
     check_positive(low_size=low_size, frameskip=frameskip)
-    low_res = {"downsample": downsample, "low_res_weight": low_res_weight}
-    run = Run(model, [output], options, windows, **low_res)
+    run = Run(model, [output], options, windows)
     clip = run.read(video, low_size)
     result = run_upscale(run.unet, clip, run.side, frameskip=frameskip, **run.options)
     run.write(output, result[0], files.video_fps(video) * frameskip)
@@ -228,32 +213,26 @@ def train(
 
 
 @app.command()
+@with_options
 def export(
     model: Model,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The package, .pt2.")],
     batch: Annotated[int, typer.Option(help="Videos of one call.")] = 1,
     frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
-    size: Size = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance inside the package, 1 + w.")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
-    weights: Weights = "ema",
-    prefix: Prefix = None,
-    resnet_groups: Groups = None,
-    stem_skip: StemSkip = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    options: ModelOptions,
 ) -> None:
     """Compile the network ahead of time (torch.export, AOTInductor) for one size of input."""
     from fastvdm import export as exporting
 
+    size = options.size
     check_positive(batch=batch, frames=frames, size=size)
-    check_output(output, overwrite, (".pt2",))
-    loaded = load_model(
-        model, weights=weights, prefix=prefix, resnet_groups=resnet_groups, stem_skip=stem_skip,
-        device=device,
-    )  # fmt: skip
+    check_output(output, options.overwrite, (".pt2",))
+    loaded = load_model(model, options)
     height, width = loaded.settings.image_size if size is None else (size, size)
     count = loaded.settings.num_frames if frames is None else frames
     inputs = exporting.example_inputs(loaded.unet, batch, count, height, width)

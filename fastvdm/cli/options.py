@@ -30,33 +30,37 @@ Model = Annotated[
 ]
 In = Annotated[Path, typer.Argument(metavar="VIDEO", help="The input video.")]
 Out = Annotated[Path, typer.Argument(metavar="OUTPUT", help=".mp4, .webm or .gif")]
-Size = Annotated[int | None, typer.Option(help="Height and width; the model's own by default.")]
-Weights = Annotated[str, typer.Option(help="ema or raw.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Prefix = Annotated[
-    str | None, typer.Option(help="Which network of a file with several: its path, or a part.")
-]
-Groups = Annotated[
-    int | None, typer.Option(help="Groups of the GroupNorm in a file that does not say; 8.")
-]
-StemSkip = Annotated[
-    str | None,
-    typer.Option(
-        help="after or before the first attention, where a file does not say: releases up to 0.5 "
-        "have before."
-    ),
-]
-
-
-_OF_THE_MODEL = (
-    "weights", "prefix", "resnet_groups", "stem_skip", "prediction", "schedule", "timesteps",
-    "text_encoder", "device",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Options:
+class ModelOptions:
+    """The options of every command that reads a model and writes a file."""
+
+    size: Annotated[
+        int | None, typer.Option(help="Height and width; the model's own by default.")
+    ] = None
+    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema"
+    prefix: Annotated[
+        str | None, typer.Option(help="Which network of a file with several: its path, or a part.")
+    ] = None
+    resnet_groups: Annotated[
+        int | None, typer.Option(help="Groups of the GroupNorm in a file that does not say; 8.")
+    ] = None
+    stem_skip: Annotated[
+        str | None,
+        typer.Option(
+            help="after or before the first attention, where a file does not say: releases up to "
+            "0.5 have before."
+        ),
+    ] = None
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class Options(ModelOptions):
     """The options that every sampling command has."""
 
     caption: Annotated[
@@ -71,7 +75,6 @@ class Options:
     guidance_scale: Annotated[
         float, typer.Option(help="Classifier-free guidance, 1 + w; 1 is none.")
     ] = 1.0
-    size: Size = None
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; the model's own by default.")
     ] = None
@@ -84,10 +87,6 @@ class Options:
     eta: Annotated[float | None, typer.Option(help="Noise of DDIM, 0 to 1; 0.")] = None
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0
     fps: Annotated[float | None, typer.Option(help="Frames per second of the output.")] = None
-    weights: Weights = "ema"
-    prefix: Prefix = None
-    resnet_groups: Groups = None
-    stem_skip: StemSkip = None
     prediction: Annotated[
         str | None, typer.Option(help="eps, v or x, for a model that does not say; eps.")
     ] = None
@@ -102,11 +101,9 @@ class Options:
         str | None,
         typer.Option(help="BERT-family encoder of the captions, for a model that does not say."),
     ] = None
-    device: Device = "auto"
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Record a step and replay it; CUDA only.")
     ] = False
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True)
@@ -131,17 +128,41 @@ class Windows:
     ] = "stable"
 
 
+@dataclass(frozen=True)
+class FrameWindows(Windows):
+    """Where the input is frames of the output."""
+
+    method: Annotated[str, typer.Option(help="reconstruction (Eq. 7) or replacement.")] = (
+        "reconstruction"
+    )
+
+
+@dataclass(frozen=True)
+class LowResWindows(Windows):
+    """Where it is the output in a low resolution."""
+
+    downsample: Annotated[str, typer.Option(help="average or bilinear: D of Eq. 8.")] = "average"
+    low_res_weight: Annotated[
+        str,
+        typer.Option(help="Weight of the input in units of 1/|D|^2, or auto, which enforces it."),
+    ] = "auto"
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose arguments that are dataclasses become their fields on the command line."""
+    """A command whose arguments that are dataclasses become their fields on the command line, a
+    class's own before those that it inherits."""
     shared: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for p in inspect.signature(command, eval_str=True).parameters.values():
-        if dataclasses.is_dataclass(p.annotation):
-            shared[p.name] = p.annotation
-            hints = get_type_hints(p.annotation, include_extras=True)
+        kind = p.annotation
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            shared[p.name] = kind
+            hints = get_type_hints(kind, include_extras=True)
             parameters += [
                 p.replace(name=f.name, default=f.default, annotation=hints[f.name])
-                for f in dataclasses.fields(p.annotation)
+                for c in kind.__mro__
+                for f in dataclasses.fields(kind)
+                if f.name in inspect.get_annotations(c)
             ]
         else:
             parameters.append(p)
@@ -162,32 +183,25 @@ class Run:
     """A model ready to sample: everything that can be wrong is found here, before any step.
 
     ``options`` are those of ``fastvdm.diffusion.sample``; where there are ``windows``, of the
-    functions of ``fastvdm.diffusion.extend``, with those of the ``condition``.
+    functions of ``fastvdm.diffusion.extend``.
     """
 
     def __init__(
-        self,
-        model: str,
-        outputs: list[Path],
-        options: Options,
-        windows: Windows | None = None,
-        **condition: Any,
+        self, model: str, outputs: list[Path], options: Options, windows: Windows | None = None
     ) -> None:
         from fastvdm.diffusion import DDIM, Ancestral, DiscreteSchedule, Langevin
 
         self.given = options
         check_positive(steps=options.steps, size=options.size, fps=options.fps)
+        condition = {}
         if windows is not None:
             check_positive(window=windows.window)
-            condition |= {
-                "guidance_weight": windows.guidance_weight,
-                "guidance_limit": windows.guidance_limit,
-            }
-            condition = guidance(condition)
+            condition = guidance(windows)
         for output in outputs:
             check_output(output, options.overwrite)
         vectors = None if options.cond is None else read_cond(options.cond)
-        self.bundle = load_model(model, **{name: getattr(options, name) for name in _OF_THE_MODEL})
+        told = ("prediction", "schedule", "timesteps", "text_encoder")
+        self.bundle = load_model(model, options, **{name: getattr(options, name) for name in told})
         settings = self.settings = self.bundle.settings
         if options.timesteps is not None and not isinstance(self.bundle.schedule, DiscreteSchedule):
             raise ValueError("timesteps belong to the discrete schedule, the model's is the cosine")
@@ -246,14 +260,15 @@ class Run:
         typer.echo(f"{path}: {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]}")
 
 
-def guidance(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a ``Condition`` from the command line, checked before anything is read.
+def guidance(windows: Windows) -> dict[str, Any]:
+    """Those that are of a ``Condition``, checked before anything is read.
 
     Raises:
         ValueError: a weight that is neither auto nor a number, or whatever a ``Condition`` refuses.
     """
     from fastvdm.diffusion import Condition
 
+    options = {k: v for k, v in vars(windows).items() if k not in ("overlap", "window")}
     for name in ("guidance_weight", "low_res_weight"):
         if name in options and options[name] != "auto":
             try:
@@ -267,26 +282,18 @@ def guidance(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def load_model(
-    model: str,
-    *,
-    weights: str,
-    prefix: str | None,
-    resnet_groups: int | None,
-    stem_skip: str | None,
-    device: str,
-    **settings: Any,
-) -> Bundle:
+def load_model(model: str, options: ModelOptions, **settings: Any) -> Bundle:
     """The model of a command line on its device; ``settings`` are fields of ``Settings``."""
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights must be ema or raw, got {weights!r}")
-    check_positive(resnet_groups=resnet_groups, timesteps=settings.get("timesteps"))
-    place = _device(device)
-    network = {"resnet_groups": resnet_groups, "stem_skip": stem_skip}
+    if options.weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, got {options.weights!r}")
+    groups = options.resnet_groups
+    check_positive(resnet_groups=groups, timesteps=settings.get("timesteps"))
+    place = _device(options.device)
+    network = {"resnet_groups": groups, "stem_skip": options.stem_skip}
     bundle = Bundle.load(
         model,
-        ema=weights == "ema",
-        prefix=prefix,
+        ema=options.weights == "ema",
+        prefix=options.prefix,
         network={k: v for k, v in network.items() if v is not None},
         **{k: v for k, v in settings.items() if v is not None},
     )
