@@ -191,17 +191,26 @@ linear_block = partial(attention_block, core="linear")
 
 
 def time_block(
-    *tensors: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    *,
+    heads: int,
+    norm_bias: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    eps: float = 1e-5,
     bias: Tensor | None = None,
     rel_k: Tensor | None = None,
     rel_v: Tensor | None = None,
-    rotary: Tensor | None = None,
-    focus_mask: Tensor | None = None,
-    num_images: int = 0,
     **rest: Any,
 ) -> Tensor:
-    options = AttentionOptions(bias, rel_k, rel_v, rotary, focus_mask, num_images)
-    return attention_block(*tensors, core="time", options=options, **rest)
+    return attention_block(
+        x, norm_weight, qkv_weight, out_weight, core="time", heads=heads, norm_bias=norm_bias,
+        qkv_bias=qkv_bias, out_bias=out_bias, eps=eps,
+        options=AttentionOptions(bias, rel_k, rel_v, **rest),
+    )  # fmt: skip
 
 
 # -- what stands beside the tensors ---------------------------------------------------------------
