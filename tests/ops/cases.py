@@ -352,7 +352,7 @@ ROWS: dict[str, Row] = {
         f"norm_act/{kind}_pair": Row(
             "norm_act", norm_act, PAIR, VIDEO | dict(F=2, H=3, C=6, E=17), dict(kind=kind),
             kept("B F H W C+E"), without=_ELEMENTWISE,
-            edges={"wide": dict(C=64, E=17, given=("bias",))},
+            edges={"wide": dict(C=64, E=17, given=("x2", "bias"))},
         )
         for kind in ("rms", "layer")
     },

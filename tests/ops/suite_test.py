@@ -143,13 +143,15 @@ def exact(cell: Cell) -> None:
         dy = make_exact_operand(y.shape, high=2, seed=9).to(y)
         found = outputs_and_grads(case, dy=dy)
     wide = [t.double() for t in case.tensors.values()]
-    if "stats" in case.rest:
+    given = "stats" in case.rest
+    if given:
         case.rest["stats"] = [t.double() for t in case.rest["stats"]]
     with use_backend("reference"):
         expected = outputs_and_grads(case, wide, dy.double())
-    # Statistics that were given are not those of x: there only y is exact.
-    for a, b in zip(found, expected[:1] if "stats" in case.rest else expected):
-        assert torch.equal(a, b.to(a.dtype))
+    # Statistics that were given are not those of x: there only y is exact, in halves, and the
+    # reference takes the way over its own, which round.
+    for a, b in zip(found, expected[:1] if given else expected):
+        assert torch.equal(a.double(), (2 * b).round() / 2)
 
 
 def bit_equal(cell: Cell) -> None:
