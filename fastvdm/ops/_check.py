@@ -78,8 +78,7 @@ def check_block(
         ("out_weight", out_weight, (channels, features // 3)),
         ("out_bias", out_bias, (channels,)),
     )
-    if not eps > 0:
-        check_eps(eps)
+    check_eps(eps)
     check_projection(
         x, "qkv_weight", qkv_weight,
         ("out_weight", out_weight), ("qkv_bias", qkv_bias), ("out_bias", out_bias),

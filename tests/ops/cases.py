@@ -522,7 +522,7 @@ ROWS: dict[str, Row] = {
     "attention_block/space": Row(
         "attention_block", attention_block,
         BLOCK | dict(norm_bias="C", qkv_bias="3AD", out_bias="C"),
-        VIDEO | dict(F=2, W=3, C=20, A=2, D=16), dict(core="space", heads=heads), kernels=(),
+        VIDEO | dict(F=3, C=20, A=1, D=16), dict(core="space", heads=heads), kernels=(),
         scales=dict(qkv_weight=2.0), mixed=("qkv_weight", "out_weight", "qkv_bias", "out_bias"),
         edges={"bare": dict(H=4, W=9, given=(), eps=1e-3)},
         without=_SOFTMAX | {"cost": "composed of ops that have one"},

@@ -307,7 +307,8 @@ def no_backward(cell: Cell) -> None:
 
 
 def fullgraph(cell: Cell) -> None:
-    """One graph, the same for another number of frames, with what the eager call gives."""
+    """One graph, the same for another number of frames, with what the eager call gives. (Of a float
+    by default, as eps is, dynamo first makes an input, and then compiles once more.)"""
     import torch._dynamo.testing
 
     torch._dynamo.reset()
@@ -319,6 +320,7 @@ def fullgraph(cell: Cell) -> None:
         return out if isinstance(out, tuple) else (out,)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     # Of no other extent: dynamo takes equal sizes for one.
     for frames in (11, 13) if cell.row.sizes["F"] < 32 else (41, 43):
         case = cell.case(dict(F=frames))
@@ -334,7 +336,8 @@ def fullgraph(cell: Cell) -> None:
                 g = torch.autograd.grad(out[0], list(leaves.values()), seed_of(out[0]))
             found.append([*(t.detach() for t in out), *g])
         assert_same(*found, close=True)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts in ([1, 1], [2, 2])
 
 
 def opcheck(cell: Cell) -> None:
