@@ -1,4 +1,4 @@
-"""Every public op against every check: the rows are those of ``cases.py``.
+"""Every public op against every check: the rows are those of ``op_cases.py``.
 
     python tests/ops/suite_test.py [-k norm_act]    runs it and prints the matrix op x check
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import ROWS, Case, Row, by_reference, check_parity, make
+from op_cases import ROWS, Case, Row, by_reference, check_parity, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,6 +319,7 @@ def fullgraph(cell: Cell) -> None:
         return out if isinstance(out, tuple) else (out,)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     # Of no other extent: dynamo takes equal sizes for one.
     for frames in (11, 13) if cell.row.sizes["F"] < 32 else (41, 43):
         case = cell.case(dict(F=frames))
@@ -334,7 +335,8 @@ def fullgraph(cell: Cell) -> None:
                 g = torch.autograd.grad(out[0], list(leaves.values()), seed_of(out[0]))
             found.append([*(t.detach() for t in out), *g])
         assert_same(*found, close=True)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
 
 
 def opcheck(cell: Cell) -> None:
@@ -469,7 +471,7 @@ def no_tensor(cell: Cell) -> None:
     beside = [n for n, t in case.rest.items() if isinstance(t, Tensor)]
     for name, value in (*((n, None) for n in needed), *((n, 0.5) for n in beside)):
         said = f"(norm_)?{name.removeprefix('norm_')}"
-        with pytest.raises(TypeError, match=f"^{said} must be a tensor, got "):
+        with pytest.raises(TypeError, match=f"(^|'s ){said} must be a tensor, got "):
             case.row.fn(**given | {name: value})
 
 
