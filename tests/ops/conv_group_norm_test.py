@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import ROWS, by_reference, make
+from op_cases import ROWS, by_reference, make
 from peer import PeerMissing, import_peer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

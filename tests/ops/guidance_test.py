@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import ROWS, make
 from gaussian import DOUBLE, Gaussian
+from op_cases import ROWS, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvdm

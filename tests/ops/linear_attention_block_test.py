@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import linear_block
+from op_cases import linear_block
 from torch import nn
 
 from fastvdm import use_backend

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from cases import ROWS, check_parity, make
 from einops import rearrange
+from op_cases import ROWS, check_parity, make
 
 from fastvdm.ops import norm_act as ops
 from fastvdm.ops._call import BODIES

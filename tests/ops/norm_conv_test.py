@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ROWS, by_reference, check_parity, make
+from op_cases import ROWS, by_reference, check_parity, make
 
 from fastvdm.ops._call import BODIES, select
 from fastvdm.ops.conv_group_norm import norm_conv

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ROWS, by_reference, check_parity, make
+from op_cases import ROWS, by_reference, check_parity, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm.ops import _call

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import ROWS, by_reference, make, time_block
+from op_cases import ROWS, by_reference, make, time_block
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvdm.ops._call import select
