@@ -86,7 +86,7 @@ class _Graph:
     def __init__(self, advance: Callable[..., Outputs], z: Tensor, row: Any, noise: Any) -> None:
         self.z = z.clone()
         # Only what this kind reads is copied at each step.
-        self._names = ("time", "seed", "after") if row.guided else ("time", "direct")
+        self._names = ("time", "guide", "after") if row.guided else ("time", "direct")
         self.row = row._replace(**{n: getattr(row, n).clone() for n in self._names})
         self._step = lambda: advance(self.z, self.row, noise)
 
