@@ -471,8 +471,10 @@ def no_tensor(cell: Cell) -> None:
     given = {**case.tensors, **_rest(case)}
     beside = [n for n, t in case.rest.items() if isinstance(t, Tensor)]
     for name, value in (*((n, None) for n in needed), *((n, 0.5) for n in beside)):
-        said = f"(norm_)?{name.removeprefix('norm_')}"
-        with pytest.raises(TypeError, match=f"(^|'s ){said} must be a tensor, got "):
+        said = (
+            "[a-z_]+'s slot" if name.endswith("slot") else f"(norm_)?{name.removeprefix('norm_')}"
+        )
+        with pytest.raises(TypeError, match=f"^{said} must be a tensor, got "):
             case.row.fn(**given | {name: value})
 
 
