@@ -568,6 +568,11 @@ def dtypes(cell: Cell, edge: str) -> tuple[torch.dtype, ...]:
     return (cell.row.dtype,) if edge else (cell.row.dtype, FP16)
 
 
+# On Triton part of ``make test-all``: the kernels' gradients are parity's, too, and the graph of an
+# op does not depend on who runs it.
+INTERPRETED_FOR_LONG = ("gradcheck", "fullgraph")
+
+
 def cells() -> Iterator:
     for name, row in ROWS.items():
         for check in CHECKS:
@@ -578,7 +583,9 @@ def cells() -> Iterator:
                     cell = Cell(name, lane)
                     label = f"{name}-{check}-{lane}"
                     if check != "parity":
-                        yield pytest.param(cell, CHECKS[check], {}, id=label)
+                        slow = backend == "triton" and check in INTERPRETED_FOR_LONG
+                        marks = [pytest.mark.slow] * slow
+                        yield pytest.param(cell, CHECKS[check], {}, id=label, marks=marks)
                         continue
                     more = row.cpu_edges if backend == "cpu" and "cpu" in row.kernels else {}
                     for edge in ("", *row.edges, *more):
