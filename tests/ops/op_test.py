@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastvdm.ops.guidance  # noqa: F401, its ops are compared with C++, too
 from fastvdm import use_backend
 from fastvdm.ops import _op
 from fastvdm.ops._call import BODIES, run
