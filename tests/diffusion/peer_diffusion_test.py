@@ -9,7 +9,7 @@ from peer import peer_or_skip
 from fastvdm import UNet3D
 from fastvdm.diffusion import DiscreteSchedule, diffusion_loss, sample
 
-TIMESTEPS = 60
+TIMESTEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_samples(peer, clip):
 def test_loss(peer, loss_type):
     net, diffusion = build(peer, loss_type=loss_type)
     x, cond, noise = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 4), torch.randn(2, 1, 3, 8, 8)
-    index = torch.tensor([3, 41])
+    index = torch.tensor([3, 14])
     theirs = diffusion.p_losses(x, index, cond=cond, noise=noise)
     schedule = DiscreteSchedule(TIMESTEPS)
     ours = diffusion_loss(

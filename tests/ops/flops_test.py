@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -280,6 +278,3 @@ def test_whichever_is_imported_first():
         return Cost(factor * x[0], 0)
 
     assert of_op(flops_test_fwd, (5, 2)) == 15 and of_op(flops_test_fwd, (5, 2), 7) == 35
-    code = "import sys, fastvdm; print('torch.utils.flop_counter' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr  # it would bring Triton

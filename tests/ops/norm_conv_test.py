@@ -16,8 +16,8 @@ from fastvdm.runtime.dispatch import INTERPRETED, explain
 from fastvdm.testing import assert_parity, make_exact_operand
 
 TMA = {  # widths that are multiples of 8
-    "video": dict(H=5, W=7, C=24, N=72),
-    "frames": dict(F=3, W=9, C=24, N=16, per_frame=True),
+    "video": dict(B=1, H=5, W=7, C=24, N=40),
+    "frames": dict(B=1, F=3, C=24, N=16, per_frame=True),
     "one_pixel": dict(H=1, W=1, C=24, N=8, given=("norm_bias",)),
 }
 

@@ -372,8 +372,8 @@ ROWS: dict[str, Row] = {
             "odd": dict(B=1, H=9, W=5, C=17, N=48),
             "one_pixel": dict(H=1, W=1, N=5),
             "one_row": dict(B=1, F=2, H=1, W=9, C=4, N=6, given=("residual",)),
-            "off_tile": dict(B=1, F=1, H=33, W=17, C=8, N=3, given=()),
-            "wide": dict(B=1, F=1, H=2, W=3, C=96, N=192, given=("bias",)),
+            "off_tile": dict(B=1, F=1, H=11, W=17, C=8, N=3, given=()),
+            "wide": dict(B=1, F=1, H=2, W=3, C=72, N=136, given=("bias",)),
             "1x1": dict(B=1, F=2, H=3, C=70, N=130, K=1),
             "7x7": dict(B=1, F=2, C=3, N=8, K=7),
         },
@@ -404,7 +404,7 @@ ROWS: dict[str, Row] = {
     ),
     "space_conv/stats": Row(
         "space_conv", space_conv_stats, CONV, VIDEO | dict(C=6, N=12, K=3), dict(groups=4),
-        edges={"frame": dict(per_frame=True), "off_tile": dict(H=9, W=17, N=3, groups=1)},
+        edges={"frame": dict(per_frame=True), "off_tile": dict(B=1, F=1, H=9, W=17, N=3, groups=1)},
         without=_CONV | {"exact": "its statistics round; the convolution is the plain row's"},
     ),
     "space_conv/transpose": Row(

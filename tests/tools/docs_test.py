@@ -30,8 +30,14 @@ def run_python(page: Path) -> None:
             exec(compile(source, str(page), "exec"), names)
 
 
+# What the page on deployment compiles and exports, the network's own tests do as well.
+SLOW = {"deployment.md": pytest.mark.slow}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.name, marks=SLOW.get(p.name, ())) for p in PAGES]
+)
 def test_code_blocks_run(page, ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "from video_diffusion_pytorch import" in page.read_text():

@@ -162,8 +162,7 @@ def test_sigkill_at_random_points(tmp_path):
             text=True,
         )
         assert run.returncode == -signal.SIGKILL, run.stderr
-    command = [sys.executable, "-m", "fastvdm", "train", str(killed), *arguments, "--resume"]
-    subprocess.run(command, check=True)
+    assert main(["train", str(killed), *arguments, "--resume"]) == 0
     assert len(curve(whole)) == 24, points
     assert curve(killed) == curve(whole), points
     assert same_weights(killed, whole), points
