@@ -162,6 +162,11 @@ FASTVDM_NOINLINE void store(f16* p, vf v) {
 #else
 #define FASTVDM_PARTIAL FASTVDM_NOINLINE
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+FASTVDM_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
 template <class T>
 FASTVDM_PARTIAL vf load_n(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -171,6 +176,9 @@ FASTVDM_PARTIAL vf load_n(const T* p, int n) {
   _mm256_store_si256((__m256i*)part, _mm256_maskz_loadu_epi16(m, p));
   return load(part);
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (vf)_mm256_maskload_ps(p, first_lanes(n));
+#endif
   T part[VL] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
@@ -188,6 +196,9 @@ FASTVDM_PARTIAL void store_n(T* p, vf v, int n) {
     _mm256_mask_storeu_epi16(p, m, _mm256_load_si256((const __m256i*)part));
   }
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+#endif
   T part[VL];
   store(part, v);
   for (int i = 0; i < n; ++i) p[i] = part[i];
