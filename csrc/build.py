@@ -57,8 +57,10 @@ FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 header
 ]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
-    "portable": [],
+    # x86 without AVX2 is older than 2013: there half the time to compile goes before 5 % of speed.
+    "portable": ["-O1"] if X86 else [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": [
         "-mavx512f",
@@ -88,9 +90,6 @@ if SANITIZE:
     # -O1: the stacks stay readable, and three instruction sets compile in a minute.
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     FLAGS += ["-fno-sanitize-recover=all"]
-
-
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def isas(kernel: str) -> list[str]:
