@@ -15,6 +15,8 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+# cuDNN's fp32 convolutions are TF32 by default; ours are not, and what they are held to should not.
+torch.backends.cudnn.allow_tf32 = False
 # Without a compiler there is no C++ extension, and every call on a CPU is a fallback.
 BUILT = any((Path(__file__).parents[1] / "fastvdm").glob("_C*.so"))
 os.environ.setdefault("FASTVDM_STRICT", "1" if BUILT else "0")
@@ -133,6 +135,19 @@ def lane(request, device):
         return
     with use_cpu_isa(isa):
         yield backend, "cpu"
+
+
+@pytest.fixture
+def tma(monkeypatch, device):
+    """Convolutions by tensor descriptors with small boxes, for whatever takes them."""
+    kernels = pytest.importorskip("fastvdm.kernels.space_conv")
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need sm_90")
+
+    def pick(widths, grid, itemsize, tma):
+        return kernels.ConvConfig(64, 32, 16, 4, 2, True, *kernels.pick_box(*grid, 32))
+
+    monkeypatch.setattr(kernels, "pick_config", pick)
 
 
 @pytest.fixture

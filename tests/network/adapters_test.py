@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tools_test import NETWORKS, module_pairs, pair, run
+from hooks_test import NETWORKS, module_pairs, pair, run
 from torch import Tensor, nn
 
 from fastvdm import UNet3D

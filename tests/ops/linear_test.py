@@ -47,52 +47,20 @@ def test_who_takes_it(monkeypatch):
 BACKENDS = ["auto", "reference"] + ["cpu"] * (extension.reason_off() is None)
 X, W, B = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5)
 BAD = {
-    "features": ((X, torch.zeros(5, 3)), ValueError, r"x must be \(\.\.\., 3\), got \(2, 3, 4\)"),
-    "scalar": ((torch.tensor(1.0), W), ValueError, r"x must be \(\.\.\., 4\), got \(\)"),
-    "vector_weight": ((X, torch.zeros(4)), ValueError, r"weight must be \(N, K\), got \(4,\)"),
-    "no_features": ((X, torch.zeros(0, 4)), ValueError, r"weight must be \(N, K\), got \(0, 4\)"),
-    "bias_shape": ((X, W, torch.zeros(4)), ValueError, r"bias must be \(5,\), got \(4,\)"),
-    "bias_matrix": ((X, W, torch.zeros(1, 5)), ValueError, r"bias must be \(5,\)"),
-    "bias_device": ((X, W, B.to("meta")), ValueError, "bias must be on cpu like x, got meta"),
-    "weight_device": ((X, W.to("meta")), ValueError, "weight must be on cpu like x, got meta"),
-    "integer_weight": (
-        (X, W.char()),
-        TypeError,
-        "weight must be fp32.*, got torch.int8",
-    ),
-    "integer_x": ((X.long(), W), TypeError, "x must be fp32.*, got torch.int64"),
-    "integer_bias": (
-        (X, W, B.int()),
-        TypeError,
-        "bias must be fp32.*, got torch.int32",
-    ),
-    "half_x": ((X.half(), W), TypeError, "weight must be torch.float16 like x"),
-    "half_weight": (
-        (X, W.bfloat16()),
-        TypeError,
-        "weight must be torch.float32 like x",
-    ),
-    "half_bias": (
-        (X, W, B.half()),
-        TypeError,
-        "bias must be torch.float32 like x",
-    ),
-    "wide_weight": (
-        (X, W.double()),
-        TypeError,
-        "weight must be torch.float32 like x",
-    ),
+    "features": ((X, torch.zeros(5, 3)), r"x must be \(\.\.\., 3\), got \(2, 3, 4\)"),
+    "scalar": ((torch.tensor(1.0), W), r"x must be \(\.\.\., 4\), got \(\)"),
+    "vector_weight": ((X, torch.zeros(4)), r"weight must be \(N, K\), got \(4,\)"),
+    "no_features": ((X, torch.zeros(0, 4)), r"weight must be \(N, K\), got \(0, 4\)"),
+    "bias_shape": ((X, W, torch.zeros(4)), r"bias must be \(5,\), got \(4,\)"),
+    "bias_matrix": ((X, W, torch.zeros(1, 5)), r"bias must be \(5,\)"),
 }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("inputs, error, text", BAD.values(), ids=BAD)
-def test_bad_input(inputs, error, text, backend):
-    with use_backend(backend), pytest.raises(error, match=text):
+@pytest.mark.parametrize("inputs, text", BAD.values(), ids=BAD)
+def test_bad_input(inputs, text, backend):
+    with use_backend(backend), pytest.raises(ValueError, match=text):
         linear(*inputs)
-    if error is TypeError and "is" in text.split()[:2]:
-        with pytest.raises(RuntimeError):  # as torch's own
-            F.linear(*inputs)
 
 
 def test_autocast_mixes_all_but_fp64():

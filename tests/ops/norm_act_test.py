@@ -276,35 +276,6 @@ def test_statistics_of_a_larger_video(backend, lane):
     torch.testing.assert_close(half.double(), whole[:, :2], rtol=1e-5, atol=1e-5)
 
 
-def test_strides(lane):
-    """Any strides of x and dy; scale and shift as the halves of one projection."""
-    x, w, b = (torch.randn(s, device=lane[1]) for s in ((2, 3, 4, 5, 6), (6,), (6,)))
-    options = dict(kind="group", groups=3)
-    film = torch.randn(2, 12, device=lane[1])
-    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
-    assert not turned.is_contiguous()
-    leaves = [t.requires_grad_() for t in (turned, w, b, film)]
-
-    def run(backend):
-        with use_backend(backend):
-            y = norm_act(turned, w, b, scale=film[:, :6], shift=film[:, 6:], **options)
-        return y, *torch.autograd.grad(y.sum(), leaves)  # the gradient of a sum has strides 0
-
-    for a, b in zip(run(lane[0]), run("reference")):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_autocast(lane):
-    """The norm keeps the dtype of its input and brings the other streams to it."""
-    x, w = torch.randn(1, 2, 3, 5, 6, device=lane[1]).half(), torch.ones(6, device=lane[1])
-    residual = torch.randn(1, 2, 3, 5, 6, device=lane[1])
-    with use_backend(lane[0]), torch.autocast(lane[1], torch.float16):
-        y = norm_act(x, w, kind="rms", residual=residual)
-    assert y.dtype == torch.float16
-    with pytest.raises(TypeError, match="residual must be torch.float16"):
-        norm_act(x, w, kind="rms", residual=residual)
-
-
 def test_saved_for_backward(device):
     """x and the statistics, and nothing of the size of x besides."""
     x = torch.randn(2, 3, 7, 9, 16, device=device, requires_grad=True)

@@ -22,27 +22,8 @@ TMA = {  # widths that are multiples of 8
 }
 
 
-@pytest.fixture
-def tma(monkeypatch, device):
-    """The descriptor variant with small boxes."""
-    kernels = pytest.importorskip("fastvdm.kernels.space_conv")
-    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("tensor descriptors need sm_90")
-
-    def pick(widths, grid, itemsize, tma):
-        return kernels.ConvConfig(64, 32, 16, 4, 2, True, *kernels.pick_box(*grid, 32))
-
-    monkeypatch.setattr(kernels, "pick_config", pick)
-
-
 def case_of(device="cpu", dtype=torch.float32, **edge):
     return make(ROWS["norm_conv/video"], dtype, device, edge)
-
-
-@pytest.fixture(autouse=True)
-def _ieee_baseline():
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

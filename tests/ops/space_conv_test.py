@@ -44,26 +44,6 @@ def randn(*shape, dtype=torch.float32, device="cpu", scale=1.0):
     return (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype)
 
 
-@pytest.fixture(autouse=True)
-def _ieee_baseline():
-    """cuDNN's fp32 convolutions are TF32 by default; ours are not, and the baseline should not."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-@pytest.fixture
-def tma(monkeypatch, device):
-    """The descriptor variant with small boxes, for whatever takes it."""
-    kernels = pytest.importorskip("fastvdm.kernels.space_conv")
-    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("tensor descriptors need sm_90")
-
-    def pick(widths, grid, itemsize, tma):
-        return kernels.ConvConfig(64, 32, 16, 4, 2, True, *kernels.pick_box(*grid, 32))
-
-    monkeypatch.setattr(kernels, "pick_config", pick)
-
-
 @pytest.mark.parametrize("row, sizes", TMA.values(), ids=TMA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_parity_descriptors(row, sizes, dtype, device, tma):
@@ -144,17 +124,6 @@ def test_library_transpose_parity(dtype, choice):
     chosen = select("space_conv_transpose", inputs[0].device, inputs[0], dtype)
     assert chosen == (choice if not AMX else "torch")
     assert_parity(space_conv_transpose, space_conv_transpose_ref, inputs)
-
-
-@pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_no_images(backend, device):
-    x, weight = randn(0, 2, 3, 5, 4, device=device), randn(6, 4, 3, 3, device=device)
-    weight.requires_grad_()
-    with use_backend(backend):
-        y = space_conv(x, weight)
-        y.sum().backward()
-    assert y.shape == (0, 2, 3, 5, 6)
-    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("variant", ["pointers", "descriptors"])
@@ -251,9 +220,6 @@ def test_folded_weight_is_exact():
     dy = make_exact_operand(expected.shape, seed=3)
     g, g_ref = (torch.autograd.grad(y, weight, dy)[0] for y in (folded, expected))
     assert torch.equal(g, g_ref)
-
-
-# --- torch.library -------------------------------------------------------------------------------
 
 
 # --- what runs -----------------------------------------------------------------------------------
