@@ -1,6 +1,6 @@
 """Every public op against every check: the rows are those of ``op_cases.py``.
 
-    python tests/ops/suite_test.py [-k norm_act]    runs it and prints the matrix op x check
+    python tests/ops/matrix.py [-k norm_act]    runs it and prints the matrix op x check
 
 "cpu" is the C++ kernels, on each instruction set of this machine where that says more, "triton" the
 Triton kernels, under the interpreter where there is no GPU. Where an op has no kernel of a backend,
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from matrix import matrix
 from op_cases import ROWS, Case, Row, by_reference, check_parity, make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -646,37 +647,6 @@ def test_every_op_is_known():
         assert any(name.startswith(s) for s in stems), name
 
 
-def matrix(outcomes: dict[tuple[str, str, str], set[str]]) -> str:
-    """Each row and check: on which backends it passed, or why it has no test."""
-    lines, notes = [], {}
-    for name in ROWS:
-        lines.append(f"\n{name}")
-        for check in CHECKS:
-            words = []
-            for backend in BACKENDS:
-                why = reason(name, check, backend)
-                if why is not None:
-                    words.append(notes.setdefault(why, f"[{len(notes) + 1}]"))
-                else:
-                    seen = outcomes.get((name, check, backend), {"not run"})
-                    words.append(backend if seen == {"passed"} else f"{backend}: {sorted(seen)}")
-            lines.append(f"  {check:16} {' '.join(dict.fromkeys(words))}")
-    return "\n".join([*lines, "", *(f"{n} {why}" for why, n in notes.items())])
-
-
-class _Outcomes:
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str, str], set[str]] = {}
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call" and "[" in report.nodeid:
-            name, check, lane, *_ = report.nodeid.partition("[")[2].rstrip("]").split("-")
-            key = name, check, lane.partition("_")[0]
-            self.found.setdefault(key, set()).add(report.outcome)
-
-
-if __name__ == "__main__":
-    outcomes = _Outcomes()
-    status = pytest.main(["-q", __file__, *sys.argv[1:]], plugins=[outcomes])
-    print(matrix(outcomes.found))
-    sys.exit(status)
+def test_the_matrix_says_what_passed_and_what_did_not_run():
+    text = matrix({("linear/linear", "parity", "cpu"): {"passed"}})
+    assert "linear/linear\n  parity           cpu [" in text and "cpu: ['not run']" in text
