@@ -1,5 +1,5 @@
 # make demo    real clips, your trainer, UNet3D dropped in; writes out/report.html
-# make test    lint, types, tests (what CI runs): 11 minutes on two cores, 17 from a clean clone;
+# make test    lint, types, tests (what CI runs): 8-11 minutes on two cores, 17 from a clean clone;
 #              ARGS="-k norm_act": only these
 # make test-all   the slow tests, too: pytest -m slow --collect-only -q names them
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
