@@ -1,4 +1,6 @@
-"""Without a GPU the Triton kernels run under the interpreter; a fallback is an error everywhere."""
+"""Without a GPU the Triton kernels run under the interpreter, or, where FASTVDM_EMULATE names an
+architecture (90), as Triton compiles them for it, in ``ptxemu``. A fallback is an error everywhere.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ if "triton" in sys.modules:
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
+ARCH = int(os.environ.get("FASTVDM_EMULATE", "0"))
+if not GPU and not ARCH:
     os.environ["TRITON_INTERPRET"] = "1"
 # cuDNN's fp32 convolutions are TF32 by default; ours are not, and what they are held to should not.
 torch.backends.cudnn.allow_tf32 = False
@@ -60,7 +63,7 @@ def _hasten_the_interpreter() -> None:
     interpreter.interpreter_builder.options = options
 
 
-if not GPU and importlib.util.find_spec("triton"):
+if not GPU and not ARCH and importlib.util.find_spec("triton"):
     _hasten_the_interpreter()
 
 
@@ -94,6 +97,17 @@ def pytest_collectstart() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=ARCH > 0)
+def emulated():
+    """The emulator of the test, which ends with what it found: races, bounds, uninitialised values.
+    The order of CTAs and warps is another one in every launch."""
+    from ptxemu import emulate
+
+    with emulate(ARCH) as emulator:
+        yield emulator
+    assert not emulator.bad(), "\n".join(map(str, emulator.bad()))
 
 
 @pytest.fixture(autouse=True)

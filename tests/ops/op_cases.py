@@ -64,6 +64,8 @@ class Row:
     # Parity alone: other sizes (capitals), options (small), ``given``: the optional arguments.
     edges: dict[str, dict[str, Any]] = field(default_factory=dict)
     cpu_edges: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the C++ lane alone
+    # Of compiled Triton kernels alone: full tiles of the networks' kinds, and one that is not.
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     kernels: tuple[str, ...] = ("cpu", "triton")  # who has one; elsewhere it is parts or torch
     dtype: torch.dtype = torch.float32  # of Triton's lane, in all but parity
@@ -308,6 +310,7 @@ ROWS: dict[str, Row] = {
             str(c): dict(B=1, F=2, C=c, groups=g, given=("bias", "residual"))
             for c, g in ((17, 1), (48, 3), (96, 8), (192, 3), (512, 8))
         },
+        tiles={"l0": dict(B=1, F=2, H=16, W=33, C=64, groups=8, given=("bias", "scale", "shift"))},
     ),
     "norm_act/group_frame": Row(
         "norm_act", norm_act, EVERYTHING, VIDEO | dict(C=15),
@@ -321,6 +324,7 @@ ROWS: dict[str, Row] = {
             "frame": dict(C=6, E=9, groups=5, per_frame=True),
             "narrow_second": dict(C=40, E=1, groups=1),
         },
+        tiles={"aligned": dict(B=1, F=2, H=8, W=9, C=64, E=64, groups=8)},
     ),
     "norm_act/group_stats": Row(
         "norm_act", norm_act, EVERYTHING, VIDEO | dict(C=12),
@@ -346,6 +350,7 @@ ROWS: dict[str, Row] = {
                 "512": dict(F=1, H=3, W=2, C=512, given=("bias",)),
             },
             cpu_edges={"64": dict(C=64), "5": dict(C=5), "40": dict(C=40)},
+            tiles={"l1": dict(F=2, H=8, W=9, C=128)},
         )
         for kind in ("rms", "layer")
     },
@@ -381,6 +386,10 @@ ROWS: dict[str, Row] = {
             "odd_tiles": dict(H=7, W=9, C=20, N=24),
             "channels": dict(B=1, F=1, H=2, W=17, C=128, N=48),
         },
+        tiles={
+            "64": dict(B=1, F=2, H=17, W=16, C=64, N=64, given=("bias", "residual")),
+            "96_192": dict(B=1, F=1, H=16, W=9, C=96, N=192, given=()),
+        },
         without=_CONV,
     ),
     "space_conv/pair": Row(
@@ -388,6 +397,7 @@ ROWS: dict[str, Row] = {
         VIDEO | dict(F=2, H=3, W=5, C=17, E=6, N=9, K=3),
         edges={"1x1": dict(B=1, C=6, E=17, K=1), "one_pixel": dict(H=1, W=1, given=("x2",))},
         cpu_edges={"8x8": dict(H=8, W=7, C=16, E=5, N=33)},
+        tiles={"64": dict(B=1, F=1, H=8, W=17, C=64, E=64, N=128, given=("x2",))},
         without=_CONV,
     ),
     "space_conv/up": Row(
@@ -395,22 +405,26 @@ ROWS: dict[str, Row] = {
         VIDEO | dict(F=2, H=3, W=5, C=6, N=9, K=3), dict(upsample="nearest"),
         edges={"one_pixel": dict(H=1, W=1)},
         without=_CONV | {"cost": "folded: 4/9 of the reference's products (flops_test.py)"},
+        tiles={"64": dict(B=1, F=1, H=8, W=9, C=64, N=64, given=("bias",))},
     ),
     "space_conv/down": Row(
         "space_conv", space_conv, CONV | dict(residual="B F P Q N"),
         VIDEO | dict(H=6, W=10, C=5, N=7, K=4, P=3, Q=5), dict(stride=2),
         edges={"odd": dict(H=5, W=7, P=2, Q=3), "3x3": dict(H=5, W=8, K=3, P=3, Q=4)},
+        tiles={"64": dict(B=1, H=16, W=18, C=64, N=64, P=8, Q=9, given=("bias",))},
         without=_CONV,
     ),
     "space_conv/stats": Row(
         "space_conv", space_conv_stats, CONV, VIDEO | dict(C=6, N=12, K=3), dict(groups=4),
         edges={"frame": dict(per_frame=True), "off_tile": dict(B=1, F=1, H=9, W=17, N=3, groups=1)},
+        tiles={"64": dict(B=1, H=9, W=16, C=64, N=96, groups=8, given=("bias",))},
         without=_CONV | {"exact": "its statistics round; the convolution is the plain row's"},
     ),
     "space_conv/transpose": Row(
         "space_conv", space_conv_transpose, dict(x=X, weight="C N 4 4", bias="N"),
         VIDEO | dict(H=3, W=5, C=6, N=9), kernels=("triton",),
         edges={"one_pixel": dict(F=1, H=1, W=1, C=17)},
+        tiles={"64": dict(B=1, H=8, W=9, C=64, N=64)},
         without=_CONV,
     ),
     "conv_group_norm/group": Row(
@@ -439,6 +453,7 @@ ROWS: dict[str, Row] = {
             "5x5": dict(B=1, H=4, W=7, C=6, N=8, K=5, given=("norm_bias", "residual")),
             "bare": dict(B=1, C=15, N=5, act=False, given=()),
         },
+        tiles={"64_128": dict(B=1, H=16, W=9, C=48, N=128, given=("norm_bias", "scale", "bias"))},
         without=_CONV | _ELEMENTWISE,
     ),
     # -- projections
@@ -471,6 +486,7 @@ ROWS: dict[str, Row] = {
             "odd": dict(H=1, W=11, K=130, N=300),
             "tile": dict(B=1, F=2, H=4, W=16, K=64, N=64, given=()),
         },
+        tiles={"l1": dict(B=1, F=2, H=8, W=17, K=256, N=128)},
     ),
     # -- attention
     "axis_attention/time": Row(
@@ -484,6 +500,12 @@ ROWS: dict[str, Row] = {
             "peer": dict(F=16, H=3, W=5, A=4, D=32),
             "one": dict(F=1, A=1, D=5),
             "64": dict(B=1, F=64, H=1, W=3, D=32),
+        },
+        tiles={
+            "peer": dict(B=1, F=16, H=3, W=3, A=4, D=32),
+            "16x64": dict(B=1, F=16, H=1, W=3, A=2, D=64, given=("bias",)),
+            "32x64": dict(B=1, F=32, H=1, A=2, D=64),
+            "64x32": dict(B=1, F=64, H=1, A=2, D=32),
         },
     ),
     "axis_attention/all": Row(
@@ -499,6 +521,7 @@ ROWS: dict[str, Row] = {
             "focus_images": dict(B=3, F=24, W=2, D=64, R=9, num_images=8),
             "only_17_images": dict(F=17, D=33, num_images=17),
         },
+        tiles={"paper": dict(B=1, F=16, W=3, D=64, R=31, given=("rel_k", "rel_v"))},
     ),
     "axis_attention/space": Row(
         "axis_attention", axis_attention, ATTENTION | dict(bias="A HW HW"),
@@ -521,6 +544,10 @@ ROWS: dict[str, Row] = {
         "axis_attention", axis_attention, dict(qkv="B F H W 3 A D", bias="A HW HW"),
         dict(B=1, F=2, H=5, W=7, A=3, D=16), dict(axis="space"), without=_SOFTMAX,
         edges={"tiles": dict(F=1, H=9, W=15, A=1)},
+        tiles={
+            f"{h}x{w}x{d}": dict(F=1, H=h, W=w, A=2, D=d)
+            for h, w, d in ((8, 8, 32), (8, 9, 64), (16, 16, 32), (16, 8, 128))
+        },
     ),
     "attention_block/space": Row(
         "attention_block", attention_block,
@@ -549,6 +576,12 @@ ROWS: dict[str, Row] = {
             "peer": dict(F=16, H=3, W=5, C=64, A=4, D=32, given=("bias", "rotary")),
             "64": dict(B=1, F=64, H=1, C=17, D=32),
         },
+        tiles={
+            f"l{i}": dict(
+                B=1, F=16, H=1, W=w, C=64 << i, A=8, D=32, given=("bias", "rotary")
+            )
+            for i, w in enumerate((9, 5, 3))
+        } | {"32": dict(B=1, F=32, H=1, W=3, C=64, A=4, D=32, given=("bias",))},
     ),
     "temporal_block/masks": Row(
         "temporal_block", time_block,
@@ -588,6 +621,7 @@ ROWS: dict[str, Row] = {
             "many": dict(B=1, F=2, H=12, W=11, D=32), "odd": dict(F=3, W=7, A=3, D=24),
             "40": dict(H=1, W=1, D=40), "full": dict(B=1, F=1, H=9, W=16, A=1, D=64),
         },
+        tiles={"l2": dict(B=1, F=2, H=16, W=17, A=8, D=32)},
     ),
     "linear_attention_block/block": Row(
         "linear_attention_block", linear_block, BLOCK | dict(norm_bias="C", out_bias="C"),

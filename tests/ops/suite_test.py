@@ -3,14 +3,16 @@
     python tests/ops/matrix.py [-k norm_act]    runs it and prints the matrix op x check
 
 "cpu" is the C++ kernels, on each instruction set of this machine where that says more, "triton" the
-Triton kernels, under the interpreter where there is no GPU. Where an op has no kernel of a backend,
-what takes the call is checked in its place. Each test is a cell, or an edge of the first one.
+Triton kernels: on a GPU, emulated (tests/ptxemu), or interpreted. Where an op has no kernel of a
+backend, what takes the call is checked in its place. Each test is a cell, or an edge of the first
+one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +40,8 @@ from fastvdm.testing import (
 )
 
 GPU = torch.cuda.is_available()
+EMULATED = "FASTVDM_EMULATE" in os.environ
+COMPILED = GPU or EMULATED  # Triton's kernels; else they are interpreted
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
 
@@ -66,7 +70,7 @@ class Cell(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of every check but parity."""
-        if self.lane.backend == "cpu" or (GPU and self.row.dtype == FP64):
+        if self.lane.backend == "cpu" or (COMPILED and self.row.dtype == FP64):
             return FP32
         return self.row.dtype
 
@@ -121,13 +125,14 @@ def assert_same(found, expected, close: bool = False) -> None:
 
 def parity(cell: Cell, dtype: torch.dtype, edge: str = "") -> None:
     """Outputs and every gradient, by the three-way tolerance."""
-    sizes = (cell.row.edges | cell.row.cpu_edges)[edge] if edge else None
+    edges = cell.row.edges | cell.row.cpu_edges | cell.row.tiles
+    sizes = edges[edge] if edge else None
     check_parity(cell.case(sizes, dtype=dtype))
 
 
 def mixed(cell: Cell) -> None:
     """Tensors of 16 bits beside fp32, as under autocast; each gradient in its own dtype."""
-    low = BF16 if cell.lane.backend == "cpu" else FP16
+    low = BF16 if cell.lane.backend == "cpu" or COMPILED else FP16
     check_parity(cell.case(dtype=low, narrow=cell.row.mixed))
 
 
@@ -266,7 +271,7 @@ def inference_mode(cell: Cell) -> None:
 
 def autocast(cell: Cell) -> None:
     """The dtype and the error of plain torch; gradients in the dtype of their tensors."""
-    case, low = cell.case(dtype=FP32), BF16 if cell.lane.backend == "cpu" or GPU else FP16
+    case, low = cell.case(dtype=FP32), BF16 if cell.lane.backend == "cpu" or COMPILED else FP16
     leaves = [t.requires_grad_(cell.row.gradient) for t in case.tensors.values()]
     with torch.autocast(cell.lane.device, low):
         found = case(*leaves)
@@ -543,12 +548,15 @@ def reason(name: str, check: str, backend: str) -> str | None:
         return "the graph of the C++ lane but for a name: ops are opaque"
     if check == "mixed" and not row.mixed:
         return "one dtype throughout, or autocast's"
-    if check == "gradcheck" and (backend == "cpu" or GPU):
+    if check == "gradcheck" and (backend == "cpu" or COMPILED):
         return "fp64 is the reference's there"
-    if check == "bit_equal" and backend == "triton" and not GPU:
+    if check == "bit_equal" and backend == "triton" and not COMPILED:
         return "the interpreter runs one program after the other"
-    if check in ("threads", "not_a_number") and backend not in {"cpu"} & {*row.kernels}:
+    own = backend in row.kernels
+    if check == "threads" and not (own and backend == "cpu"):
         return "of the C++ kernels"
+    if check == "not_a_number" and not (own and (backend == "cpu" or COMPILED)):
+        return "of compiled kernels"
     return None
 
 
@@ -563,7 +571,7 @@ def dtypes(cell: Cell, edge: str) -> tuple[torch.dtype, ...]:
     """Of parity. The interpreter truncates bf16."""
     if cell.lane.backend == "cpu":
         return (FP32, BF16) if edge else (FP32, BF16, FP16)
-    if GPU:
+    if COMPILED:
         return (FP32, FP16, BF16)
     return (cell.row.dtype,) if edge else (cell.row.dtype, FP16)
 
@@ -579,7 +587,10 @@ OF_THE_OP = (
 
 
 def slow(name: str, check: str, backend: str) -> bool:
-    """Part of ``make test-all`` alone. On a GPU nothing takes long."""
+    """Part of ``make test-all`` alone, emulated of ``make emulate-gpu``, but for parity in bf16. On
+    a GPU nothing takes long."""
+    if EMULATED:
+        return True
     if GPU or (backend == "cpu" and check != "fullgraph"):
         return False
     if check == "fullgraph":
@@ -600,13 +611,16 @@ def cells() -> Iterator:
                         marks = [pytest.mark.slow] * slow(name, check, backend)
                         yield pytest.param(cell, CHECKS[check], {}, id=label, marks=marks)
                         continue
-                    more = row.cpu_edges if backend == "cpu" and "cpu" in row.kernels else {}
+                    own = row.cpu_edges if backend == "cpu" else row.tiles if COMPILED else {}
+                    more = own if backend in row.kernels else {}
                     for edge in ("", *row.edges, *more):
                         for dtype in dtypes(cell, edge):
                             kind = str(dtype).removeprefix("torch.")
+                            late = EMULATED and (dtype != BF16 or edge in row.edges)
                             yield pytest.param(
                                 cell, parity, dict(dtype=dtype, edge=edge),
                                 id=f"{label}-{kind}-{edge or 'main'}",
+                                marks=[pytest.mark.slow] * late,
                             )  # fmt: skip
 
 
