@@ -531,7 +531,7 @@ CHECKS: dict[str, Callable[[Cell], None]] = {
 }  # fmt: skip
 # What is arithmetic, so that another instruction set may do it wrong.
 ON_EACH_ISA = ("parity", "mixed", "exact", "bit_equal", "threads", "not_a_number")
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("triton",) if EMULATED else ("cpu", "triton")
 
 
 def reason(name: str, check: str, backend: str) -> str | None:
