@@ -283,6 +283,7 @@ _NO_GRADIENT = {
     check: _FORWARD
     for check in (
         "expanded_dy", "each_alone", "frozen", "second_backward", "gradcheck", "transforms",
+        "large",
     )
 } | {"exact": "its coefficients are no integers"}  # fmt: skip
 
