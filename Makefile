@@ -6,7 +6,7 @@
 # make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
-# make emulate-gpu   every Triton kernel as compiled for an A100 and an H100, executed on the CPU
+# make emulate-gpu   every Triton kernel as compiled for sm_80, 90 and 100, executed on the CPU
 # make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
 # make paper-tables   the paper's claims in the small: 85-110 minutes on two cores; ARGS=--fast: 13
@@ -73,7 +73,7 @@ emulate-amx: $(STAMPS)/dev.stamp
 
 emulate-gpu: $(STAMPS)/dev.stamp
 	rm -rf build/ptxemu
-	@failed=0; for arch in 80 90; do echo "== sm_$$arch"; FASTVDM_EMULATE=$$arch OMP_NUM_THREADS=1 \
+	@failed=0; for arch in 80 90 100; do echo "== sm_$$arch"; FASTVDM_EMULATE=$$arch OMP_NUM_THREADS=1 \
 		$(PY) -m pytest -q -n 2 --dist worksteal tests/ptxemu tests/ops tests/network $(ARGS) \
 		|| failed=1; done; $(PY) tests/ptxemu/report.py --masks; exit $$failed
 

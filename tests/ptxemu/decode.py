@@ -93,27 +93,26 @@ class Decoder(Reader):
         )  # fmt: skip
 
     def _body(self, lines: enumerate) -> None:
-        depth = scopes = 0
+        scopes = 0
         for self.line, raw in lines:
             if re.match(r"\s*\.loc\s", raw):
                 self.site = raw.partition("//")[2].strip()[:160] or self.site
                 continue
             line = re.sub(r"//.*", "", raw).strip()
-            if line == "{":
-                depth, scopes = depth + 1, scopes + 1
-                self.scopes.append(f"@{scopes}")
-                continue
-            if line == "}":
-                if depth == 0:
-                    return
-                depth -= 1
-                self.scopes.pop()
-                continue
             while m := re.match(r"([$\w]+):\s*", line):
                 self.labels[self.label(m[1])] = len(self.code)
                 line = line[m.end() :]
             for statement in filter(None, (s.strip() for s in line.split(";"))):
-                self._statement(statement)
+                if statement.startswith("{"):  # a scope, perhaps of one line
+                    scopes += 1
+                    self.scopes.append(f"@{scopes}")
+                    statement = statement[1:].strip()
+                if statement == "}":
+                    self.scopes.pop()
+                    if not self.scopes:
+                        return
+                elif statement:
+                    self._statement(statement)
 
     def label(self, name: str) -> str:
         return name if name.startswith("$") else name + self.scopes[-1]

@@ -149,8 +149,14 @@ def test_products_of_64_bits():
     np.testing.assert_allclose(found.view("f8"), x * y + y, rtol=1e-15)
 
 
-@pytest.mark.parametrize("text", ["mad.hi.u32 %r4, %r1, %r2, %r3", "tcgen05.alloc.b32 [%r1], 32",
-                                  "atom.global.add.u32 %r4, [%rd1], 1"])  # fmt: skip
+UNKNOWN = (
+    "mad.hi.u32 %r4, %r1, %r2, %r3",
+    "tcgen05.cp.cta_group::1.128x256b [%r1], %rd1",
+    "atom.global.add.u32 %r4, [%rd1], 1",
+)
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
 def test_what_is_unknown_is_an_error(text):
     with pytest.raises((NotImplementedError, ValueError)):
         one(text, U, V, V)
@@ -173,7 +179,9 @@ KINDS_OF = {
     "access to data in flight (cp.async, TMA, wgmma)": (
         WORD + "\tcp.async.ca.shared.global [%r2], [%rd1], 4;\n\tcp.async.commit_group;\n"
         "\tld.shared.b32 %r4, [%r2];\n\tcp.async.wait_group 0;", 32),
-    "divergence": ("\tsetp.lt.u32 %p1, %r0, 7;\n\t@%p1 bra $L1;\n\tbar.sync 0;\n$L1:", 32),
+    "divergence": (
+        "\tsetp.lt.u32 %p1, %r0, 7;\n\t@%p1 bra $L1;\n\tbar.sync 0;\n\tbra $L2;\n"
+        "$L1:\tbar.sync 0;\n\tnanosleep.u32 1;\n$L2:", 32),
     "deadlock": ("\tmbarrier.init.shared.b64 [%r9], 1;\n".replace("%r9", "global_smem")
                  + "$L1:\n\tmbarrier.try_wait.parity.shared.b64 %p1, [global_smem], 0;\n"
                  "\t@!%p1 bra $L1;", 32),

@@ -252,7 +252,7 @@ def emulate(arch: int = 90, *, multiprocessors: int = 2, **options: Any) -> Iter
     """Within the block the Triton backend takes CPU tensors and every launch is emulated.
 
     Args:
-        arch: 80 or 90.
+        arch: 80, 90 or 100.
         multiprocessors: what launchers are told that the GPU has; few, so that a program of a
             small launch walks over several tiles.
         options: of ``Emulator``.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # As in engine/layout.h.
 TYPES = (
     "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "u8",
-    "s8", "tf32",
+    "s8", "tf32", "f32x2",
 )  # fmt: skip
 FUNCTIONS = (
     "add", "sub", "mul", "mulhi", "mulwide", "mad", "madwide", "div", "rem", "min", "max", "abs",
@@ -142,6 +142,14 @@ def _shuffle(d: Decoder, ops: list[str]) -> None:
 def _vote(d: Decoder, ops: list[str]) -> None:
     width = 4 if d.parts[2] == "ballot" else 0
     d.emit(f"vote_{d.parts[2]}", [d.value(ops[0], width)], [d.value(ops[1], 0)])
+
+
+@_of("redux")
+def _reduce(d: Decoder, ops: list[str]) -> None:
+    function = FUNCTIONS.index(d.parts[2] + "nan" * ("NaN" in d.parts))
+    if d.type != "f32" or "abs" in d.parts:
+        raise d.unknown()
+    d.emit("redux", [d.value(ops[0], 4)], [d.value(ops[1], 4)], function * 32 + _type(d.type))
 
 
 @_of("activemask")
@@ -272,6 +280,43 @@ def _wgmma(d: Decoder, ops: list[str]) -> None:
     flags |= (negate_a < 0) << 13 | (negate_b < 0) << 14 | (m[2] == "tf32") << 15
     to = d.vector(ops[0], 4)
     return d.emit("wgmma", to, [*a, d.value(ops[2], 8), d.value(ops[3], 0)], flags)
+
+
+_SHAPES = ("32x32b", "16x32bx2", "16x128b", "16x256b")  # of what a warp loads and stores
+
+
+@_of("tcgen05")
+def _tensor(d: Decoder, ops: list[str]) -> None:
+    """Tensor memory of sm_100 and its matrix cores, for one CTA."""
+    what = d.parts[1]
+    if what == "relinquish_alloc_permit" or what.startswith("fence"):
+        return d.emit("nop")
+    if what.startswith("wait"):
+        return d.emit("tmwaitld" if what == "wait::ld" else "tmwaitst")
+    if what == "alloc":
+        at, offset = d.address(ops[0], 4)
+        return d.emit("tmalloc", [], [at], int(ops[1]), offset)
+    if what == "dealloc":
+        return d.emit("tmfree", [], [d.value(ops[0], 4)])
+    if what == "commit":
+        if "multicast" in d.opcode or "cta_group::1" not in d.opcode:
+            raise d.unknown()
+        return d.emit("tmcommit", [], [d.address(ops[0], 8)[0]])
+    if what in ("ld", "st"):
+        shape = next((i for i, s in enumerate(_SHAPES) if s in d.parts), None)
+        if shape is None or d.type != "b32" or {"pack::16b", "unpack::16b"} & set(d.parts):
+            raise d.unknown()
+        data, memory = (ops.pop(0), ops.pop(0)) if what == "ld" else (ops.pop(), ops.pop(0))
+        (at, offset), split = d.address(memory, 4), int(ops[0]) if ops else 0
+        to, of = (d.vector(data, 4), []) if what == "ld" else ([], d.vector(data, 4))
+        return d.emit(f"tm{what}", to, [at, *of], shape, offset, split)
+    kind = re.search(r"mma\.cta_group::1\.kind::(f16|tf32)$", d.opcode)
+    if kind is None or len(ops) != 5:
+        raise d.unknown()
+    (to, offset), in_tensor = d.address(ops[0], 4), ops[1].startswith("[")
+    a, a_offset = d.address(ops[1], 4) if in_tensor else (d.value(ops[1], 8), 0)
+    sources = [to, a, d.value(ops[2], 8), d.value(ops[3], 4), d.value(ops[4], 0)]
+    return d.emit("tmmma", [], sources, in_tensor | (kind[1] == "tf32") << 1, offset, a_offset)
 
 
 # -- arithmetic -----------------------------------------------------------------------------------

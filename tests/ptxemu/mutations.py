@@ -35,9 +35,9 @@ def swap(pattern: str, new: str) -> Edit:
 
 def _other_swizzle(line: str) -> str | None:
     """Of a wgmma's matrix descriptor: its two highest bits."""
-    if not (m := re.search(r"(or\.b64\s+%rd\d+, %rd\d+, )-(\d{19});", line)):
+    if not (m := re.search(r"(or\.b64\s+%rd\d+, %rd\d+, )(-?\d{19});", line)):
         return None
-    bits = (-int(m[2]) & (2**64 - 1)) ^ (1 << 62)
+    bits = (int(m[2]) & (2**64 - 1)) ^ (1 << 62)
     return f"{line[: m.start()]}{m[1]}{bits - 2**64 if bits >> 63 else bits};"
 
 
@@ -47,7 +47,7 @@ class Mutation:
     one; ``share``: of the lines that it must be noticed in, as measured, rounded down."""
 
     edit: Edit
-    archs: tuple[int, ...] = (80, 90)
+    archs: tuple[int, ...] = (80, 90, 100)
     guarded: bool = False
     nan: bool = False
     share: float = 1.0
@@ -68,9 +68,11 @@ MUTATIONS = {
     "every CTA is the first": Mutation(swap(r"mov\.u32 (\s*%r\d+), %ctaid\.x", r"mov.b32 \1, 0")),
     "fp16 for bf16": Mutation(swap(r"cvt\.rn\.bf16x2", "cvt.rn.f16x2")),
     "NaN dropped by a maximum": Mutation(swap(r"(max|min)\.NaN\.f32", r"\1.f32"), nan=True),
-    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90,)),
+    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100)),
     "no wait for wgmma": Mutation(drop(r"wgmma\.wait_group"), archs=(90,)),
-    "no wait for a bulk copy": Mutation(drop(r"@!complete bra"), archs=(90,)),
+    "no wait for an mbarrier": Mutation(drop(r"@!complete bra"), archs=(90, 100)),
+    "no wait for tensor memory": Mutation(drop(r"tcgen05\.wait"), archs=(100,)),
+    "another column": Mutation(swap(r"(tcgen05\.ld.*) \+ 0\]", r"\1 + 1]"), archs=(100,)),
     "another swizzle": Mutation(_other_swizzle, archs=(90,)),
 }
 

@@ -12,7 +12,7 @@ LANES = 32
 SHARED_BASE = 1024  # where shared memory starts, so that address 0 is none of it
 BYTES = {
     "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4,
-    "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8,
+    "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
 }  # fmt: skip
 
 

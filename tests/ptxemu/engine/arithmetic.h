@@ -105,6 +105,32 @@ inline void Machine::alu_float(int function) {
   }
 }
 
+// Two fp32 in 64 bits (sm_100).
+inline void Machine::alu_pair(int function) {
+  auto one = [&](f32 a, f32 b, f32 c) -> f32 {
+    switch (function) {
+      case ADD: return a + b;
+      case SUB: return a - b;
+      case MUL: return a * b;
+      case FMA: return std::fma(a, b, c);
+      default: return fail(UNSUPPORTED, function), 0;
+    }
+  };
+  map<u64>(I->sources, [&](int i) {
+    u64 v[3] = {}, r = 0;
+    for (int k = 0; k < I->sources; ++k) v[k] = source<u64>(k)[i];
+    for (int h = 0; h < 64; h += 32) {
+      auto half = [&](int k) { return bits<f32>(u32(v[k] >> h)); };
+      r |= u64(bits<u32>(one(half(0), half(1), half(2)))) << h;
+    }
+    return r;
+  });
+  u32 known[2] = {ALL, ALL};
+  for (int k = 0; k < I->sources; ++k)
+    for (int h = 0; h < 2; ++h) known[h] &= half_defined(k, h);
+  set_defined(to(0), m, known[0], known[1]);  // LLVM leaves one half of some open
+}
+
 // Halves, alone or packed: computed in more, rounded once.
 inline void Machine::alu_half(int function, bool packed, bool bf16) {
   auto value = [&](int k, int i, int h) {
@@ -153,6 +179,7 @@ inline void Machine::alu() {
     case BF16: return alu_half(function, false, true);
     case F16X2: return alu_half(function, true, false);
     case BF16X2: return alu_half(function, true, true);
+    case F32X2: return alu_pair(function);
     default: fail(UNSUPPORTED, I->flags & 31);
   }
 }
@@ -331,7 +358,8 @@ inline void Machine::convert() {
     if (to(0).width == 8 && into == S32) r[i] = u64(s64(s32(r[i])));
     if (to(0).width == 8 && into == S16) r[i] = u64(s64(s16(r[i])));
   }
-  put_lanes(0, r, defined(0));
+  bool low = !is_float && to(0).width == 4;  // the rest of a wider register is not asked
+  put_lanes(0, r, low ? half_defined(0, false) : defined(0));
 }
 
 inline void Machine::convert_pair(u16 (*round)(f32)) {
@@ -362,4 +390,21 @@ inline void Machine::shuffle() {
   }
   put<u32>(0, r, d);
   if (I->destinations > 1) put_predicate(1, inside, ALL);
+}
+
+// A minimum or maximum over the lanes. flags: as alu's.
+inline void Machine::reduce() {
+  const f32* a = source<f32>(0);
+  int function = I->flags >> 5;
+  bool nan = function == MIN_NAN || function == MAX_NAN, low = function == MIN || function == MIN_NAN;
+  if ((I->flags & 31) != F32) return fail(UNSUPPORTED, I->flags);
+  f32 r[LANES], found = NAN;
+  bool first = true;
+  for (int i = 0; i < LANES; ++i) {
+    if (!active(i)) continue;
+    found = first ? a[i] : low ? least(found, a[i], nan) : most(found, a[i], nan);
+    first = false;
+  }
+  std::fill(r, r + LANES, found);
+  put<f32>(0, r, (defined(0) & m) == m ? ALL : 0);
 }

@@ -75,13 +75,13 @@ inline void Machine::end_barrier() {
   u32 a = source<u32>(0)[__builtin_ctz(m)] + u32(I->imm);
   MBarrier* b = barrier_at(a, 0, 2);
   if (!b) return;
-  if (!b->queue.empty()) report(MBARRIER, -1, 0, 3);
+  if (!b->idle()) report(MBARRIER, -1, 0, 3);
   barriers.erase(a);
 }
 
 inline void Machine::settle(MBarrier& b) {
   if (b.pending || b.expected) return;
-  b.phase++, b.pending = b.count, b.tries = 0, events++;
+  b.phase++, b.pending = b.count, b.asked = 0, events++;
 }
 
 inline void Machine::arrive() {
@@ -99,8 +99,8 @@ inline void Machine::arrive() {
   }
 }
 
-// True when the warp may go on. The first question is always too early: who does not ask again
-// reads what is in flight.
+// True when the warp may go on. A warp's first question is always too early: who does not ask again
+// uses what is in flight.
 inline bool Machine::try_wait() {
   int lead = __builtin_ctz(m);
   MBarrier* b = barrier_at(source<u32>(0)[lead] + u32(I->imm), 0, 6);
@@ -109,11 +109,16 @@ inline bool Machine::try_wait() {
     return false;
   }
   u32 parity = source<u32>(1)[lead] & 1;
-  if ((b->phase & 1) == parity && !b->queue.empty() && b->tries++) finish_bulk(*b);
+  bool moving = (b->phase & 1) == parity && !b->idle();
+  if (moving && (b->asked >> w->index & 1)) {
+    if (!b->queue.empty()) finish_bulk(*b);
+    finish_commits(*b);
+  }
+  b->asked |= 1u << w->index;
   bool done = (b->phase & 1) != parity;
   put_predicate(0, done ? ALL : 0, ALL);
   if (done) w->waited[b->index] = b->phase;
-  return done;
+  return done || moving;
 }
 
 // -- TMA ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Executes decoded PTX for a grid: warps in lockstep, one CTA after another, the warps of a CTA in a
 // shuffled order from barrier to barrier. README.md says what is modelled and what is not.
 #include "arithmetic.h"
-#include "matrices.h"
+#include "tensor.h"
 
 Machine::Machine(Launch& l) : launch(l), random(l.seed) {
   warps.resize(l.num_warps);
@@ -18,7 +18,6 @@ Machine::~Machine() {
 
 // -- one instruction ------------------------------------------------------------------------------
 
-// Lanes that diverged run from the lowest program counter on.
 bool Machine::advance(s32 next, u32 lanes) {
   if (w->diverged)
     for (int i = 0; i < LANES; ++i)
@@ -38,19 +37,36 @@ bool Machine::branch(u32 lanes, s32 next) {
   return true;
 }
 
+// What all lanes of a warp do together.
+static bool convergent(s32 op) {
+  return op == OP_barsync || op == OP_warpsync || op == OP_elect || op == OP_ldmatrix ||
+         op == OP_stmatrix || (op >= OP_shfl_bfly && op <= OP_redux) ||
+         (op >= OP_mma_f16 && op <= OP_wgwait) || (op >= OP_tmalloc && op <= OP_tmwaitst);
+}
+
+// Of lanes that diverged those with the lowest program counter, but for those that wait for the
+// others: at what a warp does together, which may stand before the code of the others.
+u32 Machine::next_lanes() {
+  s32 low = INT32_MAX, waiting = INT32_MAX;
+  for (int i = 0; i < LANES; ++i) {
+    if (!(w->live >> i & 1)) continue;
+    s32 pc = w->lane_pc[i];
+    if (convergent(launch.code[pc].op)) waiting = std::min(waiting, pc);
+    else low = std::min(low, pc);
+  }
+  w->pc = low < INT32_MAX ? low : waiting;
+  u32 lanes = 0;
+  for (int i = 0; i < LANES; ++i)
+    if ((w->live >> i & 1) && w->lane_pc[i] == w->pc) lanes |= 1u << i;
+  w->diverged = lanes != w->live;
+  if (w->diverged && low == INT32_MAX) fail(DIVERGED);
+  return lanes;
+}
+
 // False when the warp must give way.
 bool Machine::step() {
-  u32 lanes = w->live;
-  if (w->diverged) {
-    s32 low = INT32_MAX;
-    for (int i = 0; i < LANES; ++i)
-      if (w->live >> i & 1) low = std::min(low, w->lane_pc[i]);
-    lanes = 0;
-    for (int i = 0; i < LANES; ++i)
-      if ((w->live >> i & 1) && w->lane_pc[i] == low) lanes |= 1u << i;
-    w->diverged = lanes != w->live;
-    w->pc = low;
-  }
+  u32 lanes = w->diverged ? next_lanes() : w->live;
+  if (stop) return false;
   I = &launch.code[w->pc], st = &launch.statistics[w->pc], m = lanes;
   if (I->guard_offset >= 0) {
     u32 guard = *(const u32*)(w->arena.data() + I->guard_offset);
@@ -69,7 +85,6 @@ bool Machine::step() {
     return false;
   }
   if (I->op == OP_barsync) {
-    if (w->diverged) return fail(DIVERGED), false;
     w->state = AT_BARRIER, w->pc = next;
     return false;
   }
@@ -112,6 +127,14 @@ bool Machine::execute() {
       w->open_matrices = {};
       break;
     case OP_wgwait: wait_matrices(size_t(I->imm)); break;
+    case OP_tmalloc: allocate_columns(); break;
+    case OP_tmfree: columns = 0; break;
+    case OP_tmld: tensor_access(true); break;
+    case OP_tmst: tensor_access(false); break;
+    case OP_tmwaitld: wait_tensor(true); break;
+    case OP_tmwaitst: wait_tensor(false); break;
+    case OP_tmmma: tensor_mma(); break;
+    case OP_tmcommit: commit_tensor(); break;
     case OP_mbinit: init_barrier(); break;
     case OP_mbinval: end_barrier(); break;
     case OP_mbexpect: case OP_mbarrive: arrive(); break;
@@ -122,6 +145,7 @@ bool Machine::execute() {
     case OP_tma: bulk_copy(); break;
     case OP_proxyfence: w->fence++, w->fence_epoch = epoch; break;
     case OP_shfl_bfly: case OP_shfl_idx: case OP_shfl_up: case OP_shfl_down: shuffle(); break;
+    case OP_redux: reduce(); break;
     case OP_cvt: convert(); break;
     case OP_cvt_bf16x2_f32: convert_pair(to_bf16); break;
     case OP_cvt_f16x2_f32: convert_pair(to_f16); break;
@@ -157,7 +181,8 @@ void Machine::moves() {
   };
   switch (I->op) {
     case OP_mov32: return put<u32>(0, source<u32>(0), defined(0));
-    case OP_mov64: return put<u64>(0, source<u64>(0), defined(0));
+    case OP_mov64:
+      return put_lanes(0, source<u64>(0), half_defined(0, false), half_defined(0, true));
     case OP_movp: return put_predicate(0, p(0), defined(0));
     case OP_notp: return put_predicate(0, ~p(0), defined(0));
     case OP_xorp: return put_predicate(0, p(0) ^ p(1), all_defined());
@@ -169,9 +194,11 @@ void Machine::moves() {
           0, p(0) | p(1), all_defined() | (defined(0) & p(0)) | (defined(1) & p(1)));
     case OP_selp32: case OP_selp64: {
       u64 r[LANES];
-      u32 d = defined(2) & ((p(2) & defined(0)) | (~p(2) & defined(1)));
+      auto known = [&](bool half) {
+        return defined(2) & ((p(2) & half_defined(0, half)) | (~p(2) & half_defined(1, half)));
+      };
       for (int i = 0; i < LANES; ++i) r[i] = wide_source(p(2) >> i & 1 ? 0 : 1, i);
-      return put_lanes(0, r, d);
+      return put_lanes(0, r, known(false), known(true));
     }
     case OP_pack: {  // flags: bits of each
       u64 r[LANES] = {};
@@ -180,18 +207,19 @@ void Machine::moves() {
           u64 v = source<u32>(k)[i];
           r[i] |= (I->flags == 16 ? u16(v) : v) << I->flags * k;
         }
+      if (I->flags == 32) return put_lanes(0, r, defined(0), defined(1));
       return put_lanes(0, r, all_defined());
     }
     case OP_unpack: {
       u64 v[LANES];
-      u32 r[LANES], d = defined(0);
+      u32 r[LANES];
       for (int i = 0; i < LANES; ++i) v[i] = wide_source(0, i);
       for (int k = 0; k < I->destinations; ++k) {
         for (int i = 0; i < LANES; ++i) {
           u64 part = v[i] >> I->flags * k;
           r[i] = I->flags == 16 ? u16(part) : u32(part);
         }
-        put<u32>(k, r, d);
+        put<u32>(k, r, half_defined(0, I->flags * k >= 32));
       }
       return;
     }
@@ -233,19 +261,22 @@ void Machine::start_cta(s64 linear, u32 nth) {
   std::fill(shared.begin(), shared.end(), 0xff);
   std::fill(shadow.begin(), shadow.end(), Shadow{});
   barriers.clear();
+  tensor.clear(), columns = 0, open_tensor = {};
   epoch++;
   for (int k = 0; k < launch.num_warps; ++k) {
     u32 sync = warps[k].sync + 1;
     Warp& fresh = warps[k];
     std::vector<u8> arena = std::move(fresh.arena), local = std::move(fresh.local);
     std::vector<u8> pending = std::move(fresh.pending);
-    std::vector<u32> known = std::move(fresh.defined);
+    std::vector<u32> known = std::move(fresh.defined), high = std::move(fresh.high);
     fresh = Warp();
     arena.assign(launch.arena_bytes, 0xff), known.assign(launch.num_registers, 0);
+    high.assign(launch.num_registers, 0);
     pending.assign(launch.num_registers, FREE);
     local.assign(size_t(launch.local_bytes) * LANES, 0xff);
     fresh.arena = std::move(arena), fresh.local = std::move(local);
     fresh.pending = std::move(pending), fresh.defined = std::move(known);
+    fresh.high = std::move(high);
     fresh.index = k, fresh.sync = sync, fresh.fence = 1;
   }
 }
@@ -278,9 +309,9 @@ void Machine::run_cta() {
     if (stalled > 64) fail(DEADLOCK, waiting);
   }
   for (auto& [address, b] : barriers)
-    if (!b.queue.empty()) {
-      w = &warps[b.queue[0].warp], w->pc = b.queue[0].pc;
-      report(MBARRIER, -1, 0, 8);  // a copy that nobody waited for
+    if (!b.idle()) {
+      if (!b.queue.empty()) w = &warps[b.queue[0].warp], w->pc = b.queue[0].pc;
+      report(MBARRIER, -1, 0, 8);  // a copy or a product that nobody waited for
     }
   for (Warp& each : warps)
     for (const CopyGroup& group : each.copies)

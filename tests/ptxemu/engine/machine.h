@@ -38,22 +38,33 @@ struct BulkCopy {  // TMA
   u32 to, bytes;
   s32 pc, warp;
 };
-struct MBarrier {
-  s32 count = 0, pending = 0, tries = 0, index = 0;
-  s64 expected = 0;
-  u32 phase = 0;
-  std::vector<BulkCopy> queue;
-};
-struct MatrixGroup {  // wgmma, up to a commit
-  std::vector<s32> accumulators, operands;
+struct MatrixGroup {  // wgmma or tcgen05.mma, up to a commit
+  std::vector<s32> accumulators, operands;  // registers; of tcgen05 cells of tensor memory
   std::vector<std::pair<u32, u32>> reads;
+};
+struct MBarrier {
+  s32 count = 0, pending = 0, index = 0;
+  s64 expected = 0;
+  u32 phase = 0, asked = 0;  // asked: warps that did in this phase
+  std::vector<BulkCopy> queue;
+  std::vector<MatrixGroup> commits;
+  bool idle() const { return queue.empty() && commits.empty(); }
+};
+// 32 bits of tensor memory: its value, whether it was written, by which warp that has not waited for
+// its store yet, and how many tcgen05.mma in flight use it.
+constexpr u32 TENSOR_LANES = 128, TENSOR_COLUMNS = 512;
+struct Cell {
+  u32 value = ALL;
+  bool defined = false;
+  u8 storing = 0;
+  u16 busy = 0;
 };
 
 enum State { RUNNING, AT_BARRIER, AT_MBARRIER, DONE };
 enum Pending : u8 { FREE, ACCUMULATES, FEEDS };  // a register and wgmma in flight
 struct Warp {
   std::vector<u8> arena, local, pending;
-  std::vector<u32> defined;  // by register, a bit a lane
+  std::vector<u32> defined, high;  // by register, a bit a lane; of 64 bits: the halves
   s32 index = 0, pc = 0, lane_pc[LANES];
   u32 live = ALL, sync = 1, fence = 0, fence_epoch = 0, carry = 0;
   bool diverged = false;
@@ -62,6 +73,7 @@ struct Warp {
   CopyGroup open_copies;
   std::vector<MatrixGroup> matrices;
   MatrixGroup open_matrices;
+  std::vector<s32> loading;  // registers, from tensor memory
   std::map<u32, u32> waited;  // by barrier: the phase whose end this warp has waited for
 };
 
@@ -78,6 +90,9 @@ class Machine {
   std::vector<Shadow> shadow;
   std::vector<GlobalShadow*> global;
   std::map<u32, MBarrier> barriers;
+  std::vector<Cell> tensor;  // lane by column; empty before sm_100
+  u32 columns = 0;           // allocated
+  MatrixGroup open_tensor;
   std::map<std::tuple<int, int, int>, int> seen;
   std::mt19937 random;
   u32 epoch = 1, order = 0;  // order: of this CTA among those that ran
@@ -103,16 +118,18 @@ class Machine {
   template <class T>
   const T* source(int k) const { return (const T*)raw(k); }
   u64 wide_source(int k, int lane) const;
-  u32 defined(int k) const;
+  u32 half_defined(int k, bool high) const;
+  u32 defined(int k) const { return half_defined(k, false) & half_defined(k, true); }
   u32 all_defined() const;
   void check_defined(int k, u32 lanes, int pc2);
   template <class T>
   void put(int k, const T* values, u32 defined);
   template <class T, class F>
   void map(int sources, F of_lane);
-  void put_lanes(int k, const u64* values, u32 defined);
+  void put_lanes(int k, const u64* values, u32 defined) { put_lanes(k, values, defined, defined); }
+  void put_lanes(int k, const u64* values, u32 low, u32 high);
   void put_predicate(int k, u32 value, u32 defined);
-  void set_defined(const Operand& o, u32 lanes, u32 defined);
+  void set_defined(const Operand& o, u32 lanes, u32 low, u32 high);
 
   // memory.h
   bool shared_ok(u32 address, u32 bytes, int lane);
@@ -123,7 +140,7 @@ class Machine {
   void note_global_read(u64 address, u32 bytes, int lane, int which);
   void note_global_write(u64 address, u32 bytes, int lane, int which, const u8* data);
   void count_sectors(const u64* address, u32 lanes, u32 bytes);
-  u32 gather(int first, int count, int element, int lane, u8* buffer);
+  u64 gather(int first, int count, int element, int lane, u8* buffer);
   void load_global();
   void store_global();
   void load_shared();
@@ -148,9 +165,21 @@ class Machine {
   void store_matrix();
   void mma(int format);
   void wgmma();
-  f64 wgmma_element(u32 address, bool& undefined, f32 (*format)(u32), int bytes);
+  f64 shared_element(
+      u32 address, bool& undefined, f32 (*format)(u32), int bytes, MatrixGroup& group);
+  void release(const MatrixGroup& done);
   void wait_matrices(size_t keep);
   void check_pending();
+
+  // tensor.h
+  void allocate_columns();
+  Cell* cell_at(u32 lane, u32 column);
+  void tensor_access(bool load);
+  void wait_tensor(bool loads);
+  void tensor_mma();
+  f64 tensor_element(u32 lane, u32 column, int k, f32 (*format)(u32), int bytes, bool& undefined);
+  void commit_tensor();
+  void finish_commits(MBarrier& barrier);
 
   // arithmetic.h
   void alu();
@@ -158,17 +187,20 @@ class Machine {
   void alu_integer(int function);
   template <class T>
   void alu_float(int function);
+  void alu_pair(int function);
   void alu_half(int function, bool packed, bool bf16);
   template <class T>
   void compare(int comparison);
   void convert();
   void convert_pair(u16 (*round)(f32));
   void shuffle();
+  void reduce();
   void select_bits();
   void add_carry();
 
   // engine.cpp
   bool step();
+  u32 next_lanes();
   bool execute();
   bool branch(u32 lanes, s32 next);
   bool advance(s32 next, u32 lanes);
@@ -200,8 +232,9 @@ inline const u8* Machine::raw(int k) const {
 inline u64 Machine::wide_source(int k, int lane) const {
   return of(k).width == 8 ? source<u64>(k)[lane] : source<u32>(k)[lane];
 }
-inline u32 Machine::defined(int k) const {
-  return of(k).kind == CONSTANT ? ALL : w->defined[of(k).id];
+inline u32 Machine::half_defined(int k, bool high) const {
+  if (of(k).kind == CONSTANT) return ALL;
+  return high && of(k).width == 8 ? w->high[of(k).id] : w->defined[of(k).id];
 }
 inline u32 Machine::all_defined() const {
   u32 d = ALL;
@@ -212,8 +245,10 @@ inline void Machine::check_defined(int k, u32 lanes, int pc2) {
   u32 missing = lanes & ~defined(k);
   if (launch.check && missing) report(UNINITIALISED, pc2, __builtin_ctz(missing), k);
 }
-inline void Machine::set_defined(const Operand& o, u32 lanes, u32 d) {
-  if (o.kind == REGISTER) w->defined[o.id] = (w->defined[o.id] & ~lanes) | (d & lanes);
+inline void Machine::set_defined(const Operand& o, u32 lanes, u32 low, u32 high) {
+  if (o.kind != REGISTER) return;
+  w->defined[o.id] = (w->defined[o.id] & ~lanes) | (low & lanes);
+  w->high[o.id] = (w->high[o.id] & ~lanes) | (high & lanes);
 }
 template <class T>
 inline void Machine::put(int k, const T* values, u32 d) {
@@ -222,7 +257,7 @@ inline void Machine::put(int k, const T* values, u32 d) {
   u8* p = w->arena.data() + o.offset;
   for (int i = 0; i < LANES; ++i)
     if (active(i)) set_lane<T>(p, i, values[i]);
-  set_defined(o, m, d);
+  set_defined(o, m, d, d);
 }
 // r[i] = of_lane(i) of all sources.
 template <class T, class F>
@@ -233,16 +268,19 @@ inline void Machine::map(int sources, F of_lane) {
   for (int k = 0; k < sources; ++k) d &= defined(k);
   put<T>(0, r, d);
 }
-inline void Machine::put_lanes(int k, const u64* values, u32 d) {
-  if (to(k).width == 8) return put<u64>(k, values, d);
+inline void Machine::put_lanes(int k, const u64* values, u32 low, u32 high) {
+  if (to(k).width == 8) {
+    put<u64>(k, values, low);
+    return set_defined(to(k), m, low, high);
+  }
   u32 narrow[LANES];
   for (int i = 0; i < LANES; ++i) narrow[i] = u32(values[i]);
-  put<u32>(k, narrow, d);
+  put<u32>(k, narrow, low);
 }
 inline void Machine::put_predicate(int k, u32 value, u32 d) {
   const Operand& o = to(k);
   if (o.kind != REGISTER) return;
   u32* p = (u32*)(w->arena.data() + o.offset);
   *p = (*p & ~m) | (value & m);
-  set_defined(o, m, d);
+  set_defined(o, m, d, d);
 }

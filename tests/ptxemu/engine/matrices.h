@@ -135,13 +135,15 @@ static inline u32 in_descriptor(u64 descriptor, int mn, int k, bool mn_major, in
 static inline f32 element_bf16(u32 v) { return from_bf16(u16(v)); }
 static inline f32 element_f16(u32 v) { return from_f16(u16(v)); }
 
-inline f64 Machine::wgmma_element(u32 a, bool& undefined, f32 (*format)(u32), int bytes) {
+// An element of an operand in shared memory, which nobody may overwrite until the wait.
+inline f64 Machine::shared_element(
+    u32 a, bool& undefined, f32 (*format)(u32), int bytes, MatrixGroup& group) {
   if (!shared_ok(a, bytes, 0)) return 0;
   u32 v = 0, at = a - SHARED_BASE;
   note_read(a, bytes, 0, true);
   if (launch.check) {
     for (int b = 0; b < bytes; ++b) shadow[at + b].reading++;
-    w->open_matrices.reads.push_back({a, u32(bytes)});
+    group.reads.push_back({a, u32(bytes)});
   }
   undefined |= !shadow[at].defined;
   memcpy(&v, &shared[at], bytes);
@@ -178,15 +180,15 @@ inline void Machine::wgmma() {
     int first = (w->index & 3) * 16;
     for (int r = 0; r < 16; ++r)
       for (int k = 0; k < K; ++k)
-        A[r][k] = wgmma_element(in_descriptor(descriptor, first + r, k, flag(11), bytes),
-                                unknown_row[r], format, bytes);
+        A[r][k] = shared_element(in_descriptor(descriptor, first + r, k, flag(11), bytes),
+                                 unknown_row[r], format, bytes, group);
   }
   check_defined(next, 1, -2);
   u64 descriptor = source<u64>(next)[0];
   for (int n = 0; n < N; ++n)
     for (int k = 0; k < K; ++k)
-      B[k][n] = wgmma_element(in_descriptor(descriptor, n, k, flag(12), bytes), unknown_column[n],
-                              format, bytes);
+      B[k][n] = shared_element(in_descriptor(descriptor, n, k, flag(12), bytes),
+                               unknown_column[n], format, bytes, group);
   bool accumulate = source<u32>(next + 1)[0] & 1;
   static thread_local f64 C[16][256];
   for (int r = 0; r < 16; ++r) {
@@ -208,12 +210,16 @@ inline void Machine::wgmma() {
   }
 }
 
+inline void Machine::release(const MatrixGroup& done) {
+  for (auto [a, n] : done.reads)
+    for (u32 b = a - SHARED_BASE; b < a - SHARED_BASE + n; ++b)
+      shadow[b].reading -= shadow[b].reading > 0;
+}
+
 inline void Machine::wait_matrices(size_t keep) {
   while (w->matrices.size() > keep) {
     MatrixGroup& done = w->matrices.front();
-    for (auto [a, n] : done.reads)
-      for (u32 b = a - SHARED_BASE; b < a - SHARED_BASE + n; ++b)
-        shadow[b].reading -= shadow[b].reading > 0;
+    release(done);
     for (s32 id : done.accumulators) w->pending[id] = FREE;
     for (s32 id : done.operands)
       if (w->pending[id] == FEEDS) w->pending[id] = FREE;
@@ -226,9 +232,11 @@ inline void Machine::wait_matrices(size_t keep) {
   }
 }
 
-// Accumulators of a wgmma in flight are nobody's, its operand registers may be read.
+// Accumulators of a wgmma in flight and what is being loaded from tensor memory are nobody's; operand
+// registers may be read.
 inline void Machine::check_pending() {
-  if (I->op == OP_wgmma || (w->matrices.empty() && w->open_matrices.accumulators.empty())) return;
+  bool none = w->matrices.empty() && w->open_matrices.accumulators.empty() && w->loading.empty();
+  if (I->op == OP_wgmma || none) return;
   for (int k = 0; k < I->sources; ++k)
     if (of(k).kind == REGISTER && w->pending[of(k).id] == ACCUMULATES)
       report(ACCUMULATOR, -1, 0, of(k).id);

@@ -100,7 +100,7 @@ inline void Machine::bank_waves(const u32* address, u32 lanes, int width) {
 
 inline void Machine::load_shared() {
   int n = I->destinations, e = I->flags & 15;
-  u32 width = n * e, address[LANES], good[8] = {};
+  u32 width = n * e, address[LANES], low[8] = {}, high[8] = {};
   u64 v[8][LANES];
   memset(v, 0xff, sizeof v);
   check_defined(0, m, -2);
@@ -113,24 +113,25 @@ inline void Machine::load_shared() {
     for (int k = 0; k < n; ++k) {
       u32 at = address[i] - SHARED_BASE + k * e;
       u64 x = 0;
-      bool ok = true;
+      bool ok[2] = {true, true};
       memcpy(&x, &shared[at], e);
-      for (int b = 0; b < e; ++b) ok &= shadow[at + b].defined;
+      for (int b = 0; b < e; ++b) ok[b / 4] &= bool(shadow[at + b].defined);
       if (I->flags & 16) x = e == 1 ? u64(s64(int8_t(x))) : e == 2 ? u64(s64(s16(x))) : x;
       v[k][i] = x;
-      good[k] |= u32(ok) << i;
+      low[k] |= u32(ok[0]) << i, high[k] |= u32(ok[1]) << i;
     }
   }
-  for (int k = 0; k < n; ++k) put_lanes(k, v[k], good[k]);
+  for (int k = 0; k < n; ++k) put_lanes(k, v[k], low[k], high[k]);
 }
 
-// The values of one lane, from source ``first`` on, side by side; a bit for each that is defined.
-inline u32 Machine::gather(int first, int count, int element, int lane, u8* buffer) {
-  u32 known = 0;
+// The values of one lane, from source ``first`` on, side by side; a bit for each byte that is defined.
+inline u64 Machine::gather(int first, int count, int element, int lane, u8* buffer) {
+  u64 known = 0;
   for (int k = 0; k < count; ++k) {
     u64 x = wide_source(first + k, lane);
     memcpy(buffer + k * element, &x, element);
-    known |= (defined(first + k) >> lane & 1) << k;
+    for (int b = 0; b < element; ++b)
+      known |= u64(half_defined(first + k, b >= 4) >> lane & 1) << (k * element + b);
   }
   return known;
 }
@@ -145,9 +146,10 @@ inline void Machine::store_shared() {
   for (int i = 0; i < LANES; ++i) {
     if (!active(i) || !shared_ok(address[i], width, i)) continue;
     u8 buffer[64];
-    u32 known = gather(1, n, e, i, buffer), at = address[i] - SHARED_BASE;
+    u64 known = gather(1, n, e, i, buffer);
+    u32 at = address[i] - SHARED_BASE;
     note_write(address[i], width, i, buffer);
-    for (u32 b = 0; b < width; ++b) shadow[at + b].defined = known >> (b / e) & 1;
+    for (u32 b = 0; b < width; ++b) shadow[at + b].defined = known >> b & 1;
     memcpy(&shared[at], buffer, width);
   }
 }
