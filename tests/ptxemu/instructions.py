@@ -6,24 +6,11 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .program import BYTES, split
+from .program import BYTES, COMPARISONS, FUNCTIONS, TYPES, split
 
 if TYPE_CHECKING:
     from .decode import Decoder
 
-# As in engine/layout.h.
-TYPES = (
-    "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "u8",
-    "s8", "tf32", "f32x2",
-)  # fmt: skip
-FUNCTIONS = (
-    "add", "sub", "mul", "mulhi", "mulwide", "mad", "madwide", "div", "rem", "min", "max", "abs",
-    "neg", "and", "or", "xor", "not", "shl", "shr", "fma", "ex2", "lg2", "rcp", "sqrt", "rsqrt",
-    "sin", "cos", "tanh", "copysign", "minnan", "maxnan",
-)  # fmt: skip
-COMPARISONS = (
-    "eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan",
-)  # fmt: skip
 _UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 _UNTYPED = {"b16": "u16", "b32": "u32", "b64": "u64"}
 _ROUNDING = {"rn": 0, "rni": 0, "rz": 1, "rzi": 1, "rm": 2, "rmi": 2, "rp": 3, "rpi": 3, "rna": 4}

@@ -15,6 +15,20 @@ BYTES = {
     "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8,
 }  # fmt: skip
 
+# As in engine/layout.h.
+TYPES = (
+    "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "u8",
+    "s8", "tf32", "f32x2",
+)  # fmt: skip
+FUNCTIONS = (
+    "add", "sub", "mul", "mulhi", "mulwide", "mad", "madwide", "div", "rem", "min", "max", "abs",
+    "neg", "and", "or", "xor", "not", "shl", "shr", "fma", "ex2", "lg2", "rcp", "sqrt", "rsqrt",
+    "sin", "cos", "tanh", "copysign", "minnan", "maxnan",
+)  # fmt: skip
+COMPARISONS = (
+    "eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan",
+)  # fmt: skip
+
 
 def fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     """Members of one type, of a structure that engine/layout.h has, too."""

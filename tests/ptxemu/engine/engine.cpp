@@ -1,6 +1,6 @@
 // Executes decoded PTX for a grid: warps in lockstep, one CTA after another, the warps of a CTA in a
 // shuffled order from barrier to barrier. README.md says what is modelled and what is not.
-#include "arithmetic.h"
+#include "lanes.h"
 #include "tensor.h"
 
 Machine::Machine(Launch& l) : launch(l), random(l.seed) {

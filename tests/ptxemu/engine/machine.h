@@ -193,10 +193,12 @@ class Machine {
   void compare(int comparison);
   void convert();
   void convert_pair(u16 (*round)(f32));
-  void shuffle();
-  void reduce();
   void select_bits();
   void add_carry();
+
+  // lanes.h
+  void shuffle();
+  void reduce();
 
   // engine.cpp
   bool step();
