@@ -42,8 +42,6 @@ KNOWN_SPILLS = {
     ): 24,
     ("linear_attention.bwd/linear 16x16x16 c64 8x128 backward", 80): 592,
     ("temporal_block.bwd/temporal 16x64x64 c64 8x32 backward stream=float32 biases", 90): 36,
-    ("norm_linear.norm_linear/first_half 1x1x1 c1 1x1 biases", 90): 48,
-    ("norm_linear.norm_linear/first_half 2x3x5 c17 11x1", 90): 2952,
     ("norm_act.reduce/norm l1 kind=0 backward", 100): 12,
     ("space_conv.conv/conv 4x64x64 c100 8x32", 100): 8,
 }

@@ -43,12 +43,12 @@ from fastvdm.kernels.common import (
     acc_torch_dtype,
     cdiv,
     dot_x3,
+    major,
     next_power_of_2,
     program_budget,
 )
 from fastvdm.kernels.limits import TIME
 from fastvdm.kernels.tuned import tuned
-from fastvdm.runtime.device import facts
 
 _REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
 COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
@@ -94,11 +94,6 @@ def pick_config(
         rows = 64
     p = min(rows // bn, next_power_of_2(pixels))
     return Config(p, bn, bc, bd, num_warps=8, num_stages=1)
-
-
-def _major(x: Tensor) -> int:
-    found = facts(x.device)
-    return found.capability // 10 if found.is_gpu else 9
 
 
 @triton.jit
@@ -551,7 +546,7 @@ def temporal_block_fwd(
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=options.shaw, backward=False, major=_major(x)
+        f, c, dim, pixels, x.element_size(), tables=options.shaw, backward=False, major=major(x.device)
     )
     tiles, scratch = cdiv(pixels, config.P), None
     walkers = tiles
@@ -611,7 +606,7 @@ def temporal_block_bwd(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     need_bias = need_bias and options.bias is not None
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=_major(x)
+        f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=major(x.device)
     )
     tiles = cdiv(pixels, config.P)
     walkers = min(tiles, program_budget(device))

@@ -159,21 +159,46 @@ def _relative_product(
 
 
 @triton.jit
-def _logits(
-    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale,
+def _along(x, FIRST: tl.constexpr):
+    """A vector along the first axis of a tile, or along its second."""
+    if FIRST:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def _tile_product(
+    of_query, of_key, plain, table_ptr, start_m, start_n, n, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """s * log2(e) of a tile, (BM, BN); -inf for keys beyond n."""
-    s = dot(q, tl.trans(k), tl.zeros([BM, BN], ACC))
-    if rel_k_ptr is not None:
-        s += _relative_product(q_plain, rel_k_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+    """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN) or, T, (BN, BM)."""
+    if T:
+        s = dot(of_key, tl.trans(of_query), tl.zeros([BN, BM], ACC))
+    else:
+        s = dot(of_query, tl.trans(of_key), tl.zeros([BM, BN], ACC))
+    if table_ptr is not None:
+        more = _relative_product(plain, table_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+        if T:
+            more = tl.trans(more)
+        s += more
+    return s
+
+
+@triton.jit
+def _logits(
+    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """s * log2(e) of a tile, (BM, BN) or, T, (BN, BM); -inf for keys beyond n."""
+    s = _tile_product(q, k, q_plain, rel_k_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     s = s * (scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
     if bias_ptr is not None:
-        at = offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
-        mask = (offs_m < n)[:, None] & (offs_n < n)[None, :]
+        at = _along(offs_m.to(tl.int64), not T) * n + _along(offs_n, T)
+        mask = _along(offs_m < n, not T) & _along(offs_n < n, T)
         s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
-    return tl.where((offs_n < n)[None, :], s, float("-inf"))
+    return tl.where(_along(offs_n < n, T), s, float("-inf"))
 
 
 @triton.jit
@@ -218,7 +243,7 @@ def _long_fwd_kernel(
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
         v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
         s = _logits(
-            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, D, BM, BN, BD, ACC
+            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, D, BM, BN, BD, ACC
         )
         m_new = tl.maximum(m_i, tl.max(s, 1))
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -241,16 +266,18 @@ def _long_fwd_kernel(
 @triton.jit
 def _tile_gradient(
     q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
+    T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """p and ds of a tile, (BM, BN)."""
-    s = _logits(q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, D, BM, BN, BD, ACC)
-    inside = ((start_m + tl.arange(0, BM)) < n)[:, None]
-    p = tl.where(inside, tl.exp2(s - lse[:, None] * LOG2E), 0.0)
-    dp = dot(do, tl.trans(v), tl.zeros([BM, BN], ACC))
-    if rel_v_ptr is not None:
-        dp += _relative_product(do, rel_v_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
-    return p, p * (dp - delta[:, None])
+    """p and ds of a tile, (BM, BN) or, T, (BN, BM): by transposed products, after which they are
+    operands as they stand. Transposed themselves they would pass through shared memory."""
+    s = _logits(
+        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, D, BM, BN, BD, ACC
+    )
+    inside = _along((start_m + tl.arange(0, BM)) < n, not T)
+    p = tl.where(inside, tl.exp2(s - _along(lse, not T) * LOG2E), 0.0)
+    dp = _tile_product(do, v, do, rel_v_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+    return p, p * (dp - _along(delta, not T))
 
 
 @triton.jit
@@ -301,7 +328,7 @@ def _long_bwd_dq_kernel(
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-                scale, D, BM, BN, BD, ACC,
+                scale, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
@@ -324,6 +351,8 @@ def _long_bwd_dkv_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    # fp32 has no matrix instruction, and a rotated q transposed there takes its registers twice.
+    T: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth == 16
     sequence, b, o, head, start_n = _block(n, outer, heads, BN)
     scale = tl.zeros([], ACC) + scale_high + scale_low
     base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
@@ -364,10 +393,12 @@ def _long_bwd_dkv_kernel(
         delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
         p, ds = _tile_gradient(
             q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, D, BM, BN, BD, ACC,
+            scale, T, D, BM, BN, BD, ACC,
         )  # fmt: skip
-        dv = dot(tl.trans(p.to(do.dtype)), do, dv)
-        dk = dot(tl.trans(ds.to(q.dtype)), q, dk)
+        if not T:
+            p, ds = tl.trans(p), tl.trans(ds)
+        dv = dot(p.to(do.dtype), do, dv)
+        dk = dot(ds.to(q.dtype), q, dk)
     dk = _turned_back(dk, rot_ptr, offs_n, n, total, HALF, BD, ACC)
     _put_rows(dk_base, (dk * scale).to(k.dtype), offs_n, n, dqkv_n, D, BD)
     _put_rows(dv_base, dv.to(k.dtype), offs_n, n, dqkv_n, D, BD)
@@ -420,7 +451,7 @@ def _long_bwd_dbias_kernel(
             delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
-                n, scale, D, BM, BN, BD, ACC,
+                n, scale, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
@@ -487,7 +518,7 @@ def _long_bwd_drel_kernel(
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
                 p, ds = _tile_gradient(
                     q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
-                    start_n, n, scale, D, BM, BN, BD, ACC,
+                    start_n, n, scale, False, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)

@@ -87,7 +87,6 @@ def test_as_many_programs_as_there_are_multiprocessors() -> None:
     by_gpu = {gpu: grids(gpu) for gpu in (A100, H100, B200)}
     for kernel in (
         "_short_bwd_kernel",
-        "_norm_linear_kernel",
         "_stats_kernel",
         "_group_fwd_kernel",
         "_group_bwd_sums_kernel",

@@ -23,7 +23,6 @@ from fastvdm.kernels import (
     guidance,
     linear_attention,
     linear_residual,
-    norm_linear,
     space_conv,
     temporal_block,
     tuned,
@@ -156,8 +155,6 @@ ASKED = {
     "temporal": temporal_block.pick_config.choice(
         16, 64, 32, 4096, 2, tables=False, backward=False, major=9
     ),
-    "norm_linear": norm_linear.pick_config.choice(8192, 512, 768, 2, 2),
-    "norm_linear fp32": norm_linear.pick_config.choice(100, 512, 768, 4, 4),
     "linear_residual": linear_residual.pick_config.choice(8192, 256, 512, 2, 2),
     "linear_residual small": linear_residual.pick_config.choice(100, 256, 40, 2, 2),
     "guidance": guidance.pick_config.choice("seed", torch.float32),
