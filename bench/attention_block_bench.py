@@ -21,10 +21,10 @@ from torch import Tensor
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops.attention_block import AttentionOptions, attention_block
 from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.temporal_block import temporal_block_cost
 from fastvdm.reference.attention_block import attention_block_ref

@@ -191,7 +191,7 @@ def second_half(
     s: Shape, device: str, dtype: torch.dtype, *, biases: bool = False,
     stream: torch.dtype | None = None,
 ) -> Run:  # fmt: skip
-    """The projection out of the peer's blocks that are too wide for one kernel, and the residual."""
+    """Projection and residual of the peer's blocks where they are too wide for one kernel."""
     make, c, launch = _maker(device, dtype), s.channels, kernels("linear_residual")
     x, o = make(*s.x_shape, kind=stream or dtype), make(*s.x_shape[:-1], s.inner)
     weight, bias = make(c, s.inner, gain=s.inner**-0.5), make(c) if biases else None

@@ -31,8 +31,8 @@ MOVES: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_warps": 2},
     ),
     "norm_act_row": ({"block_l": 2}, {"block_l": 0.5}, *_WARPS),
-    # Never more rows: the analytic tile has as many as fit the registers.
     "temporal_block": (
+        {"P": 2},
         {"P": 0.5},
         {"P": 0.5, "num_warps": 0.5},
         {"P": 0.25, "num_warps": 0.5},

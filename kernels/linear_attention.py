@@ -45,9 +45,7 @@ class Config(NamedTuple):
 
 
 @tuned("linear_attention", pixels=next_power_of_2)
-def pick_config(
-    dim: int, dtype: torch.dtype, pixels: int, *, backward: bool, major: int
-) -> Config:
+def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool, major: int) -> Config:
     """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator, and
     spills nowhere (``bench/aot.py``). ``major`` is the device's compute capability; ``pixels`` of a
     frame tell measured tiles apart."""

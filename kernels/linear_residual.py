@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    major,
+    next_power_of_2,
+)
 from fastvdm.kernels.tuned import tuned
 
 
@@ -31,18 +38,19 @@ class LinearConfig:
 
 @tuned("linear_residual", rows=lambda n: min(1 << 17, next_power_of_2(n)))
 def pick_config(
-    rows: int, depth: int, features: int, x_itemsize: int, itemsize: int
+    rows: int, depth: int, features: int, x_itemsize: int, itemsize: int, *, major: int
 ) -> LinearConfig:
-    """Tiles that spill in none but the calls that ``bench/aot.py`` names. NOT MEASURED.
+    """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED.
 
-    Smaller ones where the large would leave multiprocessors without work. ``depth`` and
-    ``x_itemsize`` tell measured tiles apart.
+    Smaller ones where the large would leave multiprocessors without work. With 128 registers two of
+    the large share a multiprocessor from Hopper on (``major``, of the compute capability): one
+    multiplies while the other adds and stores. ``depth`` tells measured tiles apart.
     """
     if itemsize > 2:
         return LinearConfig(64, 64, 32, 4, 3)
     if cdiv(rows, 128) * cdiv(features, 128) < 128:
         return LinearConfig(64, 64, 64, 4, 4)
-    return LinearConfig(128, 128, 64, 8, 3)
+    return LinearConfig(128, 128, 64, 8, 3, 128 if major >= 9 and x_itemsize == 2 else 255)
 
 
 @triton.jit
@@ -83,7 +91,8 @@ def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | Non
     if y.numel() == 0:
         return y
     rows = y.numel() // features
-    config = pick_config(rows, depth, features, x.element_size(), weight.element_size())
+    sizes = (x.element_size(), weight.element_size())
+    config = pick_config(rows, depth, features, *sizes, major=major(x.device))
     _linear_residual_kernel[(cdiv(rows, config.BM) * cdiv(features, config.BN),)](
         *(x, o, weight, bias, y, rows, depth, features),
         BM=config.BM,

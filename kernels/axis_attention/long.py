@@ -34,6 +34,7 @@ from fastvdm.kernels.common import (
     acc_torch_dtype,
     cdiv,
     dot,
+    major,
     next_power_of_2,
     program_budget,
 )
@@ -51,18 +52,18 @@ class LongConfig:
 
 @tuned("axis_attention_long", n=lambda n: min(4096, next_power_of_2(n)))
 def pick_config(
-    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool
+    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool, major: int
 ) -> LongConfig:
-    """Tiles that spill in none but the calls that ``bench/aot.py`` names; not timed on a GPU yet.
+    """Tiles that spill nowhere (``bench/aot.py``); not timed on a GPU yet.
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
-    The length ``n`` tells measured tiles apart.
+    ``major`` is the device's compute capability; the length ``n`` tells measured tiles apart.
     """
     wide = bd > 64
     if kind == "drel":
         return LongConfig(16, 16, 8 if wide else 4, 1)
     if shaw:
-        return LongConfig(32, 32, 8, 1)
+        return LongConfig(32, 32, 8, 1, 255 if kind == "dkv" else None)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
         if kind == "dbias":
             return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
@@ -71,16 +72,19 @@ def pick_config(
         if wide and kind == "dkv":
             return LongConfig(32, 32, 8, 1, 255)
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
-        return LongConfig(32, 32, 8 if more else 4, 1)
+        most = 255 if rotary and kind in ("dq", "dkv") else None
+        return LongConfig(32, 32, 8 if more else 4, 1, most)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
-        return LongConfig(128, 64, 8, 2 if wide or bias else 3)
+        return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
-        return LongConfig(64, 32, 8 if wide else 4, 2)
+        return LongConfig(64, 32, 8 if wide else 4, 2, 255)
     if rotary and kind == "dkv":
         return LongConfig(32, 64, 8, 1, 255)
+    if kind == "dkv" and bd == 64 and (bias or major < 9):
+        return LongConfig(32, 64, 4, 2)
     if kind == "dbias":
         if rotary:
-            return LongConfig(32 if wide else 64, 64, 8, 1, 255)
+            return LongConfig(32 if wide or major < 9 else 64, 64, 8, 1, 255)
         return LongConfig(64, 64, 8, 2)
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
@@ -551,7 +555,8 @@ def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongC
 def _config(kind: str, geo: Geometry, qkv: Tensor, options: AttentionOptions) -> LongConfig:
     has = {"bias": options.bias is not None, "rotary": options.rotary is not None}
     bd = max(16, next_power_of_2(geo.d))
-    return pick_config(kind, bd, qkv.element_size(), geo.n, shaw=options.shaw, **has)
+    has |= {"shaw": options.shaw, "major": major(qkv.device)}
+    return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
 
 
 def long_fwd(
