@@ -103,12 +103,12 @@ def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
     """Row of x (int64) of each row of the tile, its frame and whether it exists (P * BN); the
     focus flag of each pixel (P)."""
     offs = tl.arange(0, P * BN)
-    pixel, frame = (tile * P).to(tl.int32) + offs // BN, offs % BN
+    pixel, frame = tl.cast(tile * P, tl.int32) + offs // BN, offs % BN
     row = ((pixel // area).to(tl.int64) * F + frame) * area + pixel % area
     inside = (pixel < pixels) & (frame < F)
     focused = tl.zeros([P], tl.int1)
     if focus_ptr is not None:
-        pixel = (tile * P).to(tl.int32) + tl.arange(0, P)
+        pixel = tl.cast(tile * P, tl.int32) + tl.arange(0, P)
         focused = tl.load(focus_ptr + pixel // area, mask=pixel < pixels, other=0) != 0
     return row, frame, inside, focused
 
@@ -369,17 +369,17 @@ def _bwd_kernel(
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
     inner = heads * D
-    walker = tl.program_id(0).to(tl.int64)
+    walker = tl.program_id(0)  # int32, as all that is held over the heads
     offs_c = tl.arange(0, BC)
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
 
     for tile in tl.range(walker, tiles, walkers):
         fresh = (tile == walker).to(tl.int32)
         row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
-        row = row.to(tl.int32)  # held over the heads; fewer than 2^31, see the launcher
+        row = row.to(tl.int32)  # fewer than 2^31, says ``exceeds_registers``
         keep = row
         if not TRAIN:
-            keep = walker.to(tl.int32) * ROWS + tl.arange(0, ROWS)
+            keep = walker * ROWS + tl.arange(0, ROWS)
         x = _load_block(x_ptr, row, inside, C, 0, C, BC)
         mean, rstd = _statistics(x, eps, C, BC, ACC)
         tl.debug_barrier()  # as in the forward
@@ -422,7 +422,7 @@ def _bwd_kernel(
 
             ds = p * (dp - tl.sum(p * dp, 2)[:, :, None])
             if dbias_ptr is not None:
-                at = (walker * heads + head) * F * F + i * F + j
+                at = (walker.to(tl.int64) * heads + head) * F * F + i * F + j
                 _add_partial(dbias_ptr, at, (i < F) & (j < F), tl.sum(ds, 0), fresh)
             ds_low = ds.to(low)
             zero = tl.zeros([P, BN, BD], ACC)
@@ -447,7 +447,7 @@ def _bwd_kernel(
         mean, rstd = _statistics(x, eps, C, BC, ACC)
         x_hat = tl.where((offs_c < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
         if dnorm_weight_ptr is not None:
-            at = walker * C + offs_c
+            at = walker.to(tl.int64) * C + offs_c
             _add_partial(dnorm_weight_ptr, at, offs_c < C, tl.sum(dxn * x_hat, 0), fresh)
             _add_partial(dnorm_bias_ptr, at, offs_c < C, tl.sum(dxn, 0), fresh)
         g = dxn * _vector(norm_weight_ptr, C, BC, ACC)[None, :]
