@@ -65,8 +65,8 @@ def _devices() -> list[str]:
 
 
 def _ptxas() -> dict[str, str]:
-    """Architecture → release of the assembler that Triton takes for it, or why there is none; of the
-    GPUs here, else of the two kinds that Triton tells apart. Empty without Triton."""
+    """Architecture → release of the assembler that Triton takes for it, or why it is not known. Of
+    the GPUs here, else of the two kinds that Triton tells apart; empty without Triton."""
     if _version("triton") is None:
         return {}
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]

@@ -557,8 +557,8 @@ def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongC
 def _config(kind: str, geo: Geometry, qkv: Tensor, options: AttentionOptions) -> LongConfig:
     has = {"bias": options.bias is not None, "rotary": options.rotary is not None}
     bd = max(16, next_power_of_2(geo.d))
-    has |= {"shaw": options.shaw, "major": major(qkv.device)}
-    return pick_config(kind, bd, qkv.element_size(), geo.n, **has)
+    has["shaw"] = options.shaw
+    return pick_config(kind, bd, qkv.element_size(), geo.n, major=major(qkv.device), **has)
 
 
 def long_fwd(
