@@ -75,7 +75,7 @@ def pick_config(
         most = 255 if rotary and kind in ("dq", "dkv") else None
         return LongConfig(32, 32, 8 if more else 4, 1, most)
     if kind == "fwd" and n <= 64 and not wide:
-        return LongConfig(64, 64, 4, 2 if bias else 3)
+        return LongConfig(64, 32 if rotary and major < 9 else 64, 4, 2 if bias else 3)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
