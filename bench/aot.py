@@ -32,19 +32,7 @@ from fastvdm.runtime.device import A100, B200, H100
 GPUS = {80: A100, 90: H100, 100: B200}
 
 # Bytes that ptxas spills, by launch and architecture: they may only fall, and none may be added.
-# The first two are the networks' own; two have extents of no network, whose loads are not aligned.
 KNOWN_SPILLS = {
-    ("linear_residual.linear_residual/second_half l3", 80): 32,
-    ("guidance.guidance_seed/guided l0 float32 net=bfloat16 more what=seed", 80): 8,
-    (
-        "axis_attention.long_fwd/attention 16x32x32 c64 8x128 axis=2 given=bias+rotary",
-        80,
-    ): 24,
-    ("linear_attention.bwd/linear 16x16x16 c64 8x128 backward", 80): 592,
-    ("temporal_block.bwd/temporal 16x64x64 c64 8x32 backward stream=float32 biases", 90): 36,
-    ("norm_linear.norm_linear/first_half 1x1x1 c1 1x1 biases", 90): 48,
-    ("norm_linear.norm_linear/first_half 2x3x5 c17 11x1", 90): 2952,
-    ("norm_act.reduce/norm l1 kind=0 backward", 100): 12,
     ("space_conv.conv/conv 4x64x64 c100 8x32", 100): 8,
 }
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops.attention_block import AttentionOptions, attention_block
 from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.temporal_block import temporal_block_cost
 from fastvdm.reference.attention_block import attention_block_ref
 
@@ -108,7 +109,8 @@ def contest(case: str, device: str, core: str, train: bool = False) -> Contest:
         return attention_block_ref(x, g, wq, wo, core=core, heads=s.heads, **options(bias))
 
     def parts(x: Tensor, g: Tensor, wq: Tensor, wo: Tensor, *bias: Tensor) -> Tensor:
-        qkv = norm_linear(x, g, wq).unflatten(-1, (3, s.heads, s.head_dim))
+        normed = norm_act(x, g, kind="layer", act=False)
+        qkv = linear(normed, wq).unflatten(-1, (3, s.heads, s.head_dim))
         if over_time:
             out = axis_attention(qkv, axis="time", **options(bias))
         else:

@@ -187,31 +187,11 @@ def temporal(
     return lambda: launch.temporal_block_bwd(dy, x, *args, *needs)
 
 
-def first_half(
-    s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, biases: bool = False,
-    stream: torch.dtype | None = None,
-) -> Run:  # fmt: skip
-    """Norm and qkv of the peer's blocks where they are too wide for one kernel."""
-    make, wide, c, launch = (
-        _maker(device, dtype),
-        stream or dtype,
-        s.channels,
-        kernels("norm_linear"),
-    )
-    x, gain = make(*s.x_shape, kind=wide), make(c, kind=wide)
-    norm_bias, bias = (make(c, kind=wide), make(3 * s.inner)) if biases else (None, None)
-    args = (x, gain, norm_bias, make(3 * s.inner, c, gain=c**-0.5), bias, EPS)
-    if not backward:
-        return lambda: launch.norm_linear_fwd(*args)
-    dy = make(*s.x_shape[:-1], 3 * s.inner, kind=wide)
-    return lambda: launch.norm_linear_bwd(dy, *args, True, True, True, biases)
-
-
 def second_half(
     s: Shape, device: str, dtype: torch.dtype, *, biases: bool = False,
     stream: torch.dtype | None = None,
 ) -> Run:  # fmt: skip
-    """The projection out of those blocks, and the residual."""
+    """Projection and residual of the peer's blocks where they are too wide for one kernel."""
     make, c, launch = _maker(device, dtype), s.channels, kernels("linear_residual")
     x, o = make(*s.x_shape, kind=stream or dtype), make(*s.x_shape[:-1], s.inner)
     weight, bias = make(c, s.inner, gain=s.inner**-0.5), make(c) if biases else None
@@ -362,7 +342,7 @@ def networks() -> list[Call]:
         for case, given in (("l3", PEERS), ("ucf-16", SHAW), ("t2v128-32", SHAW)):
             found.append(_call(attention, case, axis=TIME, given=given, **way))
         found += [_call(attention, c, axis=SPACE, **way) for c in ("l3", *PAPER)]
-    found += [_call(half, "l3") for half in (first_half, second_half)]
+    found.append(_call(second_half, "l3"))
     ends = [{"what": what} for what in ("seed", "update")]
     found += [_call(guided, "l0", FP32, **end) for end in ends]
     forms = [{"net": n, "more": m} for n in (BF16, FP32) for m in (False, True)]
@@ -377,7 +357,7 @@ def by_name() -> list[Call]:
 def classes() -> list[Call]:
     """What a ``pick_config`` and an op tell apart, at the largest width, head and length of each
     class, and what the networks call seldom."""
-    found, halves = [], (first_half, second_half)
+    found = []
     for stream in (BF16, FP32):
         more: dict[str, Any] = dict(stream=stream, biases=True)
         # channels, head dim, frames; what is left out is composed, see ops/temporal_block.py
@@ -392,8 +372,8 @@ def classes() -> list[Call]:
         s = Shape(16, 64, 64, 64)
         found += [_call(temporal, s, backward=True, frozen=f, **more) for f in (False, True)]
         for height in (4, 32):  # few rows and many
-            found += [_call(half, Shape(16, height, 16, 512), **more) for half in halves]
-    found += [_call(half, Shape(16, 32, 32, 512), FP32, biases=True) for half in halves]
+            found.append(_call(second_half, Shape(16, height, 16, 512), **more))
+    found.append(_call(second_half, Shape(16, 32, 32, 512), FP32, biases=True))
     for d, dtype in ((64, BF16), (128, BF16), (32, FP32), (64, FP32)):
         found += _both(linear, Shape(16, 16, 16, 64, head_dim=d, batch=8), dtype)
     for n, d, given, dtype in (
@@ -436,8 +416,6 @@ def edges() -> list[Call]:
     found += _both(temporal, replace(one, channels=32, head_dim=32), given=PEERS[:2])
     found += _both(temporal, few, stream=FP32, frozen=True, given=PEERS[:2])
     found += _both(linear, one)
-    found += _both(first_half, replace(one, head_dim=1), biases=True)
-    found += _both(first_half, Shape(2, 3, 5, 17, heads=11, head_dim=1))
     found.append(_call(second_half, replace(one, head_dim=1), biases=True))
     found.append(_call(second_half, Shape(2, 3, 5, 33, heads=17, head_dim=1)))
     for kind, needs in ((GROUP, alone), (RMS, alone[:2]), (LAYER, alone[2:])):

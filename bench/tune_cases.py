@@ -31,14 +31,13 @@ MOVES: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_warps": 2},
     ),
     "norm_act_row": ({"block_l": 2}, {"block_l": 0.5}, *_WARPS),
-    # Never more rows: the analytic tile has as many as fit the registers.
     "temporal_block": (
+        {"P": 2},
         {"P": 0.5},
         {"P": 0.5, "num_warps": 0.5},
         {"P": 0.25, "num_warps": 0.5},
         {"num_warps": 0.5},
     ),
-    "norm_linear": _LINEAR,
     "linear_residual": _LINEAR,
     "linear_attention": (
         {"block_n": 2},
@@ -97,7 +96,7 @@ def limits(choice: Choice) -> dict[str, tuple[int, int]]:
         return found | {"block_l": (1, 256)}
     if kernel == "temporal_block":
         return found | {"P": (1, min(given["pixels"], 256 // choice.analytic.BN))}
-    if kernel in ("norm_linear", "linear_residual"):
+    if kernel == "linear_residual":
         widest = max(64, min(256, next_power_of_2(given["features"])))
         sides = {"BM": (64, 128), "BN": (64, widest), "BK": (32, 64)}
         return found | sides | {"num_warps": _WARP_GROUPS}

@@ -64,6 +64,24 @@ def _devices() -> list[str]:
     return devices
 
 
+def _ptxas() -> dict[str, str]:
+    """Architecture → release of the assembler that Triton takes for it, or why it is not known. Of
+    the GPUs here, else of the two kinds that Triton tells apart; empty without Triton."""
+    if _version("triton") is None:
+        return {}
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    found = {}
+    for major, minor in sorted(set(gpus)) or [(9, 0), (10, 0)]:
+        try:
+            nvidia = importlib.import_module("triton.knobs").nvidia
+            found[f"sm_{major}{minor}"] = (
+                nvidia.ptxas_blackwell if major >= 10 else nvidia.ptxas
+            ).version
+        except Exception as error:  # of another Triton, or a tool that does not run
+            found[f"sm_{major}{minor}"] = f"unknown ({type(error).__name__}: {error})"
+    return found
+
+
 def _device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -133,6 +151,7 @@ def collect() -> dict[str, Any]:
         "extension": extension.reason_off(),
         "cpu_isa": None if extension.reason_off() else extension.set_cpu_isa(settings.cpu_isa),
         "interpreter": dispatch.INTERPRETED,
+        "ptxas": _ptxas(),
         "config": dataclasses.asdict(settings),
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k == "CC" or k.startswith(_VARIABLES)
@@ -158,6 +177,9 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", f"C++ extension  {loaded if off is None else 'off: ' + off}"]
     if report["interpreter"]:
         lines.append("triton         under its interpreter (TRITON_INTERPRET=1): for tests, slow")
+    if report["ptxas"]:
+        tools = ", ".join(f"{v} for {arch}" for arch, v in report["ptxas"].items())
+        lines.append(f"ptxas          {tools}")
     lines.append("config         " + ", ".join(f"{k}={v}" for k, v in report["config"].items()))
     if report["environment"]:
         lines.append(

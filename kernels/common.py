@@ -65,6 +65,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
 
 
+def major(device: torch.device) -> int:
+    """Of the compute capability, by which tiles differ; under the interpreter Hopper's."""
+    found = facts(device)
+    return found.capability // 10 if found.is_gpu else 9
+
+
 def program_budget(device: torch.device) -> int:
     """How many programs to start where each one walks over many tiles: four per multiprocessor.
     Under the interpreter a few, so that programs walk several tiles there too."""

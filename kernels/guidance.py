@@ -314,6 +314,7 @@ def guidance_seed_fwd(
         ACC=acc_dtype(z.dtype),
         BLOCK=config.block,
         num_warps=config.num_warps,
+        maxnreg=128,  # ptxas would rather spill than give up a block
     )
     return x_hat, seed
 

@@ -17,7 +17,7 @@ No atomics: two runs give the same bits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from fastvdm.kernels.common import (
     at_least,
     cdiv,
     dot_x3,
+    major,
     next_power_of_2,
 )
 from fastvdm.kernels.tuned import tuned
@@ -40,17 +41,23 @@ class Config(NamedTuple):
     block_n: int
     block_d: int
     num_warps: int
+    maxnreg: int | None = None
 
 
 @tuned("linear_attention", pixels=next_power_of_2)
-def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool) -> Config:
-    """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator, which
-    spill in none but the calls that ``bench/aot.py`` names. ``pixels`` of a frame and ``backward``
-    tell measured tiles apart."""
+def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool, major: int) -> Config:
+    """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator, and
+    spills nowhere (``bench/aot.py``). ``major`` is the device's compute capability; ``pixels`` of a
+    frame tell measured tiles apart."""
     block_d = max(16, next_power_of_2(dim))
-    if dtype in (torch.float16, torch.bfloat16):
-        return Config(64, block_d, 8 if block_d == 128 else 4)
-    return Config(32, block_d, 8 if block_d >= 64 else 4)
+    warps = 8 if block_d == 128 or (block_d == 64 and dtype.itemsize > 2) else 4
+    if dtype.itemsize > 2:
+        return Config(16 if block_d >= 64 else 32, block_d, warps)
+    if major < 9 and block_d == 128:
+        return Config(32, block_d, warps)
+    # 128: where ptxas would rather spill than give up the fifth block.
+    most = 128 if major < 9 and block_d <= 32 and not backward else None
+    return Config(64, block_d, warps, most)
 
 
 def split_pixels(problems: int, pixels: int, block_n: int, sm_count: int) -> tuple[int, int]:
@@ -91,7 +98,8 @@ def _context(
     qkv, row, width, lo, hi,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Online over the pixels [lo, hi): max m and sum l of exp(k - m) per feature, and pᵀ v."""
+    """Online over the pixels [lo, hi): max m and sum l of exp(k - m) per feature, and vᵀ p, the
+    context transposed: v is transposed where it lies, pᵀ would pass through registers anew."""
     m_i = tl.full([BLOCK_D], float("-inf"), ACC)
     l_i = tl.zeros([BLOCK_D], ACC)
     acc = tl.zeros([BLOCK_D, BLOCK_D], ACC)
@@ -105,9 +113,9 @@ def _context(
         alpha = tl.exp(m_i - shift)
         p = tl.exp(k - shift[None, :])
         l_i = l_i * alpha + tl.sum(p, 0)
-        acc = dot_x3(tl.trans(p.to(v.dtype)), v, acc * alpha[:, None])
+        acc = dot_x3(tl.trans(v), p.to(v.dtype), acc * alpha[None, :])
         m_i = m_new
-    return m_i, l_i, acc
+    return m_i, l_i, tl.trans(acc)
 
 
 @triton.jit
@@ -228,18 +236,18 @@ def _grad_q(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq for the pixels [lo, hi), and their share of dctx = sm_scale * q'ᵀ dout."""
-    dctx = tl.zeros([BLOCK_D, BLOCK_D], ACC)
+    dctx_t = tl.zeros([BLOCK_D, BLOCK_D], ACC)  # transposed, as in _context
     ctx_t = tl.trans(ctx)
     for n in range(lo, hi, BLOCK_N):
         at = tl.cast(n, tl.int64)
         q = _load(qkv + at * row, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D)
         do = _load(dout + at * width, width, hi - n, 0.0, D, BLOCK_N, BLOCK_D)
         p = _softmax_d(q, ACC)
-        dctx = dot_x3(tl.trans(p.to(q.dtype)), do, dctx)
+        dctx_t = dot_x3(tl.trans(do), p.to(q.dtype), dctx_t)
         dp = dot_x3(do, ctx_t, tl.zeros([BLOCK_N, BLOCK_D], ACC)) * SCALE
         dq = p * (dp - tl.sum(p * dp, 1)[:, None])
         _store(dqkv + at * row, row, hi - n, dq, D, BLOCK_N, BLOCK_D)
-    return dctx * SCALE
+    return tl.trans(dctx_t) * SCALE
 
 
 @triton.jit
@@ -303,6 +311,19 @@ def _sm_count(x: Tensor) -> int:
     return facts(x.device).multiprocessors or H200.multiprocessors
 
 
+def _tile(qkv: Tensor, config: Config) -> dict[str, Any]:
+    """Constants and options of a kernel over tiles of pixels."""
+    return dict(
+        D=qkv.shape[-1],
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        ACC=acc_dtype(qkv.dtype),
+        num_warps=config.num_warps,
+        num_stages=2,
+        maxnreg=config.maxnreg,
+    )
+
+
 def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """out, k_lse (B, F, heads, D), ctx (B, F, heads, D, D)."""
     b, f, h, w, _, heads, dim = qkv.shape
@@ -313,10 +334,9 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
     problems, pixels = b * f * heads, h * w
     if out.numel() == 0:
         return out, lse, ctx
-    block_n, block_d, warps = pick_config(dim, qkv.dtype, pixels, backward=False)
-    splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
-    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
-    tile |= dict(num_warps=warps, num_stages=2)
+    config = pick_config(dim, qkv.dtype, pixels, backward=False, major=major(qkv.device))
+    splits, chunk = split_pixels(problems, pixels, config.block_n, _sm_count(qkv))
+    tile = _tile(qkv, config)
     if splits == 1:
         _fwd_kernel[(problems,)](qkv, out, lse, ctx, pixels, heads, SCALE=sm_scale, **tile)
         return out, lse, ctx
@@ -327,7 +347,7 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
     _fwd_context_kernel[grid](qkv, m, l, partial, pixels, heads, splits, chunk, **tile)
     _fwd_merge_kernel[(problems,)](
         m, l, partial, lse, ctx, splits,
-        D=dim, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype), num_warps=warps,
+        D=dim, BLOCK_D=config.block_d, ACC=tile["ACC"], num_warps=config.num_warps,
     )  # fmt: skip
     _fwd_apply_kernel[grid](
         qkv, out, ctx, pixels, heads, splits, chunk, SCALE=sm_scale, **tile
@@ -344,10 +364,9 @@ def linear_attention_bwd(
     problems, pixels = b * f * heads, h * w
     if dqkv.numel() == 0:
         return dqkv
-    block_n, block_d, warps = pick_config(dim, qkv.dtype, pixels, backward=True)
-    splits, chunk = split_pixels(problems, pixels, block_n, _sm_count(qkv))
-    tile = dict(D=dim, BLOCK_N=block_n, BLOCK_D=block_d, ACC=acc_dtype(qkv.dtype))
-    tile |= dict(num_warps=warps, num_stages=2)
+    config = pick_config(dim, qkv.dtype, pixels, backward=True, major=major(qkv.device))
+    splits, chunk = split_pixels(problems, pixels, config.block_n, _sm_count(qkv))
+    tile = _tile(qkv, config)
     args = (dout, qkv, k_lse, ctx, dqkv)
     rest = (pixels, heads, splits, chunk)
     tile["SCALE"] = sm_scale

@@ -8,36 +8,49 @@ rows*(K + 2*N)*e + N*K*e bytes, 2*rows*K*N FLOPs. Backward: two products by the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot_x3, next_power_of_2
-from fastvdm.kernels.linear_tiles import (
-    LinearConfig,
-    product,
-    row_block,
-    tile_rows,
-    weight_block,
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot_x3,
+    major,
+    next_power_of_2,
 )
 from fastvdm.kernels.tuned import tuned
 
 
+@dataclass(frozen=True)
+class LinearConfig:
+    BM: int  # rows of a tile
+    BN: int  # features of a tile
+    BK: int  # inner axis of a step
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
 @tuned("linear_residual", rows=lambda n: min(1 << 17, next_power_of_2(n)))
 def pick_config(
-    rows: int, depth: int, features: int, x_itemsize: int, itemsize: int
+    rows: int, depth: int, features: int, x_itemsize: int, itemsize: int, *, major: int
 ) -> LinearConfig:
-    """Tiles that spill in none but the calls that ``bench/aot.py`` names. NOT MEASURED.
+    """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED.
 
-    Smaller ones where the large would leave multiprocessors without work. ``depth`` and
-    ``x_itemsize`` tell measured tiles apart.
+    Smaller ones where the large would leave multiprocessors without work. With 128 registers two of
+    the large share a multiprocessor from Hopper on (``major``, of the compute capability): one
+    multiplies while the other adds and stores. ``depth`` tells measured tiles apart.
     """
     if itemsize > 2:
         return LinearConfig(64, 64, 32, 4, 3)
     if cdiv(rows, 128) * cdiv(features, 128) < 128:
         return LinearConfig(64, 64, 64, 4, 4)
-    return LinearConfig(128, 128, 64, 8, 3)
+    return LinearConfig(128, 128, 64, 8, 3, 128 if major >= 9 and x_itemsize == 2 else 255)
 
 
 @triton.jit
@@ -48,21 +61,25 @@ def _linear_residual_kernel(
     """One tile; those of the same rows follow each other, so that o comes from the L2."""
     columns = tl.cdiv(N, BN)
     pid = tl.program_id(0)
-    first_row, row, exists = tile_rows(pid // columns, rows, BM)
+    first_row = (pid // columns).to(tl.int64) * BM  # rows * features exceeds 2^31
+    left = tl.minimum(rows - first_row, BM).to(tl.int32)
+    # Beyond the end the last row and the last feature again, so that only stores need a mask.
+    offs_m, offs_n = tl.arange(0, BM), pid % columns * BN + tl.arange(0, BN)
+    row, feature = tl.minimum(offs_m, left - 1), tl.minimum(offs_n, N - 1)
     o_ptr += first_row * K
     x_ptr += first_row * N
     y_ptr += first_row * N
-    offs_n = pid % columns * BN + tl.arange(0, BN)
-    feature = tl.minimum(offs_n, N - 1)
     acc = tl.zeros([BM, BN], ACC)
     for k in tl.range(0, K, BK):
-        o = row_block(o_ptr, row, k, K, BK)
-        w = weight_block(weight_ptr, feature, k, K, BK)
+        offs_k = k + tl.arange(0, BK)
+        o_at, w_at = row[:, None] * K + offs_k[None, :], feature[None, :] * K + offs_k[:, None]
+        o = tl.load(o_ptr + o_at, mask=(offs_k < K)[None, :], other=0.0)
+        w = tl.load(weight_ptr + w_at, mask=(offs_k < K)[:, None], other=0.0)
         acc = dot_x3(o, w, acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + feature).to(ACC)[None, :]
     at = row[:, None] * N + offs_n[None, :]
-    mask = exists[:, None] & (offs_n < N)[None, :]
+    mask = (offs_m < left)[:, None] & (offs_n < N)[None, :]
     acc += tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -74,7 +91,8 @@ def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | Non
     if y.numel() == 0:
         return y
     rows = y.numel() // features
-    config = pick_config(rows, depth, features, x.element_size(), weight.element_size())
+    sizes = (x.element_size(), weight.element_size())
+    config = pick_config(rows, depth, features, *sizes, major=major(x.device))
     _linear_residual_kernel[(cdiv(rows, config.BM) * cdiv(features, config.BN),)](
         *(x, o, weight, bias, y, rows, depth, features),
         BM=config.BM,
@@ -83,8 +101,15 @@ def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | Non
         ACC=acc_dtype(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
     )
     return y
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right by the library in the dtype that they share, whatever autocast says."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def linear_residual_bwd(
@@ -101,9 +126,9 @@ def linear_residual_bwd(
     seeds = dy.view(-1, dy.shape[-1])
     low = seeds.to(weight.dtype) if need_do or need_weight else seeds
     if need_do:
-        do = product(low, weight).view(o.shape)
+        do = _product(low, weight).view(o.shape)
     if need_weight:
-        dweight = product(low.t(), o.view(-1, o.shape[-1]))
+        dweight = _product(low.t(), o.view(-1, o.shape[-1]))
     if need_bias and bias is not None:
         dbias = seeds.sum(0, dtype=acc_torch_dtype(dy.dtype)).to(bias.dtype)
     return do, dweight, dbias

@@ -43,12 +43,12 @@ from fastvdm.kernels.common import (
     acc_torch_dtype,
     cdiv,
     dot_x3,
+    major,
     next_power_of_2,
     program_budget,
 )
 from fastvdm.kernels.limits import TIME
 from fastvdm.kernels.tuned import tuned
-from fastvdm.runtime.device import facts
 
 _REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
 COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
@@ -86,7 +86,9 @@ def pick_config(
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
     wide, rows = itemsize > 2, 128
-    if backward or (major < 9 and (bc > 64 or (tables and (bd > 32 or bn > 16)))):
+    if backward:  # of few classes, see ``fuse_backward``
+        rows = 128 if major >= 9 else 64
+    elif major < 9 and (bc > 64 or (tables and (bd > 32 or bn > 16))):
         rows = 32
     elif major < 9:
         rows = 64 if wide and bd > 32 else 128
@@ -96,22 +98,17 @@ def pick_config(
     return Config(p, bn, bc, bd, num_warps=8, num_stages=1)
 
 
-def _major(x: Tensor) -> int:
-    found = facts(x.device)
-    return found.capability // 10 if found.is_gpu else 9
-
-
 @triton.jit
 def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
     """Row of x (int64) of each row of the tile, its frame and whether it exists (P * BN); the
     focus flag of each pixel (P)."""
     offs = tl.arange(0, P * BN)
-    pixel, frame = tile * P + offs // BN, offs % BN
-    row = (pixel // area * F + frame) * area + pixel % area
+    pixel, frame = tl.cast(tile * P, tl.int32) + offs // BN, offs % BN
+    row = ((pixel // area).to(tl.int64) * F + frame) * area + pixel % area
     inside = (pixel < pixels) & (frame < F)
     focused = tl.zeros([P], tl.int1)
     if focus_ptr is not None:
-        pixel = tile * P + tl.arange(0, P)
+        pixel = tl.cast(tile * P, tl.int32) + tl.arange(0, P)
         focused = tl.load(focus_ptr + pixel // area, mask=pixel < pixels, other=0) != 0
     return row, frame, inside, focused
 
@@ -121,7 +118,8 @@ def _load_block(ptr, row, inside, stride, first, width, BLOCK: tl.constexpr):
     """Columns [first, first + BLOCK) below ``width`` of the rows that exist, (rows, BLOCK)."""
     offs = first + tl.arange(0, BLOCK)
     mask = inside[:, None] & (offs < width)[None, :]
-    return tl.load(ptr + row[:, None] * stride + offs[None, :], mask=mask, other=0.0)
+    at = row.to(tl.int64)[:, None] * stride + offs[None, :]
+    return tl.load(ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -139,7 +137,7 @@ def _store_rows(ptr, row, inside, stride, value, width, BLOCK: tl.constexpr):
     """The first ``width`` columns of value to the rows that exist."""
     offs = tl.arange(0, BLOCK)
     mask = inside[:, None] & (offs < width)[None, :]
-    at = ptr + row[:, None] * stride + offs[None, :]
+    at = ptr + row.to(tl.int64)[:, None] * stride + offs[None, :]
     tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -371,16 +369,14 @@ def _bwd_kernel(
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
     inner = heads * D
-    walker = tl.program_id(0).to(tl.int64)
+    walker = tl.program_id(0)  # int32, as all that is held over the heads
     offs_c = tl.arange(0, BC)
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
-    if dnorm_weight_ptr is not None:
-        dnorm_weight = tl.zeros([BC], ACC)
-        dnorm_bias = tl.zeros([BC], ACC)
 
     for tile in tl.range(walker, tiles, walkers):
         fresh = (tile == walker).to(tl.int32)
         row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
+        row = row.to(tl.int32)  # fewer than 2^31, says ``exceeds_registers``
         keep = row
         if not TRAIN:
             keep = walker * ROWS + tl.arange(0, ROWS)
@@ -426,7 +422,7 @@ def _bwd_kernel(
 
             ds = p * (dp - tl.sum(p * dp, 2)[:, :, None])
             if dbias_ptr is not None:
-                at = (walker * heads + head) * F * F + i * F + j
+                at = (walker.to(tl.int64) * heads + head) * F * F + i * F + j
                 _add_partial(dbias_ptr, at, (i < F) & (j < F), tl.sum(ds, 0), fresh)
             ds_low = ds.to(low)
             zero = tl.zeros([P, BN, BD], ACC)
@@ -446,20 +442,19 @@ def _bwd_kernel(
             w = _load_matrix(qkv_weight_ptr, k, 0, C, 3 * inner, C, COLUMNS, BC)
             dxn = dot_x3(dz, w, dxn)
 
+        # Read and normalised anew: what is kept over the heads costs registers there.
         x = _load_block(x_ptr, row, inside, C, 0, C, BC).to(ACC)
+        mean, rstd = _statistics(x, eps, C, BC, ACC)
         x_hat = tl.where((offs_c < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
         if dnorm_weight_ptr is not None:
-            dnorm_weight += tl.sum(dxn * x_hat, 0)
-            dnorm_bias += tl.sum(dxn, 0)
+            at = walker.to(tl.int64) * C + offs_c
+            _add_partial(dnorm_weight_ptr, at, offs_c < C, tl.sum(dxn * x_hat, 0), fresh)
+            _add_partial(dnorm_bias_ptr, at, offs_c < C, tl.sum(dxn, 0), fresh)
         g = dxn * _vector(norm_weight_ptr, C, BC, ACC)[None, :]
         g = g - (tl.sum(g, 1) / C)[:, None] - x_hat * (tl.sum(g * x_hat, 1) / C)[:, None]
         dx = _load_block(dy_ptr, row, inside, C, 0, C, BC).to(ACC) + g * rstd[:, None]
         _store_rows(dx_ptr, row, inside, C, dx, C, BC)
         tl.debug_barrier()  # the partials of this tile are read back by other threads in the next
-
-    if dnorm_weight_ptr is not None:
-        tl.store(dnorm_weight_ptr + walker * C + offs_c, dnorm_weight, mask=offs_c < C)
-        tl.store(dnorm_bias_ptr + walker * C + offs_c, dnorm_bias, mask=offs_c < C)
 
 
 def fuse_backward(channels: int, frames: int, dim: int, *, tables: bool) -> bool:
@@ -551,7 +546,14 @@ def temporal_block_fwd(
         return y
     dim, pixels = qkv_weight.shape[0] // (3 * heads), b * h * w
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=options.shaw, backward=False, major=_major(x)
+        f,
+        c,
+        dim,
+        pixels,
+        x.element_size(),
+        tables=options.shaw,
+        backward=False,
+        major=major(x.device),
     )
     tiles, scratch = cdiv(pixels, config.P), None
     walkers = tiles
@@ -611,7 +613,7 @@ def temporal_block_bwd(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     need_bias = need_bias and options.bias is not None
     config = pick_config(
-        f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=_major(x)
+        f, c, dim, pixels, x.element_size(), tables=False, backward=True, major=major(x.device)
     )
     tiles = cdiv(pixels, config.P)
     walkers = min(tiles, program_budget(device))

@@ -3,10 +3,9 @@
 The signature of the forward is the only fact. Where a gradient is wanted, ``backward`` names what
 its launcher takes and ``grads`` what comes out; all else is derived::
 
-    @op("norm_linear", backward="dy x norm_weight norm_bias weight bias eps",
-        grads="x:dx norm_weight:norm norm_bias:norm weight:weight bias:bias")
-    def norm_linear_fwd(x: Tensor, ..., eps: float, backend: str) -> Tensor:
-        return weight.new_empty((*x.shape[:-1], weight.shape[0]))  # the fake: outputs without data
+    @op("linear", backward="dy x weight", grads="x:dx weight:dw bias:db")
+    def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))  # the fake: outputs without data
 
 One argument may be a NamedTuple. The schema has its fields in its place, and so have ``run`` and
 C++; the fake and Triton's launchers get the one value.

@@ -3,8 +3,8 @@ over the pixels of each frame, or with linear attention over the latter.
 
 Ho et al. 2022, "Video Diffusion Models", section 3; for linear attention Shen et al. 2021 (arXiv
 1812.01243). Over time it is one kernel, ``temporal_block``, where that fits into the registers, and
-with linear attention on a CPU one op, ``linear_attention_block``; else three: norm_linear, the
-attention, linear_residual.
+with linear attention on a CPU one op, ``linear_attention_block``; else the parts: norm_act, linear,
+the attention, linear_residual.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.attention_options import AttentionOptions
-from fastvdm.ops._call import autocast_dtype, run, select
+from fastvdm.ops._call import autocast_dtype, autocast_on, run, select
 from fastvdm.ops._check import check_block, check_options
 from fastvdm.ops.axis_attention import attend
+from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_attention_block import linear_attention_block_fwd
 from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.temporal_block import exceeds_registers, temporal_block_fwd
 from fastvdm.reference.attention_block import attention_block_ref
 from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, Implementations, implementations
@@ -115,7 +116,10 @@ def attention_block(
     out_bias = None if out_bias is None else out_bias.to(low)
     which = select("attention_block", x.device, core, x, qkv_weight, heads, options)
     if which == "parts":  # each chooses its own backend
-        qkv = norm_linear(x, norm_weight, qkv_weight, norm_bias=norm_bias, bias=qkv_bias, eps=eps)
+        normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
+        if not autocast_on(x.device.type):
+            normed = normed.to(low)
+        qkv = linear(normed, qkv_weight, qkv_bias)
         return linear_residual(x, attention(qkv, core, heads, options), out_weight, out_bias)
     if which == "reference":
         return attention_block_ref(

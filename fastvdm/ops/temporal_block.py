@@ -6,6 +6,8 @@ nothing but the inputs is saved for the backward, which recomputes from x.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,8 @@ def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int, tables: bool) -
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
+    if prod(x.shape[:4]) >= 2**31:
+        return "2^31 rows or more: the kernels count them in 32 bits"
     if qkv_weight.dtype == torch.float32:
         return "fp32 products exceed the registers"
     if channels > 256:

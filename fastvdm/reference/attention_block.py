@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvdm.reference.axis_attention import axis_attention_ref
 from fastvdm.reference.linear_attention import linear_attention_ref
 from fastvdm.reference.linear_residual import linear_residual_ref
-from fastvdm.reference.norm_linear import norm_linear_ref
 
 
 def attention_block_ref(
@@ -36,7 +36,9 @@ def attention_block_ref(
     Arguments as ``fastvdm.ops.attention_block``, ``options`` one by one. The residual stream may be
     fp32 while the projections are 16-bit: the normalised x takes the dtype of ``qkv_weight``.
     """
-    qkv = norm_linear_ref(x, norm_weight, qkv_weight, norm_bias=norm_bias, bias=qkv_bias, eps=eps)
+    shift = None if norm_bias is None else norm_bias.to(x.dtype)
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), shift, eps)  # Ba et al. 2016
+    qkv = F.linear(normed.to(qkv_weight.dtype), qkv_weight, qkv_bias)
     qkv = qkv.unflatten(-1, (3, heads, qkv_weight.shape[0] // (3 * heads)))
     if core == "linear":
         out = linear_attention_ref(qkv, **options)

@@ -34,6 +34,7 @@ from fastvdm.kernels.common import (
     acc_torch_dtype,
     cdiv,
     dot,
+    major,
     next_power_of_2,
     program_budget,
 )
@@ -51,18 +52,18 @@ class LongConfig:
 
 @tuned("axis_attention_long", n=lambda n: min(4096, next_power_of_2(n)))
 def pick_config(
-    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool
+    kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool, major: int
 ) -> LongConfig:
-    """Tiles that spill in none but the calls that ``bench/aot.py`` names; not timed on a GPU yet.
+    """Tiles that spill nowhere (``bench/aot.py``); not timed on a GPU yet.
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
-    The length ``n`` tells measured tiles apart.
+    ``major`` is the device's compute capability; the length ``n`` tells measured tiles apart.
     """
     wide = bd > 64
     if kind == "drel":
         return LongConfig(16, 16, 8 if wide else 4, 1)
     if shaw:
-        return LongConfig(32, 32, 8, 1)
+        return LongConfig(32, 32, 8, 1, 255 if kind == "dkv" else None)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
         if kind == "dbias":
             return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
@@ -71,16 +72,21 @@ def pick_config(
         if wide and kind == "dkv":
             return LongConfig(32, 32, 8, 1, 255)
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
-        return LongConfig(32, 32, 8 if more else 4, 1)
+        most = 255 if rotary and kind in ("dq", "dkv") else None
+        return LongConfig(32, 32, 8 if more else 4, 1, most)
+    if kind == "fwd" and n <= 64 and not wide:
+        return LongConfig(64, 32 if rotary and major < 9 else 64, 4, 2 if bias else 3)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
-        return LongConfig(128, 64, 8, 2 if wide or bias else 3)
+        return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
-        return LongConfig(64, 32, 8 if wide else 4, 2)
+        return LongConfig(64, 32, 8 if wide else 4, 2, 255)
     if rotary and kind == "dkv":
-        return LongConfig(32, 64, 8, 1, 255)
+        return LongConfig(16 if wide and major >= 9 else 32, 64, 8, 1, 255)
+    if kind == "dkv" and bd == 64 and (bias or major < 9):
+        return LongConfig(32, 64, 4, 2)
     if kind == "dbias":
         if rotary:
-            return LongConfig(32 if wide else 64, 64, 8, 1, 255)
+            return LongConfig(32 if wide or major < 9 else 64, 64, 8, 1, 255)
         return LongConfig(64, 64, 8, 2)
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
@@ -159,21 +165,46 @@ def _relative_product(
 
 
 @triton.jit
-def _logits(
-    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale,
+def _along(x, FIRST: tl.constexpr):
+    """A vector along the first axis of a tile, or along its second."""
+    if FIRST:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def _tile_product(
+    of_query, of_key, plain, table_ptr, start_m, start_n, n, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """s * log2(e) of a tile, (BM, BN); -inf for keys beyond n."""
-    s = dot(q, tl.trans(k), tl.zeros([BM, BN], ACC))
-    if rel_k_ptr is not None:
-        s += _relative_product(q_plain, rel_k_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+    """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN) or, T, (BN, BM)."""
+    if T:
+        s = dot(of_key, tl.trans(of_query), tl.zeros([BN, BM], ACC))
+    else:
+        s = dot(of_query, tl.trans(of_key), tl.zeros([BM, BN], ACC))
+    if table_ptr is not None:
+        more = _relative_product(plain, table_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+        if T:
+            more = tl.trans(more)
+        s += more
+    return s
+
+
+@triton.jit
+def _logits(
+    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """s * log2(e) of a tile, (BM, BN) or, T, (BN, BM); -inf for keys beyond n."""
+    s = _tile_product(q, k, q_plain, rel_k_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     s = s * (scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
     if bias_ptr is not None:
-        at = offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
-        mask = (offs_m < n)[:, None] & (offs_n < n)[None, :]
+        at = _along(offs_m.to(tl.int64), not T) * n + _along(offs_n, T)
+        mask = _along(offs_m < n, not T) & _along(offs_n < n, T)
         s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
-    return tl.where((offs_n < n)[None, :], s, float("-inf"))
+    return tl.where(_along(offs_n < n, T), s, float("-inf"))
 
 
 @triton.jit
@@ -218,7 +249,7 @@ def _long_fwd_kernel(
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
         v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
         s = _logits(
-            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, D, BM, BN, BD, ACC
+            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, D, BM, BN, BD, ACC
         )
         m_new = tl.maximum(m_i, tl.max(s, 1))
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -241,16 +272,18 @@ def _long_fwd_kernel(
 @triton.jit
 def _tile_gradient(
     q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
+    T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """p and ds of a tile, (BM, BN)."""
-    s = _logits(q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, D, BM, BN, BD, ACC)
-    inside = ((start_m + tl.arange(0, BM)) < n)[:, None]
-    p = tl.where(inside, tl.exp2(s - lse[:, None] * LOG2E), 0.0)
-    dp = dot(do, tl.trans(v), tl.zeros([BM, BN], ACC))
-    if rel_v_ptr is not None:
-        dp += _relative_product(do, rel_v_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
-    return p, p * (dp - delta[:, None])
+    """p and ds of a tile, (BM, BN) or, T, (BN, BM): by transposed products, after which they are
+    operands as they stand. Transposed themselves they would pass through shared memory."""
+    s = _logits(
+        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, D, BM, BN, BD, ACC
+    )
+    inside = _along((start_m + tl.arange(0, BM)) < n, not T)
+    p = tl.where(inside, tl.exp2(s - _along(lse, not T) * LOG2E), 0.0)
+    dp = _tile_product(do, v, do, rel_v_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+    return p, p * (dp - _along(delta, not T))
 
 
 @triton.jit
@@ -301,7 +334,7 @@ def _long_bwd_dq_kernel(
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-                scale, D, BM, BN, BD, ACC,
+                scale, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
@@ -324,6 +357,8 @@ def _long_bwd_dkv_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
+    # fp32 has no matrix instruction, and a rotated q transposed there takes its registers twice.
+    T: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth == 16
     sequence, b, o, head, start_n = _block(n, outer, heads, BN)
     scale = tl.zeros([], ACC) + scale_high + scale_low
     base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
@@ -364,10 +399,12 @@ def _long_bwd_dkv_kernel(
         delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
         p, ds = _tile_gradient(
             q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, D, BM, BN, BD, ACC,
+            scale, T, D, BM, BN, BD, ACC,
         )  # fmt: skip
-        dv = dot(tl.trans(p.to(do.dtype)), do, dv)
-        dk = dot(tl.trans(ds.to(q.dtype)), q, dk)
+        if not T:
+            p, ds = tl.trans(p), tl.trans(ds)
+        dv = dot(p.to(do.dtype), do, dv)
+        dk = dot(ds.to(q.dtype), q, dk)
     dk = _turned_back(dk, rot_ptr, offs_n, n, total, HALF, BD, ACC)
     _put_rows(dk_base, (dk * scale).to(k.dtype), offs_n, n, dqkv_n, D, BD)
     _put_rows(dv_base, dv.to(k.dtype), offs_n, n, dqkv_n, D, BD)
@@ -420,7 +457,7 @@ def _long_bwd_dbias_kernel(
             delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
-                n, scale, D, BM, BN, BD, ACC,
+                n, scale, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
@@ -487,7 +524,7 @@ def _long_bwd_drel_kernel(
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
                 p, ds = _tile_gradient(
                     q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
-                    start_n, n, scale, D, BM, BN, BD, ACC,
+                    start_n, n, scale, False, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)
@@ -520,7 +557,8 @@ def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongC
 def _config(kind: str, geo: Geometry, qkv: Tensor, options: AttentionOptions) -> LongConfig:
     has = {"bias": options.bias is not None, "rotary": options.rotary is not None}
     bd = max(16, next_power_of_2(geo.d))
-    return pick_config(kind, bd, qkv.element_size(), geo.n, shaw=options.shaw, **has)
+    has["shaw"] = options.shaw
+    return pick_config(kind, bd, qkv.element_size(), geo.n, major=major(qkv.device), **has)
 
 
 def long_fwd(

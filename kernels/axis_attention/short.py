@@ -49,18 +49,22 @@ class ShortConfig:
 
 @tuned("axis_attention_short", outer=lambda n: min(64, next_power_of_2(n)))
 def pick_config(
-    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool
+    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool, biased: bool
 ) -> ShortConfig:
     """From registers, as ptxas counts them for sm_90 (``python bench/aot.py axis_attention``).
 
     A batched product keeps a whole sequence in one warp, so P sequences want P warps and fit while
     bn*bd is small: backward 128 registers without spills at 16x32, which lets four blocks share a
-    multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps.
+    multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps. With Shaw
+    tables two sequences take half the instructions of one (16x64, backward), and spill only where
+    a bias or a rotary embedding stands beside them (``biased``), as in no network.
     """
     packed = 512 if backward or itemsize > 2 else 1024
     if bn * bd <= packed and not (backward and (shaw or itemsize > 2)):
         p = min(4, next_power_of_2(outer))
         return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
+    if backward and shaw and not biased and (bn, bd, itemsize) == (16, 64, 2):
+        return ShortConfig(min(2, next_power_of_2(outer)), 4, 255)
     heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
     heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
     # 255: where ptxas would rather spill than give up a block.
@@ -301,7 +305,8 @@ def short_fwd(
     """``options`` are ``prepared``; writes the first n rows of out."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
     size = qkv.element_size()
-    config = pick_config(bn, bd, size, geo.outer, backward=False, shaw=options.shaw)
+    given = dict(shaw=options.shaw, biased=options.bias is not None or options.pairs > 0)
+    config = pick_config(bn, bd, size, geo.outer, backward=False, **given)
     tiles = cdiv(geo.outer, config.P)
     _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
         *(qkv, *options[:5], out),
@@ -335,7 +340,8 @@ def short_bwd(
     unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
     size = qkv.element_size()
-    config = pick_config(bn, bd, size, geo.outer, backward=True, shaw=options.shaw)
+    given = dict(shaw=options.shaw, biased=options.bias is not None or options.pairs > 0)
+    config = pick_config(bn, bd, size, geo.outer, backward=True, **given)
     tiles = cdiv(geo.outer, config.P)
     all_tiles = geo.batch * tiles
     walkers = all_tiles

@@ -313,5 +313,6 @@ def _reduce(
     _reduce_kernel[(n * cdiv(c, width),)](
         part, sums, m, weight, scale, c, width, frames, row_stride(scale), chunks, total,
         SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+        maxnreg=128,  # ptxas would rather spill than give up a block
     )  # fmt: skip
     return sums

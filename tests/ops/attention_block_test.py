@@ -9,6 +9,10 @@ import torch
 from fastvdm import use_backend
 from fastvdm.ops._call import select
 from fastvdm.ops.attention_block import AttentionOptions, attention_block
+from fastvdm.ops.axis_attention import axis_attention
+from fastvdm.ops.linear import linear
+from fastvdm.ops.linear_residual import linear_residual
+from fastvdm.ops.norm_act import norm_act
 from fastvdm.reference.attention_block import attention_block_ref
 from fastvdm.runtime.config import BACKENDS
 from fastvdm.runtime.dispatch import explain
@@ -51,6 +55,46 @@ def test_every_core(core):
         return attention_block_ref(x, *weights, core=core, heads=HEADS, out_bias=out_bias)
 
     assert_parity(call(core), plain, operands())
+
+
+def by_hand(x, norm_weight, qkv_weight, out_weight, out_bias):
+    normed = norm_act(x, norm_weight, kind="layer", act=False)
+    qkv = linear(
+        normed if torch.is_autocast_enabled("cpu") else normed.to(qkv_weight.dtype), qkv_weight
+    )
+    out = axis_attention(qkv.unflatten(-1, (3, HEADS, 4)), axis="space").flatten(-2)
+    return linear_residual(x, out, out_weight, out_bias)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "triton"])
+@pytest.mark.parametrize("low", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_parts_to_the_bit(low, backend):
+    """Of an fp32 stream over projections of any type; under autocast from fp32 ones."""
+    inputs = [t if i < 2 else t.to(low) for i, t in enumerate(operands())]
+    with use_backend(backend):
+        found = call("space")(*inputs)
+        assert found.dtype == torch.float32 and torch.equal(found, by_hand(*inputs))
+        if low == torch.float32:
+            return
+        with torch.autocast("cpu", low):
+            cast = call("space")(*operands_like(inputs))
+            assert cast.dtype == torch.float32 and torch.equal(
+                cast, by_hand(*operands_like(inputs))
+            )
+            assert torch.equal(cast, found)
+
+
+def operands_like(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values in fp32."""
+    return [t.float() for t in inputs]
+
+
+def test_pixels_do_not_leak_before_the_attention():
+    """NaN in one frame stays there: attention over space sees no other."""
+    inputs = operands()
+    inputs[0][0, 3, 1, 2, 7] = torch.nan
+    found = call("space")(*inputs).isnan()
+    assert found[:, 3].all() and not found[:, :3].any() and not found[:, 4:].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,13 +27,11 @@ from fastvdm.ops.linear_attention_block import (
 )
 from fastvdm.ops.linear_residual import linear_residual_bwd, linear_residual_fwd
 from fastvdm.ops.norm_conv import norm_conv_fwd
-from fastvdm.ops.norm_linear import norm_linear_bwd, norm_linear_fwd
 from fastvdm.ops.temporal_block import temporal_block_bwd, temporal_block_fwd
 from fastvdm.reference.attention_block import attention_block_ref
 from fastvdm.reference.axis_attention import axis_attention_ref
 from fastvdm.reference.linear_attention import linear_attention_ref
 from fastvdm.reference.linear_residual import linear_residual_ref
-from fastvdm.reference.norm_linear import norm_linear_ref
 from fastvdm.reference.space_conv import space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime import extension
 
@@ -99,13 +97,6 @@ def test_projections():
     assert of_op(linear_residual_fwd, dy, x, w, b, "triton") == forward
     assert of_op(linear_residual_bwd, dy, x, w, b, True, True, True, "triton") == backward
     assert of_op(linear_residual_bwd, dy, x, w, b, False, True, True, "triton") == forward
-    x, dy = (1, 3, 5, 1, 7), (1, 3, 5, 1, 11)
-    assert of_reference(norm_linear_ref, x, (7,), w) == (forward, backward)
-    args = (x, (7,), None, w, b, 1e-5)
-    assert of_op(norm_linear_fwd, *args, "triton") == forward
-    for dx, norm, weight in ((True, True, True), (False, True, False), (False, False, True)):
-        found = of_op(norm_linear_bwd, dy, *args, dx, norm, weight, True, "triton")
-        assert found == ((dx or norm) + weight) * forward
 
 
 # name → x, x2, weight, stride

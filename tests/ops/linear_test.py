@@ -13,7 +13,6 @@ from fastvdm.ops import linear as op
 from fastvdm.ops._call import BODIES, select
 from fastvdm.ops.linear import linear, linear_cost
 from fastvdm.ops.linear_residual import linear_residual
-from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.runtime import extension
 from fastvdm.runtime.config import use_backend
 from fastvdm.runtime.dispatch import ByName, FallbackError, explain
@@ -80,7 +79,6 @@ LOW = [torch.float16, torch.bfloat16]
 def test_narrow_input_of_wide_layers(low, backend):
     """A 16-bit input of fp32 layers raises outside autocast, whatever multiplies, as F.linear does;
     an fp32 stream over 16-bit projections is a supported mix."""
-    norm = torch.ones(8)
     x, o = torch.randn(1, 2, 3, 4, 8), torch.randn(1, 2, 3, 4, 6)
     w, bias = torch.randn(8, 6), torch.randn(8)
     layers = [Attention("linear", Norm(kind, 8), 2, 4) for kind in ("layer", "rms")]
@@ -94,8 +92,6 @@ def test_narrow_input_of_wide_layers(low, backend):
                 assert layer(x).dtype == torch.float32
                 assert layer.to(low)(x.to(low)).dtype == low
         calls = (
-            lambda: norm_linear(x.to(low), norm, torch.randn(5, 8)),
-            lambda: norm_linear(x, norm, torch.randn(5, 8).to(low), bias=torch.randn(5)),
             lambda: linear_residual(x.to(low), o, w),
             lambda: linear_residual(x, o.to(low), w.to(low), bias),
             lambda: linear_residual(x, o.to(low), w),

@@ -31,7 +31,6 @@ from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.norm_conv import norm_conv
-from fastvdm.ops.norm_linear import norm_linear
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
 from fastvdm.reference.space_conv import group_stats_ref
 from fastvdm.runtime.config import use_backend
@@ -466,18 +465,6 @@ ROWS: dict[str, Row] = {
             "wide": dict(H=7, W=2, C=24, N=401),
             "no_bias": dict(B=1, F=1, H=1, W=1, C=33, N=3, given=()),
         },
-    ),
-    "norm_linear/norm_linear": Row(
-        "norm_linear", norm_linear,
-        dict(x=X, norm_weight="C", norm_bias="C", weight="N C", bias="N"),
-        VIDEO | dict(C=17, N=10), kernels=("triton",), mixed=("weight", "bias"),
-        edges={
-            "one_row": dict(B=1, F=1, H=1, W=1, N=5),
-            "odd": dict(H=1, W=11, C=300, N=130),
-            "tile": dict(B=1, F=2, H=4, W=8, C=64, N=192, given=()),
-            "shares": dict(B=1, F=1, H=3, W=1, C=40, N=1000),
-        },
-        without={"exact": "LayerNorm rounds; rows of ±1 are in norm_linear_test.py"},
     ),
     "linear_residual/linear_residual": Row(
         "linear_residual", linear_residual, dict(x=Y, o="B F H W K", weight="N K", bias="N"),

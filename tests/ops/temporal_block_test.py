@@ -132,6 +132,13 @@ def test_limits_of_the_registers(frames, c, dim, dtype, tables, fused):
     assert (exceeds_registers(x, weight, 2, tables) is None) == fused
 
 
+def test_rows_are_counted_in_32_bits():
+    weight = torch.empty(3 * 2 * 32, 64, dtype=torch.bfloat16, device="meta")
+    for batch, fused in ((2**17 - 1, True), (2**17, False)):
+        x = torch.empty(batch, 16, 32, 32, 64, dtype=torch.bfloat16, device="meta")
+        assert (exceeds_registers(x, weight, 2, False) is None) == fused
+
+
 def test_fp64_on_a_gpu_is_the_references():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weight = (torch.empty(s, device="cuda", dtype=torch.float64) for s in ((1,) * 5, (3, 1)))

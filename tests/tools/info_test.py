@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -124,6 +125,38 @@ def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):
         rest = "composed of other ops for the rest"
         assert runs["attention_block"] == f"{runs_on} for time in bf16, {rest}"
         assert (f"Triton off: {lacking}" in info.render(report)) is (lacking is not None)
+
+
+@pytest.mark.parametrize("gpus", [[], [(9, 0), (9, 0)], [(8, 0), (10, 0)]])
+def test_the_assembler_that_triton_takes(gpus, tmp_path, monkeypatch):
+    """By architecture, as TRITON_PTXAS_PATH names it; one that does not run is passed over."""
+    pytest.importorskip("triton")
+    report = info.collect()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    tool = tmp_path / "ptxas"
+    tool.write_text("#!/bin/sh\necho Cuda compilation tools, release 77.7, V77.7.1\n")
+    tool.chmod(0o755)
+    shipped = info._ptxas()
+    assert list(shipped) == [f"sm_{a}{b}" for a, b in sorted(set(gpus)) or [(9, 0), (10, 0)]]
+    assert all(re.fullmatch(r"\d+\.\d+", v) for v in shipped.values())
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
+    hopper = [arch for arch in shipped if arch != "sm_100"]
+    assert info._ptxas() == shipped | dict.fromkeys(hopper, "77.7")
+    text = info.render(report | {"ptxas": info._ptxas()})
+    assert f"ptxas          77.7 for {hopper[0]}" in text
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "none"))
+    assert info._ptxas() == shipped
+
+
+def test_no_assembler_without_triton_and_none_that_runs(monkeypatch):
+    have = info._version
+    monkeypatch.setattr(info, "_version", lambda p: None if p == "triton" else have(p))
+    assert info._ptxas() == {} and "\nptxas" not in info.render(info.collect())
+    monkeypatch.setattr(info, "_version", lambda p: "9.9")
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)
+    assert set(info._ptxas()) == {"sm_90", "sm_100"}
+    assert all(why.startswith("unknown (") for why in info._ptxas().values())
 
 
 def test_a_broken_op_is_reported_and_hides_nothing(monkeypatch, capsys):
