@@ -33,7 +33,7 @@ from fastvdm.ops import _call, _op
 from fastvdm.runtime import dispatch
 from fastvdm.unet.config import PRESETS, RECIPES
 
-_CPU_AND_META = 0, 14  # places in c10's table of device guards, c10/core/DeviceType.h
+_CUDA, _META = 1, 14  # places in c10's table of device guards, c10/core/DeviceType.h
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,9 @@ def _guard_cuda() -> None:
     guard of devices that have none."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     table = "_ZN3c104impl26device_guard_impl_registryE"
-    guards = (ctypes.c_void_p * (_CPU_AND_META[1] + 1)).in_dll(library, table)
-    cuda = 1
-    if guards[cuda] is None:
-        guards[cuda] = guards[_CPU_AND_META[1]]
+    guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, table)
+    if guards[_CUDA] is None:
+        guards[_CUDA] = guards[_META]
 
 
 def _grad(outputs: Tensor, inputs: Any, grad_outputs: Tensor | None = None) -> tuple[Any, ...]:
@@ -235,3 +234,8 @@ def network_calls(
         return Call(f"{name} {dtype} {way}", build, kind)
 
     return [call(n, d, w) for n in names or NETS for d in dtypes for w in ways]
+
+
+def network_of(call: str) -> str | None:
+    """The name of the network that a call of that name runs; None where it runs an op."""
+    return next((name for name in NETS if call.startswith(f"{name} ")), None)
