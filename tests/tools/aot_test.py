@@ -29,6 +29,7 @@ from aot import (
 )
 from calls import edges
 from launches import captured
+from network_launches import network_of
 from sass import exposed, parsed
 
 pytest.importorskip("triton")
@@ -80,7 +81,7 @@ def test_the_whole_table_may_ship(arch) -> None:
         place = AotResult(r["name"], arch, calls=r["calls"]).places[0]
         if r["spills"]:
             spills[place] = max(spills.get(place, 0), r["spills"])
-        if r["advisories"]:
+        if r["advisories"] and network_of(r["calls"][0]):
             advice.setdefault(place, set()).update(r["advisories"])
     assert spills == {place: n for place, n in KNOWN_SPILLS.items() if place[1] == arch}
     assert advice == {place: a for place, a in KNOWN_ADVISORIES.items() if place[1] == arch}
@@ -224,6 +225,10 @@ def test_a_serialised_kernel_is_seen(tmp_path) -> None:
     assert any("C7514" in f for f in result(advisories=found.advisories).faults())
 
 
+def test_of_what_only_options_launch_advice_is_no_fault() -> None:
+    assert not result(advisories=("C7515",), calls=["conv l1"]).faults()
+
+
 def test_a_log_that_says_less_is_refused() -> None:
     with pytest.raises(ValueError, match="not the log"):
         Assembly.read("ptxas info    : Used 32 registers")
@@ -326,7 +331,7 @@ def test_the_interpreter_is_refused() -> None:
 def result(**change) -> AotResult:
     good = dict(
         name="k/x", arch=90, registers=128, spills=0, shared=1024, blocks=4, warps=16,
-        matrix="mma.sync", tma=True, uses_dot=True, uses_tma=True,
+        matrix="mma.sync", tma=True, uses_dot=True, uses_tma=True, calls=["UNet3D(64) bf16 train"],
     )  # fmt: skip
     return AotResult(**{**good, **change})
 
