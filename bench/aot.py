@@ -1,9 +1,11 @@
-"""What the launches of the table of calls compile to, without a GPU: ``python bench/aot.py``.
+"""What networks' launches compile to, without a GPU: ``python bench/aot.py``.
 
-Each kernel that bench/calls.py launches is compiled for sm_80, sm_90 and sm_100, as its launcher
-starts it there. The table shows registers, spills, shared memory, occupancy and the matrix
-instruction; ``--json`` prints the same for the tests. Compiler and cuobjdump ship in Triton's
-wheel. Must run without TRITON_INTERPRET: under it there are no JIT functions to compile.
+Each kernel that a network launches (network_launches.py), and those that only options launch
+(calls.py), is compiled for sm_80, sm_90 and sm_100, as its launcher starts it there. The table
+shows registers, spills, local memory, shared memory, occupancy, the matrix instruction, what ptxas
+advises, and products whose operands are overwritten while they run (sass.py). ``--json`` prints the
+same for the tests. The tools ship in Triton's wheel. Must run without TRITON_INTERPRET: under it
+there are no JIT functions to compile.
 """
 
 from __future__ import annotations
@@ -15,48 +17,58 @@ import json
 import linecache
 import os
 import re
-import subprocess
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calls import by_name, classes, edges, networks
+from calls import Call, by_name, classes, edges, networks
 from launches import Launch, captured, compiled, lowered
+from network_launches import network_calls, network_of
+from sass import disassembled, exposed
 
+from fastvdm.kernels.limits import RMS
 from fastvdm.runtime.device import A100, B200, H100
 
 GPUS = {80: A100, 90: H100, 100: B200}
 
-# Bytes that ptxas spills, by launch and architecture: they may only fall, and none may be added.
+# Bytes that ptxas spills, by kernel and network or call, and architecture; of several launches the
+# most. They may only fall, and none may be added.
 KNOWN_SPILLS = {
     ("space_conv.conv/conv 4x64x64 c100 8x32", 100): 8,
 }
+# What ptxas advises, the same.
+KNOWN_ADVISORIES: dict[tuple[str, int], set[str]] = {}
 
 # Per multiprocessor: largest shared memory of a block, of all blocks, warps. CUDA C++ Programming
 # Guide, table "Technical Specifications per Compute Capability"; a block reserves 1 KiB more.
 _LIMITS = {80: (163, 164, 64), 90: (227, 228, 64), 100: (227, 228, 64)}
-_REGISTERS = 65536
+_REGISTERS, _MOST_REGISTERS = 65536, 255
 _MINMAX = re.compile(r"\s+(?:@!?%p\d+ )?((?:max|min)\.[\w.]*?(?:f16|f16x2|bf16|bf16x2|f32))\s")
 _HELPERS = ("standard.py", "common.py")  # a minimum is told by the line that asks for it
+_COUNTED = ("error", "spills", "stack", "advisories", "exposed")
 _MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+_OPERANDS_IN_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\},\s*\{")
 # A product that the matrix cores are to do: fp32 as it is ("ieee") goes to the plain ones.
 _DOT = re.compile(r"tt\.dot .*(?:tf32x3|xb?f16> \*)")
 
 
 @dataclass(frozen=True)
 class AotResult:
-    """What the compiler made of a launch. shared and spills in bytes; blocks is the occupancy in
-    thread blocks per multiprocessor, warps the same in warps; minmax as the function of that name
-    finds them. Of one that was only lowered there is no more than the error."""
+    """What the compiler made of a launch. spills, stack and shared in bytes, stack without the
+    arrays of cos and sin; blocks is the occupancy in thread blocks per multiprocessor, warps the
+    same in warps; advisories are numbers of ptxas, exposed as ``sass.exposed`` finds them, minmax
+    as the function of that name does; calls are all that make the launch. Of one that was only
+    lowered there is no more than the error."""
 
     name: str
     arch: int
     registers: int = 0
     spills: int = 0
+    stack: int = 0
     shared: int = 0
     blocks: int = 0
     warps: int = 0
@@ -64,7 +76,10 @@ class AotResult:
     tma: bool = False
     uses_dot: bool = False
     uses_tma: bool = False
+    advisories: Sequence[str] = ()
+    exposed: Sequence[str] = ()
     minmax: Sequence[tuple[str, str]] = ()
+    calls: Sequence[str] = ()
     error: str = ""
     lowered: bool = False
 
@@ -72,14 +87,35 @@ class AotResult:
     def kernel(self) -> str:
         return self.name.split("/")[0]
 
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """How the tables of what is known may name it, as it is named first."""
+        calls = self.calls or [re.sub(r" #\d+$", "", self.name).partition("/")[2]]
+        return [(f"{self.kernel}/{network_of(call) or call}", self.arch) for call in calls]
+
+    @property
+    def default(self) -> bool:
+        """Whether a network launches it: of others ptxas may advise what it likes."""
+        return any(map(network_of, self.calls))
+
     def faults(self) -> list[str]:
         """What is wrong with it; empty when it may ship."""
         if self.error or self.lowered:
             return [self.error] if self.error else []
         found = []
-        limit, known = _LIMITS[self.arch][0] * 1024, KNOWN_SPILLS.get((self.name, self.arch), 0)
+        limit = _LIMITS[self.arch][0] * 1024
+        known = max(KNOWN_SPILLS.get(place, 0) for place in self.places)
         if self.spills > known:
             found.append(f"{self.spills} bytes of spills" + (f", not {known}" if known else ""))
+        if self.stack and not self.spills:
+            found.append(f"{self.stack} bytes of local memory")
+        if self.default:
+            advised = set[str]().union(*(KNOWN_ADVISORIES.get(p, ()) for p in self.places))
+            if new := set(self.advisories) - advised:
+                found.append(f"ptxas advises: {', '.join(sorted(new))}")
+        found += self.exposed
+        if self.registers > _MOST_REGISTERS:
+            found.append(f"{self.registers} registers, limit {_MOST_REGISTERS}")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, limit {limit}")
         if self.uses_dot and not self.matrix:
@@ -100,28 +136,35 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
     return min(by_registers, by_shared, max_warps // num_warps, 32)
 
 
-def _resources(cubin: bytes, ptx: str, arch: int) -> tuple[int, int]:
-    """(registers, spill bytes). A kernel without a stack frame spills nothing; one with a frame is
-    assembled again for ptxas to tell spills from local arrays (those of cos and sin, for one)."""
-    from triton import knobs
+@dataclass(frozen=True)
+class Assembly:
+    """What ptxas -v said of one kernel, in registers of a thread and bytes."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        binary, source = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        binary.write_bytes(cubin)
-        source.write_text(ptx)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
-        if found is None:
-            raise RuntimeError(f"cuobjdump printed no resource usage: {log[:200]!r}")
-        registers, stack, local = map(int, found.groups())
-        if stack + local == 0:
-            return registers, 0
-        tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-        name = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [tool.path, "-v", name, str(source), "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    registers: int
+    stack: int
+    spills: int
+    advisories: tuple[str, ...]
+
+    @classmethod
+    def read(cls, log: str) -> Assembly:
+        """Raises ValueError where a log does not say it all."""
+        registers = re.search(r"Used (\d+) registers", log)
+        stack = re.search(r"(\d+) bytes stack frame", log)
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+        if registers is None or stack is None or not spills:
+            raise ValueError(f"not the log of ptxas -v: {log[:200]!r}")
+        advisories = tuple(sorted(set(re.findall(r"\((C751\d)\)", log))))
+        return cls(int(registers[1]), int(stack[1]), sum(map(int, spills)), advisories)
+
+
+def trigonometric(ptx: str) -> int:
+    """Bytes of local memory that the arrays take in which cos and sin of large angles work: those
+    of a kernel that has their table of 2/pi. A frame is a multiple of 8."""
+    if "__cudart_i2opi" not in ptx:
+        return 0
+    return sum(
+        -(-int(n) // 8) * 8 for n in re.findall(r"\.local \.align \d+ \.b8\s+\S+\[(\d+)\]", ptx)
+    )
 
 
 def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
@@ -153,17 +196,20 @@ def measure(launch: Launch, **options: Any) -> AotResult:
     """Compile one launch; a compiler error becomes ``AotResult.error``."""
     try:
         made = compiled(launch, **options)
+        found = Assembly.read(made.metadata.ptxas_log)
         ptx, arch = made.asm["ptx"], launch.arch
-        registers, spills = _resources(made.asm["cubin"], ptx, arch)
+        risky = _OPERANDS_IN_REGISTERS.search(ptx) is not None
+        overwritten = exposed(disassembled(made.asm["cubin"])) if risky else []
     except Exception as error:
         return _refused(launch, error)
     shared, num_warps = made.metadata.shared, made.metadata.num_warps
-    blocks = occupancy(arch, registers, shared, num_warps)
+    blocks = occupancy(arch, found.registers, shared, num_warps)
     return AotResult(
         launch.name,
         arch,
-        registers,
-        spills,
+        found.registers,
+        found.spills,
+        max(0, found.stack - trigonometric(ptx)),
         shared,
         blocks,
         blocks * num_warps,
@@ -171,7 +217,10 @@ def measure(launch: Launch, **options: Any) -> AotResult:
         tma="cp.async.bulk.tensor" in ptx,
         uses_dot=_DOT.search(made.asm["ttir"]) is not None,
         uses_tma=launch.uses_tma,
+        advisories=found.advisories,
+        exposed=overwritten,
         minmax=minmax(ptx),
+        calls=launch.calls,
     )
 
 
@@ -202,14 +251,43 @@ def heaviest(results: Sequence[AotResult]) -> set[str]:
 
 
 def table(results: Sequence[AotResult]) -> str:
-    head = ("kernel", "sm", "registers", "spills", "shared", "blocks", "warps", "matrix", "tma", "")
-    rows = [head] + [
-        (r.name, str(r.arch), str(r.registers), str(r.spills), str(r.shared), str(r.blocks))
-        + (str(r.warps), r.matrix or "-", "yes" if r.tma else "-", "; ".join(r.faults()))
+    words = [
+        "kernel",
+        "sm",
+        "registers",
+        "spills",
+        "stack",
+        "shared",
+        "blocks",
+        "warps",
+        "matrix",
+        "tma",
+        "advice",
+        "exposed",
+    ]
+    rows = [(*words, "")] + [
+        (r.name, *map(str, (r.arch, r.registers, r.spills, r.stack, r.shared, r.blocks, r.warps)))
+        + (r.matrix or "-", "yes" if r.tma else "-", "+".join(r.advisories) or "-")
+        + (str(len(r.exposed)), "; ".join(r.faults()))
         for r in results
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(words) + 1)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def summary(results: Sequence[AotResult]) -> str:
+    """For each architecture how many launches there are, and how many of them at fault; then how
+    many each network makes."""
+    found = []
+    for arch in sorted({r.arch for r in results}):
+        mine = [r for r in results if r.arch == arch and not r.lowered]
+        count = {w: sum(bool(getattr(r, w)) for r in mine) for w in _COUNTED}
+        found.append(
+            f"sm_{arch}: {len(mine)} launches; " + ", ".join(f"{w} {n}" for w, n in count.items())
+        )
+        networks = Counter(n for r in mine for n in {network_of(c) for c in r.calls} - {None})
+        found += [f"  {name}: {n}" for name, n in networks.items()]
+    return "\n".join(found)
 
 
 Job = tuple[Callable[[Launch], AotResult], Launch]
@@ -231,29 +309,43 @@ def report(archs: Sequence[int], wanted: tuple[str, ...], processes: int) -> lis
     """Every launch whose name starts with one of ``wanted``; the edges for one architecture."""
     jobs: list[Job] = []
     for arch in archs:
-        table = [*networks(), *by_name(), *classes(), *(edges() if arch == 90 else ())]
+        table = [*network_calls(), *networks(), *by_name(), *classes()]
+        table += edges() if arch == 90 else []
         jobs += [(measure, m) for m in captured(table, GPUS[arch]) if m.name.startswith(wanted)]
     return run(jobs, processes)
 
 
+def gated() -> list[Call]:
+    """The networks that stand for all in every run of the tests; what only options launch of the
+    guided step, a norm of the peer's, and a convolution by name."""
+    return [
+        *network_calls("UNet3D(64)", dtypes=("bf16",)),
+        *network_calls("UNet3D(64)", dtypes=("autocast",), ways=("train",)),
+        *network_calls("ucf101", dtypes=("bf16",), ways=("guided",)),
+        *(c for c in networks() if c.name.startswith(("guided", f"norm l0 kind={RMS}"))),
+        by_name()[1],
+    ]
+
+
 def gate(processes: int) -> list[AotResult]:
-    """What every change is held to: the launches of the networks and one by name for sm_90, those
-    of them with most registers of each kernel for the others, and the edges through Triton's front
-    end."""
-    table = [*networks(), by_name()[1]]
-    jobs: list[Job] = [(measure, launch) for launch in captured(table, H100)]
+    """What every change is held to: the launches of UNet3D(64) in bf16 and in training under
+    autocast, those of a guided step of ucf101 and a few calls for sm_90, of them that with most
+    registers of each kernel for the others, and the edges through Triton's front end. One stands
+    for those that differ in the specialisation of their integers alone."""
+    first = {m.apart_from_integers: m for m in reversed(captured(gated(), H100))}
+    jobs: list[Job] = [(measure, launch) for launch in reversed(first.values())]
     jobs += [(lower, launch) for launch in captured(edges(), H100)]
     results = run(jobs, processes)
     names = heaviest([r for r in results if not (r.lowered or r.error)])
-    heavy = {(m.kernel, m.calls[0]) for _, m in jobs if m.name in names}
     jobs = []
     for gpu in (A100, B200):
-        for m in captured(table, gpu):
-            # A kernel of that architecture alone has nothing that stands for it.
-            if any((m.kernel, c) in heavy for c in m.calls) or m.kernel not in {
-                k for k, _ in heavy
-            }:
+        found = captured(gated(), gpu)
+        same = {m.kernel for m in found if m.name in names}
+        for m in found:
+            # Where none bears the name, the kernel's first stands for it.
+            if m.name in names or m.kernel not in same:
                 jobs.append((measure, m))
+                same.add(m.kernel)
     return results + run(jobs, processes)
 
 
@@ -275,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))
     else:
         print(table(results))
+        print(summary(results))
     return 1 if any(r.faults() for r in results) else 0
 
 

@@ -11,7 +11,9 @@ this is for a process of its own, and not for one under TRITON_INTERPRET, which 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -42,6 +44,19 @@ class Launch:
     @property
     def kernel(self) -> str:
         return self.name.split("/")[0]
+
+    @property
+    def apart_from_integers(self) -> str:
+        """Equal for launches that differ in no more than how Triton specialises their integers on 1
+        and on multiples of 16."""
+        kernel = getattr(importlib.import_module(self.module), self.function)
+        constant = {p.name for p in kernel.params if p.is_constexpr}
+        given = {kernel.arg_names[place[0]]: value for place, value in self.constants.items()}
+        whole = {name for name, kind in self.signature.items() if kind in ("i32", "i64")}
+        whole |= {name for name, value in given.items() if name not in constant and value == 1}
+        types = {n: kind for n, kind in self.signature.items() if n not in whole}
+        values = {n: v for n, v in given.items() if n not in whole}
+        return repr((self.module, self.function, types, values, sorted(self.options.items())))
 
     @property
     def uses_tma(self) -> bool:
@@ -126,11 +141,35 @@ def _source(launch: Launch) -> Any:
 
 
 def compiled(launch: Launch, **options: Any) -> Any:
-    """Triton's ``CompiledKernel``. ``options`` go before the launch's own."""
+    """Triton's ``CompiledKernel``, what its assembler said as ``metadata.ptxas_log``. ``options``
+    go before the launch's own."""
     import triton
+    from triton import knobs
 
     target = NoDevice(launch.arch).get_current_target()
-    return triton.compile(_source(launch), target=target, options=launch.options | options)
+    with knobs.nvidia.scope(), knobs.runtime.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.runtime.add_stages_inspection_hook = _keep_log
+        for _ in range(2):
+            made = triton.compile(_source(launch), target=target, options=launch.options | options)
+            if hasattr(made.metadata, "ptxas_log"):
+                break
+            knobs.compilation.always_compile = True  # from the cache, put there by a real launch
+    return made
+
+
+def _keep_log(backend: Any, stages: dict[str, Any], *_: Any) -> None:
+    """Triton prints the log; into the metadata with it, which its cache keeps."""
+    assemble = stages["cubin"]
+
+    def cubin(source: str, metadata: dict[str, Any]) -> bytes:
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            made = assemble(source, metadata)
+        metadata["ptxas_log"] = log.getvalue()
+        return made
+
+    stages["cubin"] = cubin
 
 
 def lowered(launch: Launch) -> None:

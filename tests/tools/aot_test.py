@@ -1,5 +1,5 @@
-"""What the table of calls launches compiles without spills, for each GPU, with its launchers' own
-arguments: the interpreter, which runs Python, accepts more than the compiler does.
+"""What networks launch compiles without spills, for each GPU, with the launchers' own arguments:
+the interpreter, which runs Python, accepts more than the compiler does.
 
 Every run compiles what ``python bench/aot.py --gate`` says, once; the whole table is slow.
 """
@@ -15,9 +15,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from aot import GPUS, KNOWN_SPILLS, AotResult, heaviest, minmax, occupancy, table
+from aot import (
+    GPUS,
+    KNOWN_ADVISORIES,
+    KNOWN_SPILLS,
+    AotResult,
+    Assembly,
+    heaviest,
+    minmax,
+    occupancy,
+    table,
+    trigonometric,
+)
 from calls import edges
 from launches import captured
+from network_launches import network_of
+from sass import exposed, parsed
 
 pytest.importorskip("triton")
 
@@ -51,8 +64,8 @@ def faults(results: list[dict], arch: int) -> str:
 
 @pytest.mark.parametrize("arch", GPUS)
 def test_every_launch_may_ship(compiled, arch) -> None:
-    """No compiler error, no spills but the known, shared memory within the limit, the matrix
-    instruction and the bulk copy where the kernel asks for them."""
+    """No compiler error, no spills or advice of ptxas but the known, no operand overwritten, shared
+    memory within the limit, the matrix instruction and the bulk copy where they are asked for."""
     assert not (found := faults(compiled, arch)), found
 
 
@@ -62,8 +75,16 @@ def test_the_whole_table_may_ship(arch) -> None:
     """And what is known to spill does, to the byte: where it fell, the list must."""
     results = report("--arch", str(arch))
     assert not (found := faults(results, arch)), found
-    spills = {r["name"]: r["spills"] for r in results if r["spills"]}
-    assert spills == {name: n for (name, at), n in KNOWN_SPILLS.items() if at == arch}
+    spills: dict[tuple[str, int], int] = {}
+    advice: dict[tuple[str, int], set[str]] = {}
+    for r in results:
+        place = AotResult(r["name"], arch, calls=r["calls"]).places[0]
+        if r["spills"]:
+            spills[place] = max(spills.get(place, 0), r["spills"])
+        if r["advisories"] and network_of(r["calls"][0]):
+            advice.setdefault(place, set()).update(r["advisories"])
+    assert spills == {place: n for place, n in KNOWN_SPILLS.items() if place[1] == arch}
+    assert advice == {place: a for place, a in KNOWN_ADVISORIES.items() if place[1] == arch}
 
 
 def kernels_of(results: list[dict], arch: int) -> set[str]:
@@ -71,7 +92,7 @@ def kernels_of(results: list[dict], arch: int) -> set[str]:
 
 
 def test_every_kernel_is_launched(compiled) -> None:
-    """By a call of the table, as the launchers would on an H100."""
+    """By a network or a call of the table, as the launchers would on an H100."""
     launched = kernels_of(compiled, 90)
     for path in KERNELS.rglob("*.py"):
         op = path.relative_to(KERNELS).with_suffix("").parts[0]
@@ -94,7 +115,7 @@ def test_names_are_unique(compiled) -> None:
 def test_heavier_matrix_instructions_where_tiles_allow(compiled) -> None:
     """The online-softmax kernels reach the warp-group instruction of Hopper."""
     found = {r["name"]: r["matrix"] for r in compiled if r["arch"] == 90 and not r["lowered"]}
-    assert found["axis_attention.long_fwd/attention ucf-16 axis=2"] == "wgmma.mma_async"
+    assert found["axis_attention.long_fwd/ucf101 bf16 guided"] == "wgmma.mma_async"
 
 
 # The maxima of softmax, plain: PTX drops a NaN there, but exp(NaN - m) is NaN, and with it the sum
@@ -154,12 +175,151 @@ def test_the_gate_sees_spills() -> None:
     code = f"""
 import sys
 sys.path.append({str(AOT.parent)!r})
-from aot import H100, captured, measure, networks
+from aot import H100, captured, measure
+from calls import networks
 calls = [c for c in networks() if c.name.startswith("attention l3 axis=1") and "back" in c.name]
 launch = [m for m in captured(calls, H100) if "bwd" in m.kernel][0]
 print(measure(launch, maxnreg=32).faults())
 """
     assert "bytes of spills" in without_interpreter("-c", code)
+
+
+# Two products a turn into one accumulator, which is read between them.
+SERIAL = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry k(.param .u64 out, .param .u64 in, .param .u32 n)
+.reqntid 128
+{
+ .reg .pred %p; .reg .b32 %i<3>, %a<5>; .reg .f32 %f<5>; .reg .b64 %q<4>;
+ ld.param.u64 %q1, [out]; ld.param.u64 %q2, [in]; ld.param.u32 %i1, [n];
+ mov.u64 %q3, 0; mov.u32 %i2, 0;
+ mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+LOOP:
+ ld.global.v4.b32 {%a1, %a2, %a3, %a4}, [%q2];
+ wgmma.fence.sync.aligned;
+ PRODUCT add.f32 %f1, %f1, %f1; PRODUCT
+ wgmma.commit_group.sync.aligned;
+ wgmma.wait_group.sync.aligned 0;
+ add.u64 %q2, %q2, 16; add.u32 %i2, %i2, 1; setp.lt.u32 %p, %i2, %i1; @%p bra LOOP;
+ st.global.v4.f32 [%q1], {%f1, %f2, %f3, %f4};
+ ret;
+}
+""".replace(
+    "PRODUCT",
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+    "{%f1, %f2, %f3, %f4}, {%a1, %a2, %a3, %a4}, %q3, 1, 1, 1, 0;",
+)
+
+
+def test_a_serialised_kernel_is_seen(tmp_path) -> None:
+    from triton import knobs
+
+    path = tmp_path / "serial.ptx"
+    path.write_text(SERIAL)
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", os.devnull]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = Assembly.read(log)
+    assert "C7514" in found.advisories and found.spills == 0
+    assert any("C7514" in f for f in result(advisories=found.advisories).faults())
+
+
+def test_of_what_only_options_launch_advice_is_no_fault() -> None:
+    assert not result(advisories=("C7515",), calls=["conv l1"]).faults()
+
+
+def test_a_log_that_says_less_is_refused() -> None:
+    with pytest.raises(ValueError, match="not the log"):
+        Assembly.read("ptxas info    : Used 32 registers")
+
+
+def test_arrays_of_the_sine_are_told_from_others() -> None:
+    local = ".local .align 4 .b8 \t__local_depot0[28];"
+    assert trigonometric(local) == 0
+    assert trigonometric(f".global .align 4 .b8 __cudart_i2opi_f[24];\n{local}") == 32
+
+
+def sass(*lines: str) -> str:
+    """As nvdisasm prints it; a line that ends in a colon is a label."""
+    return "\n".join(
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
+        for i, line in enumerate(lines)
+    )
+
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0"
+LOAD, WAIT = "LDS.128 R4, [R3]", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+SECOND, SECOND_LOAD = PRODUCT.replace("R4", "R12"), LOAD.replace("R4", "R12")
+LOOSE = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+AGAIN = "@P0 BRA `(.L_x_1)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (PRODUCT, LOAD, WAIT),
+        (PRODUCT, "IMAD.MOV.U32 R7, RZ, RZ, R2", WAIT),  # the last of the four
+        (PRODUCT, "LDSM.16.M88.4 R0, [R2]", "LDG.E.64 R6, [R8.64]", WAIT),
+        (PRODUCT, "SHFL.BFLY PT, R5, R9, 0x1, 0x1f", WAIT),
+        (PRODUCT, LOOSE, LOAD, WAIT),
+        (".L_x_1:", LOAD, PRODUCT, LOOSE, AGAIN, WAIT),  # by the next turn of the loop
+        (PRODUCT, "@P1 BRA `(.L_x_2)", WAIT, LOAD, "EXIT", ".L_x_2:", LOAD, WAIT),
+        (PRODUCT, "BRA.U !UP0, `(.L_x_2)", LOAD, ".L_x_2:", WAIT),
+        (PRODUCT.replace(", gsb0", ""), WAIT, LOAD, PRODUCT, WAIT),  # its group is still open
+        (PRODUCT, "HGMMA.64x8x16.F32.BF16 R4, gdesc[UR8], !UPT, gsb0", WAIT),
+    ],
+)
+def test_an_operand_overwritten_before_its_wait_is_seen(lines) -> None:
+    found = exposed(sass(*lines))
+    assert len(found) == 1 and "is overwritten by" in found[0]
+    assert any("is overwritten by" in f for f in result(exposed=found).faults())
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (PRODUCT, WAIT, LOAD),
+        (".L_x_1:", LOAD, PRODUCT, WAIT, AGAIN),
+        # Two buffers in turn.
+        (".L_x_1:", LOAD, PRODUCT, LOOSE, SECOND_LOAD, SECOND, LOOSE, AGAIN, WAIT),
+        # One group may stay pending: the second product's.
+        (PRODUCT, SECOND, LOOSE, LOAD, WAIT),
+        (PRODUCT, "STS.128 [R3], R4", "ISETP.NE.AND P0, PT, R4, R5, PT", WAIT),
+        ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", LOAD, WAIT),  # no register operand
+        (PRODUCT, "BRA `(.L_x_2)", LOAD, ".L_x_2:", WAIT),  # never reached
+    ],
+)
+def test_operands_kept_until_the_wait_are_no_fault(lines) -> None:
+    text = sass(*lines)
+    assert any(i.name.startswith("HGMMA") for i in parsed(text)[0])
+    assert exposed(text) == []
+
+
+def test_a_network_launches_its_kernels() -> None:
+    """A tiny one, forward and backward, in this order of names; nothing runs."""
+    code = f"""
+import sys
+sys.path.append({str(AOT.parent)!r})
+import network_launches as n
+from aot import H100, captured
+from fastvdm import UNet3D
+n.NETS["tiny"] = n.Net(lambda: UNet3D(32, dim_mults=(1, 2)), 8, 16)
+for m in captured(n.network_calls("tiny", dtypes=("autocast",)), H100):
+    print(m.kernel, m.calls[-1], *sorted(set(map(str, m.signature.values()))), sep="|")
+"""
+    lines = [line.split("|") for line in without_interpreter("-c", code).splitlines()]
+    kernels = {line[0] for line in lines}
+    assert {
+        "norm_act.group_fwd", "norm_act.group_bwd_dx", "norm_act.row_fwd", "temporal_block.fwd",
+        "temporal_block.bwd", "linear_attention.fwd", "linear_attention.bwd",
+        "guidance.guidance_seed", "guidance.guidance_update",
+    } <= kernels  # fmt: skip
+    assert {line[1] for line in lines} <= {
+        f"tiny autocast {w}" for w in ("sample", "guided", "train")
+    }
+    types = {line[0]: line[2:] for line in lines}
+    assert {"*bf16", "*fp32"} <= set(types["temporal_block.fwd"])  # the stream is wide
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted")
@@ -171,7 +331,7 @@ def test_the_interpreter_is_refused() -> None:
 def result(**change) -> AotResult:
     good = dict(
         name="k/x", arch=90, registers=128, spills=0, shared=1024, blocks=4, warps=16,
-        matrix="mma.sync", tma=True, uses_dot=True, uses_tma=True,
+        matrix="mma.sync", tma=True, uses_dot=True, uses_tma=True, calls=["UNet3D(64) bf16 train"],
     )  # fmt: skip
     return AotResult(**{**good, **change})
 
@@ -180,6 +340,9 @@ def result(**change) -> AotResult:
     ("change", "fault"),
     [
         ({"spills": 8}, "spills"),
+        ({"stack": 8}, "local memory"),
+        ({"advisories": ("C7515",)}, "C7515"),
+        ({"registers": 256}, "256 registers"),
         ({"shared": 228 * 1024}, "shared memory"),
         ({"matrix": ""}, "matrix"),
         ({"tma": False}, "bulk"),
