@@ -1,0 +1,478 @@
+"""``make gpu-check``: does what was only ever interpreted and emulated do the same on a device?
+
+In this order, as far as the time goes: what the machine is; whole networks; the default kernels at
+the networks' shapes, forward and backward, in bf16, fp16 and fp32; sampling by CUDA graphs, compiled
+networks; the table of launches, twice, bit by bit; more sequences than a grid's axis takes; the
+suite of the ops (tests/ops); bf16 attention by another ptxas; compute-sanitizer. Everything is held
+to fp64 of the reference by the three-way tolerance (fastvdm.testing), fp32 never beside TF32.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_worker import PACK, ROOT, Context, Item, Skip, note
+from torch import Tensor, nn
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DEVICE = "cuda"
+SHORT = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
+# Checks of the suite that a device may fail where an interpreter does not.
+OF_THE_DEVICE = (
+    "parity", "bit_equal", "exact", "not_a_number", "mixed", "poison", "strides", "expanded_dy",
+    "each_alone", "frozen", "autocast", "empty", "no_grad", "inference_mode", "fullgraph",
+)  # fmt: skip
+
+
+def prepare(context: Context) -> None:
+    """Of the process: the device, and no TF32 for the rest of its life."""
+    if context.dry:
+        import gpu_dry
+
+        gpu_dry.start(context.out)
+    from harness import exact_fp32
+
+    exact_fp32().__enter__()
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS may give other bits each time
+
+
+# -- the machine ----------------------------------------------------------------------------------
+
+
+def facts(without: tuple[str, ...]) -> dict[str, Any]:
+    """Versions, clocks, and what the card copies and multiplies."""
+    from conftest import machine_info
+
+    from fastvdm import info
+
+    found = machine_info(DEVICE)
+    said = [f"{found.get('gpu')}", f"copies {found['limit_gbs']} GB/s"]
+    said += [f"{found[f'limit_tflops_{d}']} TFLOP/s in {d}" for d in ("bfloat16", "float32")]
+    said += [f"torch {found['torch']}", f"triton {found['triton']}", f"ptxas {ptxas()}"]
+    return {"facts": found, "info": info.collect(), "say": ", ".join(said)}
+
+
+def ptxas() -> str | None:
+    """The version that Triton compiles with."""
+    from triton import knobs
+
+    tool = knobs.nvidia.ptxas
+    return tool.version if tool is not None else None
+
+
+# -- networks -------------------------------------------------------------------------------------
+
+
+def network(name: str) -> nn.Module:
+    """In fp32, nothing in it zero: that would hide whatever comes before."""
+    from unet_bench import CASES
+
+    from fastvdm import UNet3D
+
+    torch.manual_seed(0)
+    net = CASES["readme"]
+    with torch.device(DEVICE):
+        if name == "ucf101":
+            model = UNet3D.from_preset(name, **({} if net.dim > 32 else TINY_PRESET))
+        else:
+            norm = {"norm": "rms"} if name.endswith("rms") else {}
+            model = UNet3D(net.dim, dim_mults=net.dim_mults, cond_drop_prob=0.0, **norm)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return model.to(DEVICE)
+
+
+TINY_PRESET = dict(
+    dim=8, dim_mults=(1, 2), image_size=8, attn_resolutions=(4,), attn_dim_head=8, num_blocks=1,
+    resnet_groups=4, emb_dim=16,
+)  # fmt: skip
+
+
+def inputs(name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, time, target."""
+    from unet_bench import CASES
+
+    net = CASES["readme"]
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    shape = (batch, 3, net.frames, net.size, net.size)
+    x, target = torch.randn(2, *shape, generator=generator, device=DEVICE).unbind()
+    time = torch.linspace(0.2, 1.5, batch, device=DEVICE) * (1 if name == "ucf101" else 300)
+    return x, time, target
+
+
+def results(model: nn.Module, x: Tensor, time: Tensor, target: Tensor, train: bool) -> list[Tensor]:
+    """The output; or the loss, the gradient of x and those of the weights."""
+    if not train:
+        with torch.no_grad():
+            return [model.eval()(x, time)]
+    leaf = x.detach().requires_grad_()
+    loss = nn.functional.mse_loss(model.train()(leaf, time).to(target.dtype), target)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [leaf, *weights], allow_unused=True)
+    return [loss.detach(), *(t for t in found if t is not None)]
+
+
+def hold(
+    parts: Iterable[tuple[str, list[Tensor], float]], plain: list[Tensor], exact: list[Tensor]
+) -> dict[str, Any]:
+    """``assert_close3`` over the tensors of each part together: a weight whose gradient cancels has
+    no size of its own. Tensors are taken one by one, as those of a large network fill the memory.
+
+    Raises:
+        AssertionError: a part errs more than its factor times plain torch.
+    """
+    from fastvdm.testing import _FLOOR
+
+    found, at, wrong = {}, 0, []
+    for name, tensors, factor in parts:
+        dtype, errors, plains, sizes = tensors[0].dtype, [], [], []
+        for t in tensors:
+            p, e = plain[at], exact[at].double()
+            at += 1
+            errors.append((t.double() - e).abs().max().item())
+            plains.append((p.double() - e).abs().max().item())
+            sizes.append(e.abs().max().item())
+        size = max(sizes)
+        limit = max(factor * max(plains), _FLOOR[dtype] * factor / 2 * size)
+        worst = max(errors, key=lambda v: v if v == v else float("inf"))
+        found[name] = {"error": worst / size, "plain": max(plains) / size, "limit": limit / size}
+        if not worst <= limit:
+            wrong.append(f"{name}: error {worst / size:.2e}, plain torch's {max(plains) / size:.2e}")
+    if wrong:
+        raise AssertionError("; ".join(wrong))
+    return found
+
+
+def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) -> dict[str, Any]:
+    """A network against the reference in its dtype and in fp64; twice, with the same bits."""
+    from fastvdm import use_backend
+
+    model = network(name).to(dtype)
+    given = inputs(name, 1 if name == "ucf101" else 2)
+    x, time, target = given[0].to(dtype), given[1], given[2].to(dtype)
+
+    def run(backend: str) -> list[Tensor]:
+        note(backend)
+        with use_backend(backend):
+            return results(model, x, time, target, train)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of torch's own; it fills empty()
+    try:
+        ours, again = run("auto"), run("auto")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = all(map(torch.equal, ours, again))
+    del again
+    plain = run("reference")
+    model.double()
+    x, target = x.double(), target.double()
+    exact = run("reference")
+    if train:
+        parts = [("loss", ours[:1], 2.0), ("dx", ours[1:2], 3.0), ("dw", ours[2:], 3.0)]
+    else:
+        parts = [("out", ours, 2.0)]
+    found = hold(parts, plain, exact)
+    if not same:
+        raise AssertionError("two runs differ")
+    said = ", ".join(f"{k} {v['error']:.1e} (plain {v['plain']:.1e})" for k, v in found.items())
+    return {"errors": found, "say": said}
+
+
+def like_the_peer(without: tuple[str, ...]) -> dict[str, Any]:
+    """The peer's own network, with the same weights, in fp32."""
+    from peer import PeerMissing, import_peer
+    from unet_bench import CASES
+
+    from fastvdm import UNet3D
+    from fastvdm.testing import max_error
+
+    try:
+        peer = import_peer("0.7.0")
+    except PeerMissing as error:
+        raise Skip(str(error)) from error
+    net = CASES["readme"]
+    torch.manual_seed(0)
+    theirs = peer.Unet3D(dim=net.dim, dim_mults=net.dim_mults).to(DEVICE).eval()
+    ours = UNet3D.from_unet3d(theirs, exact=True).to(DEVICE).eval()
+    x, time, _ = inputs("unet", 2)
+    with torch.no_grad():
+        error = max_error(ours(x, time), theirs(x, time))
+    if not error <= 1e-4:
+        raise AssertionError(f"max error {error:.2e}")
+    return {"error": error, "say": f"max error {error:.1e}"}
+
+
+def compiled_network(without: tuple[str, ...]) -> dict[str, Any]:
+    """One graph, with what the eager network gives."""
+    from fastvdm.testing import max_error
+
+    model = network("unet").to(low()).eval()
+    x, time, _ = inputs("unet", 2)
+    with torch.no_grad():
+        eager = model(x.to(low()), time)
+        note("compile")
+        error = max_error(torch.compile(model, fullgraph=True, dynamic=False)(x.to(low()), time), eager)
+    if not error <= 5e-2:
+        raise AssertionError(f"max error {error:.2e}")
+    return {"error": error, "say": f"max error {error:.1e}"}
+
+
+def graphed_sample(guided: bool, without: tuple[str, ...]) -> dict[str, Any]:
+    """``sample`` by CUDA graphs: the bits of the same run without."""
+    from fastvdm.diffusion import Condition, sample
+
+    model = network("unet").to(low() if not guided else FP32).eval()
+    x, _, _ = inputs("unet", 1)
+    condition = Condition(x[:, :, :1].clamp(-1, 1), guidance_weight=2.0) if guided else None
+    options = dict(num_steps=6, seed=3, condition=condition, device=DEVICE)
+    found = []
+    for graph in (False, True):
+        note(f"cuda_graph={graph}")
+        found.append(sample(model, tuple(x.shape), cuda_graph=graph, **options))
+    if not found[0].isfinite().all():
+        raise AssertionError("not finite")
+    if not torch.equal(*found):
+        raise AssertionError(f"other bits: {(found[0] - found[1]).abs().max().item():.2e}")
+    return {}
+
+
+def low() -> torch.dtype:
+    """bf16; fp16 where kernels are interpreted, which truncates bf16."""
+    from fastvdm.runtime.device import INTERPRETED
+
+    return FP16 if INTERPRETED else BF16
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    return (BF16, FP32, FP16) if low() == BF16 else (FP16, FP32)
+
+
+# -- ops ------------------------------------------------------------------------------------------
+
+
+def at_the_networks(two: int = 2) -> list[tuple[str, str, dict[str, Any]]]:
+    """(row of tests/ops/op_cases.py, label, edge): the default kernels at the shapes of
+    bench/calls.py, for ``two`` videos, or one where attention over space needs the memory in
+    fp64."""
+    from calls import PAPER, PEER, shape
+
+    def video(case: str, batch: int = two, **more: Any) -> dict[str, Any]:
+        s = shape(case)
+        return dict(B=batch, F=s.frames, H=s.height, W=s.width, C=s.channels) | more
+
+    def heads(case: str, batch: int = two, **more: Any) -> dict[str, Any]:
+        s = shape(case)
+        return video(case, batch, A=s.heads, D=s.head_dim, **more)
+
+    found = []
+    film = ("weight", "bias", "scale", "shift", "residual")
+    for c in ("l0", "l1", "l2"):
+        found.append(("temporal_block/bias", c, heads(c, given=("bias", "rotary"))))
+    for c in PEER:
+        found.append(("linear_attention/linear_attention", c, heads(c)))
+    for c in (*PEER, *PAPER):
+        found.append(("norm_act/group", c, video(c, groups=shape(c).groups, given=film)))
+    for c in PEER:
+        found.append(("norm_act/rms", c, video(c, given=("weight", "scale", "shift"))))
+    found.append(("norm_act/layer", "l0", video("l0", given=("weight",))))
+    found.append(("axis_attention/time", "l3", heads("l3", given=("bias", "rotary"))))
+    for c in ("ucf-16", "t2v128-32"):
+        table = heads(c, R=2 * shape(c).frames - 1, given=("rel_k", "rel_v"))
+        found.append(("axis_attention/all", c, table))
+    for c in ("l3", *PAPER):
+        found.append(("axis_attention/long_space", c, heads(c, 1, given=())))
+    s = shape("l3")
+    found.append(("linear_residual/linear_residual", "l3", video("l3", K=s.inner, N=s.channels)))
+    size = {k: v for k, v in video("l0").items() if k in "BFHW"}
+    found.append(("guidance/seed", "l0", size | dict(given=("known", "slot"))))
+    found.append(("guidance/update", "l0", size | dict(given=("grad", "known", "slot", "rng"))))
+    return found
+
+
+# More than the 65 535 that a grid's second axis takes.
+MANY = [
+    ("axis_attention/time", dict(B=1, F=3, A=1, D=16, given=("bias",))),
+    ("temporal_block/bias", dict(B=1, F=3, C=20, A=1, D=16, given=("bias",))),
+]
+
+
+def many_sequences(dry: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    sizes = {"65536": (256, 256), "70001": (1, 70001)} if not dry else {"small": (3, 5)}
+    found = []
+    for label, (h, w) in sizes.items():
+        found += [(row, label, edge | dict(H=h, W=w)) for row, edge in MANY]
+        frames = dict(B=1, F=h * w, A=1, D=16)
+        found.append(("axis_attention/long_space", label, frames | dict(H=1, W=3, given=())))
+        found.append(("linear_attention/linear_attention", label, frames | dict(H=1, W=2)))
+    return found
+
+
+def parity(row: str, edge: dict[str, Any], dtype: torch.dtype, without: tuple[str, ...]) -> None:
+    from op_cases import ROWS, check_parity, make
+
+    from fastvdm.runtime.config import use_backend
+
+    with use_backend("triton", strict=True):
+        check_parity(make(ROWS[row], dtype, DEVICE, edge))
+
+
+def launched(call: Any, without: tuple[str, ...]) -> None:
+    """A call of bench/calls.py, twice: the same bits, and nothing that is no number."""
+    run = call.build(DEVICE)
+    first, second = ([t for t in _flat(run())] for _ in range(2))
+    for i, (a, b) in enumerate(zip(first, second)):
+        if a.is_floating_point() and not a.isfinite().all():
+            raise AssertionError(f"result {i} is not finite")
+        if not torch.equal(a, b):
+            raise AssertionError(f"result {i}: two runs differ")
+
+
+def _flat(out: Any) -> list[Tensor]:
+    found = [out] if isinstance(out, Tensor) else list(out)
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def cells() -> list[tuple[str, Callable[[], None]]]:
+    """(label, check) of the suite's cells of Triton kernels, those that say most first."""
+    from suite_test import cells
+
+    from fastvdm.runtime.config import use_backend
+
+    def run(cell: Any, check: Callable[..., None], how: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        with use_backend("triton", strict=True):
+            check(cell, **how)
+
+    found = []
+    for parameter in cells():
+        cell, check, how = parameter.values
+        rank = OF_THE_DEVICE.index(check.__name__) if check.__name__ in OF_THE_DEVICE else None
+        if cell.lane.backend != "triton" or "triton" not in cell.row.kernels or rank is None:
+            continue
+        if how.get("dtype") == BF16 and low() != BF16:
+            continue
+        later = (bool(how.get("edge")), how.get("dtype") != low()) if how else (rank > 4, rank)
+        found.append((later, str(parameter.id), partial(run, cell, check, how)))
+    return [(label, run) for _, label, run in sorted(found, key=lambda f: f[0])]
+
+
+# -- another compiler, the sanitizer --------------------------------------------------------------
+
+ATTENTION = (
+    ("axis_attention/time", {"F": 16, "D": 32, "given": ("bias",)}),
+    ("axis_attention/all", {"F": 16, "R": 31, "D": 64, "given": ("rel_k", "rel_v")}),
+    ("axis_attention/long_space", {"H": 8, "W": 9, "D": 64, "given": ()}),
+    ("temporal_block/bias", {"F": 16, "C": 64, "D": 32, "given": ("bias",)}),
+    ("linear_attention/linear_attention", {"H": 9, "W": 16, "D": 32}),
+)
+
+
+def bits(row: str, edge: dict[str, Any], path: Any, other: bool, without: tuple[str, ...]) -> Any:
+    """Output and gradients of attention in bf16, left in ``path``; with ``other``, compared."""
+    from op_cases import ROWS, make
+
+    from fastvdm.runtime.config import use_backend
+    from fastvdm.testing import grads, max_error
+
+    if other and not path.exists():
+        raise Skip("the first ptxas left no result")
+    case = make(ROWS[row], low(), DEVICE, edge)
+    with use_backend("triton", strict=True):
+        out = case(*case.tensors.values())[0]
+        seed = torch.ones_like(out.float()).cumsum(-1).cos()
+        (out,), found = grads(case.first, list(case.tensors.values()), seed)
+    mine = [t.cpu() for t in (out, *found) if t is not None]
+    if not other:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(mine, path)
+        return {"ptxas": ptxas()}
+    theirs = torch.load(path)
+    wrong = [i for i, (a, b) in enumerate(zip(mine, theirs)) if not torch.equal(a, b)]
+    if wrong:
+        errors = ", ".join(f"{i}: {max_error(mine[i], theirs[i]):.1e}" for i in wrong)
+        raise AssertionError(f"other bits than with the first ptxas, by result: {errors}")
+    return {"ptxas": ptxas()}
+
+
+def sanitized(context: Context, tool: str, name: str, without: tuple[str, ...]) -> dict[str, Any]:
+    """An item under compute-sanitizer, in a process of its own."""
+    program = shutil.which("compute-sanitizer") or str(PACK / "compute-sanitizer/compute-sanitizer")
+    if not os.path.exists(program):
+        raise Skip("no compute-sanitizer here")
+    script = str(ROOT / "bench" / "gpu_worker.py")
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, script]
+    command += ["gpu_check", str(context.out), *(["--dry-run"] if context.dry else [])]
+    asked = f'{{"item": "{name}", "without": []}}\n'
+    # torch's own allocator hides what lies beside a tensor.
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, input=asked, capture_output=True, text=True)
+    said = [s for s in (done.stdout + done.stderr).splitlines() if s.startswith("=========")]
+    if done.returncode or '"verdict": "ok"' not in done.stdout:
+        raise AssertionError(f"exit status {done.returncode}: {' '.join(said)[:600]}")
+    return {"said": said[-1:]}
+
+
+# -- the list -------------------------------------------------------------------------------------
+
+
+def items(context: Context) -> list[Item]:
+    from calls import by_name, networks
+
+    found = [Item("facts/machine", facts, 60.0, alone=True)]
+
+    def nets(names: tuple[str, ...], wanted: tuple[torch.dtype, ...], **how: Any) -> list[Item]:
+        return [
+            Item(
+                f"network/{name}-{'train' if train else 'forward'}-{SHORT[dtype]}",
+                partial(whole, name, dtype, train), 90.0, **how,
+            )
+            for train in (False, True) for dtype in wanted for name in names
+        ]  # fmt: skip
+
+    found += nets(("unet", "unet-rms"), dtypes()[:2])
+    found.append(Item("network/like-the-peer", like_the_peer))
+    real = at_the_networks()
+    for dtype in dtypes():
+        found += [
+            Item(f"op/{row}-{label}-{SHORT[dtype]}", partial(parity, row, edge, dtype), 60.0)
+            for row, label, edge in real
+        ]
+    found += nets(("ucf101",), dtypes()[:2], alone=True)
+    found += [
+        Item("sample/graph", partial(graphed_sample, False)),
+        Item("sample/graph-guided", partial(graphed_sample, True)),
+    ]
+    found += [
+        Item(f"launch/{call.name}", partial(launched, call)) for call in (*networks(), *by_name())
+    ]
+    found += [
+        Item(f"many/{row}-{label}-{SHORT[low()]}", partial(parity, row, edge, low()))
+        for row, label, edge in many_sequences(context.dry)
+    ]
+    found.append(Item("compile/unet-fullgraph", compiled_network, 100.0))
+    found += [Item(f"suite/{label}", lambda _, run=run: run()) for label, run in cells()]
+    other = shutil.which("ptxas-next") or str(PACK / "ptxas")
+    for environment in ((), (("TRITON_PTXAS_PATH", other),)):
+        if environment and not os.path.exists(other):
+            break
+        for row, edge in ATTENTION:
+            name = row.replace("/", "-")
+            check = partial(bits, row, edge, context.out / "bits" / name, bool(environment))
+            kind = "ptxas" if environment else "bits"
+            found.append(Item(f"{kind}/{name}", check, 60.0, environment=environment))
+    smallest = [
+        f"bits/{row.replace('/', '-')}" for row, _ in ATTENTION[:2]
+    ]
+    for tool in ("memcheck", "racecheck"):
+        for name in smallest:
+            check = partial(sanitized, context, tool, name)
+            found.append(Item(f"sanitizer/{tool}-{name.split('/')[1]}", check, 100.0))
+    return found

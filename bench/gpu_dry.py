@@ -1,0 +1,197 @@
+"""A made-up GPU: the lines of ``make gpu`` run on a CPU, so that none runs for the first time there.
+
+``start()`` turns this process into one that sees an H200. Tensors asked for on "cuda" are on the
+CPU, Triton's kernels are interpreted or, where FASTVDM_EMULATE names an architecture, compiled for
+it and emulated (tests/ptxemu); ``torch.cuda`` answers as a device would, with a clock that advances
+by a microsecond a look; a CUDA graph is a list of operators that is run again. ``torch.compile``
+gives the function back, and every shape of bench/calls.py is a tiny one. No figure means anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+EMULATED = int(os.environ.get("FASTVDM_EMULATE", "0"))
+if not EMULATED:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _here(value: Any) -> Any:
+    """"cpu" for "cuda"."""
+    if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
+        return "cpu" if isinstance(value, str) else torch.device("cpu")
+    return value
+
+
+class _OnCpu(TorchFunctionMode):
+    """Every function of torch, with the CPU where it is given the GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        given = {k: _here(v) for k, v in (kwargs or {}).items()}
+        return func(*(_here(a) for a in args), **given)
+
+
+class Event:
+    """Of a clock that is made up."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, *_: Any) -> None:
+        Event.now += 1e-3
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None: ...
+
+
+class _Recorded(TorchDispatchMode):
+    def __init__(self, calls: list) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class CUDAGraph:
+    """The operators of a step; a replay runs them on the same tensors."""
+
+    def __init__(self) -> None:
+        self.calls: list = []
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                if func.is_view:
+                    continue
+                new = func(*args, **kwargs)
+                if func._schema.is_mutable:
+                    continue
+                for old, made in zip(*(_tensors(t) for t in (out, new))):
+                    old.detach().copy_(made)
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    found = [out] if isinstance(out, torch.Tensor) else list(out) if out is not None else []
+    return [t for t in found if isinstance(t, torch.Tensor) and t.numel()]
+
+
+@contextlib.contextmanager
+def _graph(graph: CUDAGraph, stream: Stream | None = None, **_: Any) -> Iterator[None]:
+    with _Recorded(graph.calls):
+        yield
+
+
+_PROPERTIES = types.SimpleNamespace(
+    major=9, minor=0, name="made up", multi_processor_count=132, total_memory=2**37
+)
+
+_ANSWERS: dict[str, Any] = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "init": lambda: None,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "device": lambda *_: contextlib.nullcontext(),
+    "device_of": lambda *_: contextlib.nullcontext(),
+    "get_device_name": lambda *_: _PROPERTIES.name,
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_properties": lambda *_: _PROPERTIES,
+    "synchronize": lambda *_: None,
+    "empty_cache": lambda: None,
+    "manual_seed_all": lambda *_: None,
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 2**20,
+    "reset_peak_memory_stats": lambda *_: None,
+    "_sleep": lambda *_: None,
+    "stream": lambda *_: contextlib.nullcontext(),
+    "current_stream": lambda *_: Stream(),
+    "graph": _graph,
+    "Event": Event,
+    "Stream": Stream,
+    "CUDAGraph": CUDAGraph,
+}
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return super().__new__(cls, _here(device))
+
+
+_PROGRAMS = {
+    "ptxas-next": "echo 'Cuda compilation tools, release 13.5, V13.5.0'",
+    "compute-sanitizer": 'while [ "${1#--}" != "$1" ]; do shift 2; done; exec "$@"',
+}
+
+
+def start(out: Path) -> None:
+    """For the rest of the process. In ``out`` the programs that a GPU machine may have."""
+    programs = out / "programs"
+    programs.mkdir(parents=True, exist_ok=True)
+    for name, line in _PROGRAMS.items():
+        part = programs / f".{name}.{os.getpid()}"
+        part.write_text(f"#!/bin/sh\n{line}\n")
+        part.chmod(0o755)
+        part.replace(programs / name)
+    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before its interpreter could be chosen")
+    for name, answer in _ANSWERS.items():
+        setattr(torch.cuda, name, answer)
+    torch.compile = lambda fn, **_: fn  # type: ignore[assignment]
+    torch.Generator = _Generator  # type: ignore[misc]
+    autocast = torch.autocast
+    torch.autocast = lambda kind, *a, **k: autocast(_here(kind), *a, **k)  # type: ignore[misc,assignment]
+    _OnCpu().__enter__()
+    _our_own()
+
+
+def _our_own() -> None:
+    """The parts of fastvdm and of the benchmarks that ask what a tensor is on, or how large."""
+    import calls
+    import harness
+    import unet_bench
+
+    from fastvdm.diffusion import graphs, setup
+    from fastvdm.ops import _call
+    from fastvdm.runtime import dispatch
+
+    check = graphs.check_capturable
+    setup.check_capturable = lambda device, *rest: check(torch.device("cuda"), *rest)
+    _call._AUTO["cpu"] = "triton"
+    if EMULATED:
+        from ptxemu import emulate
+
+        emulate(EMULATED, check=False).__enter__()
+    else:
+        dispatch._DEVICES["triton"] = ("cuda", "cpu")
+    for name, s in calls.SHAPES.items():
+        calls.SHAPES[name] = replace(
+            s, frames=3, height=2, width=4, channels=16, heads=2, head_dim=16, groups=4
+        )
+    for name, net in unet_bench.CASES.items():
+        unet_bench.CASES[name] = replace(net, dim=8, dim_mults=(1, 2), frames=2, size=8)
+    harness.SIZES["cuda"] = (64, 1, 16, 2**10)
+    harness.FLUSH = 2**10
