@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 EMULATED = int(os.environ.get("FASTVDM_EMULATE", "0"))
 if not EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.bfloat16 = torch.float32  # the interpreter truncates bf16, and takes minutes for it
 
 
 def _here(value: Any) -> Any:
-    """"cpu" for "cuda"."""
+    """ "cpu" for "cuda"."""
     if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
         return "cpu" if isinstance(value, str) else torch.device("cpu")
     return value
@@ -172,6 +173,7 @@ def _our_own() -> None:
     """The parts of fastvdm and of the benchmarks that ask what a tensor is on, or how large."""
     import calls
     import harness
+    import interpreter
     import unet_bench
 
     from fastvdm.diffusion import graphs, setup
@@ -187,11 +189,13 @@ def _our_own() -> None:
         emulate(EMULATED, check=False).__enter__()
     else:
         dispatch._DEVICES["triton"] = ("cuda", "cpu")
+        interpreter.hasten()
     for name, s in calls.SHAPES.items():
         calls.SHAPES[name] = replace(
             s, frames=3, height=2, width=4, channels=16, heads=2, head_dim=16, groups=4
         )
-    for name, net in unet_bench.CASES.items():
-        unet_bench.CASES[name] = replace(net, dim=8, dim_mults=(1, 2), frames=2, size=8)
+    for nets in (unet_bench.CASES, unet_bench.LARGE):
+        for name, net in nets.items():
+            nets[name] = replace(net, dim=8, dim_mults=(1, 2), frames=2, size=4, gpu_batch=1)
     harness.SIZES["cuda"] = (64, 1, 16, 2**10)
     harness.FLUSH = 2**10

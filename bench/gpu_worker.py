@@ -132,7 +132,9 @@ def load(module: str, context: Context) -> dict[str, Item]:
     named = {item.name: item for item in items}
     if len(named) < len(items):
         names = [item.name for item in items]
-        raise ValueError(f"two items of one name: {sorted({n for n in names if names.count(n) > 1})}")
+        raise ValueError(
+            f"two items of one name: {sorted({n for n in names if names.count(n) > 1})}"
+        )
     return named
 
 

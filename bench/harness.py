@@ -353,10 +353,9 @@ def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[
         "max_error": result.error,
         "rounds": len(result.times),
     }
-    baseline = next(iter(contest.providers))
-    base = results.get(baseline)
-    if base is not None and base.times:
-        info["baseline"] = baseline
+    base = next((r for n in contest.providers if (r := results.get(n)) and r.times), None)
+    if base is not None:
+        info["baseline"] = next(n for n, r in results.items() if r is base)
         info["ratio"] = statistics.median(b / t for b, t in zip(base.times, result.times))
     if result.peak_bytes is not None:
         info["peak_mib"] = result.peak_bytes / 2**20
