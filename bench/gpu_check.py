@@ -1,10 +1,10 @@
 """``make gpu-check``: does what was only ever interpreted and emulated do the same on a device?
 
 In this order, as far as the time goes: what the machine is; whole networks; the default kernels at
-the networks' shapes, forward and backward, in bf16, fp16 and fp32; sampling by CUDA graphs, compiled
-networks; the table of launches, twice, bit by bit; more sequences than a grid's axis takes; the
-suite of the ops (tests/ops); bf16 attention by another ptxas; compute-sanitizer. Everything is held
-to fp64 of the reference by the three-way tolerance (fastvdm.testing), fp32 never beside TF32.
+the networks' shapes, forward and backward, in bf16, fp32 and fp16; sampling by CUDA graphs; the
+table of launches, twice, bit by bit; more sequences than a grid's axis takes; a compiled network;
+the suite of the ops (tests/ops); bf16 attention by another ptxas; compute-sanitizer. All is held to
+fp64 of the reference by the three-way tolerance (fastvdm.testing), fp32 never beside TF32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def facts(without: tuple[str, ...]) -> dict[str, Any]:
 
     found = machine_info(DEVICE)
     said = [f"{found.get('gpu')}", f"copies {found['limit_gbs']} GB/s"]
-    said += [f"{found[f'limit_tflops_{d}']} TFLOP/s in {d}" for d in ("bfloat16", "float32")]
+    said += [f"{v} {k.removeprefix('limit_')}" for k, v in found.items() if "tflops" in k]
     said += [f"torch {found['torch']}", f"triton {found['triton']}", f"ptxas {ptxas()}"]
     return {"facts": found, "info": info.collect(), "say": ", ".join(said)}
 

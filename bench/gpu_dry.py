@@ -1,4 +1,4 @@
-"""A made-up GPU: the lines of ``make gpu`` run on a CPU, so that none runs for the first time there.
+"""A made-up GPU: each line of ``make gpu`` runs on a CPU before it runs on a device.
 
 ``start()`` turns this process into one that sees an H200. Tensors asked for on "cuda" are on the
 CPU, Triton's kernels are interpreted or, where FASTVDM_EMULATE names an architecture, compiled for
@@ -95,7 +95,7 @@ class CUDAGraph:
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
-    found = [out] if isinstance(out, torch.Tensor) else list(out) if out is not None else []
+    found = out if isinstance(out, tuple | list) else [out]
     return [t for t in found if isinstance(t, torch.Tensor) and t.numel()]
 
 

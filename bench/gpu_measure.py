@@ -1,4 +1,4 @@
-"""``make gpu-measure``: the contests of bench/*_bench.py in the order of what one wants to know first.
+"""``make gpu-measure``: the contests of bench/*_bench.py, what one wants to know first.
 
 Each item is a contest (harness.py): its providers are held to the reference, then timed in turns by
 events of the device; medians, ratios, rates and shares of the limits that were measured on the same
@@ -117,8 +117,8 @@ def facts(without: tuple[str, ...]) -> dict[str, Any]:
     from conftest import machine_info
 
     found = machine_info(DEVICE)
-    tflops = f"{found['limit_tflops_bfloat16']} TFLOP/s in bf16"
-    return {"facts": found, "say": f"{found['gpu']}: {found['limit_gbs']} GB/s, {tflops}"}
+    said = [f"{v} {k.removeprefix('limit_')}" for k, v in found.items() if k.startswith("limit_")]
+    return {"facts": found, "say": ", ".join([str(found["gpu"]), *said])}
 
 
 def contest(one: Asked, without: tuple[str, ...]) -> dict[str, Any]:

@@ -12,18 +12,51 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked (gpu_cache.py)
+
+
+# What fastvdm, its tests and the peer import, a machine with a GPU may not have, and no item calls.
+UNCALLED = ("huggingface_hub", "tqdm", "PIL", "PIL.Image")
+
+
+class _Nothing:
+    """Stands for each name of a module that is not installed; may be a base class."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        super().__init_subclass__()
+
+
+class _Empty(types.ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> type[_Nothing]:
+        if name.startswith("__"):  # who asks what kind of a module this is
+            raise AttributeError(name)
+        return _Nothing
+
+
+def stand_in(names: Sequence[str] = UNCALLED) -> list[str]:
+    """Modules without content for those that are not installed, and which these are."""
+    absent = []
+    for name in names:
+        top = name.split(".")[0]
+        if top in absent or (top not in sys.modules and importlib.util.find_spec(top) is None):
+            sys.modules[name] = _Empty(name)
+            absent.append(name)
+    return absent
 
 
 class Skip(Exception):
@@ -125,16 +158,16 @@ def main() -> int:
 
 def load(module: str, context: Context) -> dict[str, Item]:
     """The items of a stage by name, in order, in a process that is ready to run them."""
+    if absent := stand_in():
+        print(f"not installed, and not needed: {', '.join(absent)}", file=sys.stderr)
     found = importlib.import_module(module)
     if hasattr(found, "prepare"):
         found.prepare(context)
-    items = found.items(context)
-    named = {item.name: item for item in items}
-    if len(named) < len(items):
-        names = [item.name for item in items]
-        raise ValueError(
-            f"two items of one name: {sorted({n for n in names if names.count(n) > 1})}"
-        )
+    named: dict[str, Item] = {}
+    for item in found.items(context):
+        # On a made-up device bf16 is fp32, and comes twice.
+        if named.setdefault(item.name, item) is not item and not context.dry:
+            raise ValueError(f"two items of {module} are called {item.name}")
     return named
 
 
