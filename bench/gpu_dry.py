@@ -192,7 +192,7 @@ def _our_own() -> None:
         interpreter.hasten()
     for name, s in calls.SHAPES.items():
         calls.SHAPES[name] = replace(
-            s, frames=3, height=2, width=4, channels=16, heads=2, head_dim=16, groups=4
+            s, frames=2, height=4, width=8, channels=16, heads=2, head_dim=16, groups=4
         )
     for nets in (unet_bench.CASES, unet_bench.LARGE):
         for name, net in nets.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -41,6 +42,10 @@ class _Nothing:
 
 class _Empty(types.ModuleType):
     __path__: list[str] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> type[_Nothing]:
         if name.startswith("__"):  # who asks what kind of a module this is

@@ -116,7 +116,7 @@ def make(
     edge = edge or {}
     sizes = row.sizes | {n: v for n, v in edge.items() if n.isupper()}
     given = edge.get("given")
-    generator = torch.Generator(device).manual_seed(3)
+    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(3)
     tensors = {}
     for i, (name, letters) in enumerate(row.tensors.items()):
         shape = shape_of(letters, sizes)
