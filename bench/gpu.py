@@ -227,13 +227,19 @@ def table(stage: str, records: Sequence[dict[str, Any]], seconds: float, shown: 
 
 
 def run(
-    stage: str, module: str, context: Context, *, workers: int, seconds: float, only: str = ""
+    stage: str,
+    module: str,
+    context: Context,
+    *,
+    workers: int,
+    seconds: float,
+    only: Sequence[str] = ("",),
 ) -> int:
     """A stage with its files; the exit status."""
     start, records = time.monotonic(), list[dict[str, Any]]()
-    items = [i for i in load(module, context).values() if i.name.startswith(only)]
+    items = [i for i in load(module, context).values() if i.name.startswith(tuple(only))]
     if not items:
-        raise ValueError(f"no item of {stage} starts with {only!r}")
+        raise ValueError(f"no item of {stage} starts with any of {only}")
     print(f"== {stage}: {len(items)} items, at most {seconds:.0f} s", flush=True)
     for old in context.out.glob(f"{stage}-[0-9].log"):
         old.unlink()
@@ -263,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, help="of the stage, at most")
     parser.add_argument("--workers", type=int, help="processes that share the device")
-    parser.add_argument("--only", default="", help="items whose name starts so")
+    parser.add_argument("--only", nargs="*", default=("",), help="items whose name starts so")
     parser.add_argument("--dry-run", action="store_true", help="on a device that is made up")
     args = parser.parse_args(argv)
     stage, context = STAGES[args.stage], Context(args.out.resolve(), args.dry_run)

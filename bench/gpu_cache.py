@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
@@ -135,11 +134,11 @@ PARTS = ("table", "networks", "ops", "suite")
 def launches(parts: Sequence[str] = PARTS) -> list[Any]:
     """Of all stages, each kernel once, the most used first. Calls of the suite fail when they look
     at results that nobody computed; by then they have launched."""
+    import torch
     from calls import Call, by_name
     from calls import networks as table
     from launches import captured
 
-    import torch
     from fastvdm.runtime.device import H200
 
     refused: dict[str, str] = {}
@@ -192,13 +191,16 @@ def build(launch: Any) -> tuple[str, str] | None:
 
 
 def pythons() -> list[Path]:
-    """Interpreters of this machine with headers to build against, one a version."""
-    found = {sysconfig.get_config_var("py_version_short"): Path(sys.executable)}
-    home = Path(sys.base_prefix).parent
-    for path in sorted(home.glob("3.*/bin/python3")):
-        if any(path.parents[1].glob("include/python3.*/Python.h")):
-            found.setdefault(".".join(path.parents[1].name.split(".")[:2]), path)
+    """Interpreters of this machine with headers to build against, one a version from 3.10 on."""
+    found = {sys.version_info[:2]: Path(sys.executable)}
+    for path in Path(sys.base_prefix).parent.glob("3.*/bin/python3"):
+        version = tuple(map(int, path.parents[1].name.split(".")[:2]))
+        if version >= (3, 10) and any(path.parents[1].glob("include/python3.*/Python.h")):
+            found.setdefault(version, path)
     return list(found.values())
+
+
+_ASK = "import sysconfig as s; print(s.get_paths()['include'], s.get_config_var('EXT_SUFFIX'))"
 
 
 def build_launchers(sources: Sequence[str], cache: Path) -> int:
@@ -218,8 +220,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-x", "c", os.devnull]
         subprocess.run(["gcc", *flags, "-o", str(stub)], check=True)
         for python in pythons():
-            ask = "import sysconfig as s; print(s.get_paths()['include'], s.get_config_var('EXT_SUFFIX'))"
-            told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+            told = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True)
             include, suffix = told.stdout.split()
             for source, name in modules.items():
                 key = hashlib.sha256((source + platform_key()).encode()).hexdigest()
@@ -228,7 +229,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
                     continue
                 c, so = Path(scratch) / "module.c", Path(scratch) / "module.so"
                 c.write_text(source)
-                command = ["gcc", str(c), "-O3", "-shared", "-fPIC", "-Wno-psabi", "-s"]
+                command = ["gcc", str(c), "-O3", "-shared", "-fPIC", "-w", "-s"]
                 command += ["-o", str(so), "-l:libcuda.so.1", f"-L{scratch}", f"-I{include}"]
                 subprocess.run([*command, f"-I{folder / 'include'}"], check=True)
                 manager.put(so.read_bytes(), name + suffix, binary=True)
@@ -238,9 +239,8 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
 
 def make_cache(parts: Sequence[str], processes: int) -> None:
     """Fill ``out/gpu-pack/triton``, and say what it holds."""
-    from triton.runtime.cache import triton_key
-
     import triton
+    from triton.runtime.cache import triton_key
 
     start = time.monotonic()
     taken = launches(parts)

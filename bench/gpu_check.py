@@ -31,12 +31,8 @@ OF_THE_DEVICE = (
 )  # fmt: skip
 
 
-def prepare(context: Context) -> None:
-    """Of the process: the device, and no TF32 for the rest of its life."""
-    if context.dry:
-        import gpu_dry
-
-        gpu_dry.start(context.out)
+def prepare() -> None:
+    """No TF32 for the rest of the process's life."""
     from harness import exact_fp32
 
     exact_fp32().__enter__()
@@ -80,7 +76,7 @@ def network(name: str) -> nn.Module:
     net = CASES["readme"]
     with torch.device(DEVICE):
         if name == "ucf101":
-            model = UNet3D.from_preset(name, **({} if net.dim > 32 else TINY_PRESET))
+            model = UNet3D.from_preset(name)
         else:
             norm = {"norm": "rms"} if name.endswith("rms") else {}
             model = UNet3D(net.dim, dim_mults=net.dim_mults, cond_drop_prob=0.0, **norm)
@@ -88,12 +84,6 @@ def network(name: str) -> nn.Module:
         if not p.any():
             nn.init.normal_(p, std=0.02)
     return model.to(DEVICE)
-
-
-TINY_PRESET = dict(
-    dim=8, dim_mults=(1, 2), image_size=4, attn_resolutions=(2,), attn_dim_head=8, num_blocks=1,
-    resnet_groups=4, emb_dim=16,
-)  # fmt: skip
 
 
 def inputs(name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +44,11 @@ class _OnCpu(TorchFunctionMode):
             return args[0]
         given = {k: _here(v) for k, v in (kwargs or {}).items()}
         return func(*(_here(a) for a in args), **given)
+
+
+def _on_cpu(thread: threading.Thread, run: Any = threading.Thread.run) -> None:
+    with _OnCpu():  # a mode is one thread's
+        run(thread)
 
 
 class Event:
@@ -166,7 +172,23 @@ def start(out: Path) -> None:
     autocast = torch.autocast
     torch.autocast = lambda kind, *a, **k: autocast(_here(kind), *a, **k)  # type: ignore[misc,assignment]
     _OnCpu().__enter__()
+    threading.Thread.run = _on_cpu  # type: ignore[method-assign]
     _our_own()
+
+
+TINY_PRESET = dict(
+    dim=8, dim_mults=(1, 2), image_size=4, attn_resolutions=(2,), attn_dim_head=8, num_blocks=1,
+    resnet_groups=4, emb_dim=16,
+)  # fmt: skip
+
+
+def _flex_attention(q, k, v, score_mod=None):
+    """FlexAttention has no backward on a CPU."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if score_mod is not None:
+        places = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+        scores = score_mod(scores, *places)
+    return scores.softmax(-1) @ v
 
 
 def _our_own() -> None:
@@ -175,11 +197,16 @@ def _our_own() -> None:
     import harness
     import interpreter
     import unet_bench
+    from torch.nn.attention import flex_attention as flex
 
+    from fastvdm import UNet3D
     from fastvdm.diffusion import graphs, setup
     from fastvdm.ops import _call
     from fastvdm.runtime import dispatch
 
+    flex.flex_attention = _flex_attention
+    preset = UNet3D.from_preset
+    UNet3D.from_preset = lambda name: preset(name, **TINY_PRESET)  # type: ignore[method-assign]
     check = graphs.check_capturable
     setup.check_capturable = lambda device, *rest: check(torch.device("cuda"), *rest)
     _call._AUTO["cpu"] = "triton"

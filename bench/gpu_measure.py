@@ -103,11 +103,7 @@ def asked() -> list[Asked]:
     return found
 
 
-def prepare(context: Context) -> None:
-    if context.dry:
-        import gpu_dry
-
-        gpu_dry.start(context.out)
+def prepare() -> None:
     import torch
 
     torch.backends.cudnn.benchmark = True  # the baselines get the best algorithm of each shape

@@ -22,13 +22,6 @@ ORDER = (
 _answers: dict[Any, Any] = {}  # of this process, for the calls that come later
 
 
-def prepare(context: Context) -> None:
-    if context.dry:
-        import gpu_dry
-
-        gpu_dry.start(context.out)
-
-
 def tuned_calls(context: Context, calls: list[Any], without: tuple[str, ...]) -> dict[str, Any]:
     import torch
     from tune import keeper, tune

@@ -150,6 +150,10 @@ def main() -> int:
     _channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
+    if not args.dry_run and (PACK / "triton.json").exists():
+        from gpu_cache import adopt
+
+        adopt(PACK)
     items = load(args.module, Context(args.out, args.dry_run))
     _send(ready=True)
     for line in sys.stdin:
@@ -165,9 +169,13 @@ def load(module: str, context: Context) -> dict[str, Item]:
     """The items of a stage by name, in order, in a process that is ready to run them."""
     if absent := stand_in():
         print(f"not installed, and not needed: {', '.join(absent)}", file=sys.stderr)
+    if context.dry:
+        import gpu_dry
+
+        gpu_dry.start(context.out)
     found = importlib.import_module(module)
     if hasattr(found, "prepare"):
-        found.prepare(context)
+        found.prepare()
     named: dict[str, Item] = {}
     for item in found.items(context):
         # On a made-up device bf16 is fp32, and comes twice.

@@ -60,7 +60,7 @@ LARGE = {
     "readme-1": Net(64, (1, 2, 4, 8), 16, 64, gpu_batch=1),
     "dim-128": Net(128, (1, 2, 4, 8), 16, 64),
     "dim-256": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1),
-    "ucf101": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1, preset="ucf101"),
+    "ucf101": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1, preset="ucf101"),  # as the preset is
 }
 
 
@@ -78,7 +78,7 @@ class Setup:
             self.peer, self.missing = None, str(error)
             ours = UNet3D(dim=net.dim, dim_mults=net.dim_mults, norm="rms", cond_drop_prob=0.0)
             if net.preset:
-                ours = UNet3D.from_preset(net.preset, dim=net.dim, dim_mults=net.dim_mults)
+                ours = UNet3D.from_preset(net.preset)
         else:
             self.peer, self.missing = peer.Unet3D(dim=net.dim, dim_mults=net.dim_mults), None
             self.peer.to(device)
