@@ -63,8 +63,8 @@ class Worker:
         command += [str(context.out), *(["--dry-run"] if context.dry else [])]
         with log.open("a") as sink:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | dict(environment), stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=sink, start_new_session=True,
+                command, cwd=ROOT, env={"OMP_NUM_THREADS": "2"} | os.environ | dict(environment),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True,
             )  # fmt: skip
         self._rest = b""
         self._selector = selectors.DefaultSelector()

@@ -167,7 +167,8 @@ def start(out: Path) -> None:
         raise RuntimeError("triton was imported before its interpreter could be chosen")
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, answer)
-    torch.compile = lambda fn, **_: fn  # type: ignore[assignment]
+    compile = torch.compile  # with another backend than the default there is nothing to wait for
+    torch.compile = lambda fn, **k: compile(fn, **k) if "backend" in k else fn  # type: ignore
     torch.Generator = _Generator  # type: ignore[misc]
     autocast = torch.autocast
     torch.autocast = lambda kind, *a, **k: autocast(_here(kind), *a, **k)  # type: ignore[misc,assignment]
@@ -191,6 +192,9 @@ def _flex_attention(q, k, v, score_mod=None):
     return scores.softmax(-1) @ v
 
 
+_held = contextlib.ExitStack()
+
+
 def _our_own() -> None:
     """The parts of fastvdm and of the benchmarks that ask what a tensor is on, or how large."""
     import calls
@@ -201,7 +205,7 @@ def _our_own() -> None:
 
     from fastvdm import UNet3D
     from fastvdm.diffusion import graphs, setup
-    from fastvdm.ops import _call
+    from fastvdm.ops import _call, space_conv
     from fastvdm.runtime import dispatch
 
     flex.flex_attention = _flex_attention
@@ -213,9 +217,10 @@ def _our_own() -> None:
     if EMULATED:
         from ptxemu import emulate
 
-        emulate(EMULATED, check=False).__enter__()
+        _held.enter_context(emulate(EMULATED, check=False))
     else:
         dispatch._DEVICES["triton"] = ("cuda", "cpu")
+        space_conv.INTERPRETED = False  # it refuses bf16, which is fp32 here
         interpreter.hasten()
     for name, s in calls.SHAPES.items():
         calls.SHAPES[name] = replace(

@@ -152,6 +152,7 @@ def test_check(tmp_path) -> None:
     records, said = dry("check", tmp_path, *only)
     assert kinds(records) == {"facts", "op", "launch", "many", "suite", "bits", "ptxas"}
     assert records[0]["facts"]["gpu"] == "made up" and "made up" in said
+    assert records[0]["facts"]["tf32"] == [False, False]
     assert {r.get("ptxas") for r in records if r["item"].startswith("ptxas")} == {"13.5"}
 
 
