@@ -30,7 +30,7 @@ SHORT = {BF16: "bf16", FP32: "fp32", FP16: "fp16"}  # in this order; a dry run h
 # Checks of the suite that a device may fail where an interpreter does not.
 OF_THE_DEVICE = (
     "parity", "bit_equal", "exact", "not_a_number", "mixed", "poison", "strides", "expanded_dy",
-    "each_alone", "frozen", "autocast", "empty", "no_grad", "inference_mode", "fullgraph",
+    "each_alone", "frozen", "autocast", "empty", "no_grad", "inference_mode",
 )  # fmt: skip
 
 

@@ -167,8 +167,7 @@ def start(out: Path) -> None:
         raise RuntimeError("triton was imported before its interpreter could be chosen")
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, answer)
-    compile = torch.compile  # with another backend than the default there is nothing to wait for
-    torch.compile = lambda fn, **k: compile(fn, **k) if "backend" in k else fn  # type: ignore
+    torch.compile = lambda fn, **_: fn  # type: ignore[assignment]
     torch.Generator = _Generator  # type: ignore[misc]
     autocast = torch.autocast
     torch.autocast = lambda kind, *a, **k: autocast(_here(kind), *a, **k)  # type: ignore[misc,assignment]
@@ -193,6 +192,7 @@ def _flex_attention(q, k, v, score_mod=None):
 
 
 _held = contextlib.ExitStack()
+_CUDA: Any = types.SimpleNamespace(type="cuda")  # a torch.device would be a CPU
 
 
 def _our_own() -> None:
@@ -212,7 +212,7 @@ def _our_own() -> None:
     preset = UNet3D.from_preset
     UNet3D.from_preset = lambda name: preset(name, **TINY_PRESET)  # type: ignore[method-assign]
     check = graphs.check_capturable
-    setup.check_capturable = lambda device, *rest: check(torch.device("cuda"), *rest)
+    setup.check_capturable = lambda device, *rest: check(_CUDA, *rest)
     _call._AUTO["cpu"] = "triton"
     if EMULATED:
         from ptxemu import emulate
