@@ -9,6 +9,7 @@
 #              (make gpu-cache: the compiled kernels alone)
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
+# make emulate-gpu   every Triton kernel as compiled for an A100 and an H100, executed on the CPU
 # make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
 # make paper-tables   the paper's claims in the small: 85-110 minutes on two cores; ARGS=--fast: 13
@@ -44,7 +45,8 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize emulate-amx fuzz lint info paper-tables peer clean
+.PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize \
+	emulate-amx emulate-gpu fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -72,6 +74,12 @@ sanitize: $(STAMPS)/dev.stamp
 
 emulate-amx: $(STAMPS)/dev.stamp
 	$(PY) .ci/variant.py amx $(ARGS)
+
+emulate-gpu: $(STAMPS)/dev.stamp
+	rm -rf build/ptxemu
+	@failed=0; for arch in 80 90; do echo "== sm_$$arch"; FASTVDM_EMULATE=$$arch OMP_NUM_THREADS=1 \
+		$(PY) -m pytest -q -n 2 --dist worksteal tests/ptxemu tests/ops tests/network $(ARGS) \
+		|| failed=1; done; $(PY) tests/ptxemu/report.py --masks; exit $$failed
 
 isa: $(STAMPS)/dev.stamp
 	@for isa in $$($(PY) -c 'import fastvdm.testing as t; print(*t.cpu_isas())'); do echo "== $$isa"; \
@@ -102,7 +110,7 @@ gpu-pack: $(STAMPS)/dev.stamp .peer/done.stamp
 peer: .peer/done.stamp
 
 clean:
-	rm -rf .venv .system .peer build out/gpu *.egg-info fastvdm/_C*.so
+	rm -rf .venv .system .peer build out/gpu out/gpu-pack* *.egg-info fastvdm/_C*.so
 
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

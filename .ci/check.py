@@ -18,12 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
 
 
-def steps(only: str | None, everything: bool, extra: list[str]) -> list[tuple[str, list[str]]]:
-    """(name, command) in the order they run; lint first, as it fails fastest."""
+Step = tuple[str, list[str], dict[str, str]]
+
+
+def steps(only: str | None, everything: bool, extra: list[str]) -> list[Step]:
+    """(name, command, environment) in the order they run; lint first, as it fails fastest."""
     lint = [
-        ("ruff check", [*PYTHON, "ruff", "check", "."]),
-        ("ruff format", [*PYTHON, "ruff", "format", "--check", "."]),
-        ("mypy", [*PYTHON, "mypy"]),
+        ("ruff check", [*PYTHON, "ruff", "check", "."], {}),
+        ("ruff format", [*PYTHON, "ruff", "format", "--check", "."], {}),
+        ("mypy", [*PYTHON, "mypy"], {}),
     ]
     if only == "lint":
         return lint
@@ -33,8 +36,12 @@ def steps(only: str | None, everything: bool, extra: list[str]) -> list[tuple[st
     pytest = [*PYTHON, "pytest", "-q", "-n", workers, "--dist", "loadfile"]
     pytest += ["--no-loadscope-reorder", "--durations=15"]
     pytest += [] if everything else ["-m", "not slow"]
-    tests = [("pytest", [*pytest, *extra])]
-    info = [("fastvdm info", [*PYTHON, "fastvdm.info"])]
+    tests: list[Step] = [("pytest", [*pytest, *extra], {})]
+    # Each Triton kernel as compiled for an H100, its PTX executed on the CPU (tests/ptxemu).
+    emulated = [*PYTHON, "pytest", "-q", "-n", workers, "--dist", "worksteal", "-m", "not slow"]
+    emulated += ["--durations=5", "tests/ptxemu", "tests/ops/suite_test.py"]
+    tests += [] if extra else [("emulated sm_90", emulated, {"FASTVDM_EMULATE": "90"})]
+    info: list[Step] = [("fastvdm info", [*PYTHON, "fastvdm.info"], {})]
     return tests if extra else info + lint + tests
 
 
@@ -46,10 +53,10 @@ def main() -> int:
     # One thread per worker: the workers are the parallelism.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     rows = []
-    for name, command in steps(args.only, args.all, extra):
+    for name, command, more in steps(args.only, args.all, extra):
         print(f"\n== {name}", flush=True)
         start = time.monotonic()
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        status = subprocess.run(command, cwd=ROOT, env=environment | more).returncode
         rows.append((name, status, time.monotonic() - start))
     print("\n== summary")
     for name, status, seconds in rows:

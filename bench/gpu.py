@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
     if not args.dry_run:
         import torch
-        from gpu_cache import unpack
+        from gpu_pack import unpack
 
         if not torch.cuda.is_available():
             print("no CUDA device here (make bench runs on a CPU; DRY=1 tries the stages out)")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked (gpu_cache.py)
+PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked (gpu_pack.py)
 
 
 # What fastvdm, its tests and the peer import, a machine with a GPU may not have, and no item calls.
@@ -151,7 +151,7 @@ def main() -> int:
     os.dup2(2, 1)
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
     if not args.dry_run and (PACK / "triton.json").exists():
-        from gpu_cache import adopt
+        from gpu_pack import adopt
 
         adopt(PACK)
     items = load(args.module, Context(args.out, args.dry_run))

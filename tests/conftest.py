@@ -20,6 +20,8 @@ if not GPU and not ARCH:
     os.environ["TRITON_INTERPRET"] = "1"
 # cuDNN's fp32 convolutions are TF32 by default; ours are not, and what they are held to should not.
 torch.backends.cudnn.allow_tf32 = False
+# What needs compiled kernels and no GPU; the mark of what needs an emulator.
+collect_ignore_glob = [] if ARCH else ["ptxemu/*"]
 # Without a compiler there is no C++ extension, and every call on a CPU is a fallback.
 BUILT = any((Path(__file__).parents[1] / "fastvdm").glob("_C*.so"))
 os.environ.setdefault("FASTVDM_STRICT", "1" if BUILT else "0")
@@ -48,8 +50,18 @@ def _place(item: pytest.Item) -> int:
     return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _launches(item: pytest.Item) -> bool:
+    """Whether a test runs Triton kernels, by its name or what it asks for."""
+    asks = {"device", "tma", "emulated"} & set(item._fixtureinfo.argnames)
+    return "triton" in item.name or "ptxemu" in item.path.parts or bool(asks)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_place)
+    if ARCH:
+        others = [item for item in items if not _launches(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords and not GPU:
@@ -67,13 +79,14 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=ARCH > 0)
-def emulated():
+def emulated(request):
     """The emulator of the test, which ends with what it found: races, bounds, uninitialised values.
-    The order of CTAs and warps is another one in every launch."""
-    from ptxemu import emulate
+    What it ran is a line of build/ptxemu/<arch>.jsonl (``python -m ptxemu.report``)."""
+    from ptxemu import emulate, report
 
     with emulate(ARCH) as emulator:
         yield emulator
+    report.record(request.node.nodeid, emulator)
     assert not emulator.bad(), "\n".join(map(str, emulator.bad()))
 
 
@@ -107,7 +120,7 @@ def isa(request):
         yield request.param
 
 
-@pytest.fixture(params=["triton", *(f"cpu-{isa}" for isa in cpu_isas())])
+@pytest.fixture(params=["triton", *(f"cpu-{isa}" for isa in cpu_isas() if not ARCH)])
 def lane(request, device):
     """(backend, device) of each implementation; the C++ one on each instruction set."""
     backend, _, isa = request.param.partition("-")

@@ -1,4 +1,5 @@
-"""Shapes, types and options that nobody thought of: the C++ ops against the reference.
+"""Shapes, types and options that nobody thought of: the C++ ops against the reference, or, with
+FASTVDM_EMULATE=90, the Triton kernels as they compile for that architecture (tests/ptxemu).
 
 The tests run a few fixed examples of each property. ``make fuzz MINUTES=10`` draws new ones until
 the time is over, over every instruction set in turn; a failure is printed as its smallest example.
@@ -7,8 +8,10 @@ the time is over, over every instruction set in turn; a failure is printed as it
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,7 +28,9 @@ from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.space_conv import space_conv
 from fastvdm.testing import assert_close3, cpu_isas, grads, use_cpu_isa
 
-pytestmark = pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
+ARCH = int(os.environ.get("FASTVDM_EMULATE", "0"))
+BACKEND = "triton" if ARCH else "cpu"
+pytestmark = pytest.mark.skipif(not (ARCH or cpu_isas()), reason="no C++ extension")
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31 - 1)
@@ -49,7 +54,7 @@ def check(fn: Callable[..., Tensor], inputs: list[Tensor | None], strict: bool =
         wide = [None if t is None else t.double() for t in inputs]
         (exact,), exact_grads = grads(fn, wide, dout)
         (base,), base_grads = grads(fn, inputs, dout)
-    with use_backend("cpu" if strict else "auto", strict=True):
+    with use_backend(BACKEND if strict or ARCH else "auto", strict=True):
         (out,), found_grads = grads(fn, inputs, dout)
     assert_close3(out, base, exact, floor=FLOOR[out.dtype])
     most = max((e.abs().max().item() for e in exact_grads if e is not None), default=0.0)
@@ -250,7 +255,7 @@ def compare(op: Callable[..., tuple[Tensor, Tensor]], args: tuple, options: dict
     def wide(t: Any) -> Any:
         return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
-    with use_backend("cpu", strict=True):
+    with use_backend(BACKEND, strict=True):
         found = op(*args, **options)
     with use_backend("reference"):
         base = op(*args, **options)
@@ -263,23 +268,40 @@ PROPERTIES = (norms, attention, blocks, linear_attentions, convolutions, guidanc
 QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("law", PROPERTIES, ids=lambda p: p.__name__)
+# An example of new extents is a compilation.
+EXAMPLES = 3 if ARCH else 15
+LATE = [pytest.mark.slow] * (ARCH > 0)
+
+
+@pytest.mark.parametrize(
+    "law", [pytest.param(p, id=f"{p.__name__}-{BACKEND}", marks=LATE) for p in PROPERTIES]
+)
 def test_property(law):
-    settings(max_examples=15, derandomize=True, **QUIET)(law)()
+    settings(max_examples=EXAMPLES, derandomize=True, **QUIET)(law)()
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """What the emulator finds is a failure of the example."""
+    from ptxemu import emulate
+
+    with emulate(ARCH) as emulator:
+        yield
+    assert not emulator.bad(), "\n".join(map(str, emulator.bad()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    laws = [settings(max_examples=25, **QUIET)(law) for law in PROPERTIES]
+    laws = [settings(max_examples=EXAMPLES + 10, **QUIET)(law) for law in PROPERTIES]
     until = time.monotonic() + 60 * parser.parse_args().minutes
     count = 0
     while time.monotonic() < until:
-        for isa in cpu_isas():
-            with use_cpu_isa(isa):
-                for law in laws:
+        for lane in [None] if ARCH else cpu_isas():
+            for law in laws:
+                with emulated() if ARCH else use_cpu_isa(lane):
                     law()
-            count += 25 * len(laws)
+                count += EXAMPLES + 10
         print(f"{count} examples, {max(0.0, until - time.monotonic()) / 60:.1f} minutes left")
 
 

@@ -283,6 +283,7 @@ _NO_GRADIENT = {
     check: _FORWARD
     for check in (
         "expanded_dy", "each_alone", "frozen", "second_backward", "gradcheck", "transforms",
+        "large",
     )
 } | {"exact": "its coefficients are no integers"}  # fmt: skip
 
@@ -621,7 +622,10 @@ ROWS: dict[str, Row] = {
             "many": dict(B=1, F=2, H=12, W=11, D=32), "odd": dict(F=3, W=7, A=3, D=24),
             "40": dict(H=1, W=1, D=40), "full": dict(B=1, F=1, H=9, W=16, A=1, D=64),
         },
-        tiles={"l2": dict(B=1, F=2, H=16, W=17, A=8, D=32)},
+        tiles={
+            "l2": dict(B=1, F=2, H=16, W=17, A=8, D=32),
+            "shared": dict(B=1, F=1, H=16, W=17, A=1, D=32),  # several programs a frame
+        },
     ),
     "linear_attention_block/block": Row(
         "linear_attention_block", linear_block, BLOCK | dict(norm_bias="C", out_bias="C"),

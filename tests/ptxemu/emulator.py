@@ -91,7 +91,22 @@ class Emulator:
         program = decode(self.mutate(name, ptx) if self.mutate else ptx)
         if program.threads not in (0, meta.num_warps * 32):
             raise NotImplementedError(f"{name}: {program.threads} threads (warp specialisation)")
-        parameters, tensors = self._parameters(kernel, name, bound, program)
+        values, tensors = self._arguments(kernel, name, bound)
+        values += [_pack("*i8", 0)] * 2  # scratch for kernels that ask for it, and for a profiler
+        self.execute(name, program, values, tensors, grid, meta.num_warps, meta.shared)
+
+    def execute(
+        self,
+        name: str,
+        program: Program,
+        values: list[bytes],
+        tensors: list[torch.Tensor],
+        grid: tuple[int, ...],
+        num_warps: int,
+        shared: int,
+    ) -> None:
+        """``values``: the bytes of each parameter; ``tensors``: what the kernel may touch."""
+        parameters = _parameters(name, program, values)
         allocations, views = _memory(tensors, program)
         grid = (*(int(g) for g in grid), 1, 1)[:3]
         ctas = self._order(int(np.prod(grid)))
@@ -103,7 +118,7 @@ class Emulator:
                   statistics, reports, touched, ctas)  # fmt: skip
         launch = Launch(
             *(a.ctypes.data for a in arrays), len(ctas), len(program.code), program.arena_bytes,
-            len(program.registers), len(allocations), meta.num_warps, meta.shared, _MAX_REPORTS, 0,
+            len(program.registers), len(allocations), num_warps, shared, _MAX_REPORTS, 0,
             (ctypes.c_int32 * 3)(*grid), self.seed, int(self.check), program.local_bytes,
         )  # fmt: skip
         start = time.perf_counter()
@@ -113,9 +128,10 @@ class Emulator:
             text = describe(r, program, allocations)
             self.findings.append(Finding(name, int(r["kind"]), int(r["count"]), text))
         self.launches.append(
-            Launched(name, grid, len(ctas), meta.num_warps, meta.shared, program, statistics,
-                     touched, seconds)
-        )  # fmt: skip
+            Launched(
+                name, grid, len(ctas), num_warps, shared, program, statistics, touched, seconds
+            )
+        )
 
     def _order(self, total: int) -> np.ndarray:
         ctas = np.arange(total, dtype=np.int64)
@@ -125,10 +141,10 @@ class Emulator:
             np.random.default_rng(self.seed).shuffle(ctas)
         return ctas
 
-    def _parameters(
-        self, kernel: Any, name: str, bound: dict, program: Program
-    ) -> tuple[np.ndarray, list[torch.Tensor]]:
-        """The bytes of the parameters as the driver would lay them out, and the tensors."""
+    def _arguments(
+        self, kernel: Any, name: str, bound: dict
+    ) -> tuple[list[bytes], list[torch.Tensor]]:
+        """The bytes of each argument as the driver would lay them out, and the tensors."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         tensors: list[torch.Tensor] = []
@@ -156,16 +172,20 @@ class Emulator:
 
         for argument, kind in kernel.src.signature.items():
             add(kind, bound[argument])
-        values += [_pack("*i8", 0)] * 2  # scratch for kernels that ask for it, and for a profiler
-        sizes = [size for _, _, size in program.parameters]
-        if [len(v) for v in values] != sizes:
-            raise RuntimeError(f"{name}: arguments of {[*map(len, values)]} bytes for {sizes}")
-        raw = np.zeros(program.parameter_bytes + 256, np.uint8)
-        shift = -raw.ctypes.data % 128
-        out = raw[shift : shift + program.parameter_bytes]
-        for value, (_, offset, size) in zip(values, program.parameters):
-            out[offset : offset + size] = np.frombuffer(value, np.uint8)
-        return out, tensors
+        return values, tensors
+
+
+def _parameters(name: str, program: Program, values: list[bytes]) -> np.ndarray:
+    """What the driver would copy: the values at their offsets."""
+    sizes = [size for _, _, size in program.parameters]
+    if [len(v) for v in values] != sizes:
+        raise RuntimeError(f"{name}: arguments of {[*map(len, values)]} bytes for {sizes}")
+    memory = np.zeros(program.parameter_bytes + 256, np.uint8)
+    shift = -memory.ctypes.data % 128
+    found = memory[shift : shift + program.parameter_bytes]
+    for value, (_, offset, size) in zip(values, program.parameters):
+        found[offset : offset + size] = np.frombuffer(value, np.uint8)
+    return found
 
 
 def _pack(kind: str, value: Any) -> bytes:

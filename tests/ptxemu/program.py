@@ -53,6 +53,12 @@ class Program:
     symbols: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
+    def file(self) -> str:
+        """Of the kernel's source: the first that the PTX names."""
+        found = re.search(r'\.file\s+1\s+"([^"]+)"', "\n".join(self.text))
+        return found[1] if found else ""
+
+    @property
     def parameter_bytes(self) -> int:
         return max((offset + size for _, offset, size in self.parameters), default=0) + 128
 

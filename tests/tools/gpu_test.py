@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import gpu
-import gpu_cache
+import gpu_pack
 import gpu_worker
 import pytest
 from gpu_worker import Context, Item
@@ -189,13 +189,13 @@ def test_the_pack_comes_out_where_it_went_in(tmp_path, monkeypatch) -> None:
     """Files of Triton's cache name each other by absolute paths."""
     triton = pytest.importorskip("triton")
     pack, archive = tmp_path / "out" / "gpu-pack", tmp_path / "out" / "gpu-pack.tar.xz"
-    monkeypatch.setattr(gpu_cache, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_cache, "PACK", pack)
-    monkeypatch.setattr(gpu_cache, "ARCHIVE", archive)
+    monkeypatch.setattr(gpu_pack, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_pack, "PACK", pack)
+    monkeypatch.setattr(gpu_pack, "ARCHIVE", archive)
     places = {"triton": pack / "triton", "peer": tmp_path / ".peer", "tools": pack}
-    monkeypatch.setattr(gpu_cache, "PLACES", places)
+    monkeypatch.setattr(gpu_pack, "PLACES", places)
     monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
-    assert "no pack" in gpu_cache.unpack(pack)
+    assert "no pack" in gpu_pack.unpack(pack)
     entry = places["triton"] / "KEY"
     entry.mkdir(parents=True)
     (entry / "k.cubin").write_bytes(b"code")
@@ -209,7 +209,7 @@ def test_the_pack_comes_out_where_it_went_in(tmp_path, monkeypatch) -> None:
         path.write_text("#!/bin/sh\n")
     (tmp_path / ".peer").mkdir()
     (tmp_path / ".peer" / "peer.py").write_text("x = 1\n")
-    assert gpu_cache.pack() == 0
+    assert gpu_pack.pack() == 0
     with tarfile.open(archive) as found:
         assert (
             str(tmp_path).lstrip("/")
@@ -219,14 +219,14 @@ def test_the_pack_comes_out_where_it_went_in(tmp_path, monkeypatch) -> None:
     (moved / "out").mkdir(parents=True)
     archive.rename(moved / "out" / archive.name)
     new = moved / "out" / "gpu-pack"
-    monkeypatch.setattr(gpu_cache, "ROOT", moved)
-    monkeypatch.setattr(gpu_cache, "ARCHIVE", moved / "out" / archive.name)
+    monkeypatch.setattr(gpu_pack, "ROOT", moved)
+    monkeypatch.setattr(gpu_pack, "ARCHIVE", moved / "out" / archive.name)
     places = {"triton": new / "triton", "peer": moved / ".peer", "tools": new}
-    monkeypatch.setattr(gpu_cache, "PLACES", places)
+    monkeypatch.setattr(gpu_pack, "PLACES", places)
     from triton.runtime import cache
 
     monkeypatch.setattr(cache, "triton_key", cache.triton_key)
-    assert "another build of the same version" in gpu_cache.unpack(new)
+    assert "another build of the same version" in gpu_pack.unpack(new)
     assert cache.triton_key() == "other" and os.environ["TRITON_CACHE_DIR"] == str(new / "triton")
     moved_group = json.loads((new / "triton" / "KEY" / "__grp__k.json").read_text())
     path = moved_group["child_paths"]["k.cubin"]
