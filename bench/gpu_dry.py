@@ -198,6 +198,7 @@ _CUDA: Any = types.SimpleNamespace(type="cuda")  # a torch.device would be a CPU
 def _our_own() -> None:
     """The parts of fastvdm and of the benchmarks that ask what a tensor is on, or how large."""
     import calls
+    import guidance_bench
     import harness
     import interpreter
     import unet_bench
@@ -230,6 +231,7 @@ def _our_own() -> None:
     for nets in (unet_bench.CASES, unet_bench.LARGE):
         for name, net in nets.items():
             nets[name] = replace(net, dim=8, dim_mults=(1, 2), frames=2, size=4, gpu_batch=1)
+    guidance_bench.DIMS["l0"] = 8
     harness.SIZES["cuda"] = (64, 1, 16, 2**10)
     harness.FLUSH = 2**10
     contest = harness.run_contest
