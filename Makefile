@@ -3,7 +3,10 @@
 #              ARGS="-k norm_act": only these
 # make test-all   the slow tests, too: pytest -m slow --collect-only -q names them
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
-# make gpu OUT=dir   on a machine with a GPU: parity, tuning, benchmarks, results as files
+# make gpu-check | gpu-measure | gpu-tune OUT=dir   on a machine with a GPU, four to five minutes each:
+#              parity; benchmarks; tuning. Results are files; DRY=1 tries them out without a GPU
+# make gpu-pack   what such a machine need not compile or download, as one file to carry along
+#              (make gpu-cache: the compiled kernels alone)
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
 # make emulate-amx   the same on the AMX path, its tile instructions in plain C++
 # make emulate-gpu   every Triton kernel as compiled for sm_80, 90 and 100, executed on the CPU
@@ -42,7 +45,8 @@ STAMPS := $(VENV)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all bench gpu isa sanitize emulate-amx emulate-gpu fuzz lint info paper-tables peer clean
+.PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize \
+	emulate-amx emulate-gpu fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -88,14 +92,25 @@ info: $(STAMPS)/demo.stamp
 paper-tables: $(STAMPS)/dev.stamp
 	$(PY) examples/paper_tables.py $(ARGS)
 
-# No internet and no .venv: the machine's own torch, Triton and pytest.
-gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
+# No internet and no .venv: the machine's own torch, Triton and pytest; without a GPU those here.
+ifdef DRY
+gpu-check gpu-measure gpu-tune: $(STAMPS)/dev.stamp .peer/done.stamp
+	$(PY) bench/gpu.py $(@:gpu-%=%) --out $(OUT) --dry-run $(ARGS)
+else
+gpu-check gpu-measure gpu-tune:
+	$(PYTHON) bench/gpu.py $(@:gpu-%=%) --out $(OUT) $(ARGS)
+endif
+
+gpu-cache: $(STAMPS)/dev.stamp
+	$(PY) bench/gpu_cache.py $(ARGS)
+
+gpu-pack: $(STAMPS)/dev.stamp .peer/done.stamp
+	$(PY) bench/gpu_cache.py --pack $(ARGS)
 
 peer: .peer/done.stamp
 
 clean:
-	rm -rf .venv .system .peer build out/gpu *.egg-info fastvdm/_C*.so
+	rm -rf .venv .system .peer build out/gpu out/gpu-pack* *.egg-info fastvdm/_C*.so
 
 $(VENV)/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -245,7 +245,7 @@ def guided(
         return lambda: launch.guidance_seed_fwd(z, model, coef, known, slot, *low, None, more)
     args: tuple = (z, out, coef, grad, None, known, slot, noise, None, None)
     if more:
-        rng = torch.zeros(2, dtype=torch.int64, device=device)
+        rng = torch.zeros(s.batch, 2, dtype=torch.int64, device=device)
         args = (z, model, coef, None, None, None, None, None, rng, None)
     elif net is not None:
         args = (*args[:4], model, *args[5:9], coef[:, 0].contiguous())

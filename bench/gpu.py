@@ -1,117 +1,294 @@
-"""make gpu OUT=dir: everything a machine with a GPU can tell, in one command and nine minutes.
+"""make gpu-check, gpu-measure, gpu-tune: what a machine with a GPU can tell, a stage at a time.
 
-Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network. In turn: build
-and info, parity on the device, tuning (bench/tune.py; what it finds stays in kernels/configs/),
-benchmarks, the page. Every step has a share of the time and what is left over goes to the next; a
-step that fails or runs out does not stop the rest, and the exit status is 0 only if all passed. The
-peer takes part where ``.peer/`` is there (``make peer`` on a machine with a network, then copied
-along). Files left in ``OUT``: log.txt, tests.xml, <gpu>.json, bench.json, RESULTS.md, RESULTS.svg.
+    python bench/gpu.py check --out DIR [--seconds 230] [--only PREFIX] [--dry-run]
+
+Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network; the peer takes
+part where ``.peer/`` is there, and kernels compiled elsewhere where ``make gpu-pack`` left them. A
+stage is a list of items (gpu_check.py, gpu_measure.py, gpu_tune.py), the most important first. They
+run in worker processes (gpu_worker.py): one that raises, crashes or hangs costs that item alone,
+and what there is no time for is named. In DIR: ``<stage>.jsonl``, a record an item, as they come;
+``<stage>.md``, the table; ``<stage>-<worker>.log``, what was printed. The exit status is 0 where
+nothing that ran failed. ``--dry-run`` runs the same lines on a machine without a GPU (gpu_dry.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
+import json
 import os
+import selectors
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PYTHON = sys.executable
-TOTAL = 530.0  # seconds for everything
+from gpu_worker import PACK, ROOT, Context, Item, load
+
+START = 90.0  # seconds that a worker may take to import all it needs
+BAD = ("failed", "crashed", "hung")
+VERDICTS = ("ok", *BAD, "skipped", "left out")
+SHOWN = 40  # lines of each list in the table that is printed
 
 
 @dataclass(frozen=True)
-class Step:
-    name: str
-    command: list[str]
-    seconds: float  # at most; what earlier steps saved is added
-    environment: dict[str, str]
+class Stage:
+    module: str
+    seconds: float  # of the device, at most
+    workers: int  # processes that share it
 
 
-def steps(out: Path, quick: bool) -> list[Step]:
-    """What runs, in order. ``quick`` is for trying the command out on a machine without a GPU,
-    where there is nothing to tune."""
-    workers = str(min(8, os.cpu_count() or 1))
-    pytest = [PYTHON, "-m", "pytest", "-q"]
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", "."]
-    # No cell of the suite is slow on a GPU.
-    parity = [*pytest, "tests", "-m", "not slow", "-n", workers, "--dist", "loadfile"]
-    parity += ["--durations=10"]
-    bench = [*pytest, "bench", f"--benchmark-json={out / 'bench.json'}"]
-    if quick:
-        parity += ["-k", "peer"]
-        bench += ["-k", "small and not compiled", "--budget=1"]
-    else:
-        # Compiling backward passes would take the whole time.
-        bench += ["--full", "--budget=2", "-k", "not (train and compiled) and not small"]
-    tune = [PYTHON, "bench/tune.py", "--out", str(out), "--budget=100"]
-    page = [PYTHON, "bench/waterfall.py", str(out / "bench.json")]
-    return [
-        Step("build", [PYTHON, *install], 45, {}),
-        Step("info", [PYTHON, "-m", "fastvdm.info"], 15, {}),
-        Step("parity", [*parity, f"--junitxml={out / 'tests.xml'}"], 140, {}),
-        *([] if quick else [Step("tuning", tune, 120, {})]),
-        Step("benchmarks", bench, 190, {}),
-        Step("page", [*page, "--out", str(out / "RESULTS.md")], 20, {}),
-    ]
+STAGES = {
+    "check": Stage("gpu_check", 230.0, 6),
+    "measure": Stage("gpu_measure", 290.0, 1),
+    "tune": Stage("gpu_tune", 230.0, 1),
+}
 
 
-def run(step: Step, limit: float, log: Path) -> int:
-    """The exit status; 124 where the time ran out. Output goes to the screen and to ``log``."""
-    # An interrupt, so that pytest still writes what it has.
-    command = ["timeout", "--signal=INT", "--kill-after=30", f"{limit:.0f}", *step.command]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | step.environment
-    with log.open("a", encoding="utf-8") as sink:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            sink.write(line)
-        return process.wait()
+class Worker:
+    """A process that runs items of ``module``; started again by whoever finds it dead."""
+
+    def __init__(
+        self, module: str, context: Context, environment: tuple[tuple[str, str], ...], log: Path
+    ) -> None:
+        self.environment, self.log = environment, log
+        command = [sys.executable, "-u", str(ROOT / "bench" / "gpu_worker.py"), module]
+        command += [str(context.out), *(["--dry-run"] if context.dry else [])]
+        with log.open("a") as sink:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={"OMP_NUM_THREADS": "2"} | os.environ | dict(environment),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+        self._rest = b""
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
+        self.ready = False
+
+    def wait_until_ready(self, seconds: float) -> str | None:
+        """Why it is not, or None."""
+        answer = self._answer(time.monotonic() + seconds)
+        self.ready = answer is not None and "ready" in answer
+        if self.ready:
+            return None
+        return "it took too long" if answer is None else answer["why"]
+
+    def ask(self, item: Item, without: tuple[str, ...], seconds: float) -> dict[str, Any]:
+        """The record of the item; one of its own where the worker did not live to send it."""
+        said, deadline, start = "", time.monotonic() + seconds, time.monotonic()
+        request = json.dumps({"item": item.name, "without": without}) + "\n"
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(request.encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer says how it ended
+        while True:
+            answer = self._answer(deadline)
+            if answer is not None and "note" in answer:
+                said = answer["note"]
+                continue
+            if answer is None:
+                self.kill()
+                answer = {"verdict": "hung", "why": f"killed after {seconds:.0f} s"}
+            elif answer.get("verdict") == "crashed":
+                self.kill()
+            answer.setdefault("seconds", round(time.monotonic() - start, 3))
+            return answer | ({"part": said} if said and answer["verdict"] in BAD else {})
+
+    def _answer(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, or that the worker died; None when the time is over."""
+        while b"\n" not in self._rest:
+            if not self._selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            chunk = os.read(self.process.stdout.fileno(), 1 << 16)  # type: ignore[union-attr]
+            if not chunk:
+                return {"verdict": "crashed", "why": self._end()}
+            self._rest += chunk
+        line, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(line)
+
+    def _end(self) -> str:
+        status = self.process.wait()
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+        return f"{how}: {' | '.join(tail)[-500:]}"
+
+    def kill(self) -> None:
+        """It and what it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.ready = False
 
 
-def main() -> int:
+class Run:
+    """Items on workers until they or the time are used up; ``keep`` takes each record."""
+
+    def __init__(
+        self, module: str, context: Context, keep: Callable[[dict[str, Any]], None], *,
+        workers: int, seconds: float, log: str,
+    ) -> None:  # fmt: skip
+        self.module, self.context, self.keep, self.log = module, context, keep, log
+        self.workers, self.deadline = workers, time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._alive: dict[int, Worker] = {}
+
+    def run(self, items: Iterable[Item]) -> None:
+        try:
+            for alone, group in itertools.groupby(items, key=lambda item: item.alone):
+                queue = deque((item, ()) for item in group)
+                count = 1 if alone else min(self.workers, len(queue))
+                threads = [
+                    threading.Thread(target=self._serve, args=(slot, queue))
+                    for slot in range(count)
+                ]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                for item, _ in queue:  # every slot gave up
+                    self._record(item, {"verdict": "left out", "why": "no worker starts"})
+        finally:
+            for worker in self._alive.values():
+                worker.kill()
+
+    def _serve(self, slot: int, queue: deque[tuple[Item, tuple[str, ...]]]) -> None:
+        failures = 0
+        while failures < 2:
+            with self._lock:
+                if not queue:
+                    return
+                item, without = queue.popleft()
+            left = self.deadline - time.monotonic()
+            if left < 1.0:
+                self._record(item, {"verdict": "left out", "why": "no time"})
+                continue
+            worker = self._alive.get(slot)
+            if worker is None or not worker.ready or worker.environment != item.environment:
+                why = self._start(slot, item, min(START, left))
+                if why is not None:
+                    failures += 1
+                    self._record(item, {"verdict": "crashed", "why": f"no worker: {why}"})
+                    continue
+                worker = self._alive[slot]
+            left = max(0.1, self.deadline - time.monotonic())
+            limit = item.limit * (10 if self.context.dry else 1)  # an interpreter is slow
+            record = worker.ask(item, without, min(limit, left))
+            failures = 0
+            if record["verdict"] == "hung" and left < limit:
+                record |= {"verdict": "left out", "why": f"no time to end: {record['why']}"}
+            self._record(item, record | ({"without": without} if without else {}))
+            part = record.get("part", "")
+            if record["verdict"] in ("crashed", "hung") and part and part not in without:
+                with self._lock:  # the rest of it may be sound
+                    queue.appendleft((item, (*without, part)))
+
+    def _start(self, slot: int, item: Item, seconds: float) -> str | None:
+        if slot in self._alive:
+            self._alive[slot].kill()
+        log = self.context.out / f"{self.log}-{slot}.log"
+        worker = self._alive[slot] = Worker(self.module, self.context, item.environment, log)
+        return worker.wait_until_ready(seconds)
+
+    def _record(self, item: Item, record: dict[str, Any]) -> None:
+        with self._lock:
+            self.keep({"item": item.name} | record)
+
+
+def table(stage: str, records: Sequence[dict[str, Any]], seconds: float, shown: int) -> str:
+    """What a stage found, as Markdown."""
+    kinds = dict.fromkeys(r["item"].split("/")[0] for r in records)
+    lines = [f"# {stage}: {len(records)} items in {seconds:.0f} s", ""]
+    lines += [f"| kind | {' | '.join(VERDICTS)} | s |", "|---" + "|--:" * (len(VERDICTS) + 1) + "|"]
+    for kind in (*kinds, "all"):
+        mine = [r for r in records if kind in ("all", r["item"].split("/")[0])]
+        count = Counter(r["verdict"] for r in mine)
+        spent = sum(r.get("seconds", 0.0) for r in mine)
+        cells = (kind, *(str(count[v] or "") for v in VERDICTS), f"{spent:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    for verdict in (*BAD, "skipped", "left out"):
+        mine = [r for r in records if r["verdict"] == verdict]
+        if not mine:
+            continue
+        lines += ["", f"## {verdict}: {len(mine)}", ""]
+        for r in mine[:shown]:
+            part = f" ({r['part']})" if r.get("part") else ""
+            lines.append(f"- `{r['item']}`{part}: {' '.join(r.get('why', '').split())[:300]}")
+        if len(mine) > shown:
+            lines.append(f"- and {len(mine) - shown} more")
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    stage: str,
+    module: str,
+    context: Context,
+    *,
+    workers: int,
+    seconds: float,
+    only: Sequence[str] = ("",),
+) -> int:
+    """A stage with its files; the exit status."""
+    start, records = time.monotonic(), list[dict[str, Any]]()
+    items = [i for i in load(module, context).values() if i.name.startswith(tuple(only))]
+    if not items:
+        raise ValueError(f"no item of {stage} starts with any of {only}")
+    print(f"== {stage}: {len(items)} items, at most {seconds:.0f} s", flush=True)
+    for old in context.out.glob(f"{stage}-[0-9].log"):
+        old.unlink()
+    with (context.out / f"{stage}.jsonl").open("w", encoding="utf-8") as sink:
+
+        def keep(record: dict[str, Any]) -> None:
+            records.append(record)
+            sink.write(json.dumps(record) + "\n")
+            sink.flush()
+            if record["verdict"] not in ("ok", "left out") or "say" in record:
+                said = record.get("say") or record.get("why", "")
+                print(f"{record['verdict']:<8} {record['item']}: {said[:200]}", flush=True)
+
+        spent = time.monotonic() - start
+        Run(module, context, keep, workers=workers, seconds=seconds - spent, log=stage).run(items)
+    seconds = time.monotonic() - start
+    found = importlib.import_module(module)
+    more = found.summary(context, records) if hasattr(found, "summary") else ""
+    for shown, write in ((10**6, (context.out / f"{stage}.md").write_text), (SHOWN, print)):
+        write(table(stage, records, seconds, shown) + more)
+    return 1 if any(r["verdict"] in BAD for r in records) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a try-out without a GPU")
-    args = parser.parse_args()
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.txt"
-    log.unlink(missing_ok=True)
-    if not args.quick:
+    parser.add_argument("--seconds", type=float, help="of the stage, at most")
+    parser.add_argument("--workers", type=int, help="processes that share the device")
+    parser.add_argument("--only", nargs="*", default=("",), help="items whose name starts so")
+    parser.add_argument("--dry-run", action="store_true", help="on a device that is made up")
+    args = parser.parse_args(argv)
+    stage, context = STAGES[args.stage], Context(args.out.resolve(), args.dry_run)
+    context.out.mkdir(parents=True, exist_ok=True)
+    # Not every package has to be installed: an editable install would need its build system.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
+    sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
+    if not args.dry_run:
         import torch
+        from gpu_pack import unpack
 
         if not torch.cuda.is_available():
-            print("no CUDA device here (make bench runs on a CPU)")
+            print("no CUDA device here (make bench runs on a CPU; DRY=1 tries the stages out)")
             return 1
-    start = time.monotonic()
-    rows, planned = [], 0.0
-    for step in steps(out, args.quick):
-        planned += step.seconds
-        spent = time.monotonic() - start
-        limit = max(10.0, min(planned, TOTAL) - spent)
-        print(f"\n== {step.name} (at most {limit:.0f} s)", flush=True)
-        status = run(step, limit, log)
-        rows.append((step.name, status, time.monotonic() - start - spent))
-    lines = ["", "== summary"]
-    for name, status, seconds in rows:
-        verdict = {0: "ok", 124: "out of time"}.get(status, f"FAILED ({status})")
-        lines.append(f"{name:<12} {verdict:<14} {seconds:6.1f} s")
-    print("\n".join(lines))
-    with log.open("a", encoding="utf-8") as sink:
-        sink.write("\n".join(lines) + "\n")
-    return 0 if all(status == 0 for _, status, _ in rows) else 1
+        print(unpack(PACK), flush=True)
+    return run(
+        args.stage, stage.module, context, seconds=args.seconds or stage.seconds, only=args.only,
+        workers=args.workers or (1 if args.dry_run else min(stage.workers, os.cpu_count() or 1)),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

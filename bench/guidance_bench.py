@@ -25,6 +25,7 @@ from fastvdm.ops.guidance import (
 )
 
 WEIGHT = 9.0
+DIMS = {"tiny": 32}  # of the network, elsewhere 64
 
 
 def ends_contest(case: str, device: str) -> Contest:
@@ -105,7 +106,7 @@ def steps_contest(case: str, device: str, checkpointing: str = "none") -> Contes
     """Two ancestral steps of a dim 64 network, given 2 frames."""
     s = shape(case, device)
     size = (s.batch, 3, s.frames, s.height, s.width)
-    dim = 32 if case == "tiny" else 64
+    dim = DIMS.get(case, 64)
     net = UNet3D(dim, dim_mults=(1, 2, 4), time_input="logsnr", checkpointing=checkpointing).to(
         device
     )

@@ -14,7 +14,8 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,24 @@ from fastvdm.testing import max_error
 
 Outputs = Tensor | Sequence[Tensor]
 RECOMPILE_LIMIT = 256  # the peer needs it: at dynamo's default it silently runs half eager
+# What the limits are measured with: the side of a product, images, channels, bytes of a copy.
+SIZES = {"cuda": (8192, 256, 256, 2**30), "cpu": (2048, 16, 256, 2**29)}
+FLUSH = 256 * 2**20  # bytes, more than any L2
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """No TF32: cuDNN's fp32 convolutions have it by default, ours have not, and what a result is
+    held to should not. Outside of it what is timed runs as torch's users have it."""
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [s.allow_tf32 for s in switches]
+    try:
+        for s in switches:
+            s.allow_tf32 = False
+        yield
+    finally:
+        for s, was in zip(switches, before):
+            s.allow_tf32 = was
 
 
 class Unavailable(RuntimeError):
@@ -87,12 +106,13 @@ def run_contest(
     wanted = [n for n in contest.providers if names is None or n in names]
     results = {n: Result(info=contest.providers[n].info) for n in wanted}
     torch._dynamo.reset()  # the cases before would make the shapes of this one dynamic
-    reference = _tensors(contest.reference())
     runs: dict[str, Callable[[], Outputs]] = {}
-    for name in wanted:
-        run = _admit(contest.providers[name], reference, results[name])
-        if run is not None:
-            runs[name] = run
+    with exact_fp32():
+        reference = _tensors(contest.reference())
+        for name in wanted:
+            run = _admit(contest.providers[name], reference, results[name])
+            if run is not None:
+                runs[name] = run
     del reference
     gc.collect()
     for name, run in runs.items():
@@ -176,7 +196,7 @@ def _cuda_round(contest: Contest, runs: Mapping[str, Callable[[], Outputs]]) -> 
 
 @functools.cache
 def _flush_buffer(device: str) -> Tensor:
-    return torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    return torch.empty(FLUSH, dtype=torch.int8, device=device)
 
 
 def _peak_bytes(run: Callable[[], Outputs], device: str) -> int | None:
@@ -300,11 +320,9 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
 def _product_rate(device: str, dtype: torch.dtype) -> float:
     """The better of a square matrix product and a 3x3 convolution: on CPUs these are two libraries,
     and on an EPYC the former reaches 0.14 of the 0.18 TFLOP/s that the latter nearly does."""
-    gpu = device.startswith("cuda")
-    n = 8192 if gpu else 2048
+    n, images, c, _ = SIZES[device.split(":")[0]]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     matrix = 2 * n**3 / _best(lambda: a @ b, device)
-    images, c = 256 if gpu else 16, 256
     x = torch.randn(images, c, 32, 32, device=device, dtype=dtype)
     w = torch.randn(c, c, 3, 3, device=device, dtype=dtype)
     x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
@@ -314,7 +332,7 @@ def _product_rate(device: str, dtype: torch.dtype) -> float:
 
 @functools.cache
 def _copy_rate(device: str) -> float:
-    size = 2**30 if device.startswith("cuda") else 2**29
+    size = SIZES[device.split(":")[0]][-1]
     a = torch.zeros(size, dtype=torch.int8, device=device)
     b = torch.zeros_like(a)
     return 2 * size / _best(lambda: b.copy_(a), device)
@@ -335,10 +353,9 @@ def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[
         "max_error": result.error,
         "rounds": len(result.times),
     }
-    baseline = next(iter(contest.providers))
-    base = results.get(baseline)
-    if base is not None and base.times:
-        info["baseline"] = baseline
+    base = next((r for n in contest.providers if (r := results.get(n)) and r.times), None)
+    if base is not None:
+        info["baseline"] = next(n for n, r in results.items() if r is base)
         info["ratio"] = statistics.median(b / t for b, t in zip(base.times, result.times))
     if result.peak_bytes is not None:
         info["peak_mib"] = result.peak_bytes / 2**20

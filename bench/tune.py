@@ -1,4 +1,4 @@
-"""Tuning: python bench/tune.py --out DIR, on a machine with a GPU; a step of ``make gpu``.
+"""Tuning: what ``make gpu-tune`` does (gpu_tune.py), on a machine with a GPU.
 
 A job is a call of the networks, or by name (calls.py). The ``pick_config`` functions that it asks
 (``fastvdm.kernels.tuned``) are answered with neighbours of their analytic configuration
@@ -11,7 +11,6 @@ yardstick is always the analytic configuration.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import datetime
 import itertools
@@ -19,7 +18,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -29,13 +27,12 @@ from typing import Any
 
 import torch
 import triton
-from calls import Call, Run, by_name, networks
+from calls import Call, Run
 from harness import Contest, Outputs, Provider, run_contest
 from tune_cases import candidates
 
 from fastvdm.kernels import tuned
 from fastvdm.kernels.tuned import Choice, choosing
-from fastvdm.runtime.device import current_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 GAIN = 1.03  # what a candidate must win by
@@ -196,13 +193,14 @@ def race(task: Task, answers: Answers, device: str) -> Found:
 
 
 def tune(
-    todo: Iterable[Call], keep: Callable[[Found], None], *, device: str, budget: float
-) -> Report:
+    todo: Iterable[Call], keep: Callable[[Found], None], *, device: str, budget: float,
+    answers: dict[At, Any] | None = None,
+) -> Report:  # fmt: skip
     """Tune every choice of every job until ``budget`` seconds are over (a kernel that is being
-    compiled then is waited for); ``keep`` takes each outcome as it comes."""
+    compiled then is waited for); ``keep`` takes each outcome as it comes. ``answers`` has what was
+    found before, and gets what is found."""
     deadline = time.monotonic() + budget
-    report = Report()
-    answers: dict[At, Any] = {}
+    report, answers = Report(), {} if answers is None else answers
     remaining = iter(todo)
     while batch := list(itertools.islice(remaining, BATCH)):
         if time.monotonic() >= deadline:
@@ -273,32 +271,14 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
     os.replace(part, path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 without a GPU or when a job failed; a time that ran out is none."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for a copy of the table")
-    parser.add_argument("--budget", type=float, default=100.0, help="seconds")
-    args = parser.parse_args(argv)
-    if torch.cuda.is_available():
-        torch.cuda.init()
-    gpu = current_gpu()
-    if gpu is None:
-        print("no CUDA device here: nothing to tune")
-        return 1
-    path = tuned.path_of(gpu.name)
+def keeper(gpu: str, out: Path, say: Callable[[str], None] = print) -> Callable[[Found], None]:
+    """What takes each outcome: into the file of that GPU and a copy in ``out``, at once."""
+    path = tuned.path_of(gpu)
     table, origin = copy.deepcopy(tuned.table(path)), versions()
-    todo: Iterable[Call] = [*networks(), *by_name()]
-    say: Callable[[str], None] = print
-    try:
-        from tqdm import tqdm
-    except ImportError:  # not among what the machine must have
-        pass
-    else:
-        todo, say = tqdm(todo, unit="job", disable=None), tqdm.write
 
     def keep(found: Found) -> None:
         record(table, found, origin)
-        for target in (path, args.out / path.name):
+        for target in (path, out / path.name):
             write(target, table)
         gain = found.analytic_seconds / found.seconds
         best = "analytic" if found.best == found.choice.analytic else f"{gain:.2f}x {found.best}"
@@ -306,14 +286,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         for config, why in found.rejected.items():
             say(f"  REJECTED {config}: {why}")
 
-    report = tune(todo, keep, device="cuda", budget=args.budget)
-    for name, why in report.failed.items():
-        print(f"FAILED {name}: {why}")
-    if report.missed:
-        print(f"no time for: {', '.join(dict.fromkeys(report.missed))}")
-    print(f"{path}: {sum(map(len, table.values()))} configurations")
-    return 1 if report.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return keep

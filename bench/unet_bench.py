@@ -24,16 +24,19 @@ from fastvdm.runtime.extension import emulated
 
 PROVIDERS = (
     "peer",
+    "peer-bf16",
     "peer-compiled",
     "torch",
     "torch-compiled",
+    "torch-bf16",
     "torch-bf16-compiled",
+    "torch-bf16-autotuned",
     "fastvdm",
     "fastvdm-bf16",
     "fastvdm-bf16-compiled",
     "fastvdm-bf16-graph",
 )
-SLOW_TO_COMPILE = ("peer-compiled", "torch-compiled", "torch-bf16-compiled")
+SLOW_TO_COMPILE = ("peer-compiled", "torch-compiled", "torch-bf16-compiled", "torch-bf16-autotuned")
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,19 @@ class Net:
     frames: int
     size: int
     gpu_batch: int = 8
+    preset: str = ""  # one of the paper's models instead, which the peer cannot be
 
 
 CASES = {
     "small": Net(32, (1, 2, 4), 8, 32),
     "readme": Net(64, (1, 2, 4, 8), 16, 64),  # the peer's README; about 4 s on two cores
+}
+# Of make gpu alone.
+LARGE = {
+    "readme-1": Net(64, (1, 2, 4, 8), 16, 64, gpu_batch=1),
+    "dim-128": Net(128, (1, 2, 4, 8), 16, 64),
+    "dim-256": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1),
+    "ucf101": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1, preset="ucf101"),  # as the preset is
 }
 
 
@@ -57,13 +68,17 @@ class Setup:
     """Both networks with the same weights, and one input."""
 
     def __init__(self, case: str, device: str) -> None:
-        net = CASES[case]
+        net = (CASES | LARGE)[case]
         torch.manual_seed(0)
         try:
+            if net.preset:
+                raise PeerMissing(f"{net.preset} is no network of the peer's")
             peer = import_peer("0.7.0")
         except PeerMissing as error:
             self.peer, self.missing = None, str(error)
             ours = UNet3D(dim=net.dim, dim_mults=net.dim_mults, norm="rms", cond_drop_prob=0.0)
+            if net.preset:
+                ours = UNet3D.from_preset(net.preset)
         else:
             self.peer, self.missing = peer.Unet3D(dim=net.dim, dim_mults=net.dim_mults), None
             self.peer.to(device)
@@ -131,10 +146,25 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
 
         return run
 
-    def plain(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
+    def plain(
+        name: str, dtype: torch.dtype, compile: bool = False, **options: Any
+    ) -> Callable[[], Any]:
         if emulated(torch.device(device), dtype):
             raise Unavailable("this CPU emulates bf16: minutes a forward pass")
-        return runner(lambda: copy.deepcopy(setup.ours), name, dtype, "reference", compile)
+        net = lambda: copy.deepcopy(setup.ours)  # noqa: E731
+        return runner(net, name, dtype, "reference", compile, **options)
+
+    def theirs_in_bf16() -> Callable[[], Any]:
+        """Under autocast: the peer's time embedding is fp32 whatever its weights are."""
+        if emulated(torch.device(device), bf16):
+            raise Unavailable("this CPU emulates bf16: minutes a forward pass")
+        net = setup.need_peer().train(step is train)
+
+        def call(*args: Tensor) -> Tensor:
+            with torch.autocast(device.split(":")[0], bf16):
+                return net(*args)
+
+        return lambda: step(net, call, setup.x, setup.time, setup.target)
 
     def ours(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
         need_kernel("norm_act", device)
@@ -160,9 +190,12 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
         return replay
 
     def reference() -> Any:
-        net = setup.witness(torch.float64).train(step is train)
+        # In fp64 eight videos' activations of a training step, or a wider network, fill a GPU.
+        large = device != "cpu" and (step is train or (CASES | LARGE)[case].dim > 64)
+        wide = torch.float32 if large else torch.float64
+        net = setup.witness(wide).train(step is train)
         with use_backend("reference"):
-            x, time, target = (t.double() for t in (setup.x, setup.time, setup.target))
+            x, time, target = (t.to(wide) for t in (setup.x, setup.time, setup.target))
             return step(net, net, x, time, target)
 
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -170,13 +203,19 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
     exact, rough = (1e-5, 5e-2) if step is forward else (1e-4, 1.5e-1)
     builds: dict[str, tuple[Callable[[], Callable[[], Any]], torch.dtype]] = {
         "peer": (lambda: runner(setup.need_peer, "peer", fp32), fp32),
+        "peer-bf16": (theirs_in_bf16, bf16),
         "peer-compiled": (
             lambda: runner(setup.need_peer, "peer-compiled", fp32, compile=True),
             fp32,
         ),
         "torch": (lambda: plain("torch", fp32), fp32),
         "torch-compiled": (lambda: plain("torch-compiled", fp32, True), fp32),
+        "torch-bf16": (lambda: plain("torch-bf16", bf16), bf16),
         "torch-bf16-compiled": (lambda: plain("torch-bf16-compiled", bf16, True), bf16),
+        "torch-bf16-autotuned": (
+            lambda: plain("torch-bf16-autotuned", bf16, True, mode="max-autotune"),
+            bf16,
+        ),
         "fastvdm": (lambda: ours("fastvdm", fp32), fp32),
         "fastvdm-bf16": (lambda: ours("fastvdm-bf16", bf16), bf16),
         "fastvdm-bf16-compiled": (lambda: ours("fastvdm-bf16-compiled", bf16, True), bf16),
@@ -210,7 +249,7 @@ NETS = ["small", pytest.param("readme", marks=pytest.mark.full)]
 
 
 # The peer compiles into 60 graphs, minutes on a slow core.
-@pytest.mark.parametrize("provider", providers(("peer-compiled", "torch-bf16-compiled")))
+@pytest.mark.parametrize("provider", providers(SLOW_TO_COMPILE[::2] + SLOW_TO_COMPILE[3:]))
 @pytest.mark.parametrize("case", NETS)
 def test_forward(race, case, provider):
     race(contest, case, provider)

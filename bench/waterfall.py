@@ -106,9 +106,9 @@ def render(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], chart: str |
     lines = [
         "# Results",
         "",
-        "Made by `make bench` (or `make gpu`). Each provider is held to an fp64 reference before "
-        "it is timed; all of a case run in turns in one process; ms is the median round and ratio "
-        "the median of the rounds' ratios to the first row. % of floor is the time that the "
+        "Made by `make bench` (or `make gpu-measure`). Each provider is held to an fp64 reference "
+        "before it is timed; all of a case run in turns in one process; ms is the median round and "
+        "ratio the median of the rounds' ratios to the first row. % of floor is the time that the "
         "machine's own measured limits would allow, divided by the time measured.",
         "",
     ]

@@ -70,7 +70,7 @@ def assert_close3(
         raise AssertionError(f"{name}: dtype {out.dtype}, expected {baseline.dtype}")
     if out.numel() == 0:
         return
-    o, b, r = (t.detach().to("cpu", torch.float64) for t in (out, baseline, ref64))
+    o, b, r = (t.detach().to(out.device, torch.float64) for t in (out, baseline, ref64))
     scale = r.abs().max().clamp_min(1e-30)
     # More for gradients, as the factor is: one draw of plain torch's error varies fivefold by seed.
     smallest = (_FLOOR[out.dtype] * factor / 2 if floor is None else floor) * scale

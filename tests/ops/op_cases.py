@@ -115,7 +115,7 @@ def make(
     edge = edge or {}
     sizes = row.sizes | {n: v for n, v in edge.items() if n.isupper()}
     given = edge.get("given")
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(3)
     tensors = {}
     for i, (name, letters) in enumerate(row.tensors.items()):
         shape = shape_of(letters, sizes)
@@ -141,7 +141,7 @@ def make(
 
 
 def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    t = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
     if name.endswith("weight"):
         return 1 + 0.5 * t if t.ndim == 1 else t * math.prod(shape[1:]) ** -0.5
     if name in ("x", "qkv"):

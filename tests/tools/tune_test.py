@@ -381,21 +381,22 @@ def test_a_write_is_whole_or_nothing(tmp_path, monkeypatch) -> None:
     assert json.loads(path.read_text()) == {"op": {}}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_told(tmp_path, capsys) -> None:
-    assert tune.main(["--out", str(tmp_path)]) == 1
-    assert "no CUDA device" in capsys.readouterr().out and not list(tmp_path.iterdir())
-
-
-def test_main_writes_both_files(file, tmp_path, monkeypatch, search, capsys) -> None:
-    stub = Stub(wrong=(3,))
-    monkeypatch.setattr(tune, "networks", lambda: [stub.job()])
-    monkeypatch.setattr(tune, "by_name", list)
-    real = tune.tune
-    monkeypatch.setattr(tune, "tune", lambda *a, device, **kw: real(*a, device="cpu", **kw))
-    search([], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})  # only for its clock
-    assert tune.main(["--out", str(tmp_path / "out"), "--budget", "60"]) == 0
+def test_keeper_writes_both_files(file, tmp_path, search) -> None:
+    said: list[str] = []
+    (found,), _ = search([Stub(wrong=(3,)).job()], {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0})
+    tune.keeper(H200.name, tmp_path / "out", said.append)(found)
     assert file.read_text() == (tmp_path / "out" / file.name).read_text()
     assert json.loads(file.read_text())["op"][KEY]["config"]["block"] == 1
-    said = capsys.readouterr()
-    assert "2.00x" in said.out + said.err and "REJECTED" in said.out + said.err
+    assert "2.00x" in said[0] and "REJECTED" in said[1]
+
+
+def test_answers_are_kept_for_later_calls(search) -> None:
+    """A stage hands them from one group of calls to the next."""
+    answers: dict = {}
+    seconds = {64: 1.0, 1: 0.5, 2: 0.6, 3: 1.0}
+    search([], seconds)  # only for its clock
+    found: list[tune.Found] = []
+    for name in ("first", "second"):
+        jobs = [Stub().job(name)]
+        tune.tune(jobs, found.append, device="cpu", budget=1e4, answers=answers)
+    assert [f.job for f in found] == ["first"] and list(answers.values()) == [Config(1, 4)]
