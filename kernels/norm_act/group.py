@@ -331,6 +331,7 @@ def group_stats(
     _merge_kernel[(n * groups,)](
         part, x_bias, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
         EPS=eps, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+        maxnreg=128,  # ptxas would rather spill than give up a block
     )  # fmt: skip
     return mean, rstd
 

@@ -252,5 +252,6 @@ def row_bwd(
         SUMS=max(count, 2), LAYER=layer, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
         BLOCK_C1=next_power_of_2(c1), BLOCK_C2=next_power_of_2(max(c2, 1)),
         ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps,
+        maxnreg=255,  # ptxas would rather spill than give up a block
     )  # fmt: skip
     return part
