@@ -18,9 +18,7 @@ GPU = torch.cuda.is_available()
 ARCH = int(os.environ.get("FASTVDM_EMULATE", "0"))
 if not GPU and not ARCH:
     os.environ["TRITON_INTERPRET"] = "1"
-# cuDNN's fp32 convolutions are TF32 by default; ours are not, and what they are held to should not.
-torch.backends.cudnn.allow_tf32 = False
-# What needs compiled kernels and no GPU; the mark of what needs an emulator.
+# The emulator's own tests run in it alone.
 collect_ignore_glob = [] if ARCH else ["ptxemu/*"]
 # Without a compiler there is no C++ extension, and every call on a CPU is a fallback.
 BUILT = any((Path(__file__).parents[1] / "fastvdm").glob("_C*.so"))
@@ -76,6 +74,13 @@ def pytest_collectstart() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> None:
+    """cuDNN's fp32 convolutions are TF32 by default; ours are not, and what they are held to should
+    not be."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.fixture(autouse=ARCH > 0)

@@ -143,7 +143,8 @@ def _attention(core: str, channels: int) -> Attention:
 def test_attention_with_layer_norm(axis, channels):
     """Norm, attention, and a product with the residual; the other product is the library's."""
     seen = launches(_attention(axis, channels), torch.randn(1, 3, 2, 4, channels))
-    assert seen == {"norm_act_fwd": 1, "axis_attention_fwd": 1, "linear_residual_fwd": 1}
+    ours = {"norm_act_fwd": 1, "axis_attention_fwd": 1, "linear_residual_fwd": 1}
+    assert seen == ours | {"addmm": 1}
 
 
 def test_an_adapter_keeps_its_place():
