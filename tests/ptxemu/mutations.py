@@ -57,23 +57,31 @@ _FRAGMENTS = r"\{ (%r\d+), (%r\d+), ([^}]*) \}, \{ (%r\d+), (%r\d+) \}"
 MUTATIONS = {
     "no barrier": Mutation(drop(r"^\s*bar\.sync"), share=0.8),
     "no wait for cp.async": Mutation(drop(r"cp\.async\.wait_group")),
-    "no store to shared memory": Mutation(drop(r"^\s*st\.shared")),
-    "no mask of a load": Mutation(swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True),
-    "no mask of a store": Mutation(swap(r"^(\s*)@%p\d+ (st\.global)", r"\1\2"), guarded=True),
-    "load 4 bytes further": Mutation(swap(r"(ld\.global.*\+) 0 \]", r"\1 4 ]")),
+    "no store to shared memory": Mutation(drop(r"^\s*st\.shared"), share=0.98),
+    "no mask of a load": Mutation(
+        swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True, share=0.85
+    ),
+    "no mask of a store": Mutation(
+        swap(r"^(\s*)@%p\d+ (st\.global)", r"\1\2"), guarded=True, share=0.95
+    ),
+    "load 4 bytes further": Mutation(swap(r"(ld\.global.*\+) 0 \]", r"\1 4 ]"), share=0.95),
     "shared load 2 bytes further": Mutation(swap(r"(ld\.shared\.\S*b32.*\[%r\d+)\]", r"\1+2]")),
     "exchanged registers of an mma": Mutation(
         swap(r"(mma\.sync.*)" + _FRAGMENTS, r"\1{ \3, \2, \4 }, { \5, \6 }"), archs=(80,)
     ),
-    "every CTA is the first": Mutation(swap(r"mov\.u32 (\s*%r\d+), %ctaid\.x", r"mov.b32 \1, 0")),
-    "fp16 for bf16": Mutation(swap(r"cvt\.rn\.bf16x2", "cvt.rn.f16x2")),
-    "NaN dropped by a maximum": Mutation(swap(r"(max|min)\.NaN\.f32", r"\1.f32"), nan=True),
+    "every CTA is the first": Mutation(
+        swap(r"mov\.u32 (\s*%r\d+), %ctaid\.x", r"mov.b32 \1, 0"), share=0.95
+    ),
+    "fp16 for bf16": Mutation(swap(r"cvt\.rn\.bf16x2", "cvt.rn.f16x2"), share=0.95),
+    "NaN dropped by a maximum": Mutation(
+        swap(r"(max|min)\.NaN\.f32", r"\1.f32"), nan=True, share=0.85
+    ),
     "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100)),
     "no wait for wgmma": Mutation(drop(r"wgmma\.wait_group"), archs=(90,)),
     "no wait for an mbarrier": Mutation(drop(r"@!complete bra"), archs=(90, 100)),
     "no wait for tensor memory": Mutation(drop(r"tcgen05\.wait"), archs=(100,)),
     "another column": Mutation(swap(r"(tcgen05\.ld.*) \+ 0\]", r"\1 + 1]"), archs=(100,)),
-    "another swizzle": Mutation(_other_swizzle, archs=(90,)),
+    "another swizzle": Mutation(_other_swizzle, archs=(90,), share=0.9),
 }
 
 
@@ -95,7 +103,7 @@ class Subject:
                 return check_parity(case)
             tensors = list(case.tensors.values())
             flat, n = tensors[0].view(-1), tensors[0].numel()
-            for at in (n // 5, n // 2, n // 2 + n // 9):
+            for at in (n // 5, n // 2, n // 2 + n // 13, n // 2 + n // 9):
                 flat[at] = self.value
             with poison_empty():
                 found = case(*tensors)
