@@ -57,7 +57,7 @@ _FRAGMENTS = r"\{ (%r\d+), (%r\d+), ([^}]*) \}, \{ (%r\d+), (%r\d+) \}"
 MUTATIONS = {
     "no barrier": Mutation(drop(r"^\s*bar\.sync"), share=0.8),
     "no wait for cp.async": Mutation(drop(r"cp\.async\.wait_group")),
-    "no store to shared memory": Mutation(drop(r"^\s*st\.shared"), share=0.98),
+    "no store to shared memory": Mutation(drop(r"^\s*st\.shared"), share=0.95),
     "no mask of a load": Mutation(
         swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True, share=0.85
     ),
@@ -76,8 +76,8 @@ MUTATIONS = {
     "NaN dropped by a maximum": Mutation(
         swap(r"(max|min)\.NaN\.f32", r"\1.f32"), nan=True, share=0.85
     ),
-    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100)),
-    "no wait for wgmma": Mutation(drop(r"wgmma\.wait_group"), archs=(90,)),
+    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100), share=0.75),
+    "no wait for wgmma": Mutation(drop(r"wgmma\.wait_group"), archs=(90,), share=0.95),
     "no wait for an mbarrier": Mutation(drop(r"@!complete bra"), archs=(90, 100)),
     "no wait for tensor memory": Mutation(drop(r"tcgen05\.wait"), archs=(100,)),
     "another column": Mutation(swap(r"(tcgen05\.ld.*) \+ 0\]", r"\1 + 1]"), archs=(100,)),
