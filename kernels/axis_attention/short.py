@@ -68,7 +68,7 @@ def pick_config(
     heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
     heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
     # 255: where ptxas would rather spill than give up a block.
-    most = 255 if backward and (shaw or (heavy and itemsize > 2)) else None
+    most = 255 if backward and (shaw or itemsize > 2) else None
     return ShortConfig(1, 8 if heavy else 4, most)
 
 
