@@ -56,43 +56,30 @@ def launching() -> Iterator[None]:
         yield
 
 
-def networks_whole() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Forward, training step, and the guided step of frozen weights, of the networks of the check
-    and of the measurements, on tensors without data."""
-    import torch
+def networks_of_the_stages() -> list[Any]:
+    """A sampling step, a guided one and a training step of the networks of the check and of the
+    measurements, in the batches that they have there."""
+    from network_launches import WAYS, Net, network_call
     from unet_bench import CASES, LARGE
 
     from fastvdm import UNet3D
 
-    def step(net: Any, x: Any, way: str) -> None:
-        net.to(x.dtype).requires_grad_(way == "train")
-        time = torch.zeros(len(x), device="meta")
-        if way == "forward":
-            with torch.no_grad():
-                net(x, time)
-            return
-        leaf = x.detach().requires_grad_()
-        wanted = [leaf, *(p for p in net.parameters() if p.requires_grad)]
-        torch.autograd.grad(net(leaf, time).float().square().mean(), wanted, allow_unused=True)
-
-    nets: dict[str, tuple[Callable[[], Any], Any, tuple[int, ...]]] = {
-        "unet": (lambda: UNet3D(64, cond_drop_prob=0.0), CASES["readme"], (1, 2)),
-        "unet-rms": (lambda: UNet3D(64, norm="rms", cond_drop_prob=0.0), CASES["readme"], (2,)),
-        "ucf101": (lambda: UNet3D.from_preset("ucf101"), LARGE["ucf101"], (1,)),
+    known = CASES | LARGE
+    nets = {
+        ("unet", 1): partial(UNet3D, 64, cond_drop_prob=0.0),
+        ("unet", 2): partial(UNet3D, 64, cond_drop_prob=0.0),
+        ("ucf101", 1): partial(UNet3D.from_preset, "ucf101"),
     }
-    for case in ("readme", "dim-128", "dim-256"):
-        net = (CASES | LARGE)[case]
+    for case, batches in (("readme", (1, 2, 8)), ("dim-128", (8,)), ("dim-256", (1,))):
+        net = known[case]
         make = partial(UNet3D, net.dim, dim_mults=net.dim_mults, norm="rms", cond_drop_prob=0.0)
-        nets[case] = make, net, (8, 1) if case == "readme" else (net.gpu_batch,)
-    for name, (make, net, batches) in nets.items():
-        with torch.device("meta"):
-            model = make()
-        for dtype in (torch.bfloat16, torch.float32):
-            for batch in batches:
-                shape = (batch, 3, net.frames, net.size, net.size)
-                x = torch.empty(shape, device="meta", dtype=dtype)
-                for way in ("forward", "train", "guided"):
-                    yield f"{name} {way} {batch} {dtype}", partial(step, model, x, way)
+        nets |= {(case, batch): make for batch in batches}
+    return [
+        network_call(f"{name} {batch} {dtype} {way}", Net(make, 16, 64), dtype, way, batch)
+        for (name, batch), make in nets.items()
+        for dtype in ("bf16", "fp32")
+        for way in WAYS
+    ]
 
 
 def ops_of_the_check() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -149,7 +136,7 @@ def launches(parts: Sequence[str] = PARTS) -> list[Any]:
     if "table" in parts:
         found += [*table(), *by_name()]
     if "networks" in parts:
-        found += [call(name, "meta", run) for name, run in networks_whole()]
+        found += networks_of_the_stages()
     if "ops" in parts:
         found += [call(name, "meta", run) for name, run in ops_of_the_check()]
     if "suite" in parts:
@@ -159,7 +146,7 @@ def launches(parts: Sequence[str] = PARTS) -> list[Any]:
     with launching():
         taken = captured(found, H200)
     for name, why in refused.items():
-        if "triton" not in name:  # a call of a network, or of an op, as it is
+        if "triton" not in name:  # no cell of the suite
             print(f"  {name}: {why}", file=sys.stderr)
     return taken
 

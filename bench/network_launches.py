@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,9 +50,7 @@ NETS: dict[str, Net] = {
     "UNet3D(64, rms)": Net(lambda: UNet3D(64, norm="rms"), 16, 64),
     "UNet3D(256)": Net(lambda: UNet3D(256), 16, 64),
 } | {
-    name: Net(
-        functools.partial(UNet3D.from_preset, name), RECIPES[name]["num_frames"], config.image_size
-    )
+    name: Net(partial(UNet3D.from_preset, name), RECIPES[name]["num_frames"], config.image_size)
     for name, config in PRESETS.items()
     if config.image_size is not None
 }
@@ -145,11 +143,11 @@ def _apply(node: Any, given: dict[int, Tensor]) -> list[Tensor | None]:
 
 
 class Case:
-    """A network on the fake GPU, in one of DTYPES; each of its ways is a call."""
+    """A network on the fake GPU, in one of DTYPES; each of WAYS is a call."""
 
-    def __init__(self, net: Net, dtype: str) -> None:
+    def __init__(self, net: Net, dtype: str, batch: int) -> None:
         self.net, self.dtype = net, dtype
-        self.shape = (1, 3, net.frames, net.size, net.size)
+        self.shape = (batch, 3, net.frames, net.size, net.size)
         known = torch.zeros(self.shape)[:, :, :5]
         self.given = Given(Condition(frames=known), self.shape, torch.device("cpu"), torch.float32)
 
@@ -210,30 +208,33 @@ def _condition(model: Any, batch: int) -> Tensor | None:
     return None if width is None else torch.rand(batch, width)
 
 
-def train(model: Any, shape: Sequence[int], batch: int = 8) -> None:
+def train(model: Any, shape: Sequence[int]) -> None:
     """Forward, MSE, and the gradient of every weight."""
     model.train()
     kind = next(model.parameters()).dtype
-    x = torch.rand(batch, *shape[1:], dtype=kind)
-    cond = _condition(model, batch)
-    out = model(x, torch.rand(batch), **({} if cond is None else {"cond": cond.to(kind)}))
-    loss = nn.functional.mse_loss(out.float(), torch.rand(batch, *shape[1:]))
+    x = torch.rand(*shape, dtype=kind)
+    cond = _condition(model, len(x))
+    out = model(x, torch.rand(len(x)), **({} if cond is None else {"cond": cond.to(kind)}))
+    loss = nn.functional.mse_loss(out.float(), torch.rand(*shape))
     torch.autograd.grad(loss, list(model.parameters()))
 
 
 def network_calls(
     *names: str, dtypes: Sequence[str] = DTYPES, ways: Sequence[str] = WAYS
 ) -> list[Call]:
-    """Of the networks of these names, by default all, in each of ``dtypes`` and ``ways``."""
+    """Of the networks of these names, by default all, in each of ``dtypes`` and ``ways``; a
+    training step has eight videos."""
 
     def call(name: str, dtype: str, way: str) -> Call:
-        def build(device: str) -> Callable[[], Any]:
-            return lambda: Case(NETS[name], dtype).run(way)
-
-        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-        return Call(f"{name} {dtype} {way}", build, kind)
+        batch = 8 if way == "train" else 1
+        return network_call(f"{name} {dtype} {way}", NETS[name], dtype, way, batch)
 
     return [call(n, d, w) for n in names or NETS for d in dtypes for w in ways]
+
+
+def network_call(name: str, net: Net, dtype: str, way: str, batch: int) -> Call:
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    return Call(name, lambda _: partial(Case(net, dtype, batch).run, way), kind)
 
 
 def network_of(call: str) -> str | None:

@@ -106,7 +106,7 @@ def test_a_stride_goes_by_descriptors_where_parities_split(size, channels, by_bo
     assert asked == [by_boxes]
 
 
-def test_steps_of_channels_stay_within_a_parity(device, monkeypatch):
+def test_steps_of_channels_stay_within_a_parity(device, tma, monkeypatch):
     """48 channels in steps of 32 would run from even columns into odd ones: steps of 16."""
     kernels = pytest.importorskip("fastvdm.kernels.space_conv")
     config = kernels.ConvConfig(64, 32, 32, 4, 2, True, 4, 8)
@@ -279,6 +279,7 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
     dtype = torch.float32
     if transposed and backend == "auto":  # elsewhere it is torch's own autograd
         device, dtype = "cpu", torch.bfloat16
+        monkeypatch.setattr(ops, "AMX", False)
     masks = []
     aten = torch.ops.aten.convolution_backward
 
