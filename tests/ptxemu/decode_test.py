@@ -204,3 +204,29 @@ def test_a_barrier_makes_it_right():
     emulator = run(body + "\tst.global.b32 [%rd2], %r4;", given, out, 64, shared=512)
     assert not emulator.findings
     assert (out == np.roll(given, 32, 0)).all()
+
+
+TENSOR = (
+    "\ttcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [global_smem], 32;\n"
+    "\tbar.sync 0;\n\tld.shared.b32 %r5, [global_smem];\n\tld.global.b32 %r1, [%rd1];\n"
+    "\ttcgen05.st.sync.aligned.32x32b.x2.b32 [%r5 + 0], {%r1, %r0};\n"
+    "\ttcgen05.wait::st.sync.aligned;\n"
+    "\ttcgen05.ld.sync.aligned.32x32b.x2.b32 {%r6, %r7}, [%r5 + 0];\n"
+)
+PAIR = "\tcvt.u64.u32 %rd5, %r6;\n\tcvt.u64.u32 %rd6, %r7;\n\tshl.b64 %rd7, %rd6, 32;\n"
+PAIR += "\tor.b64 %rd8, %rd5, %rd7;\n"
+WAIT, STORE = "\ttcgen05.wait::ld.sync.aligned;\n", "\tst.global.b64 [%rd2], %rd8;"
+
+
+@pytest.mark.parametrize(
+    "order, late",
+    [(WAIT + PAIR + STORE, False), (PAIR + WAIT + STORE, False), (PAIR + STORE + WAIT, True)],
+    ids=["waits", "packs", "stores"],
+)
+def test_registers_of_tensor_memory_are_packed_before_the_wait(order, late):
+    """LLVM puts the packing above it, and ptxas makes no instruction of that; other uses are late."""
+    given = rng.integers(0, 99, (32, 1), dtype=np.uint64)
+    out = np.zeros_like(given)
+    emulator = run(TENSOR + order, given, out, shared=64)
+    assert [KINDS[f.kind] for f in emulator.findings] == ["register of a wgmma in flight"] * late
+    assert (out[:, 0] == given[:, 0] + (np.arange(32, dtype=np.uint64) << 32)).all()

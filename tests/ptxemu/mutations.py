@@ -56,7 +56,7 @@ class Mutation:
 _FRAGMENTS = r"\{ (%r\d+), (%r\d+), ([^}]*) \}, \{ (%r\d+), (%r\d+) \}"
 MUTATIONS = {
     "no barrier": Mutation(drop(r"^\s*bar\.sync"), share=0.8),
-    "no wait for cp.async": Mutation(drop(r"cp\.async\.wait_group")),
+    "no wait for cp.async": Mutation(drop(r"cp\.async\.wait_group"), share=0.9),
     "no store to shared memory": Mutation(drop(r"^\s*st\.shared"), share=0.95),
     "no mask of a load": Mutation(
         swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True, share=0.85

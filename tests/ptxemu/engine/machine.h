@@ -169,6 +169,7 @@ class Machine {
       u32 address, bool& undefined, f32 (*format)(u32), int bytes, MatrixGroup& group);
   void release(const MatrixGroup& done);
   void wait_matrices(size_t keep);
+  bool makes_pair() const;
   void check_pending();
 
   // tensor.h

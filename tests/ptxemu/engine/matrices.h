@@ -232,17 +232,32 @@ inline void Machine::wait_matrices(size_t keep) {
   }
 }
 
+// Two registers become one of 64 bits: ptxas gives them neighbouring numbers and makes no instruction
+// of it, so LLVM may put these above the wait of a tcgen05.ld.
+inline bool Machine::makes_pair() const {
+  if (I->op == OP_cvt) return (I->flags & 31) == U64 && (I->flags >> 5 & 31) == U32;
+  bool joins = I->flags / 32 == SHL || I->flags / 32 == OR;
+  return I->op == OP_pack || (I->op == OP_alu && joins && to(0).width == 8);
+}
+
 // Accumulators of a wgmma in flight and what is being loaded from tensor memory are nobody's; operand
 // registers may be read.
 inline void Machine::check_pending() {
   bool none = w->matrices.empty() && w->open_matrices.accumulators.empty() && w->loading.empty();
   if (I->op == OP_wgmma || none) return;
+  bool loads = false, pair = !w->loading.empty() && makes_pair();
   for (int k = 0; k < I->sources; ++k)
-    if (of(k).kind == REGISTER && w->pending[of(k).id] == ACCUMULATES)
-      report(ACCUMULATOR, -1, 0, of(k).id);
+    if (of(k).kind == REGISTER && w->pending[of(k).id] == ACCUMULATES) {
+      loads = true;
+      if (!pair) report(ACCUMULATOR, -1, 0, of(k).id);
+    }
   for (int k = 0; k < I->destinations; ++k) {
     if (to(k).kind != REGISTER) continue;
-    u8 pending = w->pending[to(k).id];
+    u8& pending = w->pending[to(k).id];
     if (pending) report(pending == FEEDS ? OPERAND : ACCUMULATOR, -2, 0, to(k).id);
+    if (pair && loads) {
+      pending = ACCUMULATES;
+      w->loading.push_back(to(k).id);
+    }
   }
 }
