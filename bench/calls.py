@@ -81,9 +81,12 @@ SHAPES = {
 PEER, PAPER = ("l0", "l1", "l2", "l3"), ("ucf-32", "ucf-16", "ucf-8", "t2v128-32")
 
 
+GPU_BATCH = 8
+
+
 def shape(case: str, device: str = "cpu") -> Shape:
-    """The shape of that name: one video on a CPU, else 8, on "meta" as on a GPU."""
-    return replace(SHAPES[case], batch=1 if device == "cpu" else 8)
+    """The shape of that name: one video on a CPU, else GPU_BATCH, on "meta" as on a GPU."""
+    return replace(SHAPES[case], batch=1 if device == "cpu" else GPU_BATCH)
 
 
 def bench_cases(*names: str, full: tuple[str, ...] = ()) -> list:

@@ -25,7 +25,7 @@ from fastvdm.ops.guidance import (
 )
 
 WEIGHT = 9.0
-DIMS = {"tiny": 32}  # of the network, elsewhere 64
+NET = dict(dim=64, dim_mults=(1, 2, 4))  # "tiny": half as wide
 
 
 def ends_contest(case: str, device: str) -> Contest:
@@ -106,10 +106,8 @@ def steps_contest(case: str, device: str, checkpointing: str = "none") -> Contes
     """Two ancestral steps of a dim 64 network, given 2 frames."""
     s = shape(case, device)
     size = (s.batch, 3, s.frames, s.height, s.width)
-    dim = DIMS.get(case, 64)
-    net = UNet3D(dim, dim_mults=(1, 2, 4), time_input="logsnr", checkpointing=checkpointing).to(
-        device
-    )
+    options = NET | (dict(dim=32) if case == "tiny" else {})
+    net = UNet3D(**options, time_input="logsnr", checkpointing=checkpointing).to(device)
     frames = torch.rand(s.batch, 3, 2, s.height, s.width, device=device) * 2 - 1
 
     def generator() -> torch.Generator:

@@ -224,7 +224,7 @@ WAIT, STORE = "\ttcgen05.wait::ld.sync.aligned;\n", "\tst.global.b64 [%rd2], %rd
     ids=["waits", "packs", "stores"],
 )
 def test_registers_of_tensor_memory_are_packed_before_the_wait(order, late):
-    """LLVM puts the packing above it, and ptxas makes no instruction of that; other uses are late."""
+    """LLVM puts that above it, and ptxas makes no instruction of it; other uses are late."""
     given = rng.integers(0, 99, (32, 1), dtype=np.uint64)
     out = np.zeros_like(given)
     emulator = run(TENSOR + order, given, out, shared=64)
