@@ -32,6 +32,7 @@ from typing import Any
 
 from gpu_worker import PACK, ROOT, Context, Item, load
 
+DRY = 3600.0  # seconds of a stage, at most, where an interpreter stands for the device
 START = 90.0  # seconds that a worker may take to import all it needs
 BAD = ("failed", "crashed", "hung")
 VERDICTS = ("ok", *BAD, "skipped", "left out")
@@ -274,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stage, context = STAGES[args.stage], Context(args.out.resolve(), args.dry_run)
     context.out.mkdir(parents=True, exist_ok=True)
+    seconds = DRY if context.dry else stage.seconds
     # Not every package has to be installed: an editable install would need its build system.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
@@ -286,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(unpack(PACK), flush=True)
     return run(
-        args.stage, stage.module, context, seconds=args.seconds or stage.seconds, only=args.only,
+        args.stage, stage.module, context, seconds=args.seconds or seconds, only=args.only,
         workers=args.workers or (1 if args.dry_run else min(stage.workers, os.cpu_count() or 1)),
     )  # fmt: skip
 
