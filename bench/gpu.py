@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_worker import PACK, ROOT, Context, Item, load
+from gpu_pack import PACK, ROOT, unpack
+from gpu_worker import Context, Item, load
 
 DRY = 3600.0  # seconds of a stage, at most, where an interpreter stands for the device
 START = 90.0  # seconds that a worker may take to import all it needs
@@ -281,7 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
     if not args.dry_run:
         import torch
-        from gpu_pack import unpack
 
         if not torch.cuda.is_available():
             print("no CUDA device here (make bench runs on a CPU; DRY=1 tries the stages out)")

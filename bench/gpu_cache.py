@@ -30,8 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_pack import PLACES, pack
-from gpu_worker import PACK, ROOT
+from gpu_pack import PACK, PLACES, ROOT, pack
 
 # -- what is launched -----------------------------------------------------------------------------
 

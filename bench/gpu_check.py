@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_networks import compiled_network, graphed_sample, like_the_peer, whole
-from gpu_worker import PACK, ROOT, Context, Item, Skip
+from gpu_pack import PACK, ROOT
+from gpu_worker import Context, Item, Skip
 from torch import Tensor
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -10,8 +10,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from gpu_worker import PACK, ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
+PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked
 ARCHIVE = PACK.with_suffix(".tar.xz")
 LIMIT = 64 * 2**20  # bytes that are carried along
 # Folders of the archive, and where they go.

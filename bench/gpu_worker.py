@@ -25,9 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked (gpu_pack.py)
-
+from gpu_pack import PACK, ROOT, adopt
 
 # What fastvdm, its tests and the peer import, a machine with a GPU may not have, and no item calls.
 UNCALLED = ("huggingface_hub", "tqdm", "PIL", "PIL.Image")
@@ -151,8 +149,6 @@ def main() -> int:
     os.dup2(2, 1)
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
     if not args.dry_run and (PACK / "triton.json").exists():
-        from gpu_pack import adopt
-
         adopt(PACK)
     items = load(args.module, Context(args.out, args.dry_run))
     _send(ready=True)
