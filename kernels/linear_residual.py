@@ -43,14 +43,15 @@ def pick_config(
     """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED.
 
     Smaller ones where the large would leave multiprocessors without work. With 128 registers two of
-    the large share a multiprocessor from Hopper on (``major``, of the compute capability): one
-    multiplies while the other adds and stores. ``depth`` tells measured tiles apart.
+    the large share a multiprocessor of Hopper (``major``, of the compute capability): one multiplies
+    while the other adds and stores; on Blackwell they would spill. ``depth`` tells measured tiles
+    apart.
     """
     if itemsize > 2:
         return LinearConfig(64, 64, 32, 4, 3)
     if cdiv(rows, 128) * cdiv(features, 128) < 128:
         return LinearConfig(64, 64, 64, 4, 4)
-    return LinearConfig(128, 128, 64, 8, 3, 128 if major >= 9 and x_itemsize == 2 else 255)
+    return LinearConfig(128, 128, 64, 8, 3, 128 if major == 9 and x_itemsize == 2 else 255)
 
 
 @triton.jit
