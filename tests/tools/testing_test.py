@@ -117,6 +117,14 @@ def test_sizes_of_sums():
         assert 0.5 < dx < 8 and 0.5 < dw / vector.abs().max() < 8
 
 
+def test_sizes_of_sums_have_the_partial_sums_of_a_product():
+    """Five times the rounding of the operands alone at 300 terms."""
+    a, b = (torch.randn(*s, dtype=torch.float64) for s in ((8, 300), (300, 8)))
+    dout = torch.ones(8, 8, dtype=torch.float64)
+    terms = testing.sizes_of_sums(lambda a, b: (a[:, :, None] * b).sum(1), (a, b), dout)
+    assert 2 < testing.sizes_of_sums(torch.mm, (a, b), dout)[0] / terms[0] < 10
+
+
 def test_rejects_what_is_never_written():
     a, b = inputs()
     with testing.poison_empty():
