@@ -43,9 +43,9 @@ def pick_config(
     """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED.
 
     Smaller ones where the large would leave multiprocessors without work. With 128 registers two of
-    the large share a multiprocessor of Hopper (``major``, of the compute capability): one multiplies
-    while the other adds and stores; on Blackwell they would spill. ``depth`` tells measured tiles
-    apart.
+    the large share a multiprocessor of Hopper (``major``, of the compute capability): one
+    multiplies while the other adds and stores; on Blackwell they would spill. ``depth`` tells
+    measured tiles apart.
     """
     if itemsize > 2:
         return LinearConfig(64, 64, 32, 4, 3)
