@@ -5,6 +5,8 @@ the wait that retires it nothing may write those registers; the hardware does no
 and ptxas have both been wrong about it (triton-lang/triton#9433).
 
     exposed(disassembled(cubin))
+
+And how much there is of it: ``loops``, ``counted``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,7 @@ _NO_RESULT = re.compile(
     "ST|BAR|BRA|BRX|SYNCS|UTMA|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|LDGSTS|EXIT|.SETP|PLOP|BSSY|BSYNC|"
     "R2UR|R2P|NOP|RED|MEMBAR|FENCE|CALL|RET|ELECT|ERRBAR|CCTL|YIELD|NANOSLEEP|U[A-Z]"
 )
+_MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS", "LDL", "STL")
 _MOST_PENDING = 8  # groups that a wait can leave running
 
 
@@ -93,6 +97,28 @@ def parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:
         elif match := _INSTRUCTION.search(line):
             found.append(Instruction(match[1] or "", match[2], match[3]))
     return found, labels
+
+
+def loops(text: str) -> list[range]:
+    """The loops as places of instructions, the longest first; an inner one lies within another."""
+    code, labels = parsed(text)
+    ends = ((instruction.goes_to(labels), end) for end, instruction in enumerate(code))
+    found = {range(start, end + 1) for start, end in ends if start is not None and start < end}
+    return sorted(found, key=lambda loop: (-len(loop), loop.start))
+
+
+def counted(code: Sequence[Instruction]) -> Counter[str]:
+    """Instructions by what a reader of SASS looks for: barriers, matrix products, exponentials,
+    shuffles, memory by its kind and width in bits."""
+    found: Counter[str] = Counter()
+    for name in (instruction.name for instruction in code):
+        kind, *more = name.split(".")
+        if kind in _MEMORY:
+            wide = next((m for m in more if m in ("128", "64")), None)
+            narrow = next((m[1:] for m in more if m in ("U16", "S16", "U8", "S8")), "32")
+            kind = f"{kind}.{wide or narrow}"
+        found[kind] += 1
+    return found
 
 
 def exposed(text: str) -> list[str]:
