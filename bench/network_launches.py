@@ -29,6 +29,7 @@ from fastvdm.diffusion.condition import Condition, Given
 from fastvdm.diffusion.denoiser import Denoiser, evaluating, input_gradient
 from fastvdm.diffusion.plan import Row
 from fastvdm.diffusion.sample import _Noise, _Run
+from fastvdm.layers import kept
 from fastvdm.ops import _call, _op
 from fastvdm.runtime import dispatch
 from fastvdm.unet.config import PRESETS, RECIPES
@@ -72,10 +73,28 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
     unheard = [mock.patch.object(file, "observed", lambda *_: False) for file in (_call, _op)]
     here = mock.patch.object(_call, "_on_device", lambda launch: launch)
     able = mock.patch.object(dispatch, "no_launch", lambda: None)
+    # What cuDNN answers in; a torch without CUDA knows nothing of it.
+    layout = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _layout)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, gradient, place, unheard[0], unheard[1], here, able, warnings.catch_warnings():
+    # Tables that a network makes once, among its tensors.
+    tables = [
+        mock.patch.object(kept, "_passing", lambda: False),
+        mock.patch.object(kept, "_lasts", lambda _: True),
+        mock.patch.object(kept, "_TABLES", {}),
+    ]
+    patches = place, *unheard, here, able, layout, *tables
+    with mode, gradient, contextlib.ExitStack() as stack, warnings.catch_warnings():
+        for patch in patches:
+            stack.enter_context(patch)
         warnings.simplefilter("ignore")
         yield mode
+
+
+def _layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """Of a convolution's output: channels last where one of its inputs is."""
+    last = torch.channels_last
+    found = any(t.is_contiguous(memory_format=last) for t in (x, weight))
+    return last if found else torch.contiguous_format
 
 
 def _guard_cuda() -> None:
@@ -157,6 +176,21 @@ class Case:
         with fake_gpu(), self._autocast(), torch.device("cuda"):
             _place(model, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
             train(model, self.shape) if way == "train" else self._sample(model, way == "guided")
+
+    def forward(self, listening: Callable[[], Any], between: Callable[[], None]) -> None:
+        """Two forwards without gradients, ``between`` them a call; both within ``listening()``."""
+        with torch.device("meta"):
+            model: Any = self.net.make().to(memory_format=torch.channels_last).eval()
+        with fake_gpu(), self._autocast(), torch.device("cuda"), torch.no_grad():
+            kind = torch.bfloat16 if self.dtype == "bf16" else torch.float32
+            _place(model, kind)
+            cond = _condition(model, self.shape[0])
+            given = {} if cond is None else {"cond": cond.to(kind)}
+            x, time = torch.zeros(self.shape, dtype=kind), torch.rand(self.shape[0])
+            with listening():
+                model(x, time, **given)
+                between()
+                model(x, time, **given)
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:

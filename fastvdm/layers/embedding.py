@@ -7,13 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastvdm.layers.kept import kept
+
+
+@kept
+def _frequencies(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    rate = math.log(10000.0) / (count - 1)
+    return torch.exp(torch.arange(count, device=device, dtype=dtype) * -rate)
+
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """(B,) → (B, dim): [sin, cos] of t * 10000^(-i / (dim/2 - 1)), i = 0 .. dim/2 - 1."""
-    half = dim // 2
-    rate = math.log(10000.0) / (half - 1)
-    freq = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * -rate)
-    angle = t[:, None] * freq
+    angle = t[:, None] * _frequencies(dim // 2, t.device, t.dtype)
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 

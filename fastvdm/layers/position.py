@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastvdm.layers.kept import kept
+
 
 def t5_bucket(relative: Tensor, num_buckets: int = 32, max_distance: int = 32) -> Tensor:
     """Bucket of ``relative`` = key - query (Raffel et al. 2020, §2.1), as the peer computes it.
@@ -22,6 +24,13 @@ def t5_bucket(relative: Tensor, num_buckets: int = 32, max_distance: int = 32) -
     return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
 
 
+@kept
+def _t5_buckets(n: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    """(n, n) [query, key]: the bucket of every pair of positions."""
+    position = torch.arange(n, device=device)
+    return t5_bucket(position - position[:, None], num_buckets, max_distance)
+
+
 class T5RelativeBias(nn.Module):
     """A learned bias (heads, n, n) [query, key], one number per head and bucket."""
 
@@ -31,9 +40,9 @@ class T5RelativeBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
     def forward(self, n: int, device: torch.device) -> Tensor:
-        position = torch.arange(n, device=device)
-        bucket = t5_bucket(position - position[:, None], self.num_buckets, self.max_distance)
-        return self.relative_attention_bias(bucket).permute(2, 0, 1)
+        bucket = _t5_buckets(n, self.num_buckets, self.max_distance, device)
+        # As kernels read it: each attention of a forward would copy it.
+        return self.relative_attention_bias(bucket).permute(2, 0, 1).contiguous()
 
 
 class ShawTable(nn.Module):
@@ -60,6 +69,7 @@ def rotary_frequencies(
     return 1.0 / theta**exponent
 
 
+@kept
 def rotary_table(n: int, rotary_dim: int, device: torch.device, theta: float = 1e4) -> Tensor:
     """(2, n, rotary_dim / 2) fp32: cos and sin of position * frequency."""
     position = torch.arange(n, device=device, dtype=torch.float32)

@@ -17,6 +17,7 @@ from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, sele
 from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
+from fastvdm.ops.space_conv_ends import bias_residual, fold_upsample_weight
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime.device import INTERPRETED
 from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, Implementations, implementations
@@ -234,23 +235,6 @@ def check_conv(
         check_tensors(x, ("residual", residual, shape), same=("residual",))
 
 
-def _fold_axis(w: Tensor, axis: int) -> Tensor:
-    # Taps of the transposed kernel: [w2, w1 + w2, w0 + w1, w0].
-    w0, w1, w2 = w.unbind(axis)
-    return torch.stack([w2, w1 + w2, w0 + w1, w0], dim=axis)
-
-
-def fold_upsample_weight(weight: Tensor) -> Tensor:
-    """3x3 kernel after nearest x2 → the equal 4x4 stride-2 transposed kernel (Cin, Cout, 4, 4).
-
-    Output row 2i+a of the upsampled convolution reads input rows (i-1, i, i) for a = 0 and
-    (i, i, i+1) for a = 1, so taps on the same row add up. Summed in fp32; differentiable.
-    """
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    folded = _fold_axis(_fold_axis(wide, 2), 3).transpose(0, 1)
-    return folded.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
 def choose(
     x: Tensor,
     weight: Tensor,
@@ -278,6 +262,12 @@ def convolve(
     """``space_conv`` of checked arguments by the implementation ``which``."""
     if which == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual, upsample)
+    if x.is_cuda and which != "triton":  # what cuDNN leaves over is one pass
+        outside = bias if library.adds_bias_apart(x, weight.shape[-1]) else None
+        if outside is not None or residual is not None:
+            inside = None if outside is not None else bias
+            y = convolve(which, x, weight, inside, x2, stride, None, upsample)
+            return bias_residual(y, outside, residual)
     if upsample is not None:
         return _transpose(which, x, fold_upsample_weight(weight), bias, residual)
     if which == "torch":
@@ -395,6 +385,8 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
     which = select("space_conv_transpose", x.device, x, autocast_dtype(x))
+    if x.is_cuda and bias is not None and which in ("library", "torch"):
+        return bias_residual(_transpose(which, x, weight, None, None), bias)
     return _transpose(which, x, weight, bias, None)
 
 

@@ -32,6 +32,7 @@ from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_act import norm_act
 from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
+from fastvdm.ops.space_conv_ends import bias_residual, fold_upsample_weight
 from fastvdm.reference.space_conv import group_stats_ref
 from fastvdm.runtime.config import use_backend
 from fastvdm.testing import assert_close3, assert_parity, make_exact_operand, poison_empty
@@ -475,6 +476,26 @@ ROWS: dict[str, Row] = {
             "tile": dict(B=1, F=2, H=4, W=16, K=64, N=64, given=()),
         },
         tiles={"l1": dict(B=1, F=2, H=8, W=17, K=256, N=128)},
+    ),
+    "space_conv_ends/bias_residual": Row(
+        "space_conv_ends", bias_residual, dict(y="B F H W C", bias="C", residual="B F H W C"),
+        VIDEO | dict(C=10), kernels=("triton",), mixed=("bias", "residual"),
+        edges={
+            "one": dict(B=1, F=1, H=1, W=1, C=1),
+            "wide": dict(F=2, C=130, given=("bias",)),
+            "residual": dict(C=3, given=("residual",)),
+        },
+        tiles={"l1": dict(B=1, F=2, H=8, W=17, C=128), "l3": dict(B=1, F=1, H=3, C=512)},
+    ),
+    "space_conv_ends/fold_upsample_weight": Row(
+        "space_conv_ends", fold_upsample_weight, dict(weight="N C 3 3"), dict(N=10, C=7),
+        kernels=("triton",), without={
+            "empty": "a weight is no batch",
+            "fullgraph": "a weight has no frames",
+            "transforms": "vmap knows no channels_last",
+        },
+        edges={"one": dict(N=1, C=1), "tiles": dict(N=40, C=70)},
+        tiles={"l1": dict(N=128, C=64)},
     ),
     # -- attention
     "axis_attention/time": Row(
