@@ -30,6 +30,7 @@ _KINDS = {
     "convolution": "convolution",
     "mm": "product",
     "addmm": "product",
+    "addmm_": "product",
     "bmm": "product",
     "cat": "concatenation",
     "clone": "copy",
@@ -94,7 +95,8 @@ class _Ops(TorchDispatchMode):
             return out
         if not any(t.is_cuda for t in made):
             return out
-        count = flop_registry.get(func.overloadpacket)
+        packet = torch.ops.aten.addmm if name == "addmm_" else func.overloadpacket
+        count = flop_registry.get(packet)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         self.found.append(Work(f"aten.{name}", _bytes([*given, *made]), int(flops)))
         if name == "addmm" and args[0].ndim > 1:  # cuBLAS adds in place: into a copy

@@ -88,6 +88,11 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None or inside is not None else y + bias.to(y.dtype)
 
 
+def _traced() -> bool:
+    """Whether ``fastvdm.export`` traces this into a functional graph."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 @_in_fp32
 def space_conv_fwd(
     x: Tensor,
@@ -106,8 +111,11 @@ def space_conv_fwd(
         c1 = x.shape[-1]
         y = conv2d(x, weight[:, :c1], bias, stride)
         rows, flat = x2.reshape(-1, x2.shape[-1]), weight[:, c1:].flatten(1)
-        # Not in place: fastvdm.export traces this into a functional graph.
-        y = torch.addmm(y.view(-1, y.shape[-1]), rows, flat.t()).view(y.shape)
+        flat_y = y.view(-1, y.shape[-1])
+        if _traced():
+            y = torch.addmm(flat_y, rows, flat.t()).view(y.shape)
+        else:  # cuBLAS adds in place, and otherwise into a copy
+            flat_y.addmm_(rows, flat.t())
     else:
         y = conv2d(torch.cat([x, x2], dim=-1), weight, bias, stride)
     return y if residual is None else y + residual

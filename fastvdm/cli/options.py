@@ -102,8 +102,12 @@ class Options(ModelOptions):
         typer.Option(help="BERT-family encoder of the captions, for a model that does not say."),
     ] = None
     cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph", help="Record a step and replay it; CUDA only.")
-    ] = False
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Record a step and replay it; by itself on CUDA at small batches.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ class Run:
             "cond": self.bundle.cond(options.caption, len(outputs), vectors),
             "guidance_scale": options.guidance_scale,
             "progress": True,
-            "cuda_graph": options.cuda_graph,
+            "cuda_graph": "auto" if options.cuda_graph is None else options.cuda_graph,
             "device": self.unet.stem.weight.device,
             **condition,
         }

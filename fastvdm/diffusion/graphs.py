@@ -9,40 +9,69 @@ as the last step, which has no noise, runs as it is.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastvdm.unet.network import FactorizedUNet
 
 Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
 # Records a step: (replay, the outputs that every replay overwrites).
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 FEWEST_ROWS = 4  # a recording costs the time of three steps
+# Values of the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 a video: at 8 videos the GPU's
+# floor is what the host's launches take.
+SMALL = 1 << 25
 
 
-def check_capturable(
-    device: torch.device, generator: torch.Generator | None, downsample: Any
-) -> None:
-    """What a graph cannot hold is an error before anything is computed.
-
-    Raises:
-        ValueError: no CUDA device, noise from a generator, or a downsampling of the caller's.
-    """
-    reason = None
+def why_not(device: torch.device, generator: torch.Generator | None, downsample: Any) -> str | None:
+    """What a graph cannot hold: no CUDA device, noise from a generator, or a downsampling of the
+    caller's; None where it can."""
     if device.type != "cuda":
-        reason = f"needs a CUDA device, the videos are on {device}"
-    elif generator is not None:
-        reason = "cannot replay a torch.Generator, whose state is on the host: give seed"
-    elif callable(downsample):
-        reason = (
+        return f"needs a CUDA device, the videos are on {device}"
+    if generator is not None:
+        return "cannot replay a torch.Generator, whose state is on the host: give seed"
+    if callable(downsample):
+        return (
             "does not record a downsample function of the caller, which may wait for the device "
             "or change between calls: 'average' and 'bilinear' are recorded"
         )
-    if reason is not None:
+    return None
+
+
+def decide(
+    asked: bool | Literal["auto"], model: Any, shape: Sequence[int], reason: str | None
+) -> bool:
+    """Whether steps are recorded, where ``reason`` says why they cannot be.
+
+    "auto" records a network of ours on which nothing hangs, as of others nobody knows whether they
+    wait for the device, and a small batch: a large one keeps the device busy, and a graph's memory
+    is its own. Analytic, NOT MEASURED.
+
+    Raises:
+        ValueError: ``asked`` is True and there is a reason, or it is none of the three.
+    """
+    if asked is True and reason is not None:
         raise ValueError(f"cuda_graph=True {reason}")
+    if asked in (True, False):
+        return bool(asked)
+    if asked != "auto":
+        raise ValueError(f"cuda_graph must be True, False or 'auto', got {asked!r}")
+    if reason is not None or not isinstance(model, FactorizedUNet) or model.shards is not None:
+        return False
+    free = not _has_any_global_hook() and not any(_hangs(m) for m in model.modules())
+    return free and prod(shape) // shape[1] * model.stem.out_channels <= SMALL
+
+
+def _hangs(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -109,6 +138,8 @@ class StepGraphs:
         seeds: (B,) int64 on the device.
         rows: all rows (of the sampler's plan) that will be run, in any order.
         count: draws made so far; a row that draws moves it on.
+        asked: by the caller, to whom it is an error where a step cannot be recorded; else that is
+            a warning, and the steps run as they are.
         capture: what records; the tests give one that calls again.
     """
 
@@ -119,9 +150,10 @@ class StepGraphs:
         rows: Iterable[Any],
         count: int = 0,
         capture: Capture | None = None,
+        asked: bool = True,
     ) -> None:
         self._advance, self._capture = advance, capture or capture_cuda
-        self._noise, self._count = DeviceNoise(seeds), count
+        self._noise, self._count, self._asked = DeviceNoise(seeds), count, asked
         kinds = Counter((row.noisy, row.guided) for row in rows)
         self._recorded = {kind for kind, n in kinds.items() if n >= FEWEST_ROWS}
         self._graphs: dict[tuple[bool, bool], _Graph] = {}
@@ -136,7 +168,14 @@ class StepGraphs:
             return self._advance(z, row, self._noise)
         if kind not in self._graphs:
             graph = _Graph(self._advance, z, row, self._noise)
-            with torch.cuda.device_of(z):
-                graph.record(self._capture)
+            try:
+                with torch.cuda.device_of(z):
+                    graph.record(self._capture)
+            except RuntimeError as error:
+                if self._asked:
+                    raise
+                warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=4)
+                self._recorded.clear()
+                return self._advance(z, row, self._noise)
             self._graphs[kind] = graph
         return self._graphs[kind].run(z, row)

@@ -232,7 +232,7 @@ def sample(
     progress: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-    cuda_graph: bool = False,
+    cuda_graph: bool | Literal["auto"] = "auto",
 ) -> Tensor:
     """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
 
@@ -262,13 +262,14 @@ def sample(
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
         cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
-            for the device nor keep state in Python. Noise is that of ``seed``.
+            for the device nor keep state in Python. Noise is that of ``seed``. "auto" does it on
+            CUDA at small batches, for a network of this package without hooks.
 
     Raises:
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
-        RuntimeError: with ``cuda_graph``, a step that cannot be recorded.
+        RuntimeError: with ``cuda_graph=True``, a step that cannot be recorded.
     """
-    denoiser, given, plan, where = prepare(
+    denoiser, given, plan, where, record = prepare(
         model,
         shape,
         schedule=schedule,
@@ -297,14 +298,14 @@ def sample(
         with evaluating(denoiser.model), input_gradient(denoiser.model):
             z = run.start(plan, shape, where, dtype)
             advance: Callable[..., tuple[Tensor, Tensor]] = run.advance
-            if cuda_graph and noise.rng is not None:
-                rows = (*plan.steps, *plan.corrections[1:])
-                advance = StepGraphs(run.advance, noise.rng, rows, noise.count)
+            if record and noise.rng is not None:
+                rows, asked = (*plan.steps, *plan.corrections[1:]), cuda_graph is True
+                advance = StepGraphs(run.advance, noise.rng, rows, noise.count, asked=asked)
             for i in _progress(plan.num_steps, progress):
                 x_tilde, z = advance(z, plan.steps[i])
                 if plan.corrections and i + 1 < plan.num_steps:
                     x_tilde, z = advance(z, plan.corrections[i + 1])
                 if callback is not None:
-                    kept = (z.clone(), x_tilde.clone()) if cuda_graph else (z, x_tilde)
+                    kept = (z.clone(), x_tilde.clone()) if record else (z, x_tilde)
                     callback(Step(i, plan.num_steps, plan.log_snr[i + 1], *kept))
-        return z.clone() if cuda_graph else z  # a graph's own memory goes with it
+        return z.clone() if record else z  # a graph's own memory goes with it

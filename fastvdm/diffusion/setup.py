@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition, Given, check_range
 from fastvdm.diffusion.denoiser import Denoiser, Model, module_of, prediction_of, time_input_of
-from fastvdm.diffusion.graphs import check_capturable
+from fastvdm.diffusion.graphs import decide, why_not
 from fastvdm.diffusion.plan import Plan
 from fastvdm.diffusion.prediction import Prediction
 from fastvdm.diffusion.samplers import Ancestral, Langevin, Sampler
@@ -25,6 +25,7 @@ class Setup(NamedTuple):
     given: Given | None
     plan: Plan
     device: torch.device
+    record: bool  # a step as a CUDA graph
 
 
 def prepare(
@@ -46,7 +47,7 @@ def prepare(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-    cuda_graph: bool = False,
+    cuda_graph: bool | Literal["auto"] = False,
     **_: Any,
 ) -> Setup:
     """The arguments and errors of ``sample``; those that only its loop needs are not looked at."""
@@ -79,8 +80,8 @@ def prepare(
         if not callable(condition.downsample):  # any other D may give any other values
             check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
-    if cuda_graph:
-        check_capturable(where, generator, condition.downsample if condition else None)
+    reason = why_not(where, generator, condition.downsample if condition else None)
+    record = decide(cuda_graph, model, shape, reason)
     with torch.inference_mode(False), torch.no_grad():
         if cond is not None:
             cond = (cond.clone() if cond.is_inference() else cond).to(where)
@@ -98,7 +99,7 @@ def prepare(
             where,
             dtype,
         )
-    return Setup(denoiser, given, plan, where)
+    return Setup(denoiser, given, plan, where, record)
 
 
 def _check_object(name: str, value: Any, method: str, example: str) -> None:

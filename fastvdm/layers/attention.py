@@ -11,6 +11,7 @@ from fastvdm.layers.plain import is_plain
 from fastvdm.layers.position import ShawTable
 from fastvdm.ops.attention_block import NO_OPTIONS, AttentionOptions, attention, attention_block
 from fastvdm.ops.linear import Linear
+from fastvdm.ops.linear_residual import linear_residual
 
 if TYPE_CHECKING:
     from fastvdm.layers.shards import FrameShards
@@ -71,9 +72,13 @@ class Attention(nn.Module):
                 eps=1e-5 if norm.eps is None else norm.eps, options=options,
             )  # fmt: skip
         h = norm(x)  # whose statistics need the frames' layout, where sequences need the pixels'
-        h = h if shards is None else shards.to_pixels(h)
-        h = out(attention(qkv(h), self.core, self.heads, options))
-        return x + (h if shards is None else shards.to_frames(h, *x.shape[2:4]))
+        if shards is not None:
+            h = out(attention(qkv(shards.to_pixels(h)), self.core, self.heads, options))
+            return x + shards.to_frames(h, *x.shape[2:4])
+        h = attention(qkv(h), self.core, self.heads, options)
+        if is_plain(out, Linear):
+            return linear_residual(x, h, out.weight, out.bias)
+        return x + out(h)
 
     def _is_plain(self) -> bool:
         """Whether ``attention_block`` describes the layer: a LayerNorm and two projections, and

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,11 +28,45 @@ def dropout_mask(
     return F.dropout(x.new_ones(b, f, h * factor, w * factor, channels), p)
 
 
-def _film(layer: nn.Linear | None, emb: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+class Films:
+    """The embedding with what FiLM layers make of it, all in one product."""
+
+    def __init__(self, emb: Tensor, layers: Sequence[nn.Linear]) -> None:
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        widths = [layer.out_features for layer in layers]
+        self.emb = emb
+        self.made = dict(zip(layers, F.linear(emb, weight, bias).split(widths, dim=-1)))
+
+
+def films(emb: Tensor | Films, layers: Sequence[nn.Module]) -> Tensor | Films:
+    """``emb`` for blocks whose projections are ``layers``, one product where each may be part of it.
+    Without the gradient of a weight: it would have to be cut into those of all."""
+    if torch.compiler.is_compiling() or not layers or isinstance(emb, Films):
+        return emb
+    plain = [layer for layer in layers if is_plain(layer, nn.Linear)]
+    trained = torch.is_grad_enabled() and any(
+        p.requires_grad for m in plain for p in m.parameters()
+    )
+    if trained or len(plain) < len(layers) or any(layer.bias is None for layer in plain):
+        return emb
+    return Films(emb, plain)  # type: ignore[arg-type]
+
+
+def _project(layer: nn.Module, emb: Tensor | Films) -> Tensor:
+    if isinstance(emb, Films):
+        found = emb.made.get(layer)  # type: ignore[call-overload]
+        return layer(emb.emb) if found is None else found
+    return layer(emb)
+
+
+def _film(
+    layer: nn.Linear | None, emb: Tensor | Films | None
+) -> tuple[Tensor | None, Tensor | None]:
     """(scale, shift), each (B, C), from the activated embedding."""
     if layer is None or emb is None:
         return None, None
-    scale, shift = layer(emb).chunk(2, dim=-1)
+    scale, shift = _project(layer, emb).chunk(2, dim=-1)
     return scale, shift
 
 
@@ -74,7 +109,8 @@ class ResnetBlock(nn.Module):
     """conv → norm → FiLM → SiLU → conv → norm → SiLU → + skip(x)   (peer order).
 
     ``forward(x, emb, x2)``: x (B, F, H, W, C1); x2 (B, F, H, W, C2), the skip connection, stands
-    behind x on the channels; emb (B, emb_dim) is the conditioning embedding after its SiLU.
+    behind x on the channels; emb (B, emb_dim) is the conditioning embedding after its SiLU, or the
+    ``films`` of it.
     """
 
     def __init__(
@@ -96,8 +132,11 @@ class ResnetBlock(nn.Module):
         self.skip = None if same else SpaceConv(in_channels, out_channels, 1)
         self.out_channels, self.dropout = out_channels, dropout
 
-    def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Films | None, x2: Tensor | None = None) -> Tensor:
         scale, shift = _film(self.film, emb)
+        if x2 is not None and x.is_cuda and not torch.is_grad_enabled():
+            # cuDNN wants them joined, and then the skip is one product; a backward would keep it.
+            x, x2 = join(x, x2), None
         mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
         first, second = _plain(self.conv1, self.norm1), _plain(self.conv2, self.norm2)
         h = _conv_norm(
@@ -146,7 +185,7 @@ class PreNormResnetBlock(nn.Module):
             if self.conv2.bias is not None:
                 nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, emb: Tensor | None, x2: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Films | None, x2: Tensor | None = None) -> Tensor:
         h = normalise(self.norm1, x, x2, act=True)
         if self.resample == "down":
             h = avg_pool(h)
@@ -154,7 +193,7 @@ class PreNormResnetBlock(nn.Module):
         mask = dropout_mask(h, self.out_channels, self.dropout, self.training, 2 if up else 1)
         if self.additive and self.film is not None and emb is not None:
             h = convolve(self.conv1, h, upsample=up)  # the embedding stands between conv and norm
-            h = h + self.film(emb)[:, None, None, None].to(h.dtype)
+            h = h + _project(self.film, emb)[:, None, None, None].to(h.dtype)
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)

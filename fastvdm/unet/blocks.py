@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose, convolve
 from fastvdm.layers.norm import Norm, normalise
-from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+from fastvdm.layers.resnet import Films, PreNormResnetBlock, ResnetBlock
 
 Block = ResnetBlock | PreNormResnetBlock
 Resample = SpaceConv | SpaceConvTranspose | PreNormResnetBlock
@@ -38,13 +38,15 @@ class Unit(nn.Module):
         self.recompute = False  # in the backward pass, instead of storing activations
 
     def forward(
-        self, x: Tensor, emb: Tensor, time: TimeContext, skip: Tensor | None = None
+        self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None = None
     ) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, time, skip, use_reentrant=False)
         return self._forward(x, emb, time, skip)
 
-    def _forward(self, x: Tensor, emb: Tensor, time: TimeContext, skip: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None
+    ) -> Tensor:
         for block in self.blocks:
             x, skip = block(x, emb, skip), None
         if self.spatial is not None:
@@ -67,7 +69,7 @@ class Level(nn.Module):
         self.resample_takes_emb = isinstance(resample, PreNormResnetBlock)
 
     def down(
-        self, x: Tensor, emb: Tensor, time: TimeContext, push_resampled: bool
+        self, x: Tensor, emb: Tensor | Films, time: TimeContext, push_resampled: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """The next level's input and the skips that this level pushes."""
         skips = []
@@ -80,13 +82,13 @@ class Level(nn.Module):
                 skips.append(x)
         return x, skips
 
-    def up(self, x: Tensor, emb: Tensor, time: TimeContext, skips: list[Tensor]) -> Tensor:
+    def up(self, x: Tensor, emb: Tensor | Films, time: TimeContext, skips: list[Tensor]) -> Tensor:
         """``skips`` in the order in which they were pushed, one per unit."""
         for unit, skip in zip(self.units, reversed(skips), strict=True):
             x = unit(x, emb, time, skip)
         return x if self.resample is None else self._change_resolution(x, emb)
 
-    def _change_resolution(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _change_resolution(self, x: Tensor, emb: Tensor | Films) -> Tensor:
         assert self.resample is not None
         if self.resample_takes_emb:
             return self.resample(x, emb)

@@ -12,8 +12,9 @@ from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
+from fastvdm.layers.resnet import Films, films
 from fastvdm.layers.shards import FrameShards
-from fastvdm.unet.blocks import Level, Unit, attend
+from fastvdm.unet.blocks import Block, Level, Unit, attend
 from fastvdm.unet.build import paper_parts, peer_parts
 from fastvdm.unet.config import UNetConfig, built_from, check_choice
 
@@ -56,6 +57,8 @@ class FactorizedUNet(nn.Module):
         self.head = parts.head
         self.push_resampled = parts.push_resampled
         self.checkpointing = config.checkpointing
+
+        self.blocks = [m for m in self.modules() if isinstance(m, Block)]  # no second parent
 
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
@@ -170,7 +173,9 @@ class FactorizedUNet(nn.Module):
             focus_mask=focus,
             num_images=num_images,
         )
-        emb = self._embed(time, cond, drop)
+        emb: Tensor | Films = self._embed(time, cond, drop)
+        if x.is_cuda:  # where launches are what a small batch waits for
+            emb = films(emb, [b.film for b in self.blocks if b.film is not None])
         x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
         x = convolve(self.stem, x)
         skips = [x]

@@ -110,10 +110,10 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    recorder, check = Recorder(), graphs.check_capturable
+    recorder, why_not = Recorder(), graphs.why_not
     monkeypatch.setattr(graphs, "capture_cuda", recorder)
-    target = "fastvdm.diffusion.setup.check_capturable"
-    with mock.patch(target, lambda device, *rest: check(torch.device("cuda"), *rest)):
+    target = "fastvdm.diffusion.setup.why_not"
+    with mock.patch(target, lambda device, *rest: why_not(torch.device("cuda"), *rest)):
         yield recorder
 
 
@@ -162,6 +162,40 @@ def test_what_cannot_be_recorded_is_said(recorder):
 def test_a_cpu_has_no_graphs():
     with pytest.raises(ValueError, match="needs a CUDA device, the videos are on cpu"):
         sample(network(), SHAPE, cuda_graph=True)
+
+
+def test_small_batches_are_recorded_by_themselves(recorder, monkeypatch):
+    """A network of ours, alone and small; what could not be recorded runs as it is."""
+    model, options = setup("plain")
+    found = sample(model, SHAPE, **options)
+    assert recorder.recordings == 1
+    assert torch.equal(found, sample(model, SHAPE, cuda_graph=False, **options))
+    assert recorder.recordings == 1
+
+    more = {k: v for k, v in options.items() if k != "seed"}
+    sample(model, SHAPE, generator=torch.Generator(), **more)
+    sample(lambda z, time: model(z, time), SHAPE, **options)
+    hook = model.head.register_forward_hook(lambda *_: None)
+    sample(model, SHAPE, **options)
+    hook.remove()
+    monkeypatch.setattr(graphs, "SMALL", 2 * 4 * 8 * 4 * 8 - 1)
+    sample(model, SHAPE, **options)
+    assert recorder.recordings == 1
+    with pytest.raises(ValueError, match="must be True, False or 'auto', got '1'"):
+        sample(model, SHAPE, cuda_graph="1", **options)
+
+
+def test_a_recording_that_fails_is_a_warning_where_nobody_asked(recorder, monkeypatch):
+    def fails(step):
+        raise RuntimeError("no graph today")
+
+    model, options = setup("plain")
+    monkeypatch.setattr(graphs, "capture_cuda", fails)
+    with pytest.warns(UserWarning, match="without CUDA graphs: no graph today"):
+        found = sample(model, SHAPE, **options)
+    assert torch.equal(found, sample(model, SHAPE, cuda_graph=False, **options))
+    with pytest.raises(RuntimeError, match="no graph today"):
+        sample(model, SHAPE, cuda_graph=True, **options)
 
 
 @pytest.mark.gpu

@@ -6,13 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
+from fastvdm.layers import kept as tables
 from fastvdm.layers.attention import Attention
+from fastvdm.layers.kept import kept
 from fastvdm.layers.norm import Norm
-from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
+from fastvdm.layers.position import rotary_table
+from fastvdm.layers.resnet import Films, PreNormResnetBlock, ResnetBlock, films
 from fastvdm.runtime.dispatch import INTERPRETED
 
 VIEWS = {
@@ -179,3 +183,53 @@ def test_network_changes_layout_only_at_its_ends():
     assert seen.copies == [("clone", (1, 2, 4, 4, 3)), ("clone", (1, 3, 2, 4, 4))]
     assert seen.names["silu"] == 1  # of the embedding
     assert seen.names["norm_act_fwd"] and seen.names["axis_attention_fwd"]
+
+
+def test_all_film_layers_are_one_product():
+    """With the same result, and only where each may be part of it."""
+    layers, emb = [nn.Linear(6, n) for n in (4, 10, 2)], torch.randn(3, 6)
+    with torch.no_grad():
+        found = films(emb, layers)
+        assert isinstance(found, Films)
+        for layer in layers:
+            torch.testing.assert_close(found.made[layer], layer(emb))
+        layers[1].register_forward_hook(lambda *_: None)
+        assert films(emb, layers) is emb and films(emb, []) is emb
+        assert films(emb, [nn.Linear(6, 4, bias=False), layers[0]]) is emb
+    assert films(emb, layers[::2]) is emb  # their weights want a gradient
+    leaf = emb.clone().requires_grad_()
+    for layer in layers[::2]:
+        layer.requires_grad_(False)
+    made = films(leaf, layers[::2]).made
+    assert torch.autograd.grad(made[layers[0]].sum(), leaf)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("options", [{}, dict(conditioning="add")], ids=["film", "add"])
+def test_a_block_takes_the_films_of_its_embedding(options):
+    block = PreNormResnetBlock(8, 8, group, emb_dim=6, zero_init=False, **options)
+    x, emb = torch.randn(2, 1, 4, 4, 8), torch.randn(2, 6)
+    with torch.no_grad():
+        other = nn.Linear(6, 16)
+        torch.testing.assert_close(block(x, films(emb, [other, block.film])), block(x, emb))
+        torch.testing.assert_close(block(x, films(emb, [other])), block(x, emb))
+
+
+def test_tables_are_made_once_for_eager_calls():
+    made = []
+
+    @kept
+    def ramp(n: int, device: torch.device) -> torch.Tensor:
+        made.append(n)
+        return torch.arange(n, device=device).float()
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        first = ramp(5, cpu)
+    assert ramp(5, cpu) is first and ramp(6, cpu).numel() == 6 and made == [5, 6]
+    assert not first.is_inference()
+    with FakeTensorMode():
+        assert type(ramp(5, cpu)) is not torch.Tensor
+    torch.vmap(lambda x: x + ramp(5, cpu))(torch.zeros(2, 5))
+    assert made == [5, 6, 5, 5] and ramp(5, cpu) is first
+    torch.testing.assert_close(rotary_table(4, 6, cpu), rotary_table.__wrapped__(4, 6, cpu))
+    assert len(tables._TABLES) <= tables._MOST

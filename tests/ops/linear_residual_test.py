@@ -13,7 +13,7 @@ from fastvdm.ops.linear_residual import (
 )
 from fastvdm.reference.linear_residual import linear_residual_ref
 from fastvdm.runtime.config import use_backend
-from fastvdm.runtime.dispatch import ByName, explain
+from fastvdm.runtime.dispatch import ByDesign, explain
 from fastvdm.testing import assert_close3
 
 GPU = torch.cuda.is_available()
@@ -30,11 +30,15 @@ def test_autocast_casts_whatever_comes(device):
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-def test_fp64_on_a_gpu_is_the_references():
+def test_what_a_gpu_leaves_to_its_parts():
+    def why(dtype: torch.dtype, depth: int) -> str | None:
+        x = torch.empty(1, 8, device="cuda", dtype=dtype)
+        return explain("linear_residual", x, torch.empty(8, depth, device="cuda"))["triton"]
+
     with FakeTensorMode():
-        x = torch.empty(1, 8, device="cuda", dtype=torch.float64)
-        assert explain("linear_residual", x)["triton"] == "fp64 has no kernel"
-        assert isinstance(explain("linear_residual", x.half())["triton"], ByName)
+        assert why(torch.float64, 8) == "fp64 has no kernel"
+        assert why(torch.float16, 1024) is None
+        assert isinstance(why(torch.float16, 1025), ByDesign)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
