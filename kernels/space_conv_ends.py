@@ -3,7 +3,8 @@ bias and the residual of what comes out.
 
     bias_residual   y + bias + residual: 2 reads and a write where torch's two sums read 4 times and
                     write twice, the sum with the bias one value at a time
-    fold_upsample_weight   the 3x3 weight after nearest x2 as the 4x4 one of stride 2: 25 Cin Cout e bytes
+    fold_upsample_weight
+                    the 3x3 weight after nearest x2 as the 4x4 one of stride 2: 25 Cin Cout e bytes
                     in a launch, where torch's nine move twelve times as much. Folded in every
                     forward: that a weight is still the same no version says (``.data`` has none),
                     and to compare it is to read it.

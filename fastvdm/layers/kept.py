@@ -48,7 +48,7 @@ def _passing() -> bool:
 
 def _lasts(table: Tensor) -> bool:
     """Whether it will be there for the next call, whichever stream that is on."""
-    if not table.is_cuda:
+    if table.device.type != "cuda":
         return True
     if torch.cuda.is_current_stream_capturing():  # its values come when the graph is run
         return False

@@ -40,14 +40,13 @@ class Films:
 
 
 def films(emb: Tensor | Films, layers: Sequence[nn.Module]) -> Tensor | Films:
-    """``emb`` for blocks whose projections are ``layers``, one product where each may be part of it.
-    Without the gradient of a weight: it would have to be cut into those of all."""
+    """``emb`` for blocks whose projections are ``layers``, in one product where each may be part of
+    it. Without the gradient of a weight: it would have to be cut into those of all."""
     if torch.compiler.is_compiling() or not layers or isinstance(emb, Films):
         return emb
     plain = [layer for layer in layers if is_plain(layer, nn.Linear)]
-    trained = torch.is_grad_enabled() and any(
-        p.requires_grad for m in plain for p in m.parameters()
-    )
+    weights = (p for layer in plain for p in layer.parameters())
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in weights)
     if trained or len(plain) < len(layers) or any(layer.bias is None for layer in plain):
         return emb
     return Films(emb, plain)  # type: ignore[arg-type]
