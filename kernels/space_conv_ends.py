@@ -116,7 +116,10 @@ def _tap(w0, w1, w2, B: tl.constexpr):
 def fold_upsample_weight_fwd(weight: Tensor) -> Tensor:
     """As ``fastvdm::fold_upsample_weight_fwd``."""
     cout, cin, _, _ = weight.shape
-    out = weight.new_empty((cin, cout, 4, 4)).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (cin, cout, 4, 4), dtype=weight.dtype, device=weight.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
     if out.numel() == 0:
         return out
     _fold_upsample_kernel[(cdiv(cin, _FOLDED) * cdiv(cout, _FOLDED),)](

@@ -59,7 +59,10 @@ def _unfold_axis(g: Tensor, axis: int) -> Tensor:
 def fold_upsample_weight_fwd(weight: Tensor, backend: str) -> Tensor:
     """(Cin, Cout, 4, 4), channels last, of (Cout, Cin, 3, 3)."""
     cout, cin, _, _ = weight.shape
-    return weight.new_empty((cin, cout, 4, 4)).contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (cin, cout, 4, 4), dtype=weight.dtype, device=weight.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
 
 
 def _example(device: torch.device) -> dict[str, tuple]:
