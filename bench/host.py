@@ -20,7 +20,6 @@ from launches import NoDevice
 from network_launches import Net
 from torch import Tensor
 
-
 from fastvdm.layers import kept
 from fastvdm.ops import _call
 from fastvdm.runtime import dispatch

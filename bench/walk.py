@@ -1,5 +1,5 @@
 """What a forward of a network does on a GPU, on any machine: its launches, with the bytes that each
-moves and the floating-point operations of torch's own products.
+moves and the floating-point operations of matrix products.
 
     walk(NETS["ucf101"], batch=1)
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from fastvdm.ops._call import BODIES
+from fastvdm.ops._cost import FORMULAS, Cost
 from fastvdm.runtime.device import Facts, pretend
 
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "sym_size"}
@@ -78,6 +80,33 @@ def _moved(t: Tensor) -> int:
     return t.element_size() * math.prod(n if step else 1 for n, step in sizes)
 
 
+class _Ours:
+    """Bodies of our ops that say what is being launched: its FLOPs go to an op's first launch."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def bodies(self) -> dict[str, Callable[..., Any]]:
+        return {name: self._counting(name, body) for name, body in BODIES.items()}
+
+    def _counting(self, name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        formula = FORMULAS.get(f"fastvdm::{name}")
+        schema = getattr(torch.ops.fastvdm, name).default._schema
+        names = [a.name for a in schema.arguments]
+
+        def call(*args: Any) -> Any:
+            shapes = [tuple(a.shape) if isinstance(a, Tensor) else a for a in args]
+            cost = formula(**dict(zip(names, shapes))) if formula and args[-1] == "triton" else 0
+            self.flops += cost.flops if isinstance(cost, Cost) else cost
+            return body(*args)
+
+        return call
+
+    def take(self) -> int:
+        found, self.flops = self.flops, 0
+        return found
+
+
 class _Ops(TorchDispatchMode):
     def __init__(self, found: list[Work]) -> None:
         super().__init__()
@@ -119,17 +148,19 @@ def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16") -> list[Work]:
     from triton.runtime.jit import JITFunction
 
     found: list[Work] = []
+    ours = _Ours()
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         op = kernel.fn.__module__.removeprefix("fastvdm.kernels.").split(".")[0]
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
         tensors = [getattr(a, "base", a) for a in (*args, *options.values())]
-        found.append(Work(f"{op}.{name}", _bytes(_tensors(tensors))))
+        found.append(Work(f"{op}.{name}", _bytes(_tensors(tensors)), ours.take()))
 
     driver.set_active(NoDevice(gpu.capability))
     # Weights are prepared once: what the second forward still launches is what counts.
     case = Case(net, dtype, batch)
-    with mock.patch.object(JITFunction, "run", launch), pretend(gpu):
+    run = mock.patch.object(JITFunction, "run", launch)
+    with run, mock.patch.dict(BODIES, ours.bodies()), pretend(gpu):
         case.forward(lambda: _Ops(found), found.clear)
     return found
 
