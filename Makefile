@@ -3,6 +3,7 @@
 #              ARGS="-k norm_act": only these
 # make test-all   the slow tests, too: pytest -m slow --collect-only -q names them
 # make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
+# make static  kernels, launches, bytes and the host's time, counted without a GPU; ARGS=--update
 # make gpu-check | gpu-measure | gpu-tune OUT=dir   on a machine with a GPU, four to five minutes each:
 #              parity; benchmarks; tuning. Results are files; DRY=1 tries them out without a GPU
 # make gpu-pack   what such a machine need not compile or download, as one file to carry along
@@ -46,7 +47,7 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize \
-	emulate-amx emulate-gpu fuzz lint info paper-tables peer clean
+	emulate-amx emulate-gpu static fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -65,6 +66,9 @@ bench: $(STAMPS)/dev.stamp .peer/done.stamp
 	mkdir -p bench/results
 	$(PY) -m pytest bench $(ARGS) --benchmark-json=bench/results/latest.json
 	$(PY) bench/waterfall.py bench/results/latest.json
+
+static: $(STAMPS)/dev.stamp
+	$(PY) bench/static.py $(ARGS)
 
 fuzz: $(STAMPS)/dev.stamp
 	$(PY) tests/ops/fuzz_test.py --minutes $(MINUTES)

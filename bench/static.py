@@ -111,7 +111,7 @@ def rows() -> list[Row]:
         call = _call(attention, many, axis=SPACE, backward=kernel != "fwd")
         name = f"attention over space, {kernel.replace('bwd_', '')}"
         found.append(Row(name, call, f"axis_attention.long_{kernel}", tile, scores))
-    found.append(Row("3x3 by TMA", _call(conv, "l1", bare=True), "space_conv.conv", step, one,
+    found.append(Row("3x3 by TMA", _call(conv, "l1", bare=True), "space_conv.conv_tma", step, one,
                      cycles=False))  # fmt: skip
     return found
 
