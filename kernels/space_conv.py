@@ -44,7 +44,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot,
+    next_power_of_2,
+    sigmoid,
+)
 from fastvdm.kernels.tuned import tuned
 from fastvdm.runtime.device import facts
 
@@ -165,7 +172,7 @@ def _normalise(x, gain_ptr, offset_ptr, k, mask_k, ok, ACT: tl.constexpr, ACC: t
     offset = tl.load(offset_ptr + k, mask=mask_k, other=0.0)
     t = x.to(ACC) * gain[None, :] + offset[None, :]
     if ACT:
-        t *= tl.sigmoid(t)
+        t *= sigmoid(t)
     return tl.where(ok[:, None], t, 0.0).to(x.dtype)
 
 

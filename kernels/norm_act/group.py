@@ -14,12 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    next_power_of_2,
+    reciprocal,
+    widened,
+)
 from fastvdm.kernels.norm_act.shared import (
-    STAGES,
     Config,
     affine,
     extents,
+    in_powers_of_2,
     load_dt,
     merge_tile,
     row_stride,
@@ -32,18 +39,20 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_group")
 def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the GroupNorm kernels: 16 values a thread. ``itemsize`` and ``kind``, "stats", "fwd"
-    or "bwd", tell measured tiles apart.
+    """Tile of the GroupNorm kernels: 8 values a thread, in whole lines of 128 bytes (bf16).
+    ``itemsize`` and ``kind``, "stats", "fwd", "sums" or "dx", tell measured tiles apart.
 
-    The width pads the two sources least, among widths that read at least 64 bytes in a row (bf16);
-    of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
+    With more than two warps the sum over a tile's rows, which Triton stores as [channel][warp],
+    meets 16-way bank conflicts. The width pads the two sources least, among widths that read at
+    least 64 bytes in a row; of equals the widest. Analytic, NOT MEASURED: no GPU was at hand
+    (November 2026).
     """
-    top = min(128, next_power_of_2(max(c1, c2)))
-    widths = [w for w in (128, 64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
+    top = min(64, next_power_of_2(max(c1, c2)))
+    widths = [w for w in (64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
     # Triton has each thread fetch for itself a parameter vector that is shorter than the block
-    num_warps = max(1, min(4, block_c // 32))
-    return Config(block_c, 512 * num_warps // block_c, num_warps)
+    num_warps = max(1, block_c // 32)
+    return Config(block_c, 256 * num_warps // block_c, num_warps)
 
 
 @triton.jit
@@ -91,17 +100,17 @@ def _stats_kernel(
     offs_l = tl.arange(0, BLOCK_L)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
-    src += (n * L + first) * width + c0
-    offs = offs_l[:, None] * width + offs_c[None, :]
+    src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    limit = tl.where(mask_c, size, 0)[None, :]
 
     # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
     mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x = tl.load(src + offs, mask=mask, other=0.0).to(ACC)
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
         delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / tl.cast(start // BLOCK_L + 1, ACC))
+        mean += delta * reciprocal(tl.cast(start // BLOCK_L + 1, ACC))
         m2 += delta * (x - mean)
         src += BLOCK_L * width
 
@@ -193,18 +202,33 @@ def _group_fwd_kernel(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
+    gain, offset = in_powers_of_2(gain, offset, ACT)
     slope = (rstd * gain)[None, :]
-    src += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x = tl.load(src + offs_x, mask=mask, other=0.0).to(ACC)
-        t = (x - mean) * slope + offset[None, :]
-        store_act(t, y_ptr, res_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+    offset = offset[None, :]
+    FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if FOLDED:
+        offset -= mean * slope
+    C = C1 if x2_ptr is None else C1 + C2
+    src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    y_ptr += at
+    if res_ptr is not None:
+        res_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
+        if not FOLDED:
+            x -= mean
+        store_act(x * slope + offset, y_ptr, res_ptr, drop_ptr, 0, mask, ACT, ACC)
         src += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
+        y_ptr += BLOCK_L * C
+        if res_ptr is not None:
+            res_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
 
 
 @triton.jit
@@ -228,35 +252,45 @@ def _group_bwd_sums_kernel(
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
     mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
-    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    src += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    slope = (rstd * gain)[None, :]
+    offset = offset[None, :]
+    C = C1 if x2_ptr is None else C1 + C2
+    src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    dy_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
 
+    # of dt, of dt (x - mean) and of x - mean: rstd is a factor of the last two
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_x = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
-        t = x_hat * gain[None, :] + offset[None, :]
-        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC) - mean
+        dt = load_dt(x * slope + offset, dy_ptr, drop_ptr, 0, mask, ACT, ACC)
         sum_dt += dt
-        sum_dtx += dt * x_hat
+        sum_dtx += dt * x
         if SUMS == 3:
-            sum_x += tl.where(mask, x_hat, 0.0)
+            sum_x += tl.where(mask, x, 0.0)
         src += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
+        dy_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
+    rstd = tl.load(
+        rstd_ptr + group, mask=mask_c, other=0.0, volatile=True
+    )  # not kept through the loop
     out = part_ptr + (n * chunks + chunk) * SUMS * (C1 + C2) + cols
     tl.store(out, tl.sum(sum_dt, axis=0), mask=mask_c)
-    tl.store(out + C1 + C2, tl.sum(sum_dtx, axis=0), mask=mask_c)
+    tl.store(out + C1 + C2, rstd * tl.sum(sum_dtx, axis=0), mask=mask_c)
     if SUMS == 3:
-        tl.store(out + 2 * (C1 + C2), tl.sum(sum_x, axis=0), mask=mask_c)
+        tl.store(out + 2 * (C1 + C2), rstd * tl.sum(sum_x, axis=0), mask=mask_c)
 
 
 @triton.jit
@@ -281,28 +315,44 @@ def _group_bwd_dx_kernel(
     cols = before + c0 + offs_c
     group = cols // group_width
     mean = _mean(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
-    rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
-    m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)[None, :]
-    m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)[None, :]
+    rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)
+    m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)
+    m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    src += (n * L + first) * width + c0
-    dst += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
-        t = x_hat * gain[None, :] + offset[None, :]
-        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
-        dx = rstd * (dt * gain[None, :] - m1 - x_hat * m2)
-        tl.store(dst + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    # dx = dt slope + x k2 + k1
+    slope = (rstd * gain)[None, :]
+    offset = offset[None, :]
+    k1 = (-rstd * m1)[None, :]
+    k2 = (-rstd * rstd * m2)[None, :]
+    FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if FOLDED:
+        offset -= mean * slope
+        k1 -= mean * k2
+    C = C1 if x2_ptr is None else C1 + C2
+    at = (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    src += at
+    dst += at
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    dy_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
+        if not FOLDED:
+            x -= mean
+        dt = load_dt(x * slope + offset, dy_ptr, drop_ptr, 0, mask, ACT, ACC)
+        dx = dt * slope + (x * k2 + k1)
+        tl.store(dst, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         src += BLOCK_L * width
         dst += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
+        dy_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
 
 
 def group_stats(
@@ -392,12 +442,13 @@ def group_bwd_sums(
     count: int,
 ) -> Tensor:
     """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_sums)
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "sums", split_for_sums)
     n, _, c1, c2, _ = extents(x, x2, per_frame)
     part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
     _group_bwd_sums_kernel[(grid,)](
-        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile
-    )
+        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile,
+        maxnreg=64 if x.element_size() == 2 and count == 2 else None,
+    )  # fmt: skip
     return part
 
 
@@ -417,7 +468,7 @@ def group_bwd_dx(
     act: bool,
 ) -> None:
     """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_map)
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "dx", split_for_map)
     _group_bwd_dx_kernel[(grid,)](
         dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
     )
