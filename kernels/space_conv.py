@@ -221,12 +221,10 @@ def _accumulate_tma(
     by_parity: tl.constexpr = S == 2 and not TRANSPOSED
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
-    k_tiles = tl.cdiv(C, BLOCK_K)
-    for it in tl.range(0, taps_h * taps_w * k_tiles, num_stages=NUM_STAGES):
-        tap = it // k_tiles
-        k = (it - tap * k_tiles) * BLOCK_K
-        th = tap // taps_w
-        tw = tap - th * taps_w
+    k = 0
+    th = 0
+    tw = 0
+    for _ in tl.range(0, taps_h * taps_w * tl.cdiv(C, BLOCK_K), num_stages=NUM_STAGES):
         if by_parity:  # row 2 i + t - PAD is of parity (t + PAD) mod 2; h0 = i - PAD
             i = h0 + (th + PAD) // 2
             j = w0 + (tw + PAD) // 2
@@ -249,6 +247,13 @@ def _accumulate_tma(
             acc = dot(x, tl.trans(w), acc)
         else:
             acc = dot(w, tl.trans(x), acc)
+        k += BLOCK_K  # counted on: a division is 20 instructions
+        next_tap = k >= C
+        k = tl.where(next_tap, 0, k)
+        tw += next_tap.to(tl.int32)
+        next_row = tw == taps_w
+        tw = tl.where(next_row, 0, tw)
+        th += next_row.to(tl.int32)
     return acc
 
 

@@ -18,6 +18,7 @@ from fastvdm.kernels.common import (
     widened,
 )
 from fastvdm.kernels.norm_act.shared import (
+    GENERAL,
     Config,
     affine,
     extents,
@@ -71,7 +72,7 @@ def _row_norm(x, x2, mask, mask2, C, EPS: tl.constexpr, LAYER: tl.constexpr, TWO
     return x * rstd[:, None], x2 * rstd[:, None], rstd[:, None], varies[:, None]
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _row_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
     L, C1, C2, stride_scale, stride_shift,
@@ -120,7 +121,7 @@ def _row_fwd_kernel(
         store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask2, ACT, ACC)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _row_bwd_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, part_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     drop_ptr, L, C1, C2, stride_scale, stride_shift, rows, chunks,

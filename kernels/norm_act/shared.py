@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +14,13 @@ from torch import Tensor
 
 from fastvdm.kernels.common import LOG2E, cdiv, next_power_of_2, reciprocal, sigmoid, widened
 from fastvdm.runtime.device import facts
+
+# What a network has many of, and no access gains by: not worth a compilation for each 1 and each
+# multiple of 16. ``frames`` is divided by, in 64 bits: 1 stays a constant.
+GENERAL: dict[str, Any] = dict(
+    do_not_specialize=["N", "L", "groups", "rows", "chunks", "total"],
+    do_not_specialize_on_alignment=["frames"],
+)
 
 
 class Config(NamedTuple):
@@ -57,9 +64,10 @@ def row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def merge_tile(rows: int, width: int) -> tuple[int, int]:
+def merge_tile(width: int) -> tuple[int, int]:
+    """Chunks and channels that a merge holds at once: 8 values a thread of four warps."""
     block_c = min(64, next_power_of_2(width))
-    return min(next_power_of_2(rows), 1024 // block_c), block_c
+    return 1024 // block_c, block_c
 
 
 @triton.jit
