@@ -38,7 +38,6 @@ from fastvdm.kernels.norm_act.group import (
     group_bwd_sums,
     group_fwd,
 )
-from fastvdm.kernels.norm_act.group_stats import group_stats, group_whole, is_small
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 from fastvdm.kernels.norm_act.shared import (
     GENERAL,
@@ -47,6 +46,7 @@ from fastvdm.kernels.norm_act.shared import (
     merge_tile,
     row_stride,
 )
+from fastvdm.kernels.norm_act.stats import group_stats, group_whole, is_small
 
 
 @triton.jit(**GENERAL)
@@ -314,10 +314,10 @@ def _reduce(
 ) -> Tensor:
     n, chunks, count, c = part.shape
     sums = part.new_empty((n, count, c))
-    block_k, block_c = merge_tile(width)
     _reduce_kernel[(n * cdiv(c, width),)](
         part, sums, m, weight, scale, c, width, frames, row_stride(scale), chunks, total,
-        SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+        SUMS=count, ACC=acc,
+        **merge_tile(chunks, width, 16 if width <= 16 else 4),  # wide: bank conflicts, 6-way
         maxnreg=128,  # ptxas would rather spill than give up a block
     )  # fmt: skip
     return sums

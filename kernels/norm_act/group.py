@@ -38,15 +38,15 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_group")
 def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the GroupNorm kernels: 8 values a thread, in whole lines of 128 bytes (bf16).
+    """Tile of the GroupNorm kernels: 8 values a thread.
     ``itemsize`` and ``kind``, "stats", "fwd", "sums" or "dx", tell measured tiles apart.
 
-    With more than two warps the sum over a tile's rows, which Triton stores as [channel][warp],
-    meets 16-way bank conflicts. The width pads the two sources least, among widths that read at
-    least 64 bytes in a row; of equals the widest. Analytic, NOT MEASURED: no GPU was at hand
-    (November 2026).
+    The kernels that end in a sum over pixels give each warp 32 channels of its own: Triton stores
+    what warps have to add as [channel][warp], 4-way bank conflicts with two warps, 16-way with
+    four. The width pads the two sources least, among widths that read at least 64 bytes in a row;
+    of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
     """
-    top = min(64, next_power_of_2(max(c1, c2)))
+    top = min(32 if kind in ("stats", "sums") else 64, next_power_of_2(max(c1, c2)))
     widths = [w for w in (64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
     # Triton has each thread fetch for itself a parameter vector that is shorter than the block

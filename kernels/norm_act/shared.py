@@ -38,10 +38,10 @@ def programs(device: torch.device, num_warps: int, warps: int = 32) -> int:
 def split_for_sums(
     device: torch.device, outer: int, length: int, cfg: Config, warps: int = 32
 ) -> tuple[int, int]:
-    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, where ``outer``
-    programs stand for each chunk."""
+    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, of two tiles or more,
+    where ``outer`` programs stand for each chunk."""
     tiles = cdiv(length, cfg.block_l)
-    wanted = max(1, min(tiles, programs(device, cfg.num_warps, warps) // outer))
+    wanted = max(1, min(cdiv(tiles, 2), programs(device, cfg.num_warps, warps) // outer))
     rows = cdiv(tiles, wanted) * cfg.block_l
     return rows, cdiv(length, rows)
 
@@ -64,10 +64,12 @@ def row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def merge_tile(width: int) -> tuple[int, int]:
-    """Chunks and channels that a merge holds at once: 8 values a thread of four warps."""
+def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
+    """Chunks and channels that a merge holds at once, 8 values a thread; ``most`` warps where there
+    are many chunks, as each step waits for memory."""
     block_c = min(64, next_power_of_2(width))
-    return 1024 // block_c, block_c
+    num_warps = 4 if chunks * block_c <= 1024 else most
+    return dict(BLOCK_K=256 * num_warps // block_c, BLOCK_C=block_c, num_warps=num_warps)
 
 
 @triton.jit

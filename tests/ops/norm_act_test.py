@@ -244,9 +244,9 @@ def test_chunks(device, monkeypatch):
 @pytest.mark.parametrize("row", ["group", "group_x_bias"])
 def test_small_groups(row, limit, device, monkeypatch):
     """A group in one launch and in three, in rows of 32 bytes: one tile, several, a part of one."""
-    stats = pytest.importorskip("fastvdm.kernels.norm_act.group_stats")
+    stats = pytest.importorskip("fastvdm.kernels.norm_act.stats")
     if limit is not None:
-        monkeypatch.setattr(stats, "WHOLE_BYTES", limit)
+        monkeypatch.setattr(stats, "WHOLE_VALUES", limit)
     for sizes in (
         dict(B=1, F=3, H=19, W=23, C=16, groups=2),
         dict(B=2, F=2, H=5, W=7, C=33, groups=3, per_frame=True),
