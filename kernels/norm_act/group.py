@@ -322,7 +322,7 @@ def group_bwd_sums(
     part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
     _group_bwd_sums_kernel[(grid,)](
         dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile,
-        maxnreg=64 if x.element_size() == 2 and count == 2 else None,
+        maxnreg=64 if x.element_size() == 2 and count == 2 and drop is None else None,
     )  # fmt: skip
     return part
 
