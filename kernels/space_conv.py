@@ -45,12 +45,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvdm.kernels import space_conv_library as library
 from fastvdm.kernels.common import (
+    LOG2E,
     acc_dtype,
     acc_torch_dtype,
     cdiv,
     dot,
     next_power_of_2,
-    sigmoid,
+    reciprocal,
+    widened,
 )
 from fastvdm.kernels.tuned import tuned
 from fastvdm.runtime.device import facts
@@ -72,7 +74,8 @@ PROLOGUE_WARPS = 8
 
 
 class Prologue(NamedTuple):
-    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type."""
+    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type; times -log2(e)
+    where there is an ``act``."""
 
     gain: Tensor
     offset: Tensor
@@ -167,12 +170,13 @@ def _phase_taps(a, K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOS
 
 @triton.jit
 def _normalise(x, gain_ptr, offset_ptr, k, mask_k, ok, ACT: tl.constexpr, ACC: tl.constexpr):
-    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``."""
+    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``. With
+    ACT gain and offset come times -log2(e), so that the exponential needs no product of its own."""
     gain = tl.load(gain_ptr + k, mask=mask_k, other=0.0)
     offset = tl.load(offset_ptr + k, mask=mask_k, other=0.0)
-    t = x.to(ACC) * gain[None, :] + offset[None, :]
+    t = widened(x, ACC) * gain[None, :] + offset[None, :]
     if ACT:
-        t *= sigmoid(t)
+        t *= reciprocal(-LOG2E * tl.exp2(t) - LOG2E)
     return tl.where(ok[:, None], t, 0.0).to(x.dtype)
 
 

@@ -279,7 +279,7 @@ def norm_act_bwd(
             count if wanted else 0,
         )  # fmt: skip
         if row_part is not None:
-            sums = _reduce(row_part, None, weight, scale, 32, frames, 1, acc)
+            sums = _reduce(row_part, None, weight, scale, 8, frames, 1, acc)
 
     block_c = min(32, next_power_of_2(c))
     if dscale is not None or dshift is not None:
