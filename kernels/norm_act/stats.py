@@ -239,13 +239,13 @@ def group_whole(
     drop: Tensor | None,
     act: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y; mean and rstd of x + x_bias, each (N, groups). Up to 16 warps, 8 values a thread."""
+    """y; mean and rstd of x + x_bias, each (N, groups). 8 values a thread."""
     n, length, c, _, frames = extents(x, None, per_frame)
     mean = x.new_empty((n, groups), dtype=acc_torch_dtype(x.dtype))
     rstd = torch.empty_like(mean)
     block_c = next_power_of_2(c // groups)
-    block_l = max(1, min(4096 // block_c, next_power_of_2(length)))
-    num_warps = max(1, min(16, block_l * block_c // 256))
+    num_warps = 4 if length * block_c <= 1024 else 16
+    block_l = max(1, 256 * num_warps // block_c)
     _whole_kernel[(n * groups,)](
         x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
         row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act, BLOCK_L=block_l,
