@@ -57,6 +57,34 @@ def at_most(x, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def widened(x, ACC: tl.constexpr):
+    """x in ACC. bf16 by hand: of two in a register Triton takes the upper one in two instructions,
+    this in one (Triton 3.6, sm_90)."""
+    if INTERPRET or x.dtype != tl.bfloat16 or tl.float32 != ACC:
+        return x.to(ACC)
+    else:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, on a GPU within an ulp of fp32, denormals flushed: a division takes 8 instructions,
+    half of them for denormals."""
+    if INTERPRET or x.dtype.primitive_bitwidth == 64:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def sigmoid(t):
+    """1 / (1 + exp(-t)): exp overflows to inf and underflows to 0, whose results are exact."""
+    return reciprocal(1.0 + tl.exp2(t * -LOG2E))
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

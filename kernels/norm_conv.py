@@ -19,17 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.kernels.common import acc_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.common import LOG2E, acc_dtype, cdiv, next_power_of_2
 from fastvdm.kernels.space_conv import Prologue, conv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"], do_not_specialize_on_alignment=["group_width", "frames"])
 def _fold_kernel(
     mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, gain_ptr, offset_ptr,
     C, group_width, groups, frames, stride_scale, stride_shift,
-    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """gain and offset (N, C); a program is BLOCK_C channels of one row."""
+    """gain and offset (N, C) of ``Prologue``; a program is BLOCK_C channels of one row."""
     blocks = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     n = (pid // blocks).to(tl.int64)
@@ -49,6 +49,9 @@ def _fold_kernel(
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + batch * stride_shift + cols, mask=mask, other=0.0)
         offset += shift.to(ACC)
+    if ACT:
+        gain *= -LOG2E
+        offset *= -LOG2E
     tl.store(gain_ptr + n * C + cols, gain, mask=mask)
     tl.store(offset_ptr + n * C + cols, offset, mask=mask)
 
@@ -75,7 +78,7 @@ def norm_conv_fwd(
         _fold_kernel[(n * cdiv(c, block_c),)](
             mean, rstd, norm_weight, norm_bias, scale, shift, gain, offset, c, c // groups, groups,
             n // x.shape[0], *(0 if t is None else t.stride(0) for t in (scale, shift)),
-            BLOCK_C=block_c, ACC=acc_dtype(x.dtype), num_warps=1,
+            ACT=act, BLOCK_C=block_c, ACC=acc_dtype(x.dtype), num_warps=1,
         )  # fmt: skip
     return conv(
         x, None, weight, bias, residual, stride=1, pad=library.padding_of(weight.shape[-1]),

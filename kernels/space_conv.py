@@ -44,7 +44,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, dot, next_power_of_2
+from fastvdm.kernels.common import (
+    LOG2E,
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    dot,
+    next_power_of_2,
+    reciprocal,
+    widened,
+)
 from fastvdm.kernels.tuned import tuned
 from fastvdm.runtime.device import facts
 
@@ -65,7 +74,8 @@ PROLOGUE_WARPS = 8
 
 
 class Prologue(NamedTuple):
-    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type."""
+    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type; times -log2(e)
+    where there is an ``act``."""
 
     gain: Tensor
     offset: Tensor
@@ -160,12 +170,13 @@ def _phase_taps(a, K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOS
 
 @triton.jit
 def _normalise(x, gain_ptr, offset_ptr, k, mask_k, ok, ACT: tl.constexpr, ACC: tl.constexpr):
-    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``."""
+    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``. With
+    ACT gain and offset come times -log2(e), so that the exponential needs no product of its own."""
     gain = tl.load(gain_ptr + k, mask=mask_k, other=0.0)
     offset = tl.load(offset_ptr + k, mask=mask_k, other=0.0)
-    t = x.to(ACC) * gain[None, :] + offset[None, :]
+    t = widened(x, ACC) * gain[None, :] + offset[None, :]
     if ACT:
-        t *= tl.sigmoid(t)
+        t *= reciprocal(-LOG2E * tl.exp2(t) - LOG2E)
     return tl.where(ok[:, None], t, 0.0).to(x.dtype)
 
 
@@ -214,12 +225,10 @@ def _accumulate_tma(
     by_parity: tl.constexpr = S == 2 and not TRANSPOSED
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
-    k_tiles = tl.cdiv(C, BLOCK_K)
-    for it in tl.range(0, taps_h * taps_w * k_tiles, num_stages=NUM_STAGES):
-        tap = it // k_tiles
-        k = (it - tap * k_tiles) * BLOCK_K
-        th = tap // taps_w
-        tw = tap - th * taps_w
+    k = 0
+    th = 0
+    tw = 0
+    for _ in tl.range(0, taps_h * taps_w * tl.cdiv(C, BLOCK_K), num_stages=NUM_STAGES):
         if by_parity:  # row 2 i + t - PAD is of parity (t + PAD) mod 2; h0 = i - PAD
             i = h0 + (th + PAD) // 2
             j = w0 + (tw + PAD) // 2
@@ -242,6 +251,13 @@ def _accumulate_tma(
             acc = dot(x, tl.trans(w), acc)
         else:
             acc = dot(w, tl.trans(x), acc)
+        k += BLOCK_K  # counted on: a division is 20 instructions
+        next_tap = k >= C
+        k = tl.where(next_tap, 0, k)
+        tw += next_tap.to(tl.int32)
+        next_row = tw == taps_w
+        tw = tl.where(next_row, 0, tw)
+        th += next_row.to(tl.int32)
     return acc
 
 

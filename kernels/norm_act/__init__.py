@@ -8,7 +8,8 @@ GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
             runs Welford over its own pixels, and the lanes merge by Chan's formula into one (mean,
             M2) per channel and chunk; a small kernel merges chunks and channels into groups. The
             chunks are as many as fill the GPU, also for one video. Then apply: one read, one write.
-            2R + 1W in all, 1R + 1W with given statistics.
+            2R + 1W in all, 1R + 1W with given statistics. A small group is one program's, which
+            reads it twice: one launch for three.
   backward  with dt = dy dropout_mask SiLU'(t), A = Σ_l dt and B = Σ_l dt x_hat per channel yield
             everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
             dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
@@ -36,18 +37,19 @@ from fastvdm.kernels.norm_act.group import (
     group_bwd_dx,
     group_bwd_sums,
     group_fwd,
-    group_stats,
 )
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 from fastvdm.kernels.norm_act.shared import (
+    GENERAL,
     affine,
     extents,
     merge_tile,
     row_stride,
 )
+from fastvdm.kernels.norm_act.stats import group_stats, group_whole, is_small
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _reduce_kernel(
     part_ptr, sums_ptr, m_ptr, w_ptr, scale_ptr, C, width, frames, stride_scale, chunks, total,
     SUMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -98,7 +100,7 @@ def _reduce_kernel(
         tl.store(m_ptr + (n * 2 + 1) * pieces + piece, tl.sum(m2) / total)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _dfilm_kernel(
     sums_ptr, w_ptr, b_ptr, dscale_ptr, dshift_ptr, C, frames,
     SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -129,7 +131,7 @@ def _dfilm_kernel(
         tl.store(out, sum_a.to(dshift_ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _dweight_kernel(
     sums_ptr, scale_ptr, dw_ptr, db_ptr, N, C, frames, stride_scale,
     SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -157,7 +159,7 @@ def _dweight_kernel(
         tl.store(db_ptr + cols, tl.sum(a, axis=0).to(db_ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _dx_bias_kernel(
     sums_ptr, m_ptr, rstd_ptr, w_ptr, scale_ptr, dxb_ptr, N, L, C, group_width, groups, frames,
     stride_scale, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -219,6 +221,9 @@ def norm_act_fwd(
         )  # fmt: skip
         return y, *found
     if mean is None or rstd is None:
+        if is_small(x, x2, groups, per_frame):
+            options = groups, per_frame, eps, x_bias, params, residual, drop, act
+            return y, *group_whole(x, y, *options)
         mean, rstd = found = group_stats(x, x2, groups, per_frame, eps, x_bias)
     group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
     return y, *found
@@ -274,7 +279,7 @@ def norm_act_bwd(
             count if wanted else 0,
         )  # fmt: skip
         if row_part is not None:
-            sums = _reduce(row_part, None, weight, scale, 32, frames, 1, acc)
+            sums = _reduce(row_part, None, weight, scale, 8, frames, 1, acc)
 
     block_c = min(32, next_power_of_2(c))
     if dscale is not None or dshift is not None:
@@ -309,10 +314,10 @@ def _reduce(
 ) -> Tensor:
     n, chunks, count, c = part.shape
     sums = part.new_empty((n, count, c))
-    block_k, block_c = merge_tile(chunks, width)
     _reduce_kernel[(n * cdiv(c, width),)](
         part, sums, m, weight, scale, c, width, frames, row_stride(scale), chunks, total,
-        SUMS=count, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
+        SUMS=count, ACC=acc,
+        **merge_tile(chunks, width, 16 if width <= 16 else 4),  # wide: bank conflicts, 6-way
         maxnreg=128,  # ptxas would rather spill than give up a block
     )  # fmt: skip
     return sums

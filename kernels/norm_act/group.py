@@ -1,4 +1,4 @@
-"""GroupNorm: statistics in two levels, forward, backward sums and dx.
+"""GroupNorm: tiles, forward from given statistics, backward sums and dx.
 
 ``__init__.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
 pixels are normalised.
@@ -14,14 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    cdiv,
+    next_power_of_2,
+    widened,
+)
 from fastvdm.kernels.norm_act.shared import (
-    STAGES,
+    GENERAL,
     Config,
     affine,
     extents,
+    in_powers_of_2,
     load_dt,
-    merge_tile,
     row_stride,
     split_for_map,
     split_for_sums,
@@ -32,22 +38,24 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_group")
 def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the GroupNorm kernels: 16 values a thread. ``itemsize`` and ``kind``, "stats", "fwd"
-    or "bwd", tell measured tiles apart.
+    """Tile of the GroupNorm kernels: 8 values a thread.
+    ``itemsize`` and ``kind``, "stats", "fwd", "sums" or "dx", tell measured tiles apart.
 
-    The width pads the two sources least, among widths that read at least 64 bytes in a row (bf16);
+    The kernels that end in a sum over pixels give each warp 32 channels of its own: Triton stores
+    what warps have to add as [channel][warp], 4-way bank conflicts with two warps, 16-way with
+    four. The width pads the two sources least, among widths that read at least 64 bytes in a row;
     of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
     """
-    top = min(128, next_power_of_2(max(c1, c2)))
-    widths = [w for w in (128, 64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
+    top = min(32 if kind in ("stats", "sums") else 64, next_power_of_2(max(c1, c2)))
+    widths = [w for w in (64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
     # Triton has each thread fetch for itself a parameter vector that is shorter than the block
-    num_warps = max(1, min(4, block_c // 32))
-    return Config(block_c, 512 * num_warps // block_c, num_warps)
+    num_warps = max(1, block_c // 32)
+    return Config(block_c, 256 * num_warps // block_c, num_warps)
 
 
 @triton.jit
-def _mean(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
+def mean_of_x(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
     """What to take off x, (1, BLOCK_C): the mean of x + x_bias is off x by x_bias."""
     mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
     if xb_ptr is not None:
@@ -56,7 +64,7 @@ def _mean(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def _source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
+def source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
     """Which tensor the block ``pid_c`` of the channels [x, x2] lies in: its pointer, its width, the
     block's first channel in it, and the channels that stand before it."""
     first = pid_c * BLOCK_C
@@ -75,100 +83,7 @@ def _source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
         )
 
 
-@triton.jit
-def _stats_kernel(
-    x_ptr, x2_ptr, part_ptr, L, C1, C2, rows, chunks,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """part (N, chunks, 2, C): mean and M2 of each channel over each chunk of ``rows`` pixels."""
-    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
-    pid = tl.program_id(0)
-    chunk = pid // blocks % chunks
-    n = (pid // blocks // chunks).to(tl.int64)
-    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
-    first = chunk * rows
-    size = tl.minimum(L - first, rows)
-    offs_l = tl.arange(0, BLOCK_L)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = c0 + offs_c < width
-    src += (n * L + first) * width + c0
-    offs = offs_l[:, None] * width + offs_c[None, :]
-
-    # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
-    mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x = tl.load(src + offs, mask=mask, other=0.0).to(ACC)
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / tl.cast(start // BLOCK_L + 1, ACC))
-        m2 += delta * (x - mean)
-        src += BLOCK_L * width
-
-    # Chan's merge of the lanes. Means are summed as differences to the first: mean >> std needs it
-    count = tl.maximum((size - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)[:, None]
-    shift = tl.sum(tl.where(offs_l[:, None] == 0, mean, 0.0), axis=0)
-    centre = shift + tl.sum(count * (mean - shift[None, :]), axis=0) / size.to(ACC)
-    apart = mean - centre[None, :]
-    out = part_ptr + (n * chunks + chunk) * 2 * (C1 + C2) + before + c0 + offs_c
-    tl.store(out, centre, mask=mask_c)
-    tl.store(out + C1 + C2, tl.sum(m2 + count * apart * apart, axis=0), mask=mask_c)
-
-
-@triton.jit
-def _merge_kernel(
-    part_ptr, xb_ptr, mean_ptr, rstd_ptr, L, C, group_width, groups, rows, chunks,
-    EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """mean and rstd (N, groups) from part (N, chunks, 2, C): Chan's merge over chunks, channels.
-
-    x_bias is added here, as a difference to that of the group's first channel, too.
-    """
-    pid = tl.program_id(0)
-    n = (pid // groups).to(tl.int64)
-    part_ptr += n * chunks * 2 * C + pid % groups * group_width
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_c = tl.arange(0, BLOCK_C)
-    shift = tl.load(part_ptr)
-    total = tl.cast(L, ACC) * group_width
-    bias = tl.zeros((), ACC)
-    if xb_ptr is not None:
-        xb_ptr += pid % groups * group_width
-        bias = tl.load(xb_ptr).to(ACC)
-
-    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + offs_k
-        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
-        for c0 in range(0, group_width, BLOCK_C):
-            c = c0 + offs_c
-            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
-            mean = tl.load(part_ptr + k[:, None] * 2 * C + c[None, :], mask=mask, other=0.0) - shift
-            if xb_ptr is not None:
-                mean += tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)[None, :] - bias
-            moment += tl.where(mask, size * mean, 0.0)
-    centre = tl.sum(moment) / total
-
-    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + offs_k
-        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
-        for c0 in range(0, group_width, BLOCK_C):
-            c = c0 + offs_c
-            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
-            at = part_ptr + k[:, None] * 2 * C + c[None, :]
-            apart = tl.load(at, mask=mask, other=0.0) - shift
-            if xb_ptr is not None:
-                more = tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)
-                apart += more[None, :] - bias
-            apart -= centre
-            m2 = tl.load(at + C, mask=mask, other=0.0)
-            moment += tl.where(mask, m2 + size * apart * apart, 0.0)
-    tl.store(mean_ptr + pid, shift + bias + centre)
-    tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(tl.sum(moment) / total + EPS))
-
-
-@triton.jit
+@triton.jit(**GENERAL)
 def _group_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr,
     drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
@@ -179,7 +94,7 @@ def _group_fwd_kernel(
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
     n = (pid // blocks // chunks).to(tl.int64)
-    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    src, width, c0, before = source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
     first = chunk * rows
     size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
@@ -187,27 +102,42 @@ def _group_fwd_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
-    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+    mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
+    gain, offset = in_powers_of_2(gain, offset, ACT)
     slope = (rstd * gain)[None, :]
-    src += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x = tl.load(src + offs_x, mask=mask, other=0.0).to(ACC)
-        t = (x - mean) * slope + offset[None, :]
-        store_act(t, y_ptr, res_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+    offset = offset[None, :]
+    FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if FOLDED:
+        offset -= mean * slope
+    C = C1 if x2_ptr is None else C1 + C2
+    src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    y_ptr += at
+    if res_ptr is not None:
+        res_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
+        if not FOLDED:
+            x -= mean
+        store_act(x * slope + offset, y_ptr, res_ptr, drop_ptr, 0, mask, ACT, ACC)
         src += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
+        y_ptr += BLOCK_L * C
+        if res_ptr is not None:
+            res_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _group_bwd_sums_kernel(
     dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
@@ -219,7 +149,7 @@ def _group_bwd_sums_kernel(
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
     n = (pid // blocks // chunks).to(tl.int64)
-    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    src, width, c0, before = source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
     first = chunk * rows
     size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
@@ -227,39 +157,49 @@ def _group_bwd_sums_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + cols // group_width
-    mean = _mean(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
-    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)[None, :]
+    mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    src += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
+    slope = (rstd * gain)[None, :]
+    offset = offset[None, :]
+    C = C1 if x2_ptr is None else C1 + C2
+    src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    dy_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
 
+    # of dt, of dt (x - mean) and of x - mean: rstd is a factor of the last two
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_x = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
-        t = x_hat * gain[None, :] + offset[None, :]
-        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC) - mean
+        dt = load_dt(x * slope + offset, dy_ptr, drop_ptr, 0, mask, ACT, ACC)
         sum_dt += dt
-        sum_dtx += dt * x_hat
+        sum_dtx += dt * x
         if SUMS == 3:
-            sum_x += tl.where(mask, x_hat, 0.0)
+            sum_x += tl.where(mask, x, 0.0)
         src += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
+        dy_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
+    rstd = tl.load(
+        rstd_ptr + group, mask=mask_c, other=0.0, volatile=True
+    )  # not kept through the loop
     out = part_ptr + (n * chunks + chunk) * SUMS * (C1 + C2) + cols
     tl.store(out, tl.sum(sum_dt, axis=0), mask=mask_c)
-    tl.store(out + C1 + C2, tl.sum(sum_dtx, axis=0), mask=mask_c)
+    tl.store(out + C1 + C2, rstd * tl.sum(sum_dtx, axis=0), mask=mask_c)
     if SUMS == 3:
-        tl.store(out + 2 * (C1 + C2), tl.sum(sum_x, axis=0), mask=mask_c)
+        tl.store(out + 2 * (C1 + C2), rstd * tl.sum(sum_x, axis=0), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _group_bwd_dx_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr,
     scale_ptr, shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale,
@@ -271,8 +211,8 @@ def _group_bwd_dx_kernel(
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
     n = (pid // blocks // chunks).to(tl.int64)
-    src, width, c0, before = _source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
-    dst, _, _, _ = _source(dx_ptr, dx2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    src, width, c0, before = source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    dst, _, _, _ = source(dx_ptr, dx2_ptr, pid % blocks, C1, C2, BLOCK_C)
     first = chunk * rows
     size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
@@ -280,60 +220,45 @@ def _group_bwd_dx_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = cols // group_width
-    mean = _mean(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
-    rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)[None, :]
-    m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)[None, :]
-    m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)[None, :]
+    mean = mean_of_x(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
+    rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)
+    m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)
+    m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
-    src += (n * L + first) * width + c0
-    dst += (n * L + first) * width + c0
-    at = (n * L + first) * (C1 + C2)
-    offs_x = offs_l[:, None] * width + offs_c[None, :]
-    offs_y = offs_l[:, None] * (C1 + C2) + cols[None, :]
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
-        mask = (start + offs_l < size)[:, None] & mask_c[None, :]
-        x_hat = (tl.load(src + offs_x, mask=mask, other=0.0).to(ACC) - mean) * rstd
-        t = x_hat * gain[None, :] + offset[None, :]
-        dt = load_dt(t, dy_ptr, drop_ptr, at + offs_y, mask, ACT, ACC)
-        dx = rstd * (dt * gain[None, :] - m1 - x_hat * m2)
-        tl.store(dst + offs_x, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    # dx = dt slope + x k2 + k1
+    slope = (rstd * gain)[None, :]
+    offset = offset[None, :]
+    k1 = (-rstd * m1)[None, :]
+    k2 = (-rstd * rstd * m2)[None, :]
+    FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if FOLDED:
+        offset -= mean * slope
+        k1 -= mean * k2
+    C = C1 if x2_ptr is None else C1 + C2
+    at = (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
+    src += at
+    dst += at
+    at = (n * L + first) * C + before + c0 + offs_l[:, None] * C + offs_c[None, :]
+    dy_ptr += at
+    if drop_ptr is not None:
+        drop_ptr += at
+    limit = tl.where(mask_c, size, 0)[None, :]
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
+        mask = (start + offs_l)[:, None] < limit
+        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
+        if not FOLDED:
+            x -= mean
+        dt = load_dt(x * slope + offset, dy_ptr, drop_ptr, 0, mask, ACT, ACC)
+        dx = dt * slope + (x * k2 + k1)
+        tl.store(dst, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         src += BLOCK_L * width
         dst += BLOCK_L * width
-        at += BLOCK_L * (C1 + C2)
-
-
-def group_stats(
-    x: Tensor,
-    x2: Tensor | None,
-    groups: int,
-    per_frame: bool,
-    eps: float,
-    x_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """mean and rstd of x + x_bias, each (N, groups)."""
-    n, length, c1, c2, _ = extents(x, x2, per_frame)
-    acc = acc_dtype(x.dtype)
-    cfg = pick_config(c1, c2, x.element_size(), "stats")
-    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
-    part = x.new_empty((n, chunks, 2, c1 + c2), dtype=acc_torch_dtype(x.dtype))
-    mean = part.new_empty((n, groups))
-    rstd = torch.empty_like(mean)
-    _stats_kernel[(n * chunks * blocks,)](
-        x, x2, part, length, c1, c2, rows, chunks,
-        BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps,
-    )  # fmt: skip
-    width = (c1 + c2) // groups
-    block_k, block_c = merge_tile(chunks, width)
-    _merge_kernel[(n * groups,)](
-        part, x_bias, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
-        EPS=eps, BLOCK_K=block_k, BLOCK_C=block_c, ACC=acc, num_warps=4,
-        maxnreg=128,  # ptxas would rather spill than give up a block
-    )  # fmt: skip
-    return mean, rstd
+        dy_ptr += BLOCK_L * C
+        if drop_ptr is not None:
+            drop_ptr += BLOCK_L * C
 
 
 def _launch(
@@ -392,12 +317,13 @@ def group_bwd_sums(
     count: int,
 ) -> Tensor:
     """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_sums)
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "sums", split_for_sums)
     n, _, c1, c2, _ = extents(x, x2, per_frame)
     part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
     _group_bwd_sums_kernel[(grid,)](
-        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile
-    )
+        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile,
+        maxnreg=64 if x.element_size() == 2 and count == 2 and drop is None else None,
+    )  # fmt: skip
     return part
 
 
@@ -417,7 +343,7 @@ def group_bwd_dx(
     act: bool,
 ) -> None:
     """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "bwd", split_for_map)
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "dx", split_for_map)
     _group_bwd_dx_kernel[(grid,)](
         dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
     )

@@ -9,12 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, at_least, cdiv, next_power_of_2
+from fastvdm.kernels.common import (
+    acc_dtype,
+    acc_torch_dtype,
+    at_least,
+    cdiv,
+    next_power_of_2,
+    widened,
+)
 from fastvdm.kernels.norm_act.shared import (
-    STAGES,
+    GENERAL,
     Config,
     affine,
     extents,
+    in_powers_of_2,
     load_dt,
     row_stride,
     split_for_sums,
@@ -25,9 +33,14 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_row")
 def pick_row_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the row-wise kernels: whole pixels, about 16 values a thread. NOT MEASURED.
-    ``itemsize`` and ``kind``, "fwd" or "bwd", as in ``pick_config``."""
+    """Tile of the row-wise kernels: whole pixels. ``itemsize`` and ``kind`` as in group's.
+
+    The backward gives a warp whole pixels as long as they fit, 8 to 16 values a thread: no sum over
+    channels or pixels then crosses warps. Analytic, NOT MEASURED.
+    """
     width = next_power_of_2(next_power_of_2(c1) + (next_power_of_2(c2) if c2 else 0))
+    if kind == "bwd":
+        return Config(width, max(1, 256 // width), max(1, width // 512))
     return Config(width, max(1, 2048 // width), 4 if width <= 2048 else 8)
 
 
@@ -59,7 +72,7 @@ def _row_norm(x, x2, mask, mask2, C, EPS: tl.constexpr, LAYER: tl.constexpr, TWO
     return x * rstd[:, None], x2 * rstd[:, None], rstd[:, None], varies[:, None]
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _row_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
     L, C1, C2, stride_scale, stride_shift,
@@ -79,17 +92,20 @@ def _row_fwd_kernel(
     cols2 = tl.arange(0, BLOCK_C2)
     mask = (row0 + offs_l < L) & (cols < C1)[None, :]
     mask2 = (row0 + offs_l < L) & (cols2 < C2)[None, :]
-    x = tl.load(x_ptr + at * C1 + offs_l * C1 + cols[None, :], mask=mask, other=0.0).to(ACC)
+    x = widened(tl.load(x_ptr + at * C1 + offs_l * C1 + cols[None, :], mask=mask, other=0.0), ACC)
     if xb_ptr is not None:
         x += tl.load(xb_ptr + cols, mask=cols < C1, other=0.0).to(ACC)[None, :]
     x2 = x
     if TWO:
-        x2 = tl.load(x2_ptr + at * C2 + offs_l * C2 + cols2[None, :], mask=mask2, other=0.0).to(ACC)
+        x2 = widened(
+            tl.load(x2_ptr + at * C2 + offs_l * C2 + cols2[None, :], mask=mask2, other=0.0), ACC
+        )
     x_hat, x_hat2, _, _ = _row_norm(x, x2, mask, mask2, C, EPS, LAYER, TWO)
 
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, batch, stride_scale, stride_shift, cols, cols < C1, ACC
     )
+    gain, offset = in_powers_of_2(gain, offset, ACT)
     t = x_hat * gain[None, :] + offset[None, :]
     offs = at * C + offs_l * C + cols[None, :]
     store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT, ACC)
@@ -99,12 +115,13 @@ def _row_fwd_kernel(
             w_ptr, b_ptr, scale_ptr, shift_ptr, batch, stride_scale, stride_shift, cols2, cols2 < C,
             ACC,
         )  # fmt: skip
+        gain, offset = in_powers_of_2(gain, offset, ACT)
         t = x_hat2 * gain[None, :] + offset[None, :]
         offs = at * C + offs_l * C + cols2[None, :]
         store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask2, ACT, ACC)
 
 
-@triton.jit
+@triton.jit(**GENERAL)
 def _row_bwd_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, part_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     drop_ptr, L, C1, C2, stride_scale, stride_shift, rows, chunks,
@@ -140,18 +157,18 @@ def _row_bwd_kernel(
         x_bias = tl.load(xb_ptr + cols, mask=cols < C1, other=0.0).to(ACC)
     sum_dt2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
     sum_dtx2 = tl.zeros((BLOCK_L, BLOCK_C2), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=STAGES):
+    for start in tl.range(0, size, BLOCK_L, num_stages=1):
         at = batch * L + first + start
         mask = (start + offs_l < size) & (cols < C1)[None, :]
         mask2 = (start + offs_l < size) & (cols2 < C2)[None, :]
         offs = at * C1 + offs_l * C1 + cols[None, :]
         offs2 = at * C2 + offs_l * C2 + cols2[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+        x = widened(tl.load(x_ptr + offs, mask=mask, other=0.0), ACC)
         if xb_ptr is not None:
             x += x_bias[None, :]
         x2 = x
         if TWO:
-            x2 = tl.load(x2_ptr + offs2, mask=mask2, other=0.0).to(ACC)
+            x2 = widened(tl.load(x2_ptr + offs2, mask=mask2, other=0.0), ACC)
         x_hat, x_hat2, rstd, varies = _row_norm(x, x2, mask, mask2, C, EPS, LAYER, TWO)
 
         offs_y = at * C + offs_l * C + cols[None, :]
@@ -183,10 +200,10 @@ def _row_bwd_kernel(
                     dx = rstd * (du2 - m1 - x_hat2 * m2)
                     tl.store(dx2_ptr + offs2, dx.to(dx2_ptr.dtype.element_ty), mask=mask2)
         if part_ptr is not None:
-            sum_dt += dt
+            sum_dt += tl.where(mask, dt, 0.0)
             sum_dtx += tl.where(mask, dt * x_hat, 0.0)
             if TWO:
-                sum_dt2 += dt2
+                sum_dt2 += tl.where(mask2, dt2, 0.0)
                 sum_dtx2 += tl.where(mask2, dt2 * x_hat2, 0.0)
     if part_ptr is not None:
         out = part_ptr + (batch * chunks + chunk) * SUMS * C
@@ -242,7 +259,7 @@ def row_bwd(
     of each chunk, or None where ``count`` is 0."""
     n, length, c1, c2, _ = extents(x, x2, per_frame)
     cfg = pick_row_config(c1, c2, x.element_size(), "bwd")
-    rows, chunks = split_for_sums(x.device, n, length, cfg)
+    rows, chunks = split_for_sums(x.device, n, length, cfg, warps=16)  # its registers allow 12-20
     strides = (row_stride(params[2]), row_stride(params[3]))
     part = None
     if count:

@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import cdiv, next_power_of_2
+from fastvdm.kernels.common import LOG2E, cdiv, next_power_of_2, reciprocal, sigmoid, widened
 from fastvdm.runtime.device import facts
 
-# Copies of the next tiles on their way while one is computed; registers fall by 40 % with it, too
-# (sm_90, Triton 3.6: 167 to 96 in _group_bwd_dx_kernel).
-STAGES = tl.constexpr(3)
+# What a network has many of, and no access gains by: not worth a compilation for each 1 and each
+# multiple of 16. ``frames`` is divided by, in 64 bits: 1 stays a constant.
+GENERAL: dict[str, Any] = dict(
+    do_not_specialize=["N", "L", "groups", "rows", "chunks", "total"],
+    do_not_specialize_on_alignment=["frames"],
+)
 
 
 class Config(NamedTuple):
@@ -26,25 +29,27 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def programs(device: torch.device, num_warps: int) -> int:
-    """32 warps a multiprocessor; the interpreter counts as a tenth of one."""
+def programs(device: torch.device, num_warps: int, warps: int = 32) -> int:
+    """``warps`` a multiprocessor; the interpreter counts as a tenth of one."""
     found = facts(device)
-    return 32 // num_warps * found.multiprocessors if found.is_gpu else 4
+    return warps // num_warps * found.multiprocessors if found.is_gpu else 4
 
 
-def split_for_sums(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
-    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, where ``outer``
-    programs stand for each chunk."""
+def split_for_sums(
+    device: torch.device, outer: int, length: int, cfg: Config, warps: int = 32
+) -> tuple[int, int]:
+    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, of two tiles or more,
+    where ``outer`` programs stand for each chunk."""
     tiles = cdiv(length, cfg.block_l)
-    wanted = max(1, min(tiles, programs(device, cfg.num_warps) // outer))
+    wanted = max(1, min(cdiv(tiles, 2), programs(device, cfg.num_warps, warps) // outer))
     rows = cdiv(tiles, wanted) * cfg.block_l
     return rows, cdiv(length, rows)
 
 
 def split_for_map(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
-    """The same for an elementwise pass: up to 8 tiles, which share the loads of the parameters."""
+    """The same for an elementwise pass: up to 16 tiles, which share the loads of the parameters."""
     tiles = outer * cdiv(length, cfg.block_l)
-    rows = max(1, min(8, tiles // programs(device, cfg.num_warps))) * cfg.block_l
+    rows = max(1, min(16, tiles // programs(device, cfg.num_warps))) * cfg.block_l
     return rows, cdiv(length, rows)
 
 
@@ -59,9 +64,12 @@ def row_stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def merge_tile(rows: int, width: int) -> tuple[int, int]:
+def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
+    """Chunks and channels that a merge holds at once, 8 values a thread; ``most`` warps where there
+    are many chunks, as each step waits for memory."""
     block_c = min(64, next_power_of_2(width))
-    return min(next_power_of_2(rows), 1024 // block_c), block_c
+    num_warps = 4 if chunks * block_c <= 1024 else most
+    return dict(BLOCK_K=256 * num_warps // block_c, BLOCK_C=block_c, num_warps=num_warps)
 
 
 @triton.jit
@@ -84,24 +92,35 @@ def affine(
 
 
 @triton.jit
-def store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """y = SiLU(t) dropout_mask + residual at ``offs``."""
+def in_powers_of_2(gain, offset, ACT: tl.constexpr):
+    """gain and offset of -log2(e) t, which ``store_act`` takes where there is a SiLU: its
+    exponential then is exp2(t), without a product of its own."""
     if ACT:
-        t *= tl.sigmoid(t)
+        return gain * -LOG2E, offset * -LOG2E
+    else:
+        return gain, offset
+
+
+@triton.jit
+def store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """y = SiLU(t) dropout_mask + residual at ``offs`` of the pointers, which may be tiles of
+    pointers themselves."""
+    if ACT:
+        t *= reciprocal(-LOG2E * tl.exp2(t) - LOG2E)
     if drop_ptr is not None:
         t *= tl.load(drop_ptr + offs, mask=mask, other=0.0).to(ACC)
     if res_ptr is not None:
-        t += tl.load(res_ptr + offs, mask=mask, other=0.0).to(ACC)
+        t += widened(tl.load(res_ptr + offs, mask=mask, other=0.0), ACC)
     tl.store(y_ptr + offs, t.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_dt(t, dy_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """dt = dy dropout_mask SiLU'(t); 0 outside the mask."""
-    dt = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(ACC)
+    """dt = dy dropout_mask SiLU'(t); 0 outside the mask, where t must be finite."""
+    dt = widened(tl.load(dy_ptr + offs, mask=mask, other=0.0), ACC)
     if drop_ptr is not None:
         dt *= tl.load(drop_ptr + offs, mask=mask, other=0.0).to(ACC)
     if ACT:
-        sig = tl.sigmoid(t)
-        dt *= sig * (1.0 + t * (1.0 - sig))
-    return tl.where(mask, dt, 0.0)
+        sig = sigmoid(t)
+        dt *= sig + sig * (t - t * sig)
+    return dt

@@ -17,6 +17,7 @@ from fastvdm.ops._call import BODIES
 from fastvdm.ops.conv_group_norm import norm_act
 from fastvdm.reference.norm_act import norm_act_ref
 from fastvdm.runtime.config import use_backend
+from fastvdm.runtime.device import INTERPRETED
 from fastvdm.runtime.dispatch import FallbackError, registered_ops
 from fastvdm.testing import (
     assert_close3,
@@ -228,7 +229,7 @@ def test_chunks(device, monkeypatch):
     """More and fewer chunks than tiles, and a last chunk of one row: the same within rounding."""
     shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
     for programs in (1, 7, 64):
-        monkeypatch.setattr(shared, "programs", lambda device, warps, n=programs: n)
+        monkeypatch.setattr(shared, "programs", lambda *_, n=programs: n)
         for row, sizes in {
             "group_pair": dict(B=1, H=11, W=13, C=5, E=2, groups=7),
             "group_x_bias": dict(B=1, H=11, W=13, C=7, groups=7),
@@ -237,6 +238,47 @@ def test_chunks(device, monkeypatch):
         }.items():
             with use_backend("triton"):
                 check_parity(make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes))
+
+
+@pytest.mark.parametrize("limit", [0, None])
+@pytest.mark.parametrize("row", ["group", "group_x_bias"])
+def test_small_groups(row, limit, device, monkeypatch):
+    """A group in one launch and in three, in rows of 32 bytes: one tile, several, a part of one."""
+    stats = pytest.importorskip("fastvdm.kernels.norm_act.stats")
+    if limit is not None:
+        monkeypatch.setattr(stats, "WHOLE_VALUES", limit)
+    for sizes in (
+        dict(B=1, F=3, H=19, W=23, C=16, groups=2),
+        dict(B=2, F=2, H=5, W=7, C=33, groups=3, per_frame=True),
+        dict(B=1, F=1, H=1, W=2, C=8, groups=1),
+    ):
+        case = make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes)
+        x, given = case.tensors["x"], sizes.get("per_frame", False)
+        assert stats.is_small(x, None, sizes["groups"], given) == (limit is None)
+        with use_backend("triton"):
+            check_parity(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_large_mean_in_16_bits(dtype, per_frame, lane):
+    """100 ± 1, rounded to the dtype: the error stays that of torch."""
+    if dtype == torch.bfloat16 and lane[0] == "triton" and INTERPRETED:
+        pytest.skip("the interpreter truncates bf16")
+    x = (torch.randn(2, 3, 7, 9, 16, dtype=torch.float64) + 100).to(lane[1], dtype)
+    w, b = torch.randn(2, 16, dtype=torch.float64).to(lane[1], dtype)
+    dy = torch.randn(x.shape, dtype=torch.float64).to(x)
+
+    def run(x, w, b):
+        return norm_act(x, w, b, kind="group", groups=2, per_frame=per_frame)
+
+    with use_backend(lane[0]):
+        got = grads(run, (x, w, b), dy)
+    with use_backend("reference"):
+        same = grads(run, (x, w, b), dy)
+        wide = grads(run, (x.double(), w.double(), b.double()), dy.double())
+    for found in zip(*(y + given for y, given in (got, same, wide))):
+        assert_close3(*found)
 
 
 # --- statistics from elsewhere, strides, dtypes ---------------------------------------------------

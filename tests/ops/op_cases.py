@@ -311,7 +311,10 @@ ROWS: dict[str, Row] = {
             str(c): dict(B=1, F=2, C=c, groups=g, given=("bias", "residual"))
             for c, g in ((17, 1), (48, 3), (96, 8), (192, 3), (512, 8))
         },
-        tiles={"l0": dict(B=1, F=2, H=16, W=33, C=64, groups=8, given=("bias", "scale", "shift"))},
+        tiles={
+            "l0": dict(B=1, F=2, H=16, W=33, C=64, groups=8, given=("bias", "scale", "shift")),
+            "small": dict(B=1, F=2, H=16, W=17, C=64, groups=2),
+        },
     ),
     "norm_act/group_frame": Row(
         "norm_act", norm_act, EVERYTHING, VIDEO | dict(C=15),

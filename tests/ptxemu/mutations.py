@@ -122,6 +122,7 @@ SUBJECTS = (
         for edge in ("one", "")
     ),
     Subject("norm_act/group", "l0"),
+    Subject("norm_act/group", "small"),
     Subject("norm_act/group_pair"),
     Subject("norm_act/layer_pair", "one"),
     Subject("norm_act/rms_x_bias", "one"),

@@ -143,7 +143,7 @@ ASKED = {
     "linear small": linear_attention.pick_config.choice(
         128, torch.bfloat16, 20, backward=False, major=9
     ),
-    "group": group.pick_config.choice(96, 48, 2, "bwd"),
+    "group": group.pick_config.choice(96, 48, 2, "sums"),
     "row": row.pick_row_config.choice(512, 0, 2, "fwd"),
     "short": short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False, biased=True),
     "short shaw": short.pick_config.choice(16, 64, 2, 4096, backward=True, shaw=True, biased=False),
