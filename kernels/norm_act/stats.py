@@ -34,6 +34,9 @@ from fastvdm.kernels.norm_act.shared import (
 # 27 a value: 4.7 us for 32768 (sm_90). Three launches, each after the one before, take 6 to 8 where
 # they are recorded in a graph, and 30 on the host where not. Analytic, NOT MEASURED.
 WHOLE_VALUES = 32768
+# Of which it may take the statistics alone, 8 instructions a value: 4.5 us for 131072, as long as
+# the two launches for chunks and their merge. NOT MEASURED.
+STATS_VALUES = 131072
 
 
 @triton.jit(**GENERAL)
@@ -136,7 +139,7 @@ def _whole_kernel(
     EPS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """y, mean and rstd of one group: a pass for the statistics, and another, of what is in L2."""
+    """mean and rstd of one group and, in another pass of what is in L2, its y."""
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)[:, None]
@@ -174,20 +177,21 @@ def _whole_kernel(
     tl.store(mean_ptr + pid, centre)
     tl.store(rstd_ptr + pid, rstd)
 
-    gain, offset = affine(
-        w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
-        ACC,
-    )  # fmt: skip
-    gain, offset = in_powers_of_2(gain, offset, ACT)
-    slope = rstd * gain
-    x_at = x_ptr + at
-    for start in tl.range(0, L, BLOCK_L, num_stages=3):
-        mask = start + offs_l < limit
-        x = widened(tl.load(x_at, mask=mask, other=0.0), ACC) - (centre - bias)[None, :]
-        t = x * slope[None, :] + offset[None, :]
-        store_act(t, y_ptr, res_ptr, drop_ptr, at, mask, ACT, ACC)
-        x_at += BLOCK_L * C
-        at += BLOCK_L * C
+    if y_ptr is not None:
+        gain, offset = affine(
+            w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
+            ACC,
+        )  # fmt: skip
+        gain, offset = in_powers_of_2(gain, offset, ACT)
+        slope = rstd * gain
+        x_at = x_ptr + at
+        for start in tl.range(0, L, BLOCK_L, num_stages=3):
+            mask = start + offs_l < limit
+            x = widened(tl.load(x_at, mask=mask, other=0.0), ACC) - (centre - bias)[None, :]
+            t = x * slope[None, :] + offset[None, :]
+            store_act(t, y_ptr, res_ptr, drop_ptr, at, mask, ACT, ACC)
+            x_at += BLOCK_L * C
+            at += BLOCK_L * C
 
 
 def group_stats(
@@ -199,6 +203,9 @@ def group_stats(
     x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd of x + x_bias, each (N, groups)."""
+    if is_small(x, x2, groups, per_frame, STATS_VALUES):
+        none = (None,) * 4
+        return group_whole(x, None, groups, per_frame, eps, x_bias, none, None, None, False)
     n, length, c1, c2, _ = extents(x, x2, per_frame)
     acc = acc_dtype(x.dtype)
     cfg = pick_config(c1, c2, x.element_size(), "stats")
@@ -220,16 +227,19 @@ def group_stats(
     return mean, rstd
 
 
-def is_small(x: Tensor, x2: Tensor | None, groups: int, per_frame: bool) -> bool:
-    """Whether a program normalises a group alone: little of it, in rows of whole sectors."""
+def is_small(
+    x: Tensor, x2: Tensor | None, groups: int, per_frame: bool, most: int | None = None
+) -> bool:
+    """Whether a program takes a group alone: at most so many values, in rows of whole sectors."""
+    most = WHOLE_VALUES if most is None else most
     _, length, c1, _, _ = extents(x, x2, per_frame)
     width = c1 // groups
-    return x2 is None and width * x.element_size() >= 32 and length * width <= WHOLE_VALUES
+    return x2 is None and width * x.element_size() >= 32 and length * width <= most
 
 
 def group_whole(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     groups: int,
     per_frame: bool,
     eps: float,
@@ -239,7 +249,7 @@ def group_whole(
     drop: Tensor | None,
     act: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y; mean and rstd of x + x_bias, each (N, groups). 8 values a thread."""
+    """y where it is wanted; mean and rstd of x + x_bias, each (N, groups). 8 values a thread."""
     n, length, c, _, frames = extents(x, None, per_frame)
     mean = x.new_empty((n, groups), dtype=acc_torch_dtype(x.dtype))
     rstd = torch.empty_like(mean)

@@ -240,13 +240,14 @@ def test_chunks(device, monkeypatch):
                 check_parity(make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes))
 
 
-@pytest.mark.parametrize("limit", [0, None])
+@pytest.mark.parametrize("launches", [1, 2, 3])
 @pytest.mark.parametrize("row", ["group", "group_x_bias"])
-def test_small_groups(row, limit, device, monkeypatch):
-    """A group in one launch and in three, in rows of 32 bytes: one tile, several, a part of one."""
+def test_small_groups(row, launches, device, monkeypatch):
+    """A group in one launch, with its statistics in one, and in three, in rows of 32 bytes: one
+    tile, several, a part of one."""
     stats = pytest.importorskip("fastvdm.kernels.norm_act.stats")
-    if limit is not None:
-        monkeypatch.setattr(stats, "WHOLE_VALUES", limit)
+    for name in ("WHOLE_VALUES", "STATS_VALUES")[: launches - 1]:
+        monkeypatch.setattr(stats, name, 0)
     for sizes in (
         dict(B=1, F=3, H=19, W=23, C=16, groups=2),
         dict(B=2, F=2, H=5, W=7, C=33, groups=3, per_frame=True),
@@ -254,7 +255,7 @@ def test_small_groups(row, limit, device, monkeypatch):
     ):
         case = make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes)
         x, given = case.tensors["x"], sizes.get("per_frame", False)
-        assert stats.is_small(x, None, sizes["groups"], given) == (limit is None)
+        assert stats.is_small(x, None, sizes["groups"], given) == (launches == 1)
         with use_backend("triton"):
             check_parity(case)
 
