@@ -34,7 +34,7 @@ from fastvdm.kernels.norm_act.shared import (
 # 27 a value: 4.7 us for 32768 (sm_90). Three launches, each after the one before, take 6 to 8 where
 # they are recorded in a graph, and 30 on the host where not. Analytic, NOT MEASURED.
 WHOLE_VALUES = 32768
-# Of which it may take the statistics alone, 8 instructions a value: 4.5 us for 131072, as long as
+# Of which it may take the statistics alone, 9 instructions a value: 5.5 us for 131072, as long as
 # the two launches for chunks and their merge. NOT MEASURED.
 STATS_VALUES = 131072
 
@@ -136,8 +136,8 @@ def _merge_kernel(
 def _whole_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
     L, C, group_width, groups, frames, stride_scale, stride_shift,
-    EPS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
+    EPS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """mean and rstd of one group and, in another pass of what is in L2, its y."""
     pid = tl.program_id(0)
@@ -157,9 +157,13 @@ def _whole_kernel(
     m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     x_at = x_ptr + at
     for start in tl.range(0, L, BLOCK_L, num_stages=4):
-        mask = start + offs_l < limit
-        x = widened(tl.load(x_at, mask=mask, other=0.0), ACC)
-        delta = tl.where(mask, x - mean, 0.0)
+        if EVEN:  # all tiles are full
+            x = widened(tl.load(x_at), ACC)
+            delta = x - mean
+        else:
+            mask = start + offs_l < limit
+            x = widened(tl.load(x_at, mask=mask, other=0.0), ACC)
+            delta = tl.where(mask, x - mean, 0.0)
         mean += delta * reciprocal(tl.cast(start // BLOCK_L + 1, ACC))
         m2 += delta * (x - mean)
         x_at += BLOCK_L * C
@@ -179,8 +183,8 @@ def _whole_kernel(
 
     if y_ptr is not None:
         gain, offset = affine(
-            w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
-            ACC,
+            w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols,
+            mask_c, ACC,
         )  # fmt: skip
         gain, offset = in_powers_of_2(gain, offset, ACT)
         slope = rstd * gain
@@ -258,7 +262,8 @@ def group_whole(
     block_l = max(1, 256 * num_warps // block_c)
     _whole_kernel[(n * groups,)](
         x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
-        row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act, BLOCK_L=block_l,
-        BLOCK_C=block_c, ACC=acc_dtype(x.dtype), num_warps=num_warps,
+        row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act,
+        EVEN=length % block_l == 0 and c == groups * block_c, BLOCK_L=block_l, BLOCK_C=block_c,
+        ACC=acc_dtype(x.dtype), num_warps=num_warps,
     )  # fmt: skip
     return mean, rstd
