@@ -91,25 +91,42 @@ def pick_config(
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
 
+_COUNTS = ["outer", "heads"]  # nothing is gained by knowing them
+
+
 @triton.jit
 def _block(n, outer, heads, BLOCK: tl.constexpr):
     """What a program works on: its sequence (batch, outer, head), also taken apart, in int64, and
     the first of its BLOCK rows there."""
     blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    sequence = pid // blocks
+    pid = tl.program_id(0)  # divided in int32: in int64 each division is a call of 100 instructions
+    sequence, start = pid // blocks, pid % blocks * BLOCK
     b, o, head = sequence // heads // outer, sequence // heads % outer, sequence % heads
-    return sequence, b, o, head, (pid % blocks).to(tl.int32) * BLOCK
+    return sequence.to(tl.int64), b.to(tl.int64), o.to(tl.int64), head.to(tl.int64), start
 
 
 @triton.jit
 def _rows(
-    base, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr,
+    base, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr, FULL: tl.constexpr = False
 ):  # fmt: skip
-    """(BLOCK, BD) rows offs_n of one sequence and head, zero outside."""
+    """(BLOCK, BD) rows offs_n of one sequence and head, zero outside; FULL: all are inside."""
     offs_d = tl.arange(0, BD)
-    at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
-    return tl.load(base + at, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :], other=0.0)
+    at = base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    if FULL and D == BD:
+        return tl.load(at)
+    elif FULL:
+        return tl.load(at, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _numbers(ptr, offs_n, n, FULL: tl.constexpr = False):
+    """One number a row, as ``_rows``."""
+    if FULL:
+        return tl.load(ptr + offs_n)
+    else:
+        return tl.load(ptr + offs_n, mask=offs_n < n, other=0.0)
 
 
 @triton.jit
@@ -194,26 +211,41 @@ def _tile_product(
 @triton.jit
 def _logits(
     q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T: tl.constexpr,
+    FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """s * log2(e) of a tile, (BM, BN) or, T, (BN, BM); -inf for keys beyond n."""
+    """The logits of a tile, (BM, BN) or, T, (BN, BM), in ``_unit``; MASK: -inf for keys beyond n,
+    which the loads left zero."""
     s = _tile_product(q, k, q_plain, rel_k_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
-    s = s * (scale * LOG2E)
+    if not FOLD:
+        s = s * (scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
     if bias_ptr is not None:
         at = _along(offs_m.to(tl.int64), not T) * n + _along(offs_n, T)
         mask = _along(offs_m < n, not T) & _along(offs_n < n, T)
         s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
-    return tl.where(_along(offs_n < n, T), s, float("-inf"))
+    if MASK:
+        s = tl.where(_along(offs_n < n, T), s, float("-inf"))
+    return s
 
 
 @triton.jit
+def _unit(scale, FOLD: tl.constexpr):
+    """What ``_logits`` are to be multiplied by to be powers of 2. FOLD: by the scale, in the one
+    instruction that subtracts the maximum; where it is not positive or a bias follows it, before."""
+    if FOLD:
+        return scale * LOG2E
+    else:
+        return 1.0
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_fwd_kernel(
     qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr, lse_ptr,
     outer, total, n, heads, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -240,20 +272,22 @@ def _long_fwd_kernel(
     rel_k_at = None
     if rel_k_ptr is not None:
         rel_k_at = rel_k_ptr + head * stride_rk
+    unit = _unit(scale, FOLD)
     m_i = tl.full([BM], float("-inf"), ACC)
     l_i = tl.zeros([BM], ACC)
     acc = tl.zeros([BM, BD], ACC)
     for start_n in tl.range(0, n, BN):
         offs_n = start_n + tl.arange(0, BN)
-        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD, EVEN)
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
         s = _logits(
-            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, D, BM, BN, BD, ACC
-        )
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, FOLD, not EVEN,
+            D, BM, BN, BD, ACC,
+        )  # fmt: skip
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - top[:, None])
+        p = tl.exp2(s * unit - top[:, None])
         shrink = tl.exp2(m_i - top)
         l_i = l_i * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
@@ -272,21 +306,24 @@ def _long_fwd_kernel(
 @triton.jit
 def _tile_gradient(
     q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
-    T: tl.constexpr,
+    T: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """p and ds of a tile, (BM, BN) or, T, (BN, BM): by transposed products, after which they are
-    operands as they stand. Transposed themselves they would pass through shared memory."""
+    operands as they stand. Transposed themselves they would pass through shared memory.
+
+    Queries beyond n need no mask: their rows, lse and delta among them, were loaded as zero, so p
+    is 1, ds is 0, and both meet zeros. Keys do where they are summed over (MASK): p may be inf."""
     s = _logits(
-        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, D, BM, BN, BD, ACC
-    )
-    inside = _along((start_m + tl.arange(0, BM)) < n, not T)
-    p = tl.where(inside, tl.exp2(s - _along(lse, not T) * LOG2E), 0.0)
+        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, FOLD, MASK,
+        D, BM, BN, BD, ACC,
+    )  # fmt: skip
+    p = tl.exp2(s * _unit(scale, FOLD) - _along(lse * LOG2E, not T))
     dp = _tile_product(do, v, do, rel_v_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     return p, p * (dp - _along(delta, not T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_bwd_dq_kernel(
     dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
@@ -294,7 +331,7 @@ def _long_bwd_dq_kernel(
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
     out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -329,12 +366,12 @@ def _long_bwd_dq_kernel(
         dq = tl.zeros([BM, BD], ACC)
         for start_n in tl.range(0, n, BN):
             offs_n = start_n + tl.arange(0, BN)
-            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-                scale, False, D, BM, BN, BD, ACC,
+                scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
@@ -347,7 +384,7 @@ def _long_bwd_dq_kernel(
         _put_rows(dq_base, (dq * scale).to(do.dtype), offs_m, n, dqkv_n, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_bwd_dkv_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
@@ -355,7 +392,7 @@ def _long_bwd_dkv_kernel(
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
     dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # fp32 has no matrix instruction, and a rotated q transposed there takes its registers twice.
     T: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -389,17 +426,16 @@ def _long_bwd_dkv_kernel(
     dv = tl.zeros([BN, BD], ACC)
     for start_m in tl.range(0, n, BM):
         offs_m = start_m + tl.arange(0, BM)
-        q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+        q_plain = _rows(base, offs_m, n, stride_n, D, BD, EVEN)
         q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
         if rot_ptr is not None:
             q = pinned(q)  # why this loop has one stage: the pipeliner cannot predicate it
-        do = _rows(do_base, offs_m, n, dout_n, D, BD)
-        at = sequence * total + offs_m
-        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+        do = _rows(do_base, offs_m, n, dout_n, D, BD, EVEN)
+        lse = _numbers(lse_ptr + sequence * total, offs_m, n, EVEN)
+        delta = _numbers(delta_ptr + sequence * total, offs_m, n, EVEN)
         p, ds = _tile_gradient(
             q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, T, D, BM, BN, BD, ACC,
+            scale, T, FOLD, False, D, BM, BN, BD, ACC,
         )  # fmt: skip
         if not T:
             p, ds = tl.trans(p), tl.trans(ds)
@@ -410,7 +446,7 @@ def _long_bwd_dkv_kernel(
     _put_rows(dv_base, dv.to(k.dtype), offs_n, n, dqkv_n, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "sequences", "splits"])
 def _long_bwd_dbias_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dbias_ptr,
@@ -421,10 +457,10 @@ def _long_bwd_dbias_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(n, BN)
-    pid = tl.program_id(0).to(tl.int64)
-    start_n = (pid % columns).to(tl.int32) * BN
-    start_m = (pid // columns % tl.cdiv(n, BM)).to(tl.int32) * BM
-    part = pid // columns // tl.cdiv(n, BM)  # (split, head)
+    pid = tl.program_id(0)
+    start_n = (pid % columns) * BN
+    start_m = (pid // columns % tl.cdiv(n, BM)) * BM
+    part = (pid // columns // tl.cdiv(n, BM)).to(tl.int64)  # (split, head)
     head = part % heads
     scale = tl.zeros([], ACC) + scale_high + scale_low
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
@@ -436,8 +472,8 @@ def _long_bwd_dbias_kernel(
     if rel_v_ptr is not None:
         rel_v_at = rel_v_ptr + head * stride_rv
     acc = tl.zeros([BM, BN], ACC)
-    for index in tl.range(part // heads, sequences, splits):  # (batch, outer)
-        o, b = index % outer, index // outer
+    for index in tl.range((part // heads).to(tl.int32), sequences, splits):  # (batch, outer)
+        o, b = tl.cast(index % outer, tl.int64), tl.cast(index // outer, tl.int64)
         focused = False
         if focus_ptr is not None:
             focused = tl.load(focus_ptr + b) != 0
@@ -452,19 +488,19 @@ def _long_bwd_dbias_kernel(
                 q, k = pinned(q), pinned(k)  # one stage, as in dkv
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
-            at = (index * heads + head) * total + offs_m
+            at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
             lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
             delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
             _, ds = _tile_gradient(
                 q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
-                n, scale, False, D, BM, BN, BD, ACC,
+                n, scale, False, False, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
     tl.store(dbias_ptr + to, acc, mask=(offs_m < n)[:, None] & (offs_n < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "sequences", "splits"])
 def _long_bwd_drel_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, drel_k_ptr, drel_v_ptr,
@@ -472,14 +508,14 @@ def _long_bwd_drel_kernel(
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
     stride_rk, stride_rv,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One diagonal of tiles: all of them touch the same 2*BN rows of the tables."""
     blocks = tl.cdiv(n, BN)
     diagonals = 2 * blocks - 1
-    pid = tl.program_id(0).to(tl.int64)
-    diagonal = (pid % diagonals).to(tl.int32)
-    part = pid // diagonals  # (split, head)
+    pid = tl.program_id(0)
+    diagonal = pid % diagonals
+    part = (pid // diagonals).to(tl.int64)  # (split, head)
     head = part % heads
     ahead = diagonal - (blocks - 1)  # key block minus query block
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -498,8 +534,8 @@ def _long_bwd_drel_kernel(
     if drel_v_ptr is not None:
         drel_v = tl.zeros([2 * BN, BD], ACC)
     first, last = tl.maximum(0, -ahead), tl.minimum(blocks, blocks - ahead)
-    for index in tl.range(part // heads, sequences, splits):
-        o, b = index % outer, index // outer
+    for index in tl.range((part // heads).to(tl.int32), sequences, splits):
+        o, b = tl.cast(index % outer, tl.int64), tl.cast(index // outer, tl.int64)
         base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
         do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
         focused = False
@@ -519,12 +555,12 @@ def _long_bwd_drel_kernel(
                 k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
                 k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
                 v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
-                at = (index * heads + head) * total + offs_m
+                at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
                 lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
                 p, ds = _tile_gradient(
                     q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
-                    start_n, n, scale, False, D, BM, BN, BD, ACC,
+                    start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)
@@ -540,7 +576,9 @@ def _long_bwd_drel_kernel(
         tl.store(drel_v_ptr + to, drel_v, mask=(offs_d < D)[None, :])
 
 
-def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongConfig) -> dict:
+def _common(
+    geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongConfig, **more: bool
+) -> dict:
     return dict(
         D=geo.d,
         HALF=options.pairs,
@@ -551,6 +589,7 @@ def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongC
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
+        **more,
     )
 
 
@@ -571,12 +610,13 @@ def long_fwd(
 ) -> None:
     """``options`` are ``prepared``; writes n rows of out and lse."""
     config = _config("fwd", geo, qkv, options)
+    fold = options.bias is None and sm_scale > 0
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
     _long_fwd_kernel[grid](
         *(qkv, *options[:5], out, lse),
         *(geo.outer, geo.total, geo.n, geo.heads, *split_scale(sm_scale)),
         *(*geo.qkv, *geo.out, *table_strides(options)),
-        **_common(geo, qkv, options, config),
+        **_common(geo, qkv, options, config, FOLD=fold, EVEN=geo.n % config.BN == 0),
     )
 
 
@@ -612,6 +652,7 @@ def long_bwd(
     acc = acc_torch_dtype(qkv.dtype)
     sequences = geo.batch * geo.outer
     scale = split_scale(sm_scale)
+    fold = options.bias is None and sm_scale > 0
     given, tables = options[:5], table_strides(options)
     reads = (*geo.qkv, *strides(dout, axis))
     delta = torch.empty_like(lse)
@@ -624,7 +665,7 @@ def long_bwd(
         *(dout, qkv, out, lse, delta, *given, dqkv),
         *(geo.outer, geo.total, geo.n, geo.heads, *scale),
         *(*reads, *geo.out, *geo.dqkv, *tables),
-        **_common(geo, qkv, options, by_query),
+        **_common(geo, qkv, options, by_query, FOLD=fold, EVEN=geo.n % by_query.BN == 0),
     )
     if dqkv is not None:
         by_key = _config("dkv", geo, qkv, options)
@@ -632,7 +673,7 @@ def long_bwd(
             *(dout, qkv, lse, delta, *given, dqkv),
             *(geo.outer, geo.total, geo.n, geo.heads, *scale),
             *(*reads, *geo.dqkv, *tables),
-            **_common(geo, qkv, options, by_key),
+            **_common(geo, qkv, options, by_key, FOLD=fold, EVEN=geo.n % by_key.BM == 0),
         )
     dbias = drel_k = drel_v = None
     if need_dbias:
@@ -658,7 +699,7 @@ def long_bwd(
             *(dout, qkv, lse, delta, *given, drel_k, drel_v),
             *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
-            **_common(geo, qkv, options, tile),
+            **_common(geo, qkv, options, tile, FOLD=fold),
         )
         drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
         drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)
