@@ -19,13 +19,14 @@ from torch import Tensor
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
+    by_distance,
     pinned,
     rotary_table,
     rotate,
     skew,
     split_scale,
     strides,
-    table_strides,
+    table_sizes,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -54,7 +55,9 @@ class LongConfig:
 def pick_config(
     kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool, major: int
 ) -> LongConfig:
-    """Tiles that spill nowhere (``bench/aot.py``); not timed on a GPU yet.
+    """Tiles that spill nowhere (``bench/aot.py``). Analytic, NOT MEASURED: of 128x64 logits the
+    exponentials alone take 512 cycles of a multiprocessor, so that tiles of more keys, with fewer
+    instructions but one block, gain nothing over 128x64 with two (590 at D=64, 518 at D=32).
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
     ``major`` is the device's compute capability; the length ``n`` tells measured tiles apart.
@@ -66,7 +69,7 @@ def pick_config(
         return LongConfig(32, 32, 8, 1, 255 if kind == "dkv" else None)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
         if kind == "dbias":
-            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
+            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1, 255)
         if wide and (kind == "dq" or (kind == "fwd" and (bias or rotary))):
             return LongConfig(16, 16, 8, 1)
         if wide and kind == "dkv":
@@ -74,14 +77,15 @@ def pick_config(
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
         most = 255 if rotary and kind in ("dq", "dkv") else None
         return LongConfig(32, 32, 8 if more else 4, 1, most)
-    if kind == "fwd" and n <= 64 and not wide:
-        return LongConfig(64, 32 if rotary and major < 9 else 64, 4, 2 if bias else 3)
+    if kind == "fwd" and n <= 64 and not wide:  # one tile of keys: nothing to load ahead
+        return LongConfig(64, 32, 4, 2) if rotary and major < 9 else LongConfig(64, 64, 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
         return LongConfig(64, 32, 8 if wide else 4, 2, 255)
     if rotary and kind == "dkv":
-        return LongConfig(16 if wide and major >= 9 else 32, 64, 8, 1, 255)
+        small = wide if major >= 9 else bias and bd == 64
+        return LongConfig(16 if small else 32, 64, 8, 1, 255)
     if kind == "dkv" and bd == 64 and (bias or major < 9):
         return LongConfig(32, 64, 4, 2)
     if kind == "dbias":
@@ -91,7 +95,7 @@ def pick_config(
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
 
-_COUNTS = ["outer", "heads"]  # nothing is gained by knowing them
+_COUNTS = ["outer", "heads", "reach_k", "reach_v"]  # nothing is gained by knowing them
 
 
 @triton.jit
@@ -160,25 +164,23 @@ def _turned_back(
 
 @triton.jit
 def _relative_rows(
-    ptr, start_m, start_n, n, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ptr, reach, start_m, start_n, n,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """(2*BN, BD): the rows of an unrolled table that a tile (BM == BN) needs; its key j and query i
-    take the local row j - i + BM - 1."""
-    rows = start_n - start_m - (BM - 1) + n - 1 + tl.arange(0, 2 * BN)
-    offs_d = tl.arange(0, BD)
-    mask = ((rows >= 0) & (rows < 2 * n - 1))[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    """(2*BN, BD): the rows of a table that a tile (BM == BN) needs; its key j and query i take the
+    local row j - i + BM - 1."""
+    return by_distance(ptr, start_n - start_m - (BM - 1), reach, n, 2 * BN, D, BD)
 
 
 @triton.jit
 def _relative_product(
-    x, ptr, start_m, start_n, n,
+    x, ptr, reach, start_m, start_n, n,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """x_i·table[j-i] of a tile, (BM, BN)."""
-    rows = _relative_rows(ptr, start_m, start_n, n, D, BM, BN, BD)
-    by_distance = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
-    return skew(by_distance, tl.arange(0, BM) - (BM - 1), BM, BN)
+    rows = _relative_rows(ptr, reach, start_m, start_n, n, D, BM, BN, BD)
+    product = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
+    return skew(product, tl.arange(0, BM) - (BM - 1), BM, BN)
 
 
 @triton.jit
@@ -192,7 +194,7 @@ def _along(x, FIRST: tl.constexpr):
 
 @triton.jit
 def _tile_product(
-    of_query, of_key, plain, table_ptr, start_m, start_n, n, T: tl.constexpr,
+    of_query, of_key, plain, table_ptr, reach, start_m, start_n, n, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN) or, T, (BN, BM)."""
@@ -201,7 +203,7 @@ def _tile_product(
     else:
         s = dot(of_query, tl.trans(of_key), tl.zeros([BM, BN], ACC))
     if table_ptr is not None:
-        more = _relative_product(plain, table_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+        more = _relative_product(plain, table_ptr, reach, start_m, start_n, n, D, BM, BN, BD, ACC)
         if T:
             more = tl.trans(more)
         s += more
@@ -210,13 +212,13 @@ def _tile_product(
 
 @triton.jit
 def _logits(
-    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T: tl.constexpr,
+    q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T: tl.constexpr,
     FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits of a tile, (BM, BN) or, T, (BN, BM), in ``_unit``; MASK: -inf for keys beyond n,
     which the loads left zero."""
-    s = _tile_product(q, k, q_plain, rel_k_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+    s = _tile_product(q, k, q_plain, rel_k_ptr, reach_k, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     if not FOLD:
         s = s * (scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
@@ -231,8 +233,8 @@ def _logits(
 
 @triton.jit
 def _unit(scale, FOLD: tl.constexpr):
-    """What ``_logits`` are to be multiplied by to be powers of 2. FOLD: by the scale, in the one
-    instruction that subtracts the maximum; where it is not positive or a bias follows it, before."""
+    """What takes ``_logits`` to powers of 2. FOLD: the scale, by the one instruction that subtracts
+    the maximum; where it is not positive or a bias follows it, they have it already."""
     if FOLD:
         return scale * LOG2E
     else:
@@ -243,7 +245,8 @@ def _unit(scale, FOLD: tl.constexpr):
 def _long_fwd_kernel(
     qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr, lse_ptr,
     outer, total, n, heads, scale_high, scale_low,
-    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
+    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +261,7 @@ def _long_fwd_kernel(
             v = _rows(base + stride_c + stride_c, offs_m, n, stride_n, D, BD)
             if rel_v_ptr is not None:
                 offs_d = tl.arange(0, BD)
-                itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
+                itself = rel_v_ptr + head * stride_rv + reach_v * D + offs_d
                 center = tl.load(itself, mask=offs_d < D, other=0.0).to(ACC)
                 v = (v.to(ACC) + center[None, :]).to(v.dtype)
             _put_rows(out_base, v, offs_m, n, out_n, D, BD)
@@ -282,8 +285,8 @@ def _long_fwd_kernel(
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
         v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
         s = _logits(
-            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, FOLD, not EVEN,
-            D, BM, BN, BD, ACC,
+            q, q_plain, k, bias_at, rel_k_at, reach_k, start_m, start_n, n, scale,
+            False, FOLD, not EVEN, D, BM, BN, BD, ACC,
         )  # fmt: skip
         m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -293,7 +296,9 @@ def _long_fwd_kernel(
         acc = acc * shrink[:, None]
         acc = dot(p.to(v.dtype), v, acc)
         if rel_v_ptr is not None:
-            rows = _relative_rows(rel_v_ptr + head * stride_rv, start_m, start_n, n, D, BM, BN, BD)
+            rows = _relative_rows(
+                rel_v_ptr + head * stride_rv, reach_v, start_m, start_n, n, D, BM, BN, BD
+            )
             acc = dot(unskew(p, tl.arange(0, BM) - (BM - 1), BM, BN).to(v.dtype), rows, acc)
         m_i = m_new
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
@@ -305,7 +310,8 @@ def _long_fwd_kernel(
 
 @triton.jit
 def _tile_gradient(
-    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
+    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, reach_k, reach_v,
+    start_m, start_n, n, scale,
     T: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -315,11 +321,11 @@ def _tile_gradient(
     Queries beyond n need no mask: their rows, lse and delta among them, were loaded as zero, so p
     is 1, ds is 0, and both meet zeros. Keys do where they are summed over (MASK): p may be inf."""
     s = _logits(
-        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, FOLD, MASK,
+        q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T, FOLD, MASK,
         D, BM, BN, BD, ACC,
     )  # fmt: skip
     p = tl.exp2(s * _unit(scale, FOLD) - _along(lse * LOG2E, not T))
-    dp = _tile_product(do, v, do, rel_v_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+    dp = _tile_product(do, v, do, rel_v_ptr, reach_v, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     return p, p * (dp - _along(delta, not T))
 
 
@@ -329,7 +335,7 @@ def _long_bwd_dq_kernel(
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
     outer, total, n, heads, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -370,12 +376,12 @@ def _long_bwd_dq_kernel(
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-                scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                start_m, start_n, n, scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
-                rows = _relative_rows(rel_k_at, start_m, start_n, n, D, BM, BN, BD)
+                rows = _relative_rows(rel_k_at, reach_k, start_m, start_n, n, D, BM, BN, BD)
                 spread = unskew(ds, tl.arange(0, BM) - (BM - 1), BM, BN)
                 dq_plain = dot(spread.to(k.dtype), rows, dq_plain)
         dq = _turned_back(dq, rot_ptr, offs_m, n, total, HALF, BD, ACC)
@@ -390,7 +396,7 @@ def _long_bwd_dkv_kernel(
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
     outer, total, n, heads, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -434,8 +440,8 @@ def _long_bwd_dkv_kernel(
         lse = _numbers(lse_ptr + sequence * total, offs_m, n, EVEN)
         delta = _numbers(delta_ptr + sequence * total, offs_m, n, EVEN)
         p, ds = _tile_gradient(
-            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, T, FOLD, False, D, BM, BN, BD, ACC,
+            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+            start_m, start_n, n, scale, T, FOLD, False, D, BM, BN, BD, ACC,
         )  # fmt: skip
         if not T:
             p, ds = tl.trans(p), tl.trans(ds)
@@ -452,7 +458,7 @@ def _long_bwd_dbias_kernel(
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dbias_ptr,
     outer, total, n, heads, sequences, splits, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -492,8 +498,8 @@ def _long_bwd_dbias_kernel(
             lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
             delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
-                n, scale, False, False, False, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                start_m, start_n, n, scale, False, False, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
@@ -506,7 +512,7 @@ def _long_bwd_drel_kernel(
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, drel_k_ptr, drel_v_ptr,
     outer, total, n, heads, sequences, splits, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -559,8 +565,8 @@ def _long_bwd_drel_kernel(
                 lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
                 p, ds = _tile_gradient(
-                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
-                    start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
+                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                    start_m, start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)
@@ -615,14 +621,14 @@ def long_fwd(
     _long_fwd_kernel[grid](
         *(qkv, *options[:5], out, lse),
         *(geo.outer, geo.total, geo.n, geo.heads, *split_scale(sm_scale)),
-        *(*geo.qkv, *geo.out, *table_strides(options)),
+        *(*geo.qkv, *geo.out, *table_sizes(options)),
         **_common(geo, qkv, options, config, FOLD=fold, EVEN=geo.n % config.BN == 0),
     )
 
 
 def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
-    """(splits, heads, diagonals, 2*block, D) → (heads, 2n-1, D): neighbouring diagonals overlap by
-    one block; summed in order."""
+    """(splits, heads, diagonals, 2*block, D) → (1, heads, 2n-1, D): neighbouring diagonals
+    overlap by one block; summed in order."""
     partial = partial.sum(0)
     heads, diagonals, _, d = partial.shape
     rows = partial.new_zeros(heads, diagonals + 1, block, d)
@@ -630,7 +636,7 @@ def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
     rows[:, 1:] += partial[:, :, block:]
     # Row 0 is the distance -(blocks*block - 1).
     first = (diagonals + 1) // 2 * block - n
-    return rows.flatten(1, 2)[:, first : first + 2 * n - 1]
+    return rows.flatten(1, 2)[None, :, first : first + 2 * n - 1].contiguous()
 
 
 def long_bwd(
@@ -647,13 +653,13 @@ def long_bwd(
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
-    unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
+    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the tables
+    by distance (1, heads, 2n-1, D) in the accumulator's dtype."""
     acc = acc_torch_dtype(qkv.dtype)
     sequences = geo.batch * geo.outer
     scale = split_scale(sm_scale)
     fold = options.bias is None and sm_scale > 0
-    given, tables = options[:5], table_strides(options)
+    given, tables = options[:5], table_sizes(options)
     reads = (*geo.qkv, *strides(dout, axis))
     delta = torch.empty_like(lse)
 

@@ -533,7 +533,7 @@ ROWS: dict[str, Row] = {
         dict(B=1, F=2, H=5, W=7, A=3, D=16), dict(axis="space"), without=_SOFTMAX,
         edges={
             "tiles": dict(F=1, H=9, W=15, A=1),
-            # Without a bias the scale meets the maximum's subtraction, but not where it is negative.
+            # Without a bias a positive scale is folded into the maximum's subtraction.
             "plain": dict(F=1, A=1, given=()),
             "even": dict(F=1, H=8, W=8, A=1, given=()),
             "negative": dict(F=1, A=1, given=(), sm_scale=-0.3),
