@@ -509,7 +509,10 @@ ROWS: dict[str, Row] = {
             "focus_images": dict(B=3, F=24, W=2, D=64, R=9, num_images=8),
             "only_17_images": dict(F=17, D=33, num_images=17),
         },
-        tiles={"paper": dict(B=1, F=16, W=3, D=64, R=31, given=("rel_k", "rel_v"))},
+        tiles={
+            "paper": dict(B=1, F=16, W=3, D=64, R=31, given=("rel_k", "rel_v")),
+            "even": dict(B=1, F=16, W=8, D=64, R=9, given=("rel_k", "rel_v")),
+        },
     ),
     "axis_attention/space": Row(
         "axis_attention", axis_attention, ATTENTION | dict(bias="A HW HW"),
