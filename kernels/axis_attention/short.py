@@ -70,8 +70,8 @@ def pick_config(
         p = min(4, next_power_of_2(outer))
         return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
     if backward and shaw and not biased and (bn, bd, itemsize) == (16, 64, 2):
-        most = 4 if even and outer % 4 == 0 and (frozen or major == 9) else 2
-        return ShortConfig(min(most, next_power_of_2(outer)), 4, 255)
+        p = 4 if even and outer % 4 == 0 and (frozen or major == 9) else 2
+        return ShortConfig(min(p, next_power_of_2(outer)), 4, 255)
     heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
     heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
     # 255: where ptxas would rather spill than give up a block.
