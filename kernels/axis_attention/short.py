@@ -72,7 +72,8 @@ def pick_config(
     if backward and shaw and not biased and (bn, bd, itemsize) == (16, 64, 2):
         p = 4 if even and outer % 4 == 0 and (frozen or major == 9) else 2
         return ShortConfig(min(p, next_power_of_2(outer)), 4, 255)
-    heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
+    with_tables = shaw and (backward or itemsize > 2)
+    heavy = bn * bd > 2048 or (with_tables and bn * bd > (1024 if itemsize > 2 else 512))
     heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
     # 255: where ptxas would rather spill than give up a block.
     most = 255 if backward and (shaw or itemsize > 2) else None
