@@ -74,7 +74,7 @@ def pick_config(
         return ShortConfig(min(p, next_power_of_2(outer)), 4, 255)
     with_tables = shaw and (backward or itemsize > 2)
     heavy = bn * bd > 2048 or (with_tables and bn * bd > (1024 if itemsize > 2 else 512))
-    heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
+    heavy = heavy or (backward and itemsize > 2 and bn * bd == 2048 and (bd == 64 or major < 9))
     # 255: where ptxas would rather spill than give up a block.
     most = 255 if backward and (shaw or itemsize > 2) else None
     return ShortConfig(1, 8 if heavy else 4, most)
