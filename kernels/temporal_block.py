@@ -30,12 +30,13 @@ from torch import Tensor
 from fastvdm.kernels import axis_attention
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
+    by_distance,
     prepared,
     rotary_table,
     rotate,
     skew,
     split_scale,
-    table_strides,
+    table_sizes,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -85,7 +86,7 @@ def pick_config(
     ``major`` is the device's compute capability, ``itemsize`` that of x. NOT MEASURED."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
-    wide, rows = itemsize > 2, 128
+    wide, rows, warps = itemsize > 2, 128, 8
     if backward:  # of few classes, see ``fuse_backward``
         rows = 128 if major >= 9 else 64
     elif major < 9 and (bc > 64 or (tables and (bd > 32 or bn > 16))):
@@ -93,9 +94,16 @@ def pick_config(
     elif major < 9:
         rows = 64 if wide and bd > 32 else 128
     elif (tables and bd > 32) or (bc == _REGISTER_CHANNELS and (bd > 32 or wide or tables)):
-        rows = 64
+        rows = 32 if wide and tables and bd <= 32 else 64
+    elif major == 9 and not (wide or tables) and bd <= 32 and bn == 16:
+        # Two blocks a multiprocessor for 4% more instructions; at batch 1 twice the programs.
+        rows, warps = 64, 4
     p = min(rows // bn, next_power_of_2(pixels))
-    return Config(p, bn, bc, bd, num_warps=8, num_stages=1)
+    return Config(p, bn, bc, bd, num_warps=warps, num_stages=1)
+
+
+# Nothing is gained by knowing them.
+_COUNTS = ["pixels", "area", "attended", "tiles", "walkers"]
 
 
 @triton.jit
@@ -204,16 +212,6 @@ def _project(
 
 
 @triton.jit
-def _distances(
-    ptr, head, stride, F, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    """Rows -(F-1) .. F-1 of an unrolled Shaw table, (2*BN, BD)."""
-    rows, offs_d = tl.arange(0, 2 * BN), tl.arange(0, BD)
-    mask = (rows < 2 * F - 1)[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptr + head * stride + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _probabilities(
     q, k, rel_k, bias_ptr, focused, F, attended, scale,
     MASKED: tl.constexpr,
@@ -225,8 +223,8 @@ def _probabilities(
     s = dot_x3(q.reshape(P, BN, BD), keys, tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:
         shift = tl.arange(0, P * BN) % BN - (F - 1)
-        by_distance = dot_x3(q, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
-        s += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+        product = dot_x3(q, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
+        s += skew(product, shift, P * BN, BN).reshape(P, BN, BN)
     s = s * scale
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
     if bias_ptr is not None:
@@ -243,13 +241,13 @@ def _probabilities(
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "reach_k", "reach_v"])
 def _fwd_kernel(
     x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
     out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
     scratch_ptr,
     pixels, area, F, attended, heads, tiles, walkers, scale_high, scale_low, eps,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +257,7 @@ def _fwd_kernel(
             x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,
             out_weight_ptr, out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
             scratch_ptr, tile, walker, pixels, area, F, attended, heads,
-            scale_high, scale_low, eps, stride_rk, stride_rv,
+            scale_high, scale_low, eps, stride_rk, stride_rv, reach_k, reach_v,
             MASKED, C, D, HALF, P, BN, BC, BD, ACC,
         )  # fmt: skip
 
@@ -269,7 +267,7 @@ def _fwd_tile(
     x_ptr, y_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
     out_bias_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, scratch_ptr,
     tile, walker, pixels, area, F, attended, heads, scale_high, scale_low, eps,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -302,7 +300,7 @@ def _fwd_tile(
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         rel_k = None
         if rel_k_ptr is not None:
-            rel_k = _distances(rel_k_ptr, head, stride_rk, F, D, BN, BD)
+            rel_k = by_distance(rel_k_ptr + head * stride_rk, 1 - F, reach_k, F, 2 * BN, D, BD)
         head_bias = None
         if bias_ptr is not None:
             head_bias = bias_ptr + head * F * F
@@ -314,7 +312,7 @@ def _fwd_tile(
         v = _project(xn, w, qkv_bias_ptr, 2 * inner + first, ROWS, D, BD, ACC).to(low)
         o = dot_x3(p.to(low), v.reshape(P, BN, BD), tl.zeros([P, BN, BD], ACC)).reshape(ROWS, BD)
         if rel_v_ptr is not None:
-            rel_v = _distances(rel_v_ptr, head, stride_rv, F, D, BN, BD)
+            rel_v = by_distance(rel_v_ptr + head * stride_rv, 1 - F, reach_v, F, 2 * BN, D, BD)
             shift = tl.arange(0, ROWS) % BN - (F - 1)
             spread = unskew(p.reshape(ROWS, BN), shift, ROWS, BN).to(low)
             o = dot_x3(spread, rel_v, o)
@@ -353,7 +351,7 @@ def _add_partial(ptr, at, mask, value, fresh):
     tl.store(ptr + at, before + value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _bwd_kernel(
     dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, out_weight_ptr,
     bias_ptr, rot_ptr, focus_ptr,
@@ -565,7 +563,7 @@ def temporal_block_fwd(
     _fwd_kernel[(walkers,)](
         *(x, y, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias),
         *(*options[:5], scratch, pixels, h * w, f, f - options.num_images, heads, tiles, walkers),
-        *(*split_scale(dim**-0.5), eps, *table_strides(options)),
+        *(*split_scale(dim**-0.5), eps, *table_sizes(options)),
         MASKED=options.masked,
         C=c,
         D=dim,

@@ -26,11 +26,12 @@ from fastvdm.ops._check import check_options
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.runtime.dispatch import FP64, Implementations, implementations
+from fastvdm.runtime.dispatch import FP64, ByName, Implementations, implementations
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}
 _MAX_DIM = 128
+_NONE = AttentionOptions()
 
 
 def merged(t: Tensor) -> bool:
@@ -83,13 +84,43 @@ def _examples(device: torch.device) -> dict[str, tuple]:
     return {"fp32": (torch.empty(1, 1, 1, 1, 3, 1, 32, device=device),)}
 
 
+def _by_torch(qkv: Tensor, axis: int, options: AttentionOptions) -> bool:
+    """Whether torch's fused attention takes a call that ours would: over space in 16 bits, and
+    without gradients. Estimates for sm_90, NOT MEASURED: at N=1024 cuDNN's forward reaches about
+    390 TFLOP/s, ours 250-300. What its backward gains goes into stacking dq, dk and dv, which ours
+    writes in place, and two runs of it would differ in their bits."""
+    if axis != SPACE or not qkv.is_cuda or qkv.element_size() != 2:
+        return False
+    if options.bias is not None or options.rotary is not None or options.shaw:
+        return False
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return False
+    b, f, h, w, _, heads, d = qkv.shape
+    small = h * w <= 64 or b * f * heads > 65535  # one tile of ours; above, its grid is at its end
+    return not (small or d % 8 or torch.are_deterministic_algorithms_enabled())
+
+
 @implementations("axis_attention", "axis_attention_fwd", "axis_attention_bwd", examples=_examples)
-def _(qkv: Tensor) -> Implementations:
+def _(qkv: Tensor, axis: int = TIME, options: AttentionOptions = _NONE) -> Implementations:
     d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if fp64 else None)
-    # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
-    yield "triton", wide or (FP64 if fp64 and qkv.is_cuda else None)
+    if not wide and _by_torch(qkv, axis, options):
+        yield "triton", ByName("torch's fused attention is ahead of it without options")
+        yield "torch", None
+    else:
+        # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
+        yield "triton", wide or (FP64 if fp64 and qkv.is_cuda else None)
+
+
+def space_by_torch(qkv: Tensor, sm_scale: float) -> Tensor:
+    """Attention over space without options in one call of torch's own, on views: nothing is copied
+    but a qkv whose pixels or frames do not walk with one stride."""
+    b, f, h, w, _, heads, d = qkv.shape
+    q, k, v = qkv.flatten(2, 3).flatten(0, 1).unbind(2)  # each (B*F, HW, heads, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=sm_scale)
+    return out.transpose(1, 2).reshape(b, f, h, w, heads, d).contiguous()
 
 
 def axis_attention(
@@ -137,9 +168,11 @@ def attend(
     options = check_options(qkv, tuple(qkv.shape), axis, options, low, "qkv")
     qkv = qkv.to(low)
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    which = select("axis_attention", qkv.device, qkv)
+    which = select("axis_attention", qkv.device, qkv, _AXES[axis], options)
     if which == "reference":
         return axis_attention_ref(qkv, axis=axis, sm_scale=scale, **options._asdict())
+    if which == "torch":
+        return space_by_torch(qkv, scale)
     qkv = qkv if merged(qkv) else qkv.contiguous()
     return run(axis_attention_fwd, qkv, _AXES[axis], *options, scale, which)[0]
 

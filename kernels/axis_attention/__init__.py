@@ -96,8 +96,9 @@ def axis_attention_bwd(
     def table(need: bool, grad: Tensor | None, of: Tensor | None) -> Tensor | None:
         if not need or of is None:
             return None
-        wide = of.to(acc_torch_dtype(qkv.dtype))
-        return torch.zeros_like(wide) if grad is None else roll_up(grad, wide)
+        if num_images:  # something is added yet
+            of = of.to(acc_torch_dtype(qkv.dtype))
+        return torch.zeros_like(of) if grad is None else roll_up(grad, of)
 
     drel_k = table(need_drel_k, grads[1], rel_k)
     drel_v = table(need_drel_v, grads[2], rel_v)

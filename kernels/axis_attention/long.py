@@ -19,13 +19,14 @@ from torch import Tensor
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
+    by_distance,
     pinned,
     rotary_table,
     rotate,
     skew,
     split_scale,
     strides,
-    table_strides,
+    table_sizes,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -54,7 +55,9 @@ class LongConfig:
 def pick_config(
     kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool, major: int
 ) -> LongConfig:
-    """Tiles that spill nowhere (``bench/aot.py``); not timed on a GPU yet.
+    """Tiles that spill nowhere (``bench/aot.py``). Analytic, NOT MEASURED: of 128x64 logits the
+    exponentials alone take 512 cycles of a multiprocessor, so that tiles of more keys, with fewer
+    instructions but one block, gain nothing over 128x64 with two (590 at D=64, 518 at D=32).
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
     ``major`` is the device's compute capability; the length ``n`` tells measured tiles apart.
@@ -66,7 +69,7 @@ def pick_config(
         return LongConfig(32, 32, 8, 1, 255 if kind == "dkv" else None)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
         if kind == "dbias":
-            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1)
+            return LongConfig(32, 16, 8, 1) if wide else LongConfig(16, 32, 4, 1, 255)
         if wide and (kind == "dq" or (kind == "fwd" and (bias or rotary))):
             return LongConfig(16, 16, 8, 1)
         if wide and kind == "dkv":
@@ -74,14 +77,15 @@ def pick_config(
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
         most = 255 if rotary and kind in ("dq", "dkv") else None
         return LongConfig(32, 32, 8 if more else 4, 1, most)
-    if kind == "fwd" and n <= 64 and not wide:
-        return LongConfig(64, 32 if rotary and major < 9 else 64, 4, 2 if bias else 3)
+    if kind == "fwd" and n <= 64 and not wide:  # one tile of keys: nothing to load ahead
+        return LongConfig(64, 32, 4, 2) if rotary and major < 9 else LongConfig(64, 64, 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
         return LongConfig(64, 32, 8 if wide else 4, 2, 255)
     if rotary and kind == "dkv":
-        return LongConfig(16 if wide and major >= 9 else 32, 64, 8, 1, 255)
+        small = wide if major >= 9 else bias and bd == 64
+        return LongConfig(16 if small else 32, 64, 8, 1, 255)
     if kind == "dkv" and bd == 64 and (bias or major < 9):
         return LongConfig(32, 64, 4, 2)
     if kind == "dbias":
@@ -91,25 +95,42 @@ def pick_config(
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
 
+_COUNTS = ["outer", "heads", "reach_k", "reach_v"]  # nothing is gained by knowing them
+
+
 @triton.jit
 def _block(n, outer, heads, BLOCK: tl.constexpr):
     """What a program works on: its sequence (batch, outer, head), also taken apart, in int64, and
     the first of its BLOCK rows there."""
     blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    sequence = pid // blocks
+    pid = tl.program_id(0)  # divided in int32: in int64 each division is a call of 100 instructions
+    sequence, start = pid // blocks, pid % blocks * BLOCK
     b, o, head = sequence // heads // outer, sequence // heads % outer, sequence % heads
-    return sequence, b, o, head, (pid % blocks).to(tl.int32) * BLOCK
+    return sequence.to(tl.int64), b.to(tl.int64), o.to(tl.int64), head.to(tl.int64), start
 
 
 @triton.jit
 def _rows(
-    base, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr,
+    base, offs_n, n, stride_n, D: tl.constexpr, BD: tl.constexpr, FULL: tl.constexpr = False
 ):  # fmt: skip
-    """(BLOCK, BD) rows offs_n of one sequence and head, zero outside."""
+    """(BLOCK, BD) rows offs_n of one sequence and head, zero outside; FULL: all are inside."""
     offs_d = tl.arange(0, BD)
-    at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
-    return tl.load(base + at, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :], other=0.0)
+    at = base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    if FULL and D == BD:
+        return tl.load(at)
+    elif FULL:
+        return tl.load(at, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=(offs_n < n)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _numbers(ptr, offs_n, n, FULL: tl.constexpr = False):
+    """One number a row, as ``_rows``."""
+    if FULL:
+        return tl.load(ptr + offs_n)
+    else:
+        return tl.load(ptr + offs_n, mask=offs_n < n, other=0.0)
 
 
 @triton.jit
@@ -143,25 +164,23 @@ def _turned_back(
 
 @triton.jit
 def _relative_rows(
-    ptr, start_m, start_n, n, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    ptr, reach, start_m, start_n, n,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """(2*BN, BD): the rows of an unrolled table that a tile (BM == BN) needs; its key j and query i
-    take the local row j - i + BM - 1."""
-    rows = start_n - start_m - (BM - 1) + n - 1 + tl.arange(0, 2 * BN)
-    offs_d = tl.arange(0, BD)
-    mask = ((rows >= 0) & (rows < 2 * n - 1))[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    """(2*BN, BD): the rows of a table that a tile (BM == BN) needs; its key j and query i take the
+    local row j - i + BM - 1."""
+    return by_distance(ptr, start_n - start_m - (BM - 1), reach, n, 2 * BN, D, BD)
 
 
 @triton.jit
 def _relative_product(
-    x, ptr, start_m, start_n, n,
+    x, ptr, reach, start_m, start_n, n,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """x_i·table[j-i] of a tile, (BM, BN)."""
-    rows = _relative_rows(ptr, start_m, start_n, n, D, BM, BN, BD)
-    by_distance = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
-    return skew(by_distance, tl.arange(0, BM) - (BM - 1), BM, BN)
+    rows = _relative_rows(ptr, reach, start_m, start_n, n, D, BM, BN, BD)
+    product = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
+    return skew(product, tl.arange(0, BM) - (BM - 1), BM, BN)
 
 
 @triton.jit
@@ -175,7 +194,7 @@ def _along(x, FIRST: tl.constexpr):
 
 @triton.jit
 def _tile_product(
-    of_query, of_key, plain, table_ptr, start_m, start_n, n, T: tl.constexpr,
+    of_query, of_key, plain, table_ptr, reach, start_m, start_n, n, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN) or, T, (BN, BM)."""
@@ -184,7 +203,7 @@ def _tile_product(
     else:
         s = dot(of_query, tl.trans(of_key), tl.zeros([BM, BN], ACC))
     if table_ptr is not None:
-        more = _relative_product(plain, table_ptr, start_m, start_n, n, D, BM, BN, BD, ACC)
+        more = _relative_product(plain, table_ptr, reach, start_m, start_n, n, D, BM, BN, BD, ACC)
         if T:
             more = tl.trans(more)
         s += more
@@ -193,27 +212,43 @@ def _tile_product(
 
 @triton.jit
 def _logits(
-    q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T: tl.constexpr,
+    q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T: tl.constexpr,
+    FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """s * log2(e) of a tile, (BM, BN) or, T, (BN, BM); -inf for keys beyond n."""
-    s = _tile_product(q, k, q_plain, rel_k_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
-    s = s * (scale * LOG2E)
+    """The logits of a tile, (BM, BN) or, T, (BN, BM), in ``_unit``; MASK: -inf for keys beyond n,
+    which the loads left zero."""
+    s = _tile_product(q, k, q_plain, rel_k_ptr, reach_k, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+    if not FOLD:
+        s = s * (scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
     if bias_ptr is not None:
         at = _along(offs_m.to(tl.int64), not T) * n + _along(offs_n, T)
         mask = _along(offs_m < n, not T) & _along(offs_n < n, T)
         s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
-    return tl.where(_along(offs_n < n, T), s, float("-inf"))
+    if MASK:
+        s = tl.where(_along(offs_n < n, T), s, float("-inf"))
+    return s
 
 
 @triton.jit
+def _unit(scale, FOLD: tl.constexpr):
+    """What takes ``_logits`` to powers of 2. FOLD: the scale, by the one instruction that subtracts
+    the maximum; where it is not positive or a bias follows it, they have it already."""
+    if FOLD:
+        return scale * LOG2E
+    else:
+        return 1.0
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_fwd_kernel(
     qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr, lse_ptr,
     outer, total, n, heads, scale_high, scale_low,
-    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
+    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -226,7 +261,7 @@ def _long_fwd_kernel(
             v = _rows(base + stride_c + stride_c, offs_m, n, stride_n, D, BD)
             if rel_v_ptr is not None:
                 offs_d = tl.arange(0, BD)
-                itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
+                itself = rel_v_ptr + head * stride_rv + reach_v * D + offs_d
                 center = tl.load(itself, mask=offs_d < D, other=0.0).to(ACC)
                 v = (v.to(ACC) + center[None, :]).to(v.dtype)
             _put_rows(out_base, v, offs_m, n, out_n, D, BD)
@@ -240,26 +275,30 @@ def _long_fwd_kernel(
     rel_k_at = None
     if rel_k_ptr is not None:
         rel_k_at = rel_k_ptr + head * stride_rk
+    unit = _unit(scale, FOLD)
     m_i = tl.full([BM], float("-inf"), ACC)
     l_i = tl.zeros([BM], ACC)
     acc = tl.zeros([BM, BD], ACC)
     for start_n in tl.range(0, n, BN):
         offs_n = start_n + tl.arange(0, BN)
-        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+        k = _rows(base + stride_c, offs_n, n, stride_n, D, BD, EVEN)
         k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+        v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
         s = _logits(
-            q, q_plain, k, bias_at, rel_k_at, start_m, start_n, n, scale, False, D, BM, BN, BD, ACC
-        )
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+            q, q_plain, k, bias_at, rel_k_at, reach_k, start_m, start_n, n, scale,
+            False, FOLD, not EVEN, D, BM, BN, BD, ACC,
+        )  # fmt: skip
+        m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - top[:, None])
+        p = tl.exp2(s * unit - top[:, None])
         shrink = tl.exp2(m_i - top)
         l_i = l_i * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         acc = dot(p.to(v.dtype), v, acc)
         if rel_v_ptr is not None:
-            rows = _relative_rows(rel_v_ptr + head * stride_rv, start_m, start_n, n, D, BM, BN, BD)
+            rows = _relative_rows(
+                rel_v_ptr + head * stride_rv, reach_v, start_m, start_n, n, D, BM, BN, BD
+            )
             acc = dot(unskew(p, tl.arange(0, BM) - (BM - 1), BM, BN).to(v.dtype), rows, acc)
         m_i = m_new
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
@@ -271,30 +310,34 @@ def _long_fwd_kernel(
 
 @triton.jit
 def _tile_gradient(
-    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, start_m, start_n, n, scale,
-    T: tl.constexpr,
+    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, reach_k, reach_v,
+    start_m, start_n, n, scale,
+    T: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """p and ds of a tile, (BM, BN) or, T, (BN, BM): by transposed products, after which they are
-    operands as they stand. Transposed themselves they would pass through shared memory."""
+    operands as they stand. Transposed themselves they would pass through shared memory.
+
+    Queries beyond n need no mask: their rows, lse and delta among them, were loaded as zero, so p
+    is 1, ds is 0, and both meet zeros. Keys do where they are summed over (MASK): p may be inf."""
     s = _logits(
-        q, q_plain, k, bias_ptr, rel_k_ptr, start_m, start_n, n, scale, T, D, BM, BN, BD, ACC
-    )
-    inside = _along((start_m + tl.arange(0, BM)) < n, not T)
-    p = tl.where(inside, tl.exp2(s - _along(lse, not T) * LOG2E), 0.0)
-    dp = _tile_product(do, v, do, rel_v_ptr, start_m, start_n, n, T, D, BM, BN, BD, ACC)
+        q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T, FOLD, MASK,
+        D, BM, BN, BD, ACC,
+    )  # fmt: skip
+    p = tl.exp2(s * _unit(scale, FOLD) - _along(lse * LOG2E, not T))
+    dp = _tile_product(do, v, do, rel_v_ptr, reach_v, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     return p, p * (dp - _along(delta, not T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_bwd_dq_kernel(
     dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
     outer, total, n, heads, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    out_b, out_o, out_n, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     sequence, b, o, head, start_m = _block(n, outer, heads, BM)
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -329,16 +372,16 @@ def _long_bwd_dq_kernel(
         dq = tl.zeros([BM, BD], ACC)
         for start_n in tl.range(0, n, BN):
             offs_n = start_n + tl.arange(0, BN)
-            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
+            k = _rows(base + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
-            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
+            v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-                scale, False, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                start_m, start_n, n, scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
-                rows = _relative_rows(rel_k_at, start_m, start_n, n, D, BM, BN, BD)
+                rows = _relative_rows(rel_k_at, reach_k, start_m, start_n, n, D, BM, BN, BD)
                 spread = unskew(ds, tl.arange(0, BM) - (BM - 1), BM, BN)
                 dq_plain = dot(spread.to(k.dtype), rows, dq_plain)
         dq = _turned_back(dq, rot_ptr, offs_m, n, total, HALF, BD, ACC)
@@ -347,15 +390,15 @@ def _long_bwd_dq_kernel(
         _put_rows(dq_base, (dq * scale).to(do.dtype), offs_m, n, dqkv_n, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _long_bwd_dkv_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dqkv_ptr,
     outer, total, n, heads, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     # fp32 has no matrix instruction, and a rotated q transposed there takes its registers twice.
     T: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -389,17 +432,16 @@ def _long_bwd_dkv_kernel(
     dv = tl.zeros([BN, BD], ACC)
     for start_m in tl.range(0, n, BM):
         offs_m = start_m + tl.arange(0, BM)
-        q_plain = _rows(base, offs_m, n, stride_n, D, BD)
+        q_plain = _rows(base, offs_m, n, stride_n, D, BD, EVEN)
         q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
         if rot_ptr is not None:
             q = pinned(q)  # why this loop has one stage: the pipeliner cannot predicate it
-        do = _rows(do_base, offs_m, n, dout_n, D, BD)
-        at = sequence * total + offs_m
-        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+        do = _rows(do_base, offs_m, n, dout_n, D, BD, EVEN)
+        lse = _numbers(lse_ptr + sequence * total, offs_m, n, EVEN)
+        delta = _numbers(delta_ptr + sequence * total, offs_m, n, EVEN)
         p, ds = _tile_gradient(
-            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n, n,
-            scale, T, D, BM, BN, BD, ACC,
+            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+            start_m, start_n, n, scale, T, FOLD, False, D, BM, BN, BD, ACC,
         )  # fmt: skip
         if not T:
             p, ds = tl.trans(p), tl.trans(ds)
@@ -410,21 +452,21 @@ def _long_bwd_dkv_kernel(
     _put_rows(dv_base, dv.to(k.dtype), offs_n, n, dqkv_n, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "sequences", "splits"])
 def _long_bwd_dbias_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, dbias_ptr,
     outer, total, n, heads, sequences, splits, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(n, BN)
-    pid = tl.program_id(0).to(tl.int64)
-    start_n = (pid % columns).to(tl.int32) * BN
-    start_m = (pid // columns % tl.cdiv(n, BM)).to(tl.int32) * BM
-    part = pid // columns // tl.cdiv(n, BM)  # (split, head)
+    pid = tl.program_id(0)
+    start_n = (pid % columns) * BN
+    start_m = (pid // columns % tl.cdiv(n, BM)) * BM
+    part = (pid // columns // tl.cdiv(n, BM)).to(tl.int64)  # (split, head)
     head = part % heads
     scale = tl.zeros([], ACC) + scale_high + scale_low
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
@@ -436,8 +478,8 @@ def _long_bwd_dbias_kernel(
     if rel_v_ptr is not None:
         rel_v_at = rel_v_ptr + head * stride_rv
     acc = tl.zeros([BM, BN], ACC)
-    for index in tl.range(part // heads, sequences, splits):  # (batch, outer)
-        o, b = index % outer, index // outer
+    for index in tl.range((part // heads).to(tl.int32), sequences, splits):  # (batch, outer)
+        o, b = tl.cast(index % outer, tl.int64), tl.cast(index // outer, tl.int64)
         focused = False
         if focus_ptr is not None:
             focused = tl.load(focus_ptr + b) != 0
@@ -452,34 +494,34 @@ def _long_bwd_dbias_kernel(
                 q, k = pinned(q), pinned(k)  # one stage, as in dkv
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
-            at = (index * heads + head) * total + offs_m
+            at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
             lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
             delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m, start_n,
-                n, scale, False, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                start_m, start_n, n, scale, False, False, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
     tl.store(dbias_ptr + to, acc, mask=(offs_m < n)[:, None] & (offs_n < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "sequences", "splits"])
 def _long_bwd_drel_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr,
     bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, drel_k_ptr, drel_v_ptr,
     outer, total, n, heads, sequences, splits, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h, dout_b, dout_o, dout_n, dout_h,
-    stride_rk, stride_rv,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One diagonal of tiles: all of them touch the same 2*BN rows of the tables."""
     blocks = tl.cdiv(n, BN)
     diagonals = 2 * blocks - 1
-    pid = tl.program_id(0).to(tl.int64)
-    diagonal = (pid % diagonals).to(tl.int32)
-    part = pid // diagonals  # (split, head)
+    pid = tl.program_id(0)
+    diagonal = pid % diagonals
+    part = (pid // diagonals).to(tl.int64)  # (split, head)
     head = part % heads
     ahead = diagonal - (blocks - 1)  # key block minus query block
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -498,8 +540,8 @@ def _long_bwd_drel_kernel(
     if drel_v_ptr is not None:
         drel_v = tl.zeros([2 * BN, BD], ACC)
     first, last = tl.maximum(0, -ahead), tl.minimum(blocks, blocks - ahead)
-    for index in tl.range(part // heads, sequences, splits):
-        o, b = index % outer, index // outer
+    for index in tl.range((part // heads).to(tl.int32), sequences, splits):
+        o, b = tl.cast(index % outer, tl.int64), tl.cast(index // outer, tl.int64)
         base = qkv_ptr + b * stride_b + o * stride_o + head * stride_h
         do_base = dout_ptr + b * dout_b + o * dout_o + head * dout_h
         focused = False
@@ -519,12 +561,12 @@ def _long_bwd_drel_kernel(
                 k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
                 k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
                 v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
-                at = (index * heads + head) * total + offs_m
+                at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
                 lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
                 delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
                 p, ds = _tile_gradient(
-                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, start_m,
-                    start_n, n, scale, False, D, BM, BN, BD, ACC,
+                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
+                    start_m, start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)
@@ -540,7 +582,9 @@ def _long_bwd_drel_kernel(
         tl.store(drel_v_ptr + to, drel_v, mask=(offs_d < D)[None, :])
 
 
-def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongConfig) -> dict:
+def _common(
+    geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongConfig, **more: bool
+) -> dict:
     return dict(
         D=geo.d,
         HALF=options.pairs,
@@ -551,6 +595,7 @@ def _common(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: LongC
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
+        **more,
     )
 
 
@@ -571,18 +616,19 @@ def long_fwd(
 ) -> None:
     """``options`` are ``prepared``; writes n rows of out and lse."""
     config = _config("fwd", geo, qkv, options)
+    fold = options.bias is None and sm_scale > 0
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
     _long_fwd_kernel[grid](
         *(qkv, *options[:5], out, lse),
         *(geo.outer, geo.total, geo.n, geo.heads, *split_scale(sm_scale)),
-        *(*geo.qkv, *geo.out, *table_strides(options)),
-        **_common(geo, qkv, options, config),
+        *(*geo.qkv, *geo.out, *table_sizes(options)),
+        **_common(geo, qkv, options, config, FOLD=fold, EVEN=geo.n % config.BN == 0),
     )
 
 
 def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
-    """(splits, heads, diagonals, 2*block, D) → (heads, 2n-1, D): neighbouring diagonals overlap by
-    one block; summed in order."""
+    """(splits, heads, diagonals, 2*block, D) → (1, heads, 2n-1, D): neighbouring diagonals
+    overlap by one block; summed in order."""
     partial = partial.sum(0)
     heads, diagonals, _, d = partial.shape
     rows = partial.new_zeros(heads, diagonals + 1, block, d)
@@ -590,7 +636,7 @@ def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
     rows[:, 1:] += partial[:, :, block:]
     # Row 0 is the distance -(blocks*block - 1).
     first = (diagonals + 1) // 2 * block - n
-    return rows.flatten(1, 2)[:, first : first + 2 * n - 1]
+    return rows.flatten(1, 2)[None, :, first : first + 2 * n - 1].contiguous()
 
 
 def long_bwd(
@@ -607,12 +653,13 @@ def long_bwd(
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
-    unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
+    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the tables
+    by distance (1, heads, 2n-1, D) in the accumulator's dtype."""
     acc = acc_torch_dtype(qkv.dtype)
     sequences = geo.batch * geo.outer
     scale = split_scale(sm_scale)
-    given, tables = options[:5], table_strides(options)
+    fold = options.bias is None and sm_scale > 0
+    given, tables = options[:5], table_sizes(options)
     reads = (*geo.qkv, *strides(dout, axis))
     delta = torch.empty_like(lse)
 
@@ -624,7 +671,7 @@ def long_bwd(
         *(dout, qkv, out, lse, delta, *given, dqkv),
         *(geo.outer, geo.total, geo.n, geo.heads, *scale),
         *(*reads, *geo.out, *geo.dqkv, *tables),
-        **_common(geo, qkv, options, by_query),
+        **_common(geo, qkv, options, by_query, FOLD=fold, EVEN=geo.n % by_query.BN == 0),
     )
     if dqkv is not None:
         by_key = _config("dkv", geo, qkv, options)
@@ -632,7 +679,7 @@ def long_bwd(
             *(dout, qkv, lse, delta, *given, dqkv),
             *(geo.outer, geo.total, geo.n, geo.heads, *scale),
             *(*reads, *geo.dqkv, *tables),
-            **_common(geo, qkv, options, by_key),
+            **_common(geo, qkv, options, by_key, FOLD=fold, EVEN=geo.n % by_key.BM == 0),
         )
     dbias = drel_k = drel_v = None
     if need_dbias:
@@ -658,7 +705,7 @@ def long_bwd(
             *(dout, qkv, lse, delta, *given, drel_k, drel_v),
             *(geo.outer, geo.total, geo.n, geo.heads, sequences, splits, *scale),
             *(*reads, *tables),
-            **_common(geo, qkv, options, tile),
+            **_common(geo, qkv, options, tile, FOLD=fold),
         )
         drel_k = None if drel_k is None else _add_diagonals(drel_k, geo.n, tile.BN)
         drel_v = None if drel_v is None else _add_diagonals(drel_v, geo.n, tile.BN)

@@ -1,8 +1,8 @@
 """What the short and the long kernels of ``axis_attention`` share.
 
-The Shaw tables arrive unrolled to one row per distance -(N-1) .. N-1 (``unroll_table``), so that
-row j-i+N-1 belongs to query i and key j. The term of a tile is then one product with consecutive
-rows, skewed: a gather along the row, ``skew`` for logits, ``unskew`` for their gradients.
+A tile reads the Shaw tables as one row per distance, ``by_distance``, so that their term is one
+product with consecutive distances, skewed: a gather along the row, ``skew`` for logits, ``unskew``
+for their gradients. Those of the tables are one row per distance, too, until ``roll_up``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.attention_options import AttentionOptions
-from fastvdm.kernels.common import INTERPRET
+from fastvdm.kernels.common import INTERPRET, acc_dtype, next_power_of_2
 from fastvdm.kernels.limits import TIME
 
 
@@ -65,52 +65,77 @@ def geometry(qkv: Tensor, axis: int, num_images: int) -> Geometry:
     )
 
 
-def _distances(table: Tensor, n: int) -> Tensor:
-    reach = table.shape[1] // 2
-    return torch.arange(1 - n, n, device=table.device).clamp(-reach, reach) + reach
-
-
-def unroll_table(table: Tensor | None, n: int) -> Tensor | None:
-    """Shaw table (T, 2R+1, D) → (T, 2N-1, D): one row per distance."""
-    return None if table is None else table.index_select(1, _distances(table, n))
-
-
 def roll_up(grad: Tensor, table: Tensor) -> Tensor:
-    """Transpose of ``unroll_table``: grad (heads, 2N-1, D) of the unrolled rows → gradient of the
-    table, the clipped ends summed in order, the heads summed if they share it."""
-    rows, reach, n = grad.shape[1], table.shape[1] // 2, (grad.shape[1] + 1) // 2
-    if table.shape[0] == 1:
-        grad = grad.sum(0, keepdim=True)
-    result = grad.new_zeros(table.shape)
-    inner = min(reach, n - 1)  # distances -inner .. inner have their own row
-    result[:, reach - inner : reach + inner + 1] = grad[:, n - 1 - inner : n + inner]
-    if inner < n - 1:
-        result[:, 0] += grad[:, : n - 1 - inner].sum(1)
-        result[:, -1] += grad[:, rows - (n - 1 - inner) :].sum(1)
+    """grad (parts, heads, 2N-1, D) by distance, in the accumulator's dtype → the gradient of the
+    table: parts, clipped ends and, where they share it, heads summed in order. One launch."""
+    parts, heads, rows, d = grad.shape
+    result = torch.empty_like(table)
+    _roll_up_kernel[(table.shape[0] * table.shape[1],)](
+        *(grad, result, parts, heads, table.shape[0], rows, table.shape[1]),
+        D=d,
+        BLOCK=64,
+        BD=next_power_of_2(d),
+        ACC=acc_dtype(grad.dtype),
+        num_warps=8,
+    )
     return result
 
 
+@triton.jit(do_not_specialize=["parts", "heads", "tables", "rows", "width"])
+def _roll_up_kernel(
+    grad_ptr, table_ptr, parts, heads, tables, rows, width,
+    D: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A row of the table: row r of width 2R+1 collects the distances that are clipped to r - R."""
+    row, table = tl.program_id(0) % width, tl.program_id(0) // width
+    # The first distance, counted from -(N-1), and how many follow.
+    shift = rows // 2 - width // 2
+    first = tl.maximum(tl.where(row == 0, 0, row + shift), 0)
+    last = tl.minimum(tl.where(row == width - 1, rows - 1, row + shift), rows - 1)
+    shared = heads // tables  # how many heads share the table
+    each = tl.maximum(last - first + 1, 0)
+    offs_d = tl.arange(0, BD)
+    total = tl.zeros([BLOCK, BD], ACC)
+    for start in tl.range(0, parts * shared * each, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        part, head = index // each // shared, index // each % shared + table
+        at = (part * heads + head).to(tl.int64) * rows + first + index % each
+        mask = (index < parts * shared * each)[:, None] & (offs_d < D)[None, :]
+        total += tl.load(grad_ptr + at[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    to = table_ptr + tl.program_id(0).to(tl.int64) * D + offs_d
+    tl.store(to, tl.sum(total, 0).to(table_ptr.dtype.element_ty), mask=offs_d < D)
+
+
 def prepared(options: AttentionOptions, n: int) -> AttentionOptions:
-    """As kernels read them: the bias of the ``n`` attended positions, tables unrolled, bytes."""
-    bias, rel_k, rel_v, _, focus_mask, _ = options
+    """As kernels read them: the bias of the ``n`` attended positions, bytes."""
+    bias, focus_mask = options.bias, options.focus_mask
     return options._replace(
         bias=None if bias is None else bias[:, :n, :n].contiguous(),
-        rel_k=unroll_table(rel_k, n),
-        rel_v=unroll_table(rel_v, n),
         focus_mask=None if focus_mask is None else focus_mask.view(torch.uint8),
     )
 
 
-def table_strides(options: AttentionOptions) -> list[int]:
-    """Strides of the first axis of the unrolled tables; 0 where the heads share one."""
+def table_sizes(options: AttentionOptions) -> list[int]:
+    """Strides of the first axis of the two tables, 0 where the heads share one; then their R."""
     tables = options.rel_k, options.rel_v
-    return [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tables]
+    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tables]
+    return [*strides, *(0 if t is None else t.shape[1] // 2 for t in tables)]
 
 
 def split_scale(sm_scale: float) -> tuple[float, float]:
     """A kernel argument is fp32: the second restores the digits an fp64 kernel needs."""
     (high,) = struct.unpack("f", struct.pack("f", sm_scale))
     return high, sm_scale - high
+
+
+@triton.jit
+def by_distance(ptr, first, reach, n, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """(ROWS, BD): of a Shaw table (2 * reach + 1, D) the rows of the distances from ``first`` on;
+    zero where no two of n positions have it."""
+    distance, offs_d = first + tl.arange(0, ROWS), tl.arange(0, BD)
+    rows = tl.minimum(tl.maximum(distance, -reach), reach) + reach
+    mask = ((distance > -n) & (distance < n))[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

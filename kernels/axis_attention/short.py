@@ -19,13 +19,14 @@ from torch import Tensor
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.axis_attention.shared import (
     Geometry,
+    by_distance,
     pinned,
     rotary_table,
     rotate,
     skew,
     split_scale,
     strides,
-    table_strides,
+    table_sizes,
     unskew,
 )
 from fastvdm.kernels.common import (
@@ -34,6 +35,7 @@ from fastvdm.kernels.common import (
     acc_torch_dtype,
     cdiv,
     dot,
+    major,
     next_power_of_2,
     program_budget,
 )
@@ -49,24 +51,30 @@ class ShortConfig:
 
 @tuned("axis_attention_short", outer=lambda n: min(64, next_power_of_2(n)))
 def pick_config(
-    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool, biased: bool
-) -> ShortConfig:
+    bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool, biased: bool,
+    even: bool, frozen: bool, major: int,
+) -> ShortConfig:  # fmt: skip
     """From registers, as ptxas counts them for sm_90 (``python bench/aot.py axis_attention``).
 
     A batched product keeps a whole sequence in one warp, so P sequences want P warps and fit while
     bn*bd is small: backward 128 registers without spills at 16x32, which lets four blocks share a
     multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps. With Shaw
     tables two sequences take half the instructions of one (16x64, backward), and spill only where
-    a bias or a rotary embedding stands beside them (``biased``), as in no network.
+    a bias or a rotary embedding stands beside them (``biased``), as in no network. Four take
+    five eighths of the instructions of two, and fit without masks (``even``: all of 16 x 64, and P
+    divides ``outer``) where the tables are ``frozen``, their gradients too on sm_90 alone.
+    Analytic, NOT MEASURED.
     """
     packed = 512 if backward or itemsize > 2 else 1024
     if bn * bd <= packed and not (backward and (shaw or itemsize > 2)):
         p = min(4, next_power_of_2(outer))
         return ShortConfig(p, 4, 128 if backward and itemsize == 2 else None)
     if backward and shaw and not biased and (bn, bd, itemsize) == (16, 64, 2):
-        return ShortConfig(min(2, next_power_of_2(outer)), 4, 255)
-    heavy = bn * bd > 2048 or (backward and shaw and bn * bd > (1024 if itemsize > 2 else 512))
-    heavy = heavy or (backward and itemsize > 2 and bn == 32 and bd == 64)
+        p = 4 if even and outer % 4 == 0 and (frozen or major == 9) else 2
+        return ShortConfig(min(p, next_power_of_2(outer)), 4, 255)
+    with_tables = shaw and (backward or itemsize > 2)
+    heavy = bn * bd > 2048 or (with_tables and bn * bd > (1024 if itemsize > 2 else 512))
+    heavy = heavy or (backward and itemsize > 2 and bn * bd == 2048 and (bd == 64 or major < 9))
     # 255: where ptxas would rather spill than give up a block.
     most = 255 if backward and (shaw or itemsize > 2) else None
     return ShortConfig(1, 8 if heavy else 4, most)
@@ -93,8 +101,8 @@ def _probabilities(
     s = _products(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:
         flat = q_plain.reshape(P * BN, BD)
-        by_distance = dot(flat, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
-        s += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+        product = dot(flat, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
+        s += skew(product, shift, P * BN, BN).reshape(P, BN, BN)
     s = s * (scale * LOG2E)
     if bias_ptr is not None:
         in_tile = (offs_n < n)[:, None] & (offs_n < n)[None, :]
@@ -105,35 +113,40 @@ def _probabilities(
     top = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s - top[:, :, None])
     total = tl.sum(p, 2)
-    return p / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    return p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, :, None]
 
 
 @triton.jit
-def _relative_rows(ptr, head, stride, n, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """Rows -(n-1) .. n-1 of an unrolled Shaw table, (2*BN, BD)."""
-    rows, offs_d = tl.arange(0, 2 * BN), tl.arange(0, BD)
-    mask = (rows < 2 * n - 1)[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptr + head * stride + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+def _inside(offs_o, offs_n, offs_d, outer, n, D: tl.constexpr, EVEN: tl.constexpr):
+    """Mask of a tile (P, BN, BD). EVEN: all of it lies inside, and the compiler sees it."""
+    if EVEN:
+        return tl.full([offs_o.shape[0], offs_n.shape[0], offs_d.shape[0]], 1, tl.int1)
+    else:
+        inside = (offs_o < outer)[:, None, None] & (offs_n < n)[None, :, None]
+        return inside & (offs_d < D)[None, None, :]
 
 
-@triton.jit
+# Nothing is gained by knowing them.
+_COUNTS = ["outer", "total", "tiles", "heads", "reach_k", "reach_v"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _short_fwd_kernel(
     qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr, out_ptr,
     outer, total, n, tiles, heads, scale_high, scale_low,
-    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n, stride_rk, stride_rv,
+    stride_b, stride_o, stride_n, stride_c, stride_h, out_b, out_o, out_n,
+    stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    head = pid % heads
-    b = pid // heads // tiles
+    pid = tl.program_id(0)  # divided in int32: in int64 each division is a call of 100 instructions
+    head, b = (pid % heads).to(tl.int64), (pid // heads // tiles).to(tl.int64)
     scale = tl.zeros([], ACC) + scale_high + scale_low
 
-    offs_o = ((pid // heads) % tiles) * P + tl.arange(0, P)  # int64
+    offs_o = (pid // heads % tiles).to(tl.int64) * P + tl.arange(0, P)
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, BD)
     walk = offs_n.to(tl.int64)
-    mask = (offs_o < outer)[:, None, None] & (offs_n < n)[None, :, None]
-    mask &= (offs_d < D)[None, None, :]
+    mask = _inside(offs_o, offs_n, offs_d, outer, n, D, EVEN)
     # (P, BN, BD)
     at = offs_o[:, None, None] * stride_o + walk[None, :, None] * stride_n + offs_d[None, None, :]
     base = qkv_ptr + b * stride_b + head * stride_h
@@ -145,7 +158,7 @@ def _short_fwd_kernel(
         if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
             out = v
             if rel_v_ptr is not None:
-                itself = rel_v_ptr + head * stride_rv + (n - 1) * D + offs_d
+                itself = rel_v_ptr + head * stride_rv + reach_v * D + offs_d
                 center = tl.load(itself, mask=offs_d < D, other=0.0).to(ACC)
                 out = (v.to(ACC) + center[None, None, :]).to(v.dtype)
             tl.store(out_base + out_at, out, mask=mask)
@@ -161,32 +174,31 @@ def _short_fwd_kernel(
     shift = tl.arange(0, P * BN) % BN - (n - 1)
     rel_k = None
     if rel_k_ptr is not None:
-        rel_k = _relative_rows(rel_k_ptr, head, stride_rk, n, D, BN, BD)
+        rel_k = by_distance(rel_k_ptr + head * stride_rk, 1 - n, reach_k, n, 2 * BN, D, BD)
     bias_at = None
     if bias_ptr is not None:
         bias_at = bias_ptr + head * n * n
     p = _probabilities(q, q_plain, k, rel_k, bias_at, shift, offs_n, n, scale, P, BN, BD, ACC)
     out = _products(p.to(v.dtype), v, tl.zeros([P, BN, BD], ACC))
     if rel_v_ptr is not None:
-        rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
-        by_distance = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(v.dtype)
-        out += dot(by_distance, rel_v, tl.zeros([P * BN, BD], ACC)).reshape(P, BN, BD)
+        rel_v = by_distance(rel_v_ptr + head * stride_rv, 1 - n, reach_v, n, 2 * BN, D, BD)
+        spread = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(v.dtype)
+        out += dot(spread, rel_v, tl.zeros([P * BN, BD], ACC)).reshape(P, BN, BD)
     tl.store(out_base + out_at, out.to(v.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "all_tiles", "walkers"])
 def _short_bwd_kernel(
     dout_ptr, qkv_ptr, bias_ptr, rel_k_ptr, rel_v_ptr, rot_ptr, focus_ptr,
     dqkv_ptr, dbias_ptr, drel_k_ptr, drel_v_ptr,
     outer, total, n, tiles, all_tiles, heads, walkers, scale_high, scale_low,
     stride_b, stride_o, stride_n, stride_c, stride_h,
-    dout_b, dout_o, dout_n, dout_h, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv,
+    dout_b, dout_o, dout_n, dout_h, dqkv_b, dqkv_o, dqkv_n, stride_rk, stride_rv, reach_k, reach_v,
     D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    head = pid % heads
-    walker = pid // heads
+    pid = tl.program_id(0)
+    head, walker = (pid % heads).to(tl.int64), pid // heads
     scale = tl.zeros([], ACC) + scale_high + scale_low
     offs_n, offs_d = tl.arange(0, BN), tl.arange(0, BD)
     walk = offs_n.to(tl.int64)
@@ -194,10 +206,10 @@ def _short_bwd_kernel(
     shift = row - (n - 1)
     rel_k = None
     if rel_k_ptr is not None:
-        rel_k = _relative_rows(rel_k_ptr, head, stride_rk, n, D, BN, BD)
+        rel_k = by_distance(rel_k_ptr + head * stride_rk, 1 - n, reach_k, n, 2 * BN, D, BD)
     rel_v = None
     if rel_v_ptr is not None:
-        rel_v = _relative_rows(rel_v_ptr, head, stride_rv, n, D, BN, BD)
+        rel_v = by_distance(rel_v_ptr + head * stride_rv, 1 - n, reach_v, n, 2 * BN, D, BD)
     bias_at = None
     if bias_ptr is not None:
         bias_at = bias_ptr + head * n * n
@@ -209,13 +221,9 @@ def _short_bwd_kernel(
         drel_v = tl.zeros([2 * BN, BD], ACC)
 
     for index in tl.range(walker, all_tiles, walkers):
-        b = index // tiles
-        offs_o = (index % tiles) * P + tl.arange(0, P)
-        mask = (
-            (offs_o < outer)[:, None, None]
-            & (offs_n < n)[None, :, None]
-            & (offs_d < D)[None, None, :]
-        )
+        b = tl.cast(index // tiles, tl.int64)
+        offs_o = tl.cast(index % tiles, tl.int64) * P + tl.arange(0, P)
+        mask = _inside(offs_o, offs_n, offs_d, outer, n, D, EVEN)
         # (P, BN, BD)
         at = offs_o[:, None, None] * stride_o + walk[None, :, None] * stride_n
         at += offs_d[None, None, :]
@@ -255,8 +263,8 @@ def _short_bwd_kernel(
             dp = _products(do, tl.trans(v, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
             if rel_v_ptr is not None:
                 flat_do = do.reshape(P * BN, BD)
-                by_distance = dot(flat_do, tl.trans(rel_v), tl.zeros([P * BN, 2 * BN], ACC))
-                dp += skew(by_distance, shift, P * BN, BN).reshape(P, BN, BN)
+                product = dot(flat_do, tl.trans(rel_v), tl.zeros([P * BN, 2 * BN], ACC))
+                dp += skew(product, shift, P * BN, BN).reshape(P, BN, BN)
                 if drel_v_ptr is not None:
                     spread = unskew(p.reshape(P * BN, BN), shift, P * BN, BN).to(do.dtype)
                     drel_v = dot(tl.trans(spread), flat_do, drel_v)
@@ -285,7 +293,7 @@ def _short_bwd_kernel(
                 tl.store(d_base + d_at, (dq * scale).to(do.dtype), mask=mask)
                 tl.store(d_base + d_row + d_at, (dk * scale).to(do.dtype), mask=mask)
 
-    part = walker * heads + head
+    part = walker.to(tl.int64) * heads + head
     if dbias_ptr is not None:
         in_tile = (offs_n < n)[:, None] & (offs_n < n)[None, :]
         to = dbias_ptr + part * n * n + offs_n[:, None] * n + offs_n[None, :]
@@ -299,28 +307,45 @@ def _short_bwd_kernel(
         tl.store(drel_v_ptr + to, drel_v, mask=in_table)
 
 
-def short_fwd(
-    geo: Geometry, qkv: Tensor, out: Tensor, options: AttentionOptions, sm_scale: float
-) -> None:
-    """``options`` are ``prepared``; writes the first n rows of out."""
+def _config(geo: Geometry, qkv: Tensor, options: AttentionOptions, **how: bool) -> ShortConfig:
     bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    size = qkv.element_size()
-    given = dict(shaw=options.shaw, biased=options.bias is not None or options.pairs > 0)
-    config = pick_config(bn, bd, size, geo.outer, backward=False, **given)
-    tiles = cdiv(geo.outer, config.P)
-    _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
-        *(qkv, *options[:5], out),
-        *(geo.outer, geo.total, geo.n, tiles, geo.heads, *split_scale(sm_scale)),
-        *(*geo.qkv, *geo.out, *table_strides(options)),
+    return pick_config(
+        *(bn, bd, qkv.element_size(), geo.outer),
+        shaw=options.shaw,
+        biased=options.bias is not None or options.pairs > 0,
+        even=(geo.n, geo.d) == (bn, bd),
+        major=major(qkv.device),
+        **how,
+    )
+
+
+def _constants(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: ShortConfig) -> dict:
+    bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
+    return dict(
         D=geo.d,
         HALF=options.pairs,
         P=config.P,
         BN=bn,
         BD=bd,
         ACC=acc_dtype(qkv.dtype),
+        EVEN=(geo.n, geo.d, geo.outer % config.P) == (bn, bd, 0),
         num_warps=config.num_warps,
         num_stages=1,
         maxnreg=config.maxnreg,
+    )
+
+
+def short_fwd(
+    geo: Geometry, qkv: Tensor, out: Tensor, options: AttentionOptions, sm_scale: float
+) -> None:
+    """``options`` are ``prepared``; writes the first n rows of out."""
+    config = _config(geo, qkv, options, backward=False, frozen=False)
+    tiles = cdiv(geo.outer, config.P)
+    _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
+        *(qkv, *options[:5], out),
+        *(geo.outer, geo.total, geo.n, tiles, geo.heads, *split_scale(sm_scale)),
+        *(*geo.qkv, *geo.out, *table_sizes(options)),
+        **_constants(geo, qkv, options, config),
     )
 
 
@@ -336,12 +361,9 @@ def short_bwd(
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the
-    unrolled tables (heads, 2n-1, D) in the accumulator's dtype."""
-    bn, bd = max(16, next_power_of_2(geo.n)), max(16, next_power_of_2(geo.d))
-    size = qkv.element_size()
-    given = dict(shaw=options.shaw, biased=options.bias is not None or options.pairs > 0)
-    config = pick_config(bn, bd, size, geo.outer, backward=True, **given)
+    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and, not summed yet, the
+    gradients of the tables by distance (walkers, heads, 2n-1, D) in the accumulator's dtype."""
+    config = _config(geo, qkv, options, backward=True, frozen=not (need_drel_k or need_drel_v))
     tiles = cdiv(geo.outer, config.P)
     all_tiles = geo.batch * tiles
     walkers = all_tiles
@@ -360,16 +382,7 @@ def short_bwd(
         *(dout, qkv, *options[:5], dqkv, dbias, drel_k, drel_v),
         *(geo.outer, geo.total, geo.n, tiles, all_tiles, geo.heads, walkers),
         *(*split_scale(sm_scale), *geo.qkv, *strides(dout, axis), *geo.dqkv),
-        *table_strides(options),
-        D=geo.d,
-        HALF=options.pairs,
-        P=config.P,
-        BN=bn,
-        BD=bd,
-        ACC=acc_dtype(qkv.dtype),
-        num_warps=config.num_warps,
-        num_stages=1,
-        maxnreg=config.maxnreg,
+        *table_sizes(options),
+        **_constants(geo, qkv, options, config),
     )
-    reduced = [None if t is None else t.sum(0) for t in (dbias, drel_k, drel_v)]
-    return reduced[0], reduced[1], reduced[2]
+    return None if dbias is None else dbias.sum(0), drel_k, drel_v

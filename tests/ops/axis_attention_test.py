@@ -6,12 +6,17 @@ import pytest
 import torch
 from op_cases import ROWS, Case, by_reference, check_parity, make
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvdm import use_backend
+from fastvdm.kernels.attention_options import AttentionOptions
+from fastvdm.kernels.limits import SPACE, TIME
 from fastvdm.layers.position import rotary_table
 from fastvdm.ops import axis_attention as op
 from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost
-from fastvdm.runtime.dispatch import FallbackError, explain
+from fastvdm.runtime.dispatch import OPS, ByName, FallbackError, explain
 from fastvdm.testing import assert_close3, grads, make_exact_operand, max_error
 
 ONLINE = pytest.mark.parametrize("online", [False, True], ids=["one_tile", "online"])
@@ -254,6 +259,63 @@ def test_cost() -> None:
     assert forward == (4 * rows * 16 * 32, 4 * rows * 32 * 2)
     backward = axis_attention_cost((2, 16, 8, 8, 3, 8, 32), 2, "time", bias=True, backward=True)
     assert backward == (10 * rows * 16 * 32, 7 * rows * 32 * 2 + 2 * 8 * 256 * 4)
+
+
+# --- torch's fused attention, the default over space without gradients ---------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", ["dense", "heads", "frames", "pixels"])
+def test_torchs_own_agrees(view, dtype):
+    """On views too, whatever torch has for this device behind the call."""
+    qkv = torch.randn(2, 3, 9, 8, 3, 4, 16).to(dtype)
+    if view == "heads":
+        qkv = qkv[..., 1:, :]
+    elif view != "dense":
+        qkv = qkv.transpose(1, 2) if view == "frames" else qkv.transpose(2, 3)
+    ref = by_reference(lambda x: axis_attention(x, axis="space", sm_scale=0.3))
+    out = op.space_by_torch(qkv, 0.3)
+    assert out.is_contiguous()
+    assert_close3(out, ref(qkv), ref(qkv.double()))
+    compiled = torch.compile(op.space_by_torch, fullgraph=True, backend="aot_eager")
+    assert_close3(compiled(qkv, 0.3), ref(qkv), ref(qkv.double()))
+
+
+def test_torchs_own_counts_as_ours():
+    """Behind the call torch's counter knows all that a GPU may run, and no kernel for CPUs."""
+    shape = (1, 2, 9, 8, 3, 4, 16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        op.space_by_torch(torch.randn(shape), 0.25)
+    assert counter.get_total_flops() == axis_attention_cost(shape, 4, "space").flops
+
+
+def test_who_runs_attention_over_space():
+    """On a GPU by default: torch in 16 bits without options and gradients, else ours; ours by
+    name."""
+
+    def chosen(*, axis=SPACE, dtype=torch.bfloat16, size=(1, 2, 16, 16, 3, 4, 64), **given):
+        with FakeTensorMode():
+            qkv = torch.empty(size, dtype=dtype, device="cuda")
+        call = (qkv, axis, AttentionOptions(**given))
+        return [name for name, why in OPS["axis_attention"].implementations(*call) if not why]
+
+    bias = torch.zeros(4, 256, 256)
+    assert chosen() == ["cpu", "torch"]
+    for other in (
+        dict(axis=TIME), dict(dtype=torch.float32), dict(bias=bias), dict(rel_k=bias),
+        dict(rotary=bias), dict(size=(1, 2, 8, 8, 3, 4, 64)), dict(size=(64, 64, 9, 9, 3, 16, 8)),
+        dict(size=(1, 2, 16, 16, 3, 4, 36)),
+    ):  # fmt: skip
+        assert chosen(**other) == ["cpu", "triton"], other
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen() == ["cpu", "triton"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with FakeTensorMode():
+        needs = torch.empty(1, 2, 16, 16, 3, 4, 64, dtype=torch.bfloat16, device="cuda")
+    by_name = dict(OPS["axis_attention"].implementations(needs, SPACE, AttentionOptions()))
+    assert isinstance(by_name["triton"], ByName)
 
 
 # --- the C++ kernels alone -----------------------------------------------------------------------

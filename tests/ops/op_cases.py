@@ -533,7 +533,10 @@ ROWS: dict[str, Row] = {
             "focus_images": dict(B=3, F=24, W=2, D=64, R=9, num_images=8),
             "only_17_images": dict(F=17, D=33, num_images=17),
         },
-        tiles={"paper": dict(B=1, F=16, W=3, D=64, R=31, given=("rel_k", "rel_v"))},
+        tiles={
+            "paper": dict(B=1, F=16, W=3, D=64, R=31, given=("rel_k", "rel_v")),
+            "even": dict(B=1, F=16, W=8, D=64, R=9, given=("rel_k", "rel_v")),
+        },
     ),
     "axis_attention/space": Row(
         "axis_attention", axis_attention, ATTENTION | dict(bias="A HW HW"),
@@ -555,10 +558,19 @@ ROWS: dict[str, Row] = {
     "axis_attention/long_space": Row(
         "axis_attention", axis_attention, dict(qkv="B F H W 3 A D", bias="A HW HW"),
         dict(B=1, F=2, H=5, W=7, A=3, D=16), dict(axis="space"), without=_SOFTMAX,
-        edges={"tiles": dict(F=1, H=9, W=15, A=1)},
+        edges={
+            "tiles": dict(F=1, H=9, W=15, A=1),
+            # Without a bias a positive scale is folded into the maximum's subtraction.
+            "plain": dict(F=1, A=1, given=()),
+            "even": dict(F=1, H=8, W=8, A=1, given=()),
+            "negative": dict(F=1, A=1, given=(), sm_scale=-0.3),
+        },
         tiles={
             f"{h}x{w}x{d}": dict(F=1, H=h, W=w, A=2, D=d)
             for h, w, d in ((8, 8, 32), (8, 9, 64), (16, 16, 32), (16, 8, 128))
+        } | {
+            f"{h}x{w}x{d} plain": dict(F=1, H=h, W=w, A=1, D=d, given=())
+            for h, w, d in ((16, 16, 64), (8, 17, 64))
         },
     ),
     "attention_block/space": Row(

@@ -124,7 +124,7 @@ SOFTMAX = {
     "m = tl.max(q, 1)",
     "m_new = tl.maximum(m_i, m)",
     "m_new = tl.maximum(m_i, tl.max(k, 0))",
-    "m_new = tl.maximum(m_i, tl.max(s, 1))",
+    "m_new = tl.maximum(m_i, tl.max(s, 1) * unit)",
     "top = tl.max(s, 2)",
 }
 

@@ -138,6 +138,7 @@ def test_the_shipped_files_belong_to_these_kernels() -> None:
 
 # Candidates.
 
+SHORT = dict(backward=True, even=True, frozen=False, major=9)
 ASKED = {
     "linear": linear_attention.pick_config.choice(32, torch.bfloat16, 4096, backward=True, major=9),
     "linear small": linear_attention.pick_config.choice(
@@ -145,9 +146,9 @@ ASKED = {
     ),
     "group": group.pick_config.choice(96, 48, 2, "sums"),
     "row": row.pick_row_config.choice(512, 0, 2, "fwd"),
-    "short": short.pick_config.choice(16, 32, 2, 4096, backward=True, shaw=False, biased=True),
-    "short shaw": short.pick_config.choice(16, 64, 2, 4096, backward=True, shaw=True, biased=False),
-    "short one": short.pick_config.choice(32, 128, 2, 1, backward=True, shaw=True, biased=False),
+    "short": short.pick_config.choice(16, 32, 2, 4096, shaw=False, biased=True, **SHORT),
+    "short shaw": short.pick_config.choice(16, 64, 2, 4096, shaw=True, biased=False, **SHORT),
+    "short one": short.pick_config.choice(32, 128, 2, 1, shaw=True, biased=False, **SHORT),
     **{
         f"long {kind} {n}": long.pick_config.choice(
             kind, 64, 2, n, shaw=kind == "drel", bias=True, rotary=False, major=9
