@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from calls import Call
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -82,7 +83,8 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
         mock.patch.object(kept, "_lasts", lambda _: True),
         mock.patch.object(kept, "_TABLES", {}),
     ]
-    patches = place, *unheard, here, able, layout, *tables
+    fused = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)
+    patches = fused, place, *unheard, here, able, layout, *tables
     with mode, gradient, contextlib.ExitStack() as stack, warnings.catch_warnings():
         for patch in patches:
             stack.enter_context(patch)
@@ -95,6 +97,11 @@ def _layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
     last = torch.channels_last
     found = any(t.is_contiguous(memory_format=last) for t in (x, weight))
     return last if found else torch.contiguous_format
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
+    """What torch takes on a GPU; one without CUDA would take its composition."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
 
 
 def _guard_cuda() -> None:

@@ -34,6 +34,7 @@ _KINDS = {
     "addmm": "product",
     "addmm_": "product",
     "bmm": "product",
+    "_scaled_dot_product_flash_attention": "axis_attention",
     "cat": "concatenation",
     "clone": "copy",
     "copy_": "copy",
@@ -58,7 +59,11 @@ class Work(NamedTuple):
         if own != "aten":
             return own
         found = _KINDS.get(op, "other")
-        return found if found in ("convolution", "product") or self.bytes > _SMALL else "tiny"
+        return (
+            found
+            if found in ("convolution", "product", "axis_attention") or self.bytes > _SMALL
+            else "tiny"
+        )
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

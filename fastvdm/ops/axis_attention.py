@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvdm.kernels import axis_attention_library as library
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.limits import SHORT, SPACE, TIME
 from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
@@ -26,7 +27,7 @@ from fastvdm.ops._check import check_options
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
 from fastvdm.reference.axis_attention import axis_attention_ref
-from fastvdm.runtime.dispatch import FP64, ByName, Implementations, implementations
+from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, Implementations, implementations
 
 _AXES = {"time": TIME, "space": SPACE}
 _NAMES = {code: name for name, code in _AXES.items()}
@@ -91,7 +92,7 @@ def _by_torch(qkv: Tensor, axis: int, options: AttentionOptions) -> bool:
     writes in place, and two runs of it would differ in their bits."""
     if axis != SPACE or not qkv.is_cuda or qkv.element_size() != 2:
         return False
-    if options.bias is not None or options.rotary is not None or options.shaw:
+    if options != _NONE:
         return False
     if torch.is_grad_enabled() and qkv.requires_grad:
         return False
@@ -105,22 +106,19 @@ def _(qkv: Tensor, axis: int = TIME, options: AttentionOptions = _NONE) -> Imple
     d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if fp64 else None)
-    if not wide and _by_torch(qkv, axis, options):
+    if wide and qkv.is_cuda and options._replace(bias=None) == _NONE:
+        # One head of that size fills the registers of ours. The two have the same kernels where
+        # there is a bias; without one xformers brings FlashAttention 3 to a Hopper.
+        yield "triton", ByDesign(wide)
+        absent = ByDesign("not installed: pip install 'fastvdm[xformers]'")
+        yield "xformers", None if library.HAS_XFORMERS and not fp64 else absent
+        yield "torch", None
+    elif not wide and _by_torch(qkv, axis, options):
         yield "triton", ByName("torch's fused attention is ahead of it without options")
         yield "torch", None
     else:
         # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
         yield "triton", wide or (FP64 if fp64 and qkv.is_cuda else None)
-
-
-def space_by_torch(qkv: Tensor, sm_scale: float) -> Tensor:
-    """Attention over space without options in one call of torch's own, on views: nothing is copied
-    but a qkv whose pixels or frames do not walk with one stride."""
-    b, f, h, w, _, heads, d = qkv.shape
-    q, k, v = qkv.flatten(2, 3).flatten(0, 1).unbind(2)  # each (B*F, HW, heads, D)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=sm_scale)
-    return out.transpose(1, 2).reshape(b, f, h, w, heads, d).contiguous()
 
 
 def axis_attention(
@@ -171,8 +169,9 @@ def attend(
     which = select("axis_attention", qkv.device, qkv, _AXES[axis], options)
     if which == "reference":
         return axis_attention_ref(qkv, axis=axis, sm_scale=scale, **options._asdict())
-    if which == "torch":
-        return space_by_torch(qkv, scale)
+    if which in ("torch", "xformers"):
+        call = library.by_torch if which == "torch" else library.by_xformers
+        return call(qkv, _AXES[axis], options.bias, scale)
     qkv = qkv if merged(qkv) else qkv.contiguous()
     return run(axis_attention_fwd, qkv, _AXES[axis], *options, scale, which)[0]
 

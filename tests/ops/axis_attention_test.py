@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from op_cases import ROWS, Case, by_reference, check_parity, make
@@ -11,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvdm import use_backend
+from fastvdm.kernels import axis_attention_library as library
 from fastvdm.kernels.attention_options import AttentionOptions
 from fastvdm.kernels.limits import SPACE, TIME
 from fastvdm.layers.position import rotary_table
-from fastvdm.ops import axis_attention as op
-from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost
+from fastvdm.ops.axis_attention import axis_attention, axis_attention_cost, merged
+from fastvdm.reference.axis_attention import axis_attention_ref
 from fastvdm.runtime.dispatch import OPS, ByName, FallbackError, explain
 from fastvdm.testing import assert_close3, grads, make_exact_operand, max_error
 
@@ -86,8 +89,8 @@ def n_of(qkv: Tensor, axis: str) -> int:
 
 def test_reads_a_view_without_a_copy(device) -> None:
     qkv = torch.randn(2, 3, 2, 2, 3, 2, 40, device=device)[..., 8:24]
-    assert op.merged(qkv) and not qkv.is_contiguous()
-    assert not op.merged(qkv.transpose(2, 3))
+    assert merged(qkv) and not qkv.is_contiguous()
+    assert not merged(qkv.transpose(2, 3))
 
 
 @pytest.mark.parametrize("axis", ["time", "space"])
@@ -274,22 +277,55 @@ def test_torchs_own_agrees(view, dtype):
     elif view != "dense":
         qkv = qkv.transpose(1, 2) if view == "frames" else qkv.transpose(2, 3)
     ref = by_reference(lambda x: axis_attention(x, axis="space", sm_scale=0.3))
-    out = op.space_by_torch(qkv, 0.3)
+    out = library.by_torch(qkv, SPACE, None, 0.3)
     assert out.is_contiguous()
     assert_close3(out, ref(qkv), ref(qkv.double()))
-    compiled = torch.compile(op.space_by_torch, fullgraph=True, backend="aot_eager")
-    assert_close3(compiled(qkv, 0.3), ref(qkv), ref(qkv.double()))
+    compiled = torch.compile(library.by_torch, fullgraph=True, backend="aot_eager")
+    assert_close3(compiled(qkv, SPACE, None, 0.3), ref(qkv), ref(qkv.double()))
+
+
+def efficient_attention(q, k, v, attn_bias=None, scale=None):
+    """In the place of xformers': its layout, (batch, N, heads, D), and what it refuses."""
+    if attn_bias is not None:
+        assert attn_bias.shape == (len(q), q.shape[2], q.shape[1], k.shape[1])
+        assert attn_bias.dtype == q.dtype and attn_bias.stride(-2) % 8 == 0
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    call = torch.nn.functional.scaled_dot_product_attention
+    out = call(q, k, v, attn_mask=attn_bias, scale=scale)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("axis", ["space", "time"])
+@pytest.mark.parametrize("which", ["torch", "xformers"])
+def test_wide_heads_in_kernels_of_others(which, axis, biased, monkeypatch):
+    ops = SimpleNamespace(memory_efficient_attention=efficient_attention)
+    monkeypatch.setattr(library, "require", lambda module, extra: ops)
+    qkv, code = torch.randn(2, 6, 3, 4, 3, 2, 136), {"space": SPACE, "time": TIME}[axis]
+    n = 12 if axis == "space" else 6
+    bias = torch.randn(2, n, n) if biased else None
+    run = library.by_torch if which == "torch" else library.by_xformers
+    inputs = [qkv] if bias is None else [qkv, bias]
+    dy = torch.randn(2, 6, 3, 4, 2, 136)
+
+    def plain(x: Tensor, b: Tensor | None = None) -> Tensor:
+        return axis_attention_ref(x, axis=axis, bias=b, sm_scale=0.2)
+
+    expected = grads(plain, inputs, dy)
+    found = grads(lambda x, b=None: run(x, code, b, 0.2), inputs, dy)
+    for got, ref in zip(sum(found, ()), sum(expected, ())):
+        torch.testing.assert_close(got, ref, rtol=1e-4, atol=1e-4)
 
 
 def test_torchs_own_counts_as_ours():
     """Behind the call torch's counter knows all that a GPU may run, and no kernel for CPUs."""
     shape = (1, 2, 9, 8, 3, 4, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        op.space_by_torch(torch.randn(shape), 0.25)
+        library.by_torch(torch.randn(shape), SPACE, None, 0.25)
     assert counter.get_total_flops() == axis_attention_cost(shape, 4, "space").flops
 
 
-def test_who_runs_attention_over_space():
+def test_who_runs_attention_over_space(monkeypatch):
     """On a GPU by default: torch in 16 bits without options and gradients, else ours; ours by
     name."""
 
@@ -301,6 +337,11 @@ def test_who_runs_attention_over_space():
 
     bias = torch.zeros(4, 256, 256)
     assert chosen() == ["cpu", "torch"]
+    wide = dict(size=(1, 2, 16, 16, 3, 4, 136))
+    assert chosen(**wide) == chosen(**wide, bias=bias, axis=TIME) == ["torch"]
+    monkeypatch.setattr(library, "HAS_XFORMERS", True)
+    assert chosen(**wide, bias=bias) == ["xformers", "torch"]
+    assert chosen(**wide, rotary=bias) == []
     for other in (
         dict(axis=TIME), dict(dtype=torch.float32), dict(bias=bias), dict(rel_k=bias),
         dict(rotary=bias), dict(size=(1, 2, 8, 8, 3, 4, 64)), dict(size=(64, 64, 9, 9, 3, 16, 8)),

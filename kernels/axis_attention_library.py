@@ -1,0 +1,58 @@
+"""``axis_attention`` in fused kernels of others: torch's, and those of xformers.
+
+On views of qkv: nothing is copied where the sequence is space, or the batch one video. The only
+option is a bias. Differentiable through their own autograd.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvdm.kernels.limits import SPACE
+from fastvdm.runtime.optional import require
+
+HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
+_ALIGNED = 8  # a row of xformers' bias begins at a multiple
+
+
+def _sequences(t: Tensor, axis: int) -> Tensor:
+    """(B, F, H, W, ...) → (batch, N, ...)."""
+    if axis == SPACE:
+        return t.flatten(2, 3).flatten(0, 1)
+    return t.flatten(2, 3).transpose(1, 2).flatten(0, 1)
+
+
+def _video(out: Tensor, qkv: Tensor, axis: int) -> Tensor:
+    """The way back, (batch, N, heads, D) → (B, F, H, W, heads, D), contiguous."""
+    b, f, h, w, _, heads, d = qkv.shape
+    if axis == SPACE:
+        return out.reshape(b, f, h, w, heads, d).contiguous()
+    return out.reshape(b, h * w, f, heads, d).transpose(1, 2).reshape(b, f, h, w, heads, d)
+
+
+def by_torch(qkv: Tensor, axis: int, bias: Tensor | None, sm_scale: float) -> Tensor:
+    """One call of ``scaled_dot_product_attention``."""
+    q, k, v = (t.transpose(1, 2) for t in _sequences(qkv, axis).unbind(2))
+    mask = None if bias is None else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=sm_scale)
+    return _video(out.transpose(1, 2), qkv, axis)
+
+
+def by_xformers(qkv: Tensor, axis: int, bias: Tensor | None, sm_scale: float) -> Tensor:
+    """One call of ``memory_efficient_attention``.
+
+    Raises:
+        ImportError: xformers is not installed; names the extra.
+    """
+    ops = require("xformers.ops", "xformers")
+    q, k, v = _sequences(qkv, axis).unbind(2)
+    mask = None
+    if bias is not None:
+        n = bias.shape[-1]
+        padded = F.pad(bias.to(q.dtype), (0, -n % _ALIGNED))
+        mask = padded[..., :n].expand(q.shape[0], -1, -1, -1)
+    out = ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=sm_scale)
+    return _video(out, qkv, axis)
