@@ -191,6 +191,24 @@ def temporal(
     return lambda: launch.temporal_block_bwd(dy, x, *args, *needs)
 
 
+def linear_block(
+    s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, biases: bool = True,
+    stream: torch.dtype | None = None, frozen: bool = False,
+) -> Run:  # fmt: skip
+    """The block with linear attention, as ``temporal``."""
+    make, inner, c, wide = _maker(device, dtype), s.inner, s.channels, stream or dtype
+    x, dy = make(*s.x_shape, kind=wide), make(*s.x_shape, kind=wide)
+    norms = make(c, kind=wide), make(c, kind=wide) if biases else None
+    qkv, out = make(3 * inner, c, gain=c**-0.5), make(c, inner, gain=inner**-0.5)
+    args = (*norms, qkv, out, make(c) if biases else None)
+    launch, rest = kernels("linear_attention_block"), (s.heads, EPS)
+    if not backward:
+        return lambda: launch.linear_attention_block_fwd(x, *args, *rest)
+    saved = launch.linear_attention_block_fwd(x, *args, *rest)[1:]
+    needs = [not frozen] * 3
+    return lambda: launch.linear_attention_block_bwd(dy, x, *args, *saved, *rest, *needs)
+
+
 def second_half(
     s: Shape, device: str, dtype: torch.dtype, *, biases: bool = False,
     stream: torch.dtype | None = None,
