@@ -1,5 +1,23 @@
-"""x + out(linear attention(LayerNorm_C(x))) over the pixels of each frame; formulas in
-fastvdm/ops/linear_attention_block.py.
+"""x + out(linear attention(LayerNorm_C(x))) over the pixels of each frame; no q, k, v in memory.
+
+    q' = softmax_D(x̂ W_qᵀ),  k' = softmax_N(x̂ W_kᵀ),  G = k'ᵀ x̂,  M = D^-½ G W_vᵀ W_outᵀ,
+    y = x + q' M + b
+
+x (B, F, H, W, C), N = H*W pixels a frame; G and M are (D, C) of one frame and head. Saved for the
+backward: G and log Σ exp k. With R rows of x, inner = heads * D:
+
+Forward: "sum" over splits of the pixels makes partials of G, features in the place of flash
+attention's queries and x̂ in that of keys and values; "fold", of each frame and head, merges them
+and makes M; "apply" makes y. x is read twice, y written: 3*R*C*e bytes, and (8 + 8 splits)*C*inner
+of a frame for G and M, through the L2 where it holds them. 8*R*C*inner FLOPs.
+
+Backward: "fold" makes M anew, "dm" sums dM = q'ᵀ dy, "unfold" makes dG of it, "dx" all of dx: x and
+dy are read twice, dx written, 5*R*C*e bytes and 18*R*C*inner FLOPs. The gradients of the
+projections are sums over all rows of (inner, C): of W_v and W_out small products of what each frame
+has ("frames"), of W_q with dM up to C = 64, else "dm" once more, of W_k "dk", which reads x again:
+R*C*e bytes, with "dq" 3*R*C*e, and 10*R*C*inner FLOPs, less than to store dq and dk for a library.
+Programs that walk over splits leave one partial each; they are added in a fixed order, no atomics:
+two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -11,8 +29,8 @@ from torch import Tensor
 
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, major, next_power_of_2
 from fastvdm.kernels.linear_attention_block.backward import (
-    _dm_kernel,
     _dk_kernel,
+    _dm_kernel,
     _dx_kernel,
     _frames_kernel,
     _unfold_kernel,
@@ -40,6 +58,8 @@ class _Sizes:
         self.block_c = max(16, next_power_of_2(self.channels))
         self.block_d = max(16, next_power_of_2(self.dim))
         self.acc = acc_dtype(x.dtype)
+        # Whether dM and W_q's gradient are summed in one pass: the registers hold both.
+        self.together = self.block_c <= 64 and x.element_size() == 2 and self.major >= 9
 
     def tile(self, kind: str) -> dict[str, Any]:
         """Constants and options of a kernel over tiles of pixels."""
@@ -55,6 +75,8 @@ class _Sizes:
         found["WHOLE"] = whole and self.channels == self.block_c
         # Where the loop is over the heads; one over pixels is not pipelined otherwise.
         found["STAGES" if kind in ("apply", "dx") else "num_stages"] = tile.num_stages
+        if self.major >= 10:
+            found["maxnreg"] = 255  # ptxas would rather spill than give up a block
         return found
 
     def fold(self) -> dict[str, Any]:
@@ -173,7 +195,7 @@ def linear_attention_block_bwd(
     if need_qkv:  # as many sums over frames as there are programs at a time
         walkers = min(parts, cdiv(2 * s.multiprocessors, s.blocks(tile)))
         dqkv = x.new_empty((walkers, 3 * s.inner, s.channels), dtype=acc)
-    dm, together = x.new_empty((parts, *matrix), dtype=acc), s.block_c <= 64 and need_qkv
+    dm, together = x.new_empty((parts, *matrix), dtype=acc), s.together and need_qkv
     pixels = (s.pixels, heads)
     _dm_kernel[((walkers if together else parts) * s.blocks(tile),)](
         *(dy, x, *norm, qkv_weight, m, dm, dqkv if together else None),

@@ -16,7 +16,6 @@ import triton.language as tl
 from fastvdm.kernels.common import LOG2E, dot_x3
 from fastvdm.kernels.linear_attention_block.forward import COUNTS
 from fastvdm.kernels.linear_attention_block.shared import (
-    affine,
     gather_rows,
     load_rows,
     normalised,
@@ -245,8 +244,8 @@ def _dx_kernel(
     BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile of pixels; where asked for its sums, (.., 3, C): of the gradients of norm weight
-    and norm bias, and of dy."""
+    """dx of one tile of pixels; where asked for its sums, (.., 3, C): those that make the
+    gradients of norm_weight and norm_bias, and of dy."""
     low = qkv_weight_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     frame, first = pid // tiles, (pid % tiles * BN).to(tl.int32)

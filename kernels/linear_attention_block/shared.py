@@ -1,4 +1,4 @@
-"""Tiles of the kernels of linear_attention_block: rows of pixels, normalised, and rows of weights."""
+"""Tiles of the kernels of linear_attention_block: pixels, normalised, and rows of weights."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ def pick_config(
     pixels where they fit stream the weights from the L2 less often.
     """
     bc, bd = max(16, next_power_of_2(channels)), max(16, next_power_of_2(dim))
+    wide, hopper = x_itemsize > 2, major >= 9
     if bc <= 64:
         found = {
             "sum": Config(64, 128, 4, 2),
-            "apply": Config(128, 64, 4, 1),
+            "apply": Config(128, 64, 8 if wide else 4, 1) if hopper else Config(64, 64, 4, 1),
             "dm": Config(64, 64, 4, 1),
+            "dq": Config(64, 64, 4, 1),
             "dk": Config(64, 128, 8, 2),
-            "dx": Config(128, 64, 8, 1),
+            "dx": Config(128, 64, 8, 1) if hopper else Config(64, 64, 4, 1),
         }[kind]
     else:
         found = {
             "sum": Config(64, 128, 8, 2),
-            "apply": Config(128, 64, 8, 1),
-            "dm": Config(64, 64, 4, 1),
+            "apply": Config(128 if hopper else 64, 64, 8, 1),
+            "dm": Config(64, 64, 4 if hopper else 8, 1),
             "dq": Config(64, 64, 8, 1),
-            "dk": Config(64, 64, 4, 1),
-            "dx": Config(128, 64, 8, 1),
+            "dk": Config(64, 64, 4 if hopper else 8, 1),
+            "dx": Config(128 if hopper and not wide else 64, 64, 8, 1),
         }[kind]
     return found if kind in ("sum", "dk") else found._replace(block_f=max(found.block_f, bd))
 

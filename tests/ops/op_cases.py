@@ -631,8 +631,8 @@ ROWS: dict[str, Row] = {
             "frames": dict(F=17, H=10, W=11, C=40, A=2, D=64),
         },
         tiles={
-            "l0": dict(B=1, F=2, H=16, W=40, C=64, A=8, D=32),
-            "l1": dict(B=1, F=2, H=16, W=17, C=128, A=8, D=32),
+            "l0": dict(B=1, F=1, H=16, W=40, C=64, A=8, D=32),
+            "l1": dict(B=1, F=1, H=16, W=17, C=128, A=8, D=32),
             "64": dict(B=1, F=1, H=23, W=24, C=64, A=3, D=64),
         },
         without=_SOFTMAX | {"cost": "the products are in another order (flops_test.py)"},
