@@ -81,10 +81,11 @@ class _Sizes:
 
     def fold(self) -> dict[str, Any]:
         """The same of a kernel over frames and heads."""
-        block = min(64, self.block_c)
+        narrow = self.major < 9 and self.block_d > 32
+        block = min(32 if narrow else 64, self.block_c)
         whole = self.channels % block == 0 and self.dim == self.block_d
         sizes = dict(C=self.channels, D=self.dim, BD=self.block_d, CB=block, ACC=self.acc)
-        return sizes | dict(WHOLE=whole, num_warps=4, num_stages=1)
+        return sizes | dict(WHOLE=whole, num_warps=8 if narrow else 4, num_stages=1)
 
     def blocks(self, tile: dict[str, Any]) -> int:
         """Programs that share the pixels."""

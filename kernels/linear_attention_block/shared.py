@@ -31,7 +31,9 @@ def pick_config(
     """
     bc, bd = max(16, next_power_of_2(channels)), max(16, next_power_of_2(dim))
     wide, hopper = x_itemsize > 2, major >= 9
-    if bc <= 64:
+    if kind == "dx" and bc <= 64 and wide and not hopper:
+        found = Config(64, 32, 4, 1) if bd <= 32 else Config(32, 64, 4, 1)
+    elif bc <= 64:
         found = {
             "sum": Config(64, 128, 4, 2),
             "apply": Config(128, 64, 8 if wide else 4, 1) if hopper else Config(64, 64, 4, 1),

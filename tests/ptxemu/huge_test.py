@@ -166,8 +166,9 @@ def test_linear_attention():
     close(found, last.grad)
 
 
+# One head: the last program of each launch has all of the last frame.
 def test_linear_attention_block():
-    c, heads, d = 64, 2, 32
+    c, heads, d = 64, 1, 32
     x = huge(600_000, 1, 8, 8, c)
     last = tail(x, 64, c).view(1, 1, 8, 8, c).requires_grad_()
     weight, qkv = draw(c).to(BF16), (draw(3 * heads * d, c) / 8).to(BF16)
