@@ -94,10 +94,11 @@ class _Sizes:
         return cdiv(self.inner, tile["BF"])
 
     def split(self, tile: dict[str, Any]) -> tuple[int, int]:
-        """(splits, pixels a split): two waves of programs, but at least four tiles each."""
+        """(splits, pixels a split): no more than two programs a multiprocessor, where frames and
+        blocks are not more by themselves, and at least four tiles each: each costs a partial."""
         tiles = cdiv(self.pixels, tile["BN"])
         programs = self.frames * self.blocks(tile)
-        wanted = min(cdiv(2 * self.multiprocessors, programs), max(1, tiles // 4))
+        wanted = max(1, min(2 * self.multiprocessors // programs, tiles // 4))
         chunk = cdiv(tiles, wanted) * tile["BN"]
         return cdiv(self.pixels, chunk), chunk
 
@@ -122,7 +123,9 @@ def linear_attention_block_fwd(
         return y, g, lse
     tile = s.tile("sum")
     splits, chunk = s.split(tile)
-    part = x.new_empty((s.frames * splits, s.inner, s.channels), dtype=acc)
+    part = g.view(s.frames, s.inner, s.channels)  # merged in place where there is but one
+    if splits > 1:
+        part = x.new_empty((s.frames * splits, s.inner, s.channels), dtype=acc)
     top, total = (x.new_empty(part.shape[:-1], dtype=acc) for _ in range(2))
     _sum_kernel[(s.frames * splits * s.blocks(tile),)](
         *(x, norm_weight, norm_bias, qkv_weight, top, total, part),

@@ -48,7 +48,7 @@ def pick_config(
             "apply": Config(128 if hopper else 64, 64, 8, 1),
             "dm": Config(64, 64, 4 if hopper else 8, 1),
             "dq": Config(64, 64, 8, 1),
-            "dk": Config(64, 64, 4 if hopper else 8, 1),
+            "dk": Config(64, 128 if hopper else 64, 8, 1),
             "dx": Config(128 if hopper and not wide else 64, 64, 8, 1),
         }[kind]
     return found if kind in ("sum", "dk") else found._replace(block_f=max(found.block_f, bd))
