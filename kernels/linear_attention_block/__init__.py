@@ -75,7 +75,7 @@ class _Sizes:
         found["WHOLE"] = whole and self.channels == self.block_c
         # Where the loop is over the heads; one over pixels is not pipelined otherwise.
         found["STAGES" if kind in ("apply", "dx") else "num_stages"] = tile.num_stages
-        if self.major >= 10:
+        if kind in ("dm", "dq") and self.major != 9:
             found["maxnreg"] = 255  # ptxas would rather spill than give up a block
         return found
 
