@@ -2,7 +2,7 @@
 
 Over time, with the T5 bias and rotary of the peer's network, and linear, over the pixels of a
 frame. Providers: the peer's arithmetic on its layout, from and to ours; plain torch; that compiled;
-the block of its parts; ours (the linear one is an op of CPUs: on a GPU it is its parts). On a GPU
+the block of its parts; ours (what is too wide for a kernel is its parts on a GPU). On a GPU
 in bf16, on a CPU in fp32. Training asks for every gradient.
 """
 

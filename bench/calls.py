@@ -191,6 +191,24 @@ def temporal(
     return lambda: launch.temporal_block_bwd(dy, x, *args, *needs)
 
 
+def linear_block(
+    s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, biases: bool = True,
+    stream: torch.dtype | None = None, frozen: bool = False,
+) -> Run:  # fmt: skip
+    """The block with linear attention, as ``temporal``."""
+    make, inner, c, wide = _maker(device, dtype), s.inner, s.channels, stream or dtype
+    x, dy = make(*s.x_shape, kind=wide), make(*s.x_shape, kind=wide)
+    norms = make(c, kind=wide), make(c, kind=wide) if biases else None
+    qkv, out = make(3 * inner, c, gain=c**-0.5), make(c, inner, gain=inner**-0.5)
+    args = (*norms, qkv, out, make(c) if biases else None)
+    launch, rest = kernels("linear_attention_block"), (s.heads, EPS)
+    if not backward:
+        return lambda: launch.linear_attention_block_fwd(x, *args, *rest)
+    saved = launch.linear_attention_block_fwd(x, *args, *rest)[1:]
+    needs = [not frozen] * 3
+    return lambda: launch.linear_attention_block_bwd(dy, x, *args, *saved, *rest, *needs)
+
+
 def second_half(
     s: Shape, device: str, dtype: torch.dtype, *, biases: bool = False,
     stream: torch.dtype | None = None,
@@ -339,6 +357,7 @@ def networks() -> list[Call]:
     for backward in (False, True):
         way: dict[str, Any] = {"backward": backward}
         found += [_call(temporal, c, **way) for c in (PEER[:1] if backward else PEER[:3])]
+        found += [_call(linear_block, c, **way) for c in PEER[:2]]
         found += [_call(linear, c, **way) for c in PEER]
         found.append(_call(linear, replace(SHAPES["l0"], batch=1), **way))  # programs share a frame
         found += [_call(norm, c, kind=GROUP, **way) for c in PEER + PAPER]
@@ -378,6 +397,11 @@ def classes() -> list[Call]:
         for height in (4, 32):  # few rows and many
             found.append(_call(second_half, Shape(16, height, 16, 512), **more))
     found.append(_call(second_half, Shape(16, 32, 32, 512), FP32, biases=True))
+    for stream in (BF16, FP32):
+        for c, d in ((64, 32), (64, 64), (128, 32), (128, 64)):
+            s = Shape(16, 32, 32, c, head_dim=d)
+            found += _both(linear_block, s, stream=stream)
+            found.append(_call(linear_block, s, stream=stream, backward=True, frozen=True))
     for d, dtype in ((64, BF16), (128, BF16), (64, FP32)):
         found += _both(linear, Shape(16, 16, 16, 64, head_dim=d, batch=8), dtype)
     for n, d, given, dtype in (
@@ -420,6 +444,8 @@ def edges() -> list[Call]:
     found += _both(temporal, replace(one, channels=32, head_dim=32), given=PEERS[:2])
     found += _both(temporal, few, stream=FP32, frozen=True, given=PEERS[:2])
     found += _both(linear, one)
+    found += _both(linear_block, replace(one, head_dim=1))
+    found += _both(linear_block, Shape(2, 5, 7, 24, heads=3, head_dim=20))
     found.append(_call(second_half, replace(one, head_dim=1), biases=True))
     found.append(_call(second_half, Shape(2, 3, 5, 33, heads=17, head_dim=1)))
     for kind, needs in ((GROUP, alone), (RMS, alone[:2]), (LAYER, alone[2:])):

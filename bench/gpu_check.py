@@ -92,6 +92,8 @@ def at_the_networks(two: int = 2) -> list[tuple[str, str, dict[str, Any]]]:
     film = ("weight", "bias", "scale", "shift", "residual")
     for c in ("l0", "l1", "l2"):
         found.append(("temporal_block/bias", c, heads(c, given=("bias", "rotary"))))
+    for c in ("l0", "l1"):
+        found.append(("linear_attention_block/block", c, heads(c)))
     for c in PEER:
         found.append(("linear_attention/linear_attention", c, heads(c)))
     for c in (*PEER, *PAPER):
@@ -186,6 +188,7 @@ ATTENTION = (
     ("axis_attention/long_space", {"H": 8, "W": 9, "D": 64, "given": ()}),
     ("temporal_block/bias", {"F": 16, "C": 64, "D": 32, "given": ("bias",)}),
     ("linear_attention/linear_attention", {"H": 9, "W": 16, "D": 32}),
+    ("linear_attention_block/block", {"H": 9, "W": 16, "C": 64, "D": 32}),
 )
 
 

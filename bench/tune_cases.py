@@ -46,6 +46,16 @@ MOVES: dict[str, tuple[dict[str, Any], ...]] = {
         {"block_n": 0.5, "num_warps": 0.5},
         *_WARPS,
     ),
+    "linear_attention_block": (
+        {"block_n": 2, "num_warps": 2},
+        {"block_n": 0.5, "num_warps": 0.5},
+        {"block_n": 2},
+        {"block_n": 0.5},
+        {"block_f": 2},
+        {"block_f": 0.5},
+        *_WARPS,
+        {"num_stages": 1},
+    ),
     "axis_attention_short": (
         {"P": 2, "num_warps": 2},
         {"P": 0.5, "num_warps": 0.5},
@@ -102,6 +112,10 @@ def limits(choice: Choice) -> dict[str, tuple[int, int]]:
         return found | sides | {"num_warps": _WARP_GROUPS}
     if kernel == "linear_attention":
         return found | {"block_n": (16, max(16, min(given["pixels"], 128)))}
+    if kernel == "linear_attention_block":
+        head = max(16, next_power_of_2(given["dim"]))
+        sides = {"block_n": (64, 128), "block_f": (max(32, head), 256)}
+        return found | sides | {"num_warps": _WARP_GROUPS}
     if kernel == "axis_attention_short":
         most = 16384 // (given["bn"] * given["bd"])  # 32 KiB an operand in bf16
         return found | {"P": (1, min(given["outer"], most, 16))}

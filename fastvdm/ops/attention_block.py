@@ -2,9 +2,9 @@
 over the pixels of each frame, or with linear attention over the latter.
 
 Ho et al. 2022, "Video Diffusion Models", section 3; for linear attention Shen et al. 2021 (arXiv
-1812.01243). Over time it is one kernel, ``temporal_block``, where that fits into the registers, and
-with linear attention on a CPU one op, ``linear_attention_block``; else the parts: norm_act, linear,
-the attention, linear_residual.
+1812.01243). Over time it is one kernel, ``temporal_block``, and with linear attention one op,
+``linear_attention_block``, on a GPU where they fit into the registers; else the parts: norm_act,
+linear, the attention, linear_residual.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastvdm.ops._check import check_block, check_options
 from fastvdm.ops.axis_attention import attend
 from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
+from fastvdm.ops.linear_attention_block import exceeds_registers as exceeds_registers_linear
 from fastvdm.ops.linear_attention_block import linear_attention_block_fwd
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_act import norm_act
@@ -27,10 +28,11 @@ from fastvdm.runtime.dispatch import FP64, ByDesign, ByName, Implementations, im
 
 CORES = ("time", "space", "linear")
 NO_OPTIONS = AttentionOptions()
+FUSED = "the fused kernels do without"
 
 
 def _examples(device: torch.device) -> dict[str, tuple]:
-    x, weight = torch.empty(1, 16, 1, 1, 64, device=device), torch.empty(3, 64, device=device)
+    x, weight = torch.empty(1, 16, 8, 8, 64, device=device), torch.empty(3, 64, device=device)
     types = {"fp32": (x, weight, 1), "bf16": (x.bfloat16(), weight.bfloat16(), 1)}
     return {f"{core} in {name}": (core, *call) for core in CORES for name, call in types.items()}
 
@@ -50,7 +52,13 @@ def _(
         yield "parts", None
     elif core == "linear":
         yield "cpu", FP64 if fp64 else None
-        yield "parts", left if x.device.type == "cpu" else None
+        exceeds = exceeds_registers_linear(x, qkv_weight, heads)
+        if exceeds is not None:
+            yield "triton", ByDesign(exceeds)
+            yield "parts", left if x.device.type == "cpu" else None
+        else:
+            yield "triton", FP64 if fp64 and x.is_cuda else None
+            yield "parts", FUSED
     elif shaw and biased:
         never = ByDesign("no network has Shaw tables beside a rotary embedding or a bias")
         yield "cpu", never
@@ -65,7 +73,7 @@ def _(
         else:
             # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
             yield "triton", FP64 if fp64 and x.is_cuda else None
-            yield "parts", "the fused kernels do without"
+            yield "parts", FUSED
 
 
 def attention_block(

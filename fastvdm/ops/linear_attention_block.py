@@ -7,7 +7,7 @@ with N = H*W pixels. v and the output of the attention, the largest tensors of t
 q and k, are never made: k'ᵀ v = (k'ᵀ x̂) W_vᵀ and (q' ctx) W_outᵀ = q' (ctx W_outᵀ), both once per
 frame and head. Of 4 C heads D multiplications a pixel and twice those of the attention itself only
 the former remain. Saved for the backward: x, G and log Σ exp k. This is what ``attention_block``
-with linear attention is on a CPU.
+with linear attention is on a CPU, and on a GPU where ``exceeds_registers`` does not object.
 """
 
 from __future__ import annotations
@@ -36,17 +36,40 @@ def linear_attention_block_fwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, F, H, W, C); G (B, F, heads, D, C) and k's log Σ exp (B, F, heads, D) in fp32."""
+    """y (B, F, H, W, C); G (B, F, heads, D, C) and k's log Σ exp (B, F, heads, D) in fp32, in fp64
+    of fp64."""
     b, f, _, _, c = x.shape
     d = qkv_weight.shape[0] // (3 * heads)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty((b, f, heads, d, c), dtype=torch.float32),
-        x.new_empty((b, f, heads, d), dtype=torch.float32),
+        x.new_empty((b, f, heads, d, c), dtype=wide),
+        x.new_empty((b, f, heads, d), dtype=wide),
     )
 
 
 linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
+
+
+def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+    """Why Triton's kernels would not hold the block in registers, or are not to, or None.
+
+    What a frame keeps, G and M, are heads D by C: with fewer pixels than channels they are larger
+    than q and k, which they save, and making M takes more products than the attention. The programs
+    keep tiles of pixels all C channels wide, and sums of features by channels: above C = 128 ptxas
+    spills, for sm_80, sm_90 and sm_100, and so it does with fp32 operands.
+    """
+    pixels, channels = x.shape[2] * x.shape[3], x.shape[-1]
+    dim = qkv_weight.shape[0] // (3 * heads)
+    if qkv_weight.dtype == torch.float32:
+        return "fp32 products exceed the registers"
+    if channels > 128:
+        return f"C = {channels} is above 128"
+    if dim > 64:
+        return f"head dim {dim} is above 64"
+    if pixels < channels:
+        return f"C = {channels} is above the {pixels} pixels of a frame"
+    return None
 
 
 def linear_attention_block_cost(

@@ -1,7 +1,10 @@
-"""The linear attention block in C++, beside the suite: what it reorders, its splits of a frame and
-chunks of frames, and what a layer does with it."""
+"""The linear attention block, beside the suite: what it reorders, its splits of a frame and chunks
+of frames, what fits a GPU's registers, and what a layer does with it."""
 
 from __future__ import annotations
+
+import os
+import re
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from torch import nn
 from fastvdm import use_backend
 from fastvdm.layers.attention import Attention
 from fastvdm.layers.norm import Norm
+from fastvdm.ops._call import select
 from fastvdm.ops.linear_attention_block import linear_attention_block_cost
 from fastvdm.reference.attention_block import attention_block_ref
+from fastvdm.runtime.dispatch import explain
 from fastvdm.testing import cpu_isas, grads, max_error
 
 pytestmark = pytest.mark.skipif(not cpu_isas(), reason="no C++ extension")
@@ -86,6 +91,57 @@ def test_the_softmax_needs_no_bound(isa):
     plain = block(heads, attention_block_ref)(*inputs)
     assert torch.isfinite(found).all()
     assert max_error(found, wide) < 3 * max_error(plain, wide) + 1e-5
+
+
+TRITON = torch.float64 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+
+
+def test_the_softmax_needs_no_bound_on_triton(device):
+    """The same with partial sums of splits that are merged."""
+    inputs, heads = operands("splits", sharp=200.0)
+    inputs = [t.to(device, TRITON) for t in inputs]
+    with use_backend("triton", strict=True):
+        found = block(heads)(*inputs)
+    wide = block(heads, attention_block_ref)(*(t.double() for t in inputs))
+    plain = block(heads, attention_block_ref)(*inputs)
+    assert torch.isfinite(found).all()
+    assert max_error(found, wide) < 3 * max_error(plain, wide) + 1e-9
+
+
+def test_frames_are_apart_on_triton(device):
+    """NaN in one frame stays there; two runs give the same bits."""
+    inputs, heads = operands("odd")
+    inputs = [t.to(device, TRITON) for t in inputs]
+    inputs[0][0, 1, 2, 3, 4] = torch.nan
+    with use_backend("triton", strict=True):
+        y, found = grads(block(heads), inputs, torch.ones_like(inputs[0]))
+        again = grads(block(heads), inputs, torch.ones_like(inputs[0]))
+    for t, other in ((y[0], again[0][0]), (found[0], again[1][0])):
+        bad = t.isnan()
+        assert bad[0, 1].all() and not bad[0, 0].any() and not bad[1].any()
+        assert torch.equal(t.nan_to_num(), other.nan_to_num())
+
+
+PARTS = {  # height, width, channels, heads' features, dtypes of x and the projections
+    "wide": (16, 16, 136, 32, torch.bfloat16, torch.bfloat16),
+    "features": (16, 16, 64, 72, torch.bfloat16, torch.bfloat16),
+    "few pixels": (7, 9, 64, 32, torch.bfloat16, torch.bfloat16),
+    "fp32": (16, 16, 64, 32, torch.float32, torch.float32),
+    None: (8, 8, 64, 64, torch.float32, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_what_triton_leaves_to_the_parts(case):
+    """With a reason, and no fallback."""
+    h, w, c, d, stream, low = PARTS[case]
+    x = torch.empty(1, 2, h, w, c, dtype=stream)
+    call = ("linear", x, torch.empty(3 * 2 * d, c, dtype=low), 2)
+    reason = explain("attention_block", *call)["triton"]
+    assert reason is None if case is None else re.search("above|exceed", reason)
+    with use_backend("triton", strict=True):
+        chosen = select("attention_block", torch.device("cpu"), *call)
+        assert chosen == ("parts" if case else "triton")
 
 
 def test_frames_are_apart():

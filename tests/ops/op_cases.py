@@ -652,15 +652,24 @@ ROWS: dict[str, Row] = {
     ),
     "linear_attention_block/block": Row(
         "linear_attention_block", linear_block, BLOCK | dict(norm_bias="C", out_bias="C"),
-        VIDEO | dict(F=3, W=7, C=17, A=4, D=8), dict(heads=heads), kernels=("cpu",),
+        VIDEO | dict(F=3, W=7, C=17, A=4, D=8), dict(heads=heads), dtype=torch.float64,
         scales=dict(qkv_weight=2.0, out_weight=3.0),
         mixed=("qkv_weight", "out_weight", "out_bias"),
-        edges={"bare": dict(F=2, H=3, W=5, A=1, given=(), eps=1e-3)},
+        edges={
+            "bare": dict(F=2, H=3, A=1, given=(), eps=1e-3),
+            "two_tiles": dict(B=1, F=2, H=7, W=11, C=40, A=3, D=24),
+            "pixels": dict(B=1, F=2, H=3, W=2),
+        },
         cpu_edges={
             "one_pixel": dict(B=1, F=1, H=1, W=1, C=3, A=1, D=5),
             "odd": dict(D=24),
             "splits": dict(B=1, F=2, H=24, W=37, C=24, A=2, D=32),
             "frames": dict(F=17, H=10, W=11, C=40, A=2, D=64),
+        },
+        tiles={
+            "l0": dict(B=1, F=1, H=16, W=40, C=64, A=8, D=32),
+            "l1": dict(B=1, F=1, H=16, W=17, C=128, A=8, D=32),
+            "64": dict(B=1, F=1, H=23, W=24, C=64, A=3, D=64),
         },
         without=_SOFTMAX | {"cost": "the products are in another order (flops_test.py)"},
     ),

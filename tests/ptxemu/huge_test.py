@@ -18,6 +18,7 @@ from fastvdm.kernels import (
     axis_attention,
     guidance,
     linear_attention,
+    linear_attention_block,
     linear_residual,
     norm_act,
     space_conv,
@@ -163,6 +164,28 @@ def test_linear_attention():
     found = linear_attention.linear_attention_bwd(dout, qkv, *saved, scale)
     expected.backward(dlast.view(expected.shape))
     close(found, last.grad)
+
+
+# One head: the last program of each launch has all of the last frame.
+def test_linear_attention_block():
+    c, heads, d = 64, 1, 32
+    x = huge(600_000, 1, 8, 8, c)
+    last = tail(x, 64, c).view(1, 1, 8, 8, c).requires_grad_()
+    weight, qkv = draw(c).to(BF16), (draw(3 * heads * d, c) / 8).to(BF16)
+    out = (draw(c, heads * d) / 8).to(BF16)
+    args = (x, weight, None, qkv, out, None)
+    y, *saved = linear_attention_block.linear_attention_block_fwd(*args, heads, 1e-5)
+    expected = attention_block_ref(
+        last, weight.double(), qkv.double(), out.double(), core="linear", heads=heads
+    )
+    close(y, expected)
+    dy = torch.empty_like(x)
+    dlast = tail(dy, 64, c, 2)
+    found = linear_attention_block.linear_attention_block_bwd(
+        dy, *args, *saved, heads, 1e-5, False, False, False
+    )
+    expected.backward(dlast.view(expected.shape))
+    close(found[0], last.grad)
 
 
 def test_linear_residual():

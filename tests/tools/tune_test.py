@@ -22,6 +22,7 @@ from calls import Call, Shape
 from fastvdm.kernels import (
     guidance,
     linear_attention,
+    linear_attention_block,
     linear_residual,
     space_conv,
     temporal_block,
@@ -144,6 +145,12 @@ ASKED = {
     "linear small": linear_attention.pick_config.choice(
         128, torch.bfloat16, 20, backward=False, major=9
     ),
+    **{
+        f"linear_block {kind}": linear_attention_block.pick_config.choice(
+            kind, 64, 32, 2, 2, major=9
+        )
+        for kind in ("sum", "apply", "dm", "dk", "dx")
+    },
     "group": group.pick_config.choice(96, 48, 2, "sums"),
     "row": row.pick_row_config.choice(512, 0, 2, "fwd"),
     "short": short.pick_config.choice(16, 32, 2, 4096, shaw=False, biased=True, **SHORT),
@@ -197,6 +204,7 @@ MAKERS = {
         (calls.norm, FEW, [{"kind": k, **way} for k in (GROUP, RMS) for way in BOTH]),
         (calls.temporal, FEW, BOTH),
         (calls.linear, FEW, BOTH),
+        (calls.linear_block, FEW, BOTH),
         (calls.attention, FEW, [{"axis": TIME, "given": calls.PEERS, **way} for way in BOTH]),
         (calls.attention, FEW, [{"axis": TIME, "given": calls.SHAW, **way} for way in BOTH]),
         (calls.attention, WIDE, [{"axis": SPACE, **way} for way in BOTH]),
