@@ -50,7 +50,7 @@ def bias_residual_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -
     if y.numel() == 0:
         return out
     c = y.shape[-1]
-    block_c = min(128, next_power_of_2(c))
+    block_c = min(64, next_power_of_2(c))  # whole lines in 16 bits, and one tile for all widths
     block_r = _VALUES // block_c
     rows = y.numel() // c
     _bias_residual_kernel[(cdiv(rows, block_r) * cdiv(c, block_c),)](

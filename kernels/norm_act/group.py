@@ -22,7 +22,7 @@ from fastvdm.kernels.common import (
     widened,
 )
 from fastvdm.kernels.norm_act.shared import (
-    GENERAL,
+    BY_GROUP,
     Config,
     affine,
     extents,
@@ -83,7 +83,7 @@ def source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
         )
 
 
-@triton.jit(**GENERAL)
+@triton.jit(**BY_GROUP)
 def _group_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr,
     drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
@@ -137,7 +137,7 @@ def _group_fwd_kernel(
             drop_ptr += BLOCK_L * C
 
 
-@triton.jit(**GENERAL)
+@triton.jit(**BY_GROUP)
 def _group_bwd_sums_kernel(
     dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
     drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
@@ -199,7 +199,7 @@ def _group_bwd_sums_kernel(
         tl.store(out + 2 * (C1 + C2), rstd * tl.sum(sum_x, axis=0), mask=mask_c)
 
 
-@triton.jit(**GENERAL)
+@triton.jit(**BY_GROUP)
 def _group_bwd_dx_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr,
     scale_ptr, shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale,

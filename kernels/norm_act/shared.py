@@ -23,6 +23,10 @@ GENERAL: dict[str, Any] = dict(
 )
 
 
+# The same where channels are only told apart by their group.
+BY_GROUP = GENERAL | {"do_not_specialize_on_alignment": ["frames", "group_width"]}
+
+
 class Config(NamedTuple):
     block_c: int  # channels a tile
     block_l: int  # pixels a tile
