@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from aot import Assembly, occupancy
-from calls import PEERS, SHAPES, SHAW, Call, _call, attention, conv, norm, temporal
+from calls import PEERS, SHAPES, SHAW, Call, _call, attention, conv, linear_block, norm, temporal
 from floor import network_costs
 from host import host_ms
 from launches import Launch, captured, compiled
@@ -58,6 +58,7 @@ class Row:
     items: Callable[[Constants], float]
     trips: tuple[int, ...] = ()
     cycles: bool = True
+    innermost: bool = False  # of the loops with products, the shortest, not the longest of all
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,17 @@ def rows() -> list[Row]:
         call = _call(attention, many, axis=SPACE, backward=kernel != "fwd")
         name = f"attention over space, {kernel.replace('bwd_', '')}"
         found.append(Row(name, call, f"axis_attention.long_{kernel}", tile, scores))
-    found.append(Row("3x3 by TMA", _call(conv, "l1", bare=True), "space_conv.conv_tma", step, one,
-                     cycles=False))  # fmt: skip
+    call = _call(conv, "l1", bare=True)
+    found.append(
+        Row("3x3 by TMA", call, "space_conv.conv_tma", step, one, cycles=False, innermost=True)
+    )
+    part = lambda c: c["BN"] / 64 * c["BF"] / 256  # noqa: E731
+    for kernel in ("sum", "apply", "dx"):
+        call = _call(linear_block, "l0", backward=kernel == "dx")
+        found.append(
+            Row(f"linear attention block, {kernel}", call, f"linear_attention_block.{kernel}",
+                "cycles / 64 pixels", part)
+        )  # fmt: skip
     return found
 
 
@@ -123,6 +133,9 @@ def count(row: Row) -> Count:
     text = disassembled(made.asm["cubin"])
     code, _ = parsed(text)
     nested = loops(text)
+    if row.innermost:
+        with_products = [n for n in nested if counted(code[n.start : n.stop])["HGMMA"]]
+        nested = with_products[-1:]
     outer, inner = (nested[0], nested[1:]) if nested else (range(len(code)), [])
     total = len(outer)
     for loop, trips in zip(inner, row.trips):

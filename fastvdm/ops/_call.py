@@ -85,9 +85,18 @@ def mix(a: Tensor, b: Tensor) -> bool:
     return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
 
 
+_AUTOCAST = {d: torch.amp.is_autocast_available(d) for d in ("cpu", "cuda", "meta")}
+
+
+def _has_autocast(device: str) -> bool:
+    """Devices such as meta have none. To ask torch takes a microsecond, in every op."""
+    found = _AUTOCAST.get(device)
+    return torch.amp.is_autocast_available(device) if found is None else found
+
+
 def autocast_on(device: str) -> bool:
-    """Whether autocast is on for this type of device; devices such as meta have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for this type of device."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -96,7 +105,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     As torch's autocast does, fp64 is left alone.
     """
     device, dtype = x.device.type, x.dtype
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if dtype == torch.float64 or not _has_autocast(device):
         return dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 

@@ -85,9 +85,11 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 def _(x: Tensor, kind: str, channels: int) -> Implementations:
     fp64 = x.dtype == torch.float64
     yield "cpu", FP64 if fp64 else None
-    wide = kind != "group" and channels > MAX_ROW_CHANNELS
-    held = f"{channels} channels: a row-wise kernel holds at most {MAX_ROW_CHANNELS} of one pixel"
-    yield "triton", held if wide else None
+    if kind != "group" and channels > MAX_ROW_CHANNELS:
+        held = f"a row-wise kernel holds at most {MAX_ROW_CHANNELS} of one pixel"
+        yield "triton", f"{channels} channels: {held}"
+    else:
+        yield "triton", None
 
 
 def check_stats(x: Tensor, stats: Sequence[Tensor], groups: int, per_frame: bool) -> None:

@@ -212,21 +212,22 @@ def norm_act_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd), the last two empty where they were given or there are none."""
     y = x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
-    none = x.new_empty(0, dtype=acc_torch_dtype(x.dtype))
     params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
-    found = (none, torch.empty_like(none))
-    if kind != GROUP:
-        row_fwd(
-            x, x2, y, x_bias, params, residual, drop, per_frame, kind == LAYER, eps, act
-        )  # fmt: skip
-        return y, *found
-    if mean is None or rstd is None:
+    if kind == GROUP and (mean is None or rstd is None):
         if is_small(x, x2, groups, per_frame):
             options = groups, per_frame, eps, x_bias, params, residual, drop, act
             return y, *group_whole(x, y, *options)
-        mean, rstd = found = group_stats(x, x2, groups, per_frame, eps, x_bias)
-    group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
-    return y, *found
+        mean, rstd = group_stats(x, x2, groups, per_frame, eps, x_bias)
+        group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
+        return y, mean, rstd
+    if kind == GROUP:
+        group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
+    else:
+        row_fwd(
+            x, x2, y, x_bias, params, residual, drop, per_frame, kind == LAYER, eps, act
+        )  # fmt: skip
+    acc = acc_torch_dtype(x.dtype)
+    return y, x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc)
 
 
 def norm_act_bwd(
