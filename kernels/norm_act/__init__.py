@@ -213,15 +213,16 @@ def norm_act_fwd(
     """(y, mean, rstd), the last two empty where they were given or there are none."""
     y = x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
     params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
-    if kind == GROUP and (mean is None or rstd is None):
-        if is_small(x, x2, groups, per_frame):
+    given = mean is not None and rstd is not None
+    if kind == GROUP:
+        if not given and is_small(x, x2, groups, per_frame):
             options = groups, per_frame, eps, x_bias, params, residual, drop, act
             return y, *group_whole(x, y, *options)
-        mean, rstd = group_stats(x, x2, groups, per_frame, eps, x_bias)
+        if mean is None or rstd is None:
+            mean, rstd = group_stats(x, x2, groups, per_frame, eps, x_bias)
         group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
-        return y, mean, rstd
-    if kind == GROUP:
-        group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
+        if not given:
+            return y, mean, rstd
     else:
         row_fwd(
             x, x2, y, x_bias, params, residual, drop, per_frame, kind == LAYER, eps, act
