@@ -306,22 +306,6 @@ def conv_transpose(s: Shape, device: str, dtype: torch.dtype, *, backward: bool 
     return lambda: launch.space_conv_transpose_fwd(x, weight, bias, y)
 
 
-def norm_conv(
-    s: Shape, device: str, dtype: torch.dtype, *, kernel: int = 3, cout: int = 0, bare: bool = False
-) -> Run:
-    """The norm in the prologue of a convolution, with statistics that are given. ``bare``: without
-    FiLM, norm bias, activation, convolution's bias and residual."""
-    make, c, cout = _maker(device, dtype), s.channels, cout or s.channels
-    stats = torch.randn(2, s.batch, s.groups, device=device).unbind()
-    film, ends = (
-        (make(c), *make(s.batch, 2 * c).chunk(2, 1)),
-        (make(cout), make(*s.x_shape[:-1], cout)),
-    )
-    args = (make(*s.x_shape), *stats, make(c), *((None,) * 3 if bare else film))
-    args += (_filters(make, cout, c, kernel), *((None, None) if bare else ends), not bare)
-    return lambda: kernels("norm_conv").norm_conv_fwd(*args)
-
-
 # The table.
 
 
@@ -425,9 +409,9 @@ def classes() -> list[Call]:
         s = Shape(16, 64, 64, c)
         for form in (dict(c2=c), dict(kernel=1, c2=c, bare=True), dict(kernel=4, stride=2)):
             found += _both(conv, s, **form)
-        found += [*_both(conv_transpose, s), _call(norm_conv, s)]
+        found += _both(conv_transpose, s)
     for c, dtype in ((64, FP32), (100, BF16)):  # by pointers on every GPU
-        found += [_call(make, Shape(4, 64, 64, c, groups=4), dtype) for make in (conv, norm_conv)]
+        found.append(_call(conv, Shape(4, 64, 64, c, groups=4), dtype))
     return found
 
 
@@ -457,8 +441,5 @@ def edges() -> list[Call]:
     found += _both(conv, one, kernel=1, bare=True)
     found += _both(conv, Shape(1, 2, 2, 1, groups=1), c2=3, cout=2)
     found += _both(conv, Shape(2, 8, 8, 8), c2=16)
-    found.append(_call(norm_conv, one, kernel=1, bare=True))
-    found.append(_call(norm_conv, Shape(3, 5, 4, 12, groups=3, batch=2), cout=6))
-    found.append(_call(norm_conv, Shape(2, 32, 32, 128), bare=True))
     found.append(_call(guided, "tiny", FP32, what="update", more=True, colours=1))  # grey
     return [replace(call, capture="cpu") for call in found]  # some ask for autocast: none on meta

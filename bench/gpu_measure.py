@@ -81,7 +81,6 @@ def asked() -> list[Asked]:
         net("readme-1", "peer-bf16", "torch-bf16", "fastvdm-bf16", train=True),
         *(Asked("conv_group_norm", "l0", {"part": p}) for p in ("fused", "block")),
         *(Asked("space_conv", "l1", {"kind": "3x3"} | t) for t in both),
-        *(Asked("norm_conv", "l1", t) for t in both),
         Asked("guidance", "l0", {}, (), "ends_contest", operation="ends"),
         Asked("guidance", "l0", {"checkpointing": "level"}, (), "steps_contest"),
     ]

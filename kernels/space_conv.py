@@ -19,12 +19,6 @@ With stride 2 rows and columns split by parity, for even extents a view, (N, H/2
 t reads a unit-stride box of parity (t + PAD) mod 2. A step of channels must not run from one parity
 into the next, so C is a multiple of the step. Odd extents go by pointers.
 
-With a prologue the input is SiLU(x gain + offset), gain and offset (rows, C) per sample or frame: a
-norm, applied to each tile between its load and its product and rounded as the norm would store it;
-padding is 0 after it, so what lies outside the image is masked. The tile passes through registers,
-so it is the first operand there: acc[BLOCK_P, BLOCK_CO], wgmma's RS form. It is applied once for
-each tap and tile of outputs: 9 Cout / BLOCK_CO times the arithmetic of a pass of its own.
-
 Statistics: each tile of pixels writes mean and M2 per channel of what it stored; a second kernel
 merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
 
@@ -35,7 +29,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -45,14 +38,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvdm.kernels import space_conv_library as library
 from fastvdm.kernels.common import (
-    LOG2E,
     acc_dtype,
     acc_torch_dtype,
     cdiv,
     dot,
     next_power_of_2,
-    reciprocal,
-    widened,
 )
 from fastvdm.kernels.tuned import tuned
 from fastvdm.runtime.device import facts
@@ -67,19 +57,6 @@ def merge_tile(group_width: int) -> dict[str, int]:
 
 # Not worth a compilation each time their divisibility changes.
 _SIZES = ["H", "W", "HO", "WO", "GRID_H", "GRID_W", "UNIT", "TILES"]
-
-
-# The tile of a prologue lives in registers: 64x128 on four warps takes all 255 (ptxas, sm_90).
-PROLOGUE_WARPS = 8
-
-
-class Prologue(NamedTuple):
-    """act(x gain + offset): gain, offset (B or B*F, C) in the accumulator's type; times -log2(e)
-    where there is an ``act``."""
-
-    gain: Tensor
-    offset: Tensor
-    act: bool
 
 
 @dataclass(frozen=True)
@@ -169,24 +146,12 @@ def _phase_taps(a, K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOS
 
 
 @triton.jit
-def _normalise(x, gain_ptr, offset_ptr, k, mask_k, ok, ACT: tl.constexpr, ACC: tl.constexpr):
-    """SiLU(x gain + offset) of x (BLOCK_P, BLOCK_K), and 0 at the pixels that are not ``ok``. With
-    ACT gain and offset come times -log2(e), so that the exponential needs no product of its own."""
-    gain = tl.load(gain_ptr + k, mask=mask_k, other=0.0)
-    offset = tl.load(offset_ptr + k, mask=mask_k, other=0.0)
-    t = widened(x, ACC) * gain[None, :] + offset[None, :]
-    if ACT:
-        t *= reciprocal(-LOG2E * tl.exp2(t) - LOG2E)
-    return tl.where(ok[:, None], t, 0.0).to(x.dtype)
-
-
-@triton.jit
 def _accumulate(
-    acc, x_ptr, w_ptr, gain_ptr, offset_ptr, offs_x, h0, w0, pixel_ok, offs_co, taps_h, taps_w,
-    tap_h0, tap_w0, H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
-    S: tl.constexpr, TRANSPOSED: tl.constexpr, ACT: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x_ptr, w_ptr, offs_x, h0, w0, pixel_ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
+    H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
+    S: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + W X^T over every tap and channel of one source, by pointers; X W^T with a prologue."""
+    """acc + W X^T over every tap and channel of one source, by pointers."""
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
     k_tiles = tl.cdiv(C, BLOCK_K)
@@ -205,21 +170,16 @@ def _accumulate(
         w_ptrs = w_ptr + w_tap + offs_co[:, None] * stride_wo + offs_k[None, :] * stride_wk
         w_mask = (offs_co < COUT)[:, None] & mask_k[None, :]
         w = tl.load(w_ptrs, mask=w_mask, other=0.0)  # (BLOCK_CO, BLOCK_K)
-        if gain_ptr is not None:
-            x = _normalise(x, gain_ptr, offset_ptr, offs_k, mask_k, ok, ACT, acc.dtype)
-            acc = dot(x, tl.trans(w), acc)
-        else:
-            acc = dot(w, tl.trans(x), acc)
+        acc = dot(w, tl.trans(x), acc)
     return acc
 
 
 @triton.jit
 def _accumulate_tma(
-    acc, x_desc, w_desc, gain_ptr, offset_ptr, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0,
-    H, W, C, WEIGHT_STEP,
+    acc, x_desc, w_desc, n, h0, w0, co0, taps_h, taps_w, tap_h0, tap_w0, C, WEIGHT_STEP,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WEIGHT_K_FIRST: tl.constexpr, ACT: tl.constexpr, BLOCK_CO: tl.constexpr,
-    BLOCK_P: tl.constexpr, BOX_W: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    WEIGHT_K_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same by descriptors: what a box reads outside the image is zero, the padding itself."""
     by_parity: tl.constexpr = S == 2 and not TRANSPOSED
@@ -241,16 +201,7 @@ def _accumulate_tma(
             w = tl.trans(w_desc.load([k, w_tap * WEIGHT_STEP + co0]))
         else:
             w = w_desc.load([co0, w_tap * WEIGHT_STEP + k])  # (BLOCK_CO, BLOCK_K)
-        if gain_ptr is not None:
-            offs_p = tl.arange(0, BLOCK_P)
-            row = h0 + direction * th + offs_p // BOX_W
-            col = w0 + direction * tw + offs_p % BOX_W
-            ok = (row >= 0) & (row < H) & (col >= 0) & (col < W)
-            offs_k = k + tl.arange(0, BLOCK_K)
-            x = _normalise(x, gain_ptr, offset_ptr, offs_k, offs_k < C, ok, ACT, acc.dtype)
-            acc = dot(x, tl.trans(w), acc)
-        else:
-            acc = dot(w, tl.trans(x), acc)
+        acc = dot(w, tl.trans(x), acc)
         k += BLOCK_K  # counted on: a division is 20 instructions
         next_tap = k >= C
         k = tl.where(next_tap, 0, k)
@@ -265,16 +216,14 @@ def _accumulate_tma(
 def _finish(
     acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, offs_co, part_row, COUT,
     HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
-    PIXELS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Bias, residual, store; then mean and M2 of the stored values over the tile's pixels."""
     mask_co = offs_co < COUT
     out = acc
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_co, mask=mask_co, other=0.0).to(acc.dtype)
-        out += bias[None, :] if PIXELS_FIRST else bias[:, None]
-    if not PIXELS_FIRST:
-        out = tl.trans(out)  # (BLOCK_P, BLOCK_CO)
+        out += bias[:, None]
+    out = tl.trans(out)  # (BLOCK_P, BLOCK_CO)
     mask = ok[:, None] & mask_co[None, :]
     offs = out_pixel[:, None] * COUT + offs_co[None, :]
     if HAS_RES:
@@ -296,17 +245,15 @@ def _finish(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _conv_kernel(
-    x_ptr, x2_ptr, w_ptr, w2_ptr, gain_ptr, offset_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
+    x_ptr, x2_ptr, w_ptr, w2_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
     H, W, C, C2, HO, WO, COUT, GRID_H, GRID_W, UNIT, TILES,
     stride_wo, stride_wk, stride_wh, stride_ww,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
-    ACT: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics and rows
-    of a prologue may not leave (one frame, one video, or the whole batch). UNIT counts its pixels
-    in one phase."""
+    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics may not
+    leave (one frame, one video, or the whole batch). UNIT counts its pixels in one phase."""
     phases: tl.constexpr = S if TRANSPOSED else 1
     in_step: tl.constexpr = 1 if TRANSPOSED else S
     pid = tl.program_id(0).to(tl.int64)
@@ -333,41 +280,34 @@ def _conv_kernel(
     w0 = j * in_step + off_w
     source_pixel = (n * H + h0) * W + w0
 
-    if gain_ptr is not None:
-        gain_ptr += unit * C
-        offset_ptr += unit * C
-        acc = tl.zeros((BLOCK_P, BLOCK_CO), dtype=ACC)
-    else:
-        acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate(
-        acc, x_ptr, w_ptr, gain_ptr, offset_ptr, source_pixel * C, h0, w0, ok, offs_co, taps_h,
-        taps_w, tap_h0, tap_w0, H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S,
-        TRANSPOSED, ACT, BLOCK_K,
+        acc, x_ptr, w_ptr, source_pixel * C, h0, w0, ok, offs_co, taps_h, taps_w, tap_h0, tap_w0,
+        H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S, TRANSPOSED, BLOCK_K,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate(
-            acc, x2_ptr, w2_ptr, None, None, source_pixel * C2, h0, w0, ok, offs_co, taps_h, taps_w,
-            tap_h0, tap_w0, H, W, C2, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
-            S, TRANSPOSED, ACT, BLOCK_K,
+            acc, x2_ptr, w2_ptr, source_pixel * C2, h0, w0, ok, offs_co, taps_h, taps_w, tap_h0,
+            tap_w0, H, W, C2, COUT, stride_wo, stride_wk, stride_wh, stride_ww, S, TRANSPOSED,
+            BLOCK_K,
         )  # fmt: skip
     _finish(
         acc, y_ptr, bias_ptr, res_ptr, part_ptr, (n * HO + oh) * WO + ow, ok, offs_co, row, COUT,
-        HAS_BIAS, HAS_RES, STATS, gain_ptr is not None,
+        HAS_BIAS, HAS_RES, STATS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*_SIZES[:6], "IMAGES"])
+@triton.jit(do_not_specialize=_SIZES[2:6])
 def _conv_tma_kernel(
-    x_desc, x2_desc, w_desc, w2_desc, gain_ptr, offset_ptr, bias_ptr, res_ptr, y_ptr, part_ptr,
-    H, W, C, C2, WEIGHT_STEP, HO, WO, COUT, GRID_H, GRID_W, IMAGES,
+    x_desc, x2_desc, w_desc, w2_desc, bias_ptr, res_ptr, y_ptr, part_ptr,
+    C, C2, WEIGHT_STEP, HO, WO, COUT, GRID_H, GRID_W,
     K: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
     WEIGHT_K_FIRST: tl.constexpr,
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
-    ACT: tl.constexpr,
     BLOCK_CO: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile is a BOX_H x BOX_W box of one image; IMAGES of them share a row of the prologue."""
+    """A tile is a BOX_H x BOX_W box of one image."""
     BLOCK_P: tl.constexpr = BOX_H * BOX_W
     phases: tl.constexpr = S if TRANSPOSED else 1
     pid = tl.program_id(0).to(tl.int64)
@@ -384,22 +324,15 @@ def _conv_tma_kernel(
     i0 = tile // tiles_w * BOX_H
     j0 = tile % tiles_w * BOX_W
 
-    if gain_ptr is not None:
-        gain_ptr += (n // IMAGES).to(tl.int64) * C
-        offset_ptr += (n // IMAGES).to(tl.int64) * C
-        acc = tl.zeros((BLOCK_P, BLOCK_CO), dtype=ACC)
-    else:
-        acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
+    acc = tl.zeros((BLOCK_CO, BLOCK_P), dtype=ACC)
     acc = _accumulate_tma(
-        acc, x_desc, w_desc, gain_ptr, offset_ptr, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w,
-        tap_h0, tap_w0, H, W, C, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, ACT, BLOCK_CO,
-        BLOCK_P, BOX_W, BLOCK_K, NUM_STAGES,
+        acc, x_desc, w_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0, C,
+        WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_P, BLOCK_K, NUM_STAGES,
     )  # fmt: skip
     if HAS_X2:
         acc = _accumulate_tma(
-            acc, x2_desc, w2_desc, None, None, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w,
-            tap_h0, tap_w0, H, W, C2, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, ACT,
-            BLOCK_CO, BLOCK_P, BOX_W, BLOCK_K, NUM_STAGES,
+            acc, x2_desc, w2_desc, n, i0 + off_h, j0 + off_w, co0, taps_h, taps_w, tap_h0, tap_w0,
+            C2, WEIGHT_STEP, K, S, PAD, TRANSPOSED, WEIGHT_K_FIRST, BLOCK_P, BLOCK_K, NUM_STAGES,
         )  # fmt: skip
     offs_p = tl.arange(0, BLOCK_P)
     oh = (i0 + offs_p // BOX_W) * phases + phase // phases
@@ -408,7 +341,7 @@ def _conv_tma_kernel(
     out_pixel = (n.to(tl.int64) * HO + oh) * WO + ow
     _finish(
         acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, co0 + tl.arange(0, BLOCK_CO), row,
-        COUT, HAS_BIAS, HAS_RES, STATS, gain_ptr is not None,
+        COUT, HAS_BIAS, HAS_RES, STATS,
     )  # fmt: skip
 
 
@@ -517,11 +450,9 @@ def conv(
     out_axis: int,
     size: tuple[int, int],
     unit_images: int = 0,
-    prologue: Prologue | None = None,
 ) -> tuple[Tensor, Tensor | None, ConvConfig]:
     """One launch. x (B, F, H, W, C); weight 4-D with its output channels on ``out_axis``; size the
-    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout). ``prologue``:
-    for stride 1, one source and no partials."""
+    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout)."""
     batch, frames, height, width, c1 = x.shape
     c2 = 0 if x2 is None else x2.shape[-1]
     cout, kernel = weight.shape[out_axis], weight.shape[-1]
@@ -548,10 +479,7 @@ def conv(
     y = torch.empty((batch, frames, *size, cout), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, None, config
-    gain, offset, act = prologue or (None, None, False)
-    if prologue is not None:
-        config = replace(config, num_warps=PROLOGUE_WARPS)
-    units = images // unit_images if unit_images else 1 if gain is None else gain.shape[0]
+    units = images // unit_images if unit_images else 1
     if config.tma:
         tiles = (images // units) * cdiv(grid[0], config.box_h) * cdiv(grid[1], config.box_w)
     else:
@@ -563,7 +491,7 @@ def conv(
     programs = units * tiles * phases * phases * cdiv(cout, config.block_co)
     flags = dict(
         K=kernel, S=stride, PAD=pad, TRANSPOSED=transposed, HAS_X2=x2 is not None,
-        HAS_BIAS=bias is not None, HAS_RES=residual is not None, STATS=partial is not None, ACT=act,
+        HAS_BIAS=bias is not None, HAS_RES=residual is not None, STATS=partial is not None,
         BLOCK_CO=config.block_co, BLOCK_K=config.block_k, ACC=acc_dtype(x.dtype),
         num_warps=config.num_warps,
     )  # fmt: skip
@@ -575,16 +503,16 @@ def conv(
             for w in (first, second)
         ]
         _conv_tma_kernel[(programs,)](
-            *sources, *weights, gain, offset, bias, residual, y, partial, height, width, c1, c2,
-            weight_step(weight), *size, cout, *grid, images // units,
+            *sources, *weights, bias, residual, y, partial, c1, c2, weight_step(weight), *size,
+            cout, *grid,
             WEIGHT_K_FIRST=out_axis == 1, BOX_H=config.box_h, BOX_W=config.box_w,
             NUM_STAGES=config.num_stages, **flags,
         )  # fmt: skip
     else:
         strides = weight.stride()
         _conv_kernel[(programs,)](
-            x, x2, first, second, gain, offset, bias, residual, y, partial, height, width, c1, c2,
-            *size, cout, *grid, images // units * grid[0] * grid[1], tiles, strides[out_axis],
+            x, x2, first, second, bias, residual, y, partial, height, width, c1, c2, *size, cout,
+            *grid, images // units * grid[0] * grid[1], tiles, strides[out_axis],
             strides[1 - out_axis], strides[2], strides[3], BLOCK_P=config.block_p,
             num_stages=config.num_stages, **flags,
         )  # fmt: skip

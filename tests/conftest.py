@@ -38,7 +38,7 @@ if not GPU and not ARCH and importlib.util.find_spec("triton"):
 # end. ``.ci/check.py`` keeps xdist from putting those with few tests last.
 LONGEST = (
     "suite", "aot", "axis_attention", "space_conv", "export", "norm_act",
-    "parallel", "compile", "norm_conv",
+    "parallel", "compile",
     "packaging", "trainers", "training", "guidance_edges", "paper_tables", "unet", "guidance",
 )  # fmt: skip
 

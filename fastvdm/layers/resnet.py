@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvdm.layers.conv import SpaceConv, convolve, join, nearest_up
 from fastvdm.layers.norm import Norm, normalise
 from fastvdm.layers.plain import is_plain
-from fastvdm.ops.conv_group_norm import conv_group_norm, conv_norm_conv
+from fastvdm.ops.conv_group_norm import conv_group_norm
 
 MakeNorm = Callable[[int], Norm]
 
@@ -196,16 +196,8 @@ class PreNormResnetBlock(nn.Module):
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
-            fused = _plain(self.conv1, self.norm2)
-            if fused and mask is None and not up and is_plain(self.conv2, SpaceConv):
-                conv1, norm, conv2 = self.conv1, self.norm2, self.conv2
-                return conv_norm_conv(
-                    h, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
-                    kind=norm.kind, groups=norm.groups, per_frame=norm.per_frame, eps=norm.eps,
-                    scale=scale, shift=shift, residual=lambda: self._shortcut(x, x2),
-                )  # fmt: skip
             h = _conv_norm(
-                fused,
+                _plain(self.conv1, self.norm2),
                 self.conv1,
                 self.norm2,
                 h,

@@ -7,14 +7,10 @@ normalised activation is recomputed. The parts are re-exported from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from fastvdm.kernels.space_conv_library import adds_bias_apart
-from fastvdm.ops._call import select
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import (
     check_conv,
     choose,
@@ -24,7 +20,7 @@ from fastvdm.ops.space_conv import (
     space_conv_transpose,
 )
 
-__all__ = ["conv_group_norm", "norm_act", "norm_conv", "space_conv", "space_conv_transpose"]
+__all__ = ["conv_group_norm", "norm_act", "space_conv", "space_conv_transpose"]
 
 
 def conv_group_norm(
@@ -83,44 +79,3 @@ def conv_group_norm(
         scale=scale, shift=shift, act=act, residual=residual, dropout_mask=dropout_mask,
         stats=stats, x_bias=x_bias,
     )  # fmt: skip
-
-
-def conv_norm_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    *,
-    kind: str,
-    groups: int,
-    per_frame: bool,
-    eps: float | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Callable[[], Tensor],
-) -> Tensor:
-    """space_conv(conv_group_norm(x, weight, bias, norm_weight, ...), weight2, bias2) + residual().
-
-    The residual is made when it is needed, so that it does not wait in memory. Where the backend
-    has them, the first convolution has the statistics in its epilogue and the second the norm in
-    its prologue.
-    """
-    if kind == "group" and x.shape[0] and _has_prologue(x, weight2):
-        eps = 1e-5 if eps is None else eps
-        h, *stats = space_conv_stats(x, weight, bias, groups=groups, per_frame=per_frame, eps=eps)
-        return norm_conv(
-            h, stats, norm_weight, norm_bias, weight2, bias2, per_frame=per_frame, eps=eps,
-            scale=scale, shift=shift, residual=residual(),
-        )  # fmt: skip
-    h = conv_group_norm(
-        x, weight, bias, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame,
-        eps=eps, scale=scale, shift=shift,
-    )  # fmt: skip
-    return space_conv(h, weight2, bias2, residual=residual())
-
-
-def _has_prologue(x: Tensor, weight: Tensor) -> bool:
-    return select("norm_conv", x.device, x, weight.shape[-1]) == "triton"

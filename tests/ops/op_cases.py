@@ -30,7 +30,6 @@ from fastvdm.ops.linear import linear
 from fastvdm.ops.linear_attention import linear_attention
 from fastvdm.ops.linear_residual import linear_residual
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
 from fastvdm.ops.space_conv_ends import bias_residual, fold_upsample_weight
 from fastvdm.reference.space_conv import group_stats_ref
@@ -443,22 +442,6 @@ ROWS: dict[str, Row] = {
         dict(x=X, weight="N C K K", bias="N", norm_weight="N", residual="B F 2H 2W N"),
         VIDEO | dict(F=2, H=3, C=6, N=7, K=3), dict(kind="rms", upsample="nearest"),
         without=_CONV | _ELEMENTWISE | {"cost": "folded, as of space_conv/up"},
-    ),
-    "norm_conv/video": Row(
-        "norm_conv", norm_conv,
-        dict(x=X, norm_weight="C", norm_bias="C", scale="B C", shift="B C", weight="N C K K",
-             bias="N", residual=Y),
-        VIDEO | dict(F=2, C=12, N=9, K=3), derived=statistics, kernels=("triton",),
-        edges={
-            "frame": dict(C=6, N=17, per_frame=True),
-            "one_pixel": dict(H=1, W=1, C=24, N=6, given=("norm_bias",)),
-            "off_tile": dict(F=1, H=17, W=9, C=3, N=4, given=("norm_bias", "shift")),
-            "1x1": dict(C=42, N=20, K=1, given=("norm_bias", "scale")),
-            "5x5": dict(B=1, H=4, W=7, C=6, N=8, K=5, given=("norm_bias", "residual")),
-            "bare": dict(B=1, C=15, N=5, act=False, given=()),
-        },
-        tiles={"64_128": dict(B=1, H=16, W=9, C=48, N=128, given=("norm_bias", "scale", "bias"))},
-        without=_CONV | _ELEMENTWISE,
     ),
     # -- projections
     "linear/linear": Row(

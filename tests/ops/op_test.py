@@ -19,9 +19,7 @@ from fastvdm.ops._call import BODIES, run
 from fastvdm.ops._op import autograd, backward_of, define, fake, no_double_backward, op
 from fastvdm.ops.linear import linear
 from fastvdm.ops.norm_act import norm_act
-from fastvdm.ops.norm_conv import norm_conv
 from fastvdm.ops.space_conv import space_conv
-from fastvdm.reference.space_conv import group_stats_ref
 from fastvdm.runtime import extension
 from fastvdm.runtime.dispatch import off_on
 from fastvdm.testing import opcheck_op
@@ -312,16 +310,13 @@ def _bias_of(name, x, bias):
     weight = torch.ones(6, 8, 3, 3, device=x.device)
     if name == "linear":
         return linear(x, weight[..., 0, 0], bias)
-    if name == "norm_conv":
-        stats = group_stats_ref(x.detach(), 2)
-        return norm_conv(x, stats, torch.ones(8, device=x.device), None, weight, bias)
     if name == "pair":
         return space_conv(x[..., :5], weight, bias, x2=x[..., 5:])
     return space_conv(x, weight, bias, upsample="nearest" if name == "upsample" else None)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "triton"])
-@pytest.mark.parametrize("name", ["linear", "conv", "pair", "upsample", "norm_conv"])
+@pytest.mark.parametrize("name", ["linear", "conv", "pair", "upsample"])
 def test_a_bias_is_not_kept_for_the_backward(name, backend, device):
     x = torch.randn(1, 2, 3, 4, 8, device=device, requires_grad=True)
     bias, kept = torch.randn(6, device=device, requires_grad=True), []

@@ -128,7 +128,6 @@ SUBJECTS = (
     Subject("norm_act/rms_x_bias", "one"),
     Subject("space_conv/plain", "one"),
     Subject("space_conv/plain", "64"),
-    Subject("norm_conv/video", "one_pixel"),
     Subject("axis_attention/all"),
     Subject("axis_attention/all", "frames"),
     Subject("axis_attention/long"),
