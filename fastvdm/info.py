@@ -103,8 +103,9 @@ def _name(op: str, implementation: str, device: torch.device) -> str:
         winograd = " (Winograd)" if (op, implementation) == ("space_conv", "cpu") else ""
         return _KERNELS[implementation] + winograd
     if implementation in ("library", "torch"):
-        return "torch" if op == "linear" else _LIBRARY[device.type]
-    return _KINDS[implementation]
+        convolves = op in ("space_conv", "space_conv_transpose")
+        return _LIBRARY[device.type] if convolves else "torch"
+    return _KINDS.get(implementation, implementation)
 
 
 def _runs(op: str, device: torch.device) -> str:
@@ -120,9 +121,13 @@ def _runs(op: str, device: torch.device) -> str:
     all_types = _types_of(list(chosen))
     parts = []
     for name in (name for name in found if name != most):
+        alike: dict[str, list[str]] = {}  # of the same types
         for what, types in _types_of(found[name]).items():
             some = "" if what and types == all_types[what] else ", ".join(types)
-            parts.append(f"{name} for {' in '.join(part for part in (what, some) if part)}")
+            alike.setdefault(some, []).append(what)
+        for some, what in alike.items():
+            words = " and ".join(w for w in what if w), some
+            parts.append(f"{name} for {' in '.join(word for word in words if word)}")
     return f"{', '.join(parts)}, {most} for the rest" if parts else most
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvdm.ops._call import check_tensors, run, select, wrong_form
 from fastvdm.ops._cost import flops
-from fastvdm.ops._op import op
+from fastvdm.ops._op import backward_of, op
 from fastvdm.runtime.dispatch import ByDesign, Implementations, implementations
 
 
@@ -134,6 +134,9 @@ def _fold_axis(w: Tensor, axis: int) -> Tensor:
     return torch.stack([w2, w1 + w2, w0 + w1, w0], dim=axis)
 
 
-@flops(bias_residual_fwd, fold_upsample_weight_fwd)
+@flops(
+    bias_residual_fwd, fold_upsample_weight_fwd, backward_of(bias_residual_fwd),
+    backward_of(fold_upsample_weight_fwd),
+)  # fmt: skip
 def _(**_):
     return 0

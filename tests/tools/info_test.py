@@ -122,7 +122,7 @@ def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):
         assert runs["space_conv"] == runs["space_conv_transpose"] == "cuDNN"
         runs_on = "torch reference" if lacking else "Triton"
         rest = "composed of other ops for the rest"
-        assert runs["attention_block"] == f"{runs_on} for time in bf16, {rest}"
+        assert runs["attention_block"] == f"{runs_on} for time and linear in bf16, {rest}"
         assert (f"Triton off: {lacking}" in info.render(report)) is (lacking is not None)
 
 
