@@ -125,8 +125,8 @@ def _runs(op: str, device: torch.device) -> str:
         for what, types in _types_of(found[name]).items():
             some = "" if what and types == all_types[what] else ", ".join(types)
             alike.setdefault(some, []).append(what)
-        for some, what in alike.items():
-            words = " and ".join(w for w in what if w), some
+        for some, kinds in alike.items():
+            words = " and ".join(kind for kind in kinds if kind), some
             parts.append(f"{name} for {' in '.join(word for word in words if word)}")
     return f"{', '.join(parts)}, {most} for the rest" if parts else most
 
