@@ -35,6 +35,8 @@ class Decoder(Reader):
         self.statement = ""
         self.parts: list[str] = []
         self.type = ""
+        # The register that was packed last, of what, and the place after it.
+        self.packed: tuple[str, list[Operand], int] = ("", [], -1)
 
     def emit(
         self, op: str, to: Sequence[Operand] = (), of: Sequence[Operand] = (), flags: int = 0,
@@ -100,6 +102,7 @@ class Decoder(Reader):
                 continue
             line = re.sub(r"//.*", "", raw).strip()
             while m := re.match(r"([$\w]+):\s*", line):
+                self.packed = ("", [], -1)
                 self.labels[self.label(m[1])] = len(self.code)
                 line = line[m.end() :]
             for statement in filter(None, (s.strip() for s in line.split(";"))):

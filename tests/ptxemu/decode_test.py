@@ -21,6 +21,7 @@ HEAD = """.visible .entry k(
 .reqntid {threads}
 {{
 	.reg .pred %p<9>;
+	.reg .b16 %rs<9>;
 	.reg .b32 %r<40>;
 	.reg .b64 %rd<20>;
 	ld.param.b64 %rd1, [k_param_0];
@@ -204,6 +205,18 @@ def test_a_barrier_makes_it_right():
     emulator = run(body + "\tst.global.b32 [%rd2], %r4;", given, out, 64, shared=512)
     assert not emulator.findings
     assert (out == np.roll(given, 32, 0)).all()
+
+
+@pytest.mark.parametrize("taken, open_half", [("{%rs3, _}", False), ("{_, %rs3}", True)])
+def test_what_is_packed_beside_nothing_comes_out_as_it_was(taken, open_half):
+    """LLVM packs a half beside one that nobody wrote, and takes it out again."""
+    body = "\tld.global.b32 %r1, [%rd1];\n\tmov.b32 {%rs1, _}, %r1;\n\tmov.b32 %r2, {%rs1, %rs2};\n"
+    body += f"\tmov.b32 {taken}, %r2;\n\tmov.b32 %r4, {{%rs3, %rs3}};\n\tst.global.b32 [%rd2], %r4;"
+    given = rng.integers(0, 99, (32, 1), dtype=np.uint32)
+    out = np.zeros_like(given)
+    emulator = run(body, given, out)
+    assert bool(emulator.findings) == open_half
+    assert open_half or (out == given * 65537).all()
 
 
 TENSOR = (

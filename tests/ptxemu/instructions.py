@@ -91,10 +91,18 @@ def _move(d: Decoder, ops: list[str]) -> None:
     to, source = ops
     if to.startswith("{"):
         outs = d.vector(to, 4)
+        register, ins, place = d.packed
+        if source == register and place == len(d.code) and not d.guard:
+            # LLVM packs a value beside one that nothing wrote, and takes it out again: a register
+            # knows one answer to whether it was written.
+            for out, whole in zip(outs, ins):
+                d.emit("mov32", [out], [whole])
+            return
         d.emit("unpack", outs, [d.value(source, width)], flags=width * 8 // len(outs))
     elif source.startswith("{"):
         ins = d.vector(source, 4)
         d.emit("pack", [d.value(to, width)], ins, flags=BYTES[d.type] * 8 // len(ins))
+        d.packed = to, ins, len(d.code)
     elif source in _SPECIAL:
         op, which = _SPECIAL[source]
         d.emit(op, [d.value(to, 4)], flags=which)
