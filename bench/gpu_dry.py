@@ -212,8 +212,8 @@ def _our_own() -> None:
     flex.flex_attention = _flex_attention
     preset = UNet3D.from_preset
     UNet3D.from_preset = lambda name: preset(name, **TINY_PRESET)  # type: ignore[method-assign]
-    check = graphs.check_capturable
-    setup.check_capturable = lambda device, *rest: check(_CUDA, *rest)
+    why_not = graphs.why_not
+    setup.why_not = lambda device, *rest: why_not(_CUDA, *rest)
     _call._AUTO["cpu"] = "triton"
     if EMULATED:
         from ptxemu import emulate

@@ -72,7 +72,7 @@ def host_alone(gpu: Facts) -> Iterator[list[str]]:
         mock.patch.object(Tensor, "is_cuda", True, create=True),
         mock.patch.object(Tensor, "device", torch.device("cuda", 0), create=True),
         mock.patch.object(kept, "_TABLES", {}),
-        mock.patch.object(kept, "_lasts", lambda _: True),
+        mock.patch.object(kept, "_lasts", lambda *_: True),
         *(mock.patch.object(torch, n, here(getattr(torch, n))) for n in ("arange", "empty")),
         mock.patch.object(torch, "cat", cat),
         mock.patch.object(F, "conv2d", conv),

@@ -80,7 +80,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
     # Tables that a network makes once, among its tensors.
     tables = [
         mock.patch.object(kept, "_passing", lambda: False),
-        mock.patch.object(kept, "_lasts", lambda _: True),
+        mock.patch.object(kept, "_lasts", lambda *_: True),
         mock.patch.object(kept, "_TABLES", {}),
     ]
     fused = mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)

@@ -9,6 +9,7 @@ as the last step, which has no noise, runs as it is.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastvdm.layers.plain import hangs_on
 from fastvdm.unet.network import FactorizedUNet
 
 Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
@@ -26,9 +28,12 @@ Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 FEWEST_ROWS = 4  # a recording costs the time of three steps
-# Values of the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 a video: at 8 videos the GPU's
-# floor is what the host's launches take.
+# Where nobody asked: a recording pays where the host is well behind the device, and it may not be.
+FEWEST_ROWS_UNASKED = 16
+# Values of the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 a video: of eight the roof is 4 ms
+# (bench/static.py), about what a host takes for its launches.
 SMALL = 1 << 25
+_CAPTURING = threading.Lock()  # torch captures one graph at a time
 
 
 def why_not(device: torch.device, generator: torch.Generator | None, downsample: Any) -> str | None:
@@ -51,9 +56,9 @@ def decide(
 ) -> bool:
     """Whether steps are recorded, where ``reason`` says why they cannot be.
 
-    "auto" records a network of ours on which nothing hangs, as of others nobody knows whether they
-    wait for the device, and a small batch: a large one keeps the device busy, and a graph's memory
-    is its own. Analytic, NOT MEASURED.
+    "auto" records a network that is all ours and on which nothing hangs, as of others nobody knows
+    whether they wait for the device or keep state; and a small batch, of ``shape`` as the network
+    sees it: a large one keeps the device busy, and a graph's memory is its own. NOT MEASURED.
 
     Raises:
         ValueError: ``asked`` is True and there is a reason, or it is none of the three.
@@ -66,12 +71,14 @@ def decide(
         raise ValueError(f"cuda_graph must be True, False or 'auto', got {asked!r}")
     if reason is not None or not isinstance(model, FactorizedUNet) or model.shards is not None:
         return False
-    free = not _has_any_global_hook() and not any(_hangs(m) for m in model.modules())
-    return free and prod(shape) // shape[1] * model.stem.out_channels <= SMALL
+    small = prod(shape) // shape[1] * model.stem_width <= SMALL
+    return small and not _has_any_global_hook() and all(map(_ours, model.modules()))
 
 
-def _hangs(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+def _ours(module: nn.Module) -> bool:
+    """A module of torch's or of this package, called as it is written."""
+    known = type(module).__module__.split(".")[0] in ("torch", "fastvdm")
+    return known and not hangs_on(module) and module._compiled_call_impl is None
 
 
 def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -88,7 +95,8 @@ def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outpu
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        # Other threads go on allocating.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = step()
     except RuntimeError as error:
         raise RuntimeError(
@@ -155,7 +163,8 @@ class StepGraphs:
         self._advance, self._capture = advance, capture or capture_cuda
         self._noise, self._count, self._asked = DeviceNoise(seeds), count, asked
         kinds = Counter((row.noisy, row.guided) for row in rows)
-        self._recorded = {kind for kind, n in kinds.items() if n >= FEWEST_ROWS}
+        fewest = FEWEST_ROWS if asked else FEWEST_ROWS_UNASKED
+        self._recorded = {kind for kind, n in kinds.items() if n >= fewest}
         self._graphs: dict[tuple[bool, bool], _Graph] = {}
 
     def __call__(self, z: Tensor, row: Any) -> Outputs:
@@ -167,6 +176,8 @@ class StepGraphs:
         if kind not in self._recorded:
             return self._advance(z, row, self._noise)
         if kind not in self._graphs:
+            if not _CAPTURING.acquire(blocking=self._asked):  # another thread records: next time
+                return self._advance(z, row, self._noise)
             graph = _Graph(self._advance, z, row, self._noise)
             try:
                 with torch.cuda.device_of(z):
@@ -177,5 +188,7 @@ class StepGraphs:
                 warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=4)
                 self._recorded.clear()
                 return self._advance(z, row, self._noise)
+            finally:
+                _CAPTURING.release()
             self._graphs[kind] = graph
         return self._graphs[kind].run(z, row)

@@ -262,8 +262,9 @@ def sample(
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
         cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
-            for the device nor keep state in Python. Noise is that of ``seed``. "auto" does it on
-            CUDA at small batches, for a network of this package without hooks.
+            for the device nor keep state in Python, and its weights may change in place alone.
+            Noise is that of ``seed``. "auto" does it on CUDA at small batches, for a network of
+            this package without hooks and at least 16 steps.
 
     Raises:
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.

@@ -81,7 +81,8 @@ def prepare(
             check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
     reason = why_not(where, generator, condition.downsample if condition else None)
-    record = decide(cuda_graph, model, shape, reason)
+    seen = (2 * shape[0] if guidance_scale != 1 else shape[0], *shape[1:])
+    record = decide(cuda_graph, model, seen, reason)
     with torch.inference_mode(False), torch.no_grad():
         if cond is not None:
             cond = (cond.clone() if cond.is_inference() else cond).to(where)

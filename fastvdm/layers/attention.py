@@ -76,7 +76,7 @@ class Attention(nn.Module):
             h = out(attention(qkv(shards.to_pixels(h)), self.core, self.heads, options))
             return x + shards.to_frames(h, *x.shape[2:4])
         h = attention(qkv(h), self.core, self.heads, options)
-        if is_plain(out, Linear):
+        if is_plain(out, Linear) and is_plain(qkv, Linear):
             return linear_residual(x, h, out.weight, out.bias)
         return x + out(h)
 

@@ -14,11 +14,13 @@ P = ParamSpec("P")
 # Never emptied: a CUDA graph reads a table where it was when it was captured.
 _TABLES: dict[tuple, Tensor] = {}
 _MOST = 1024
+# Of tables that their stream may not have made yet.
+_PENDING: dict[tuple, torch.cuda.Event] = {}
 
 
 def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Decorates what makes a table, which must depend on its arguments alone, a device among them.
-    The table is shared, and must not be written to."""
+    """Decorates what makes a table, which must depend on its arguments alone, among them a device
+    with its index. The table is shared, and must not be written to."""
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -26,12 +28,13 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
             return make(*args, **kwargs)
         key = (make.__qualname__, *args, *kwargs.items())
         found = _TABLES.get(key)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                found = make(*args, **kwargs)
-            if len(_TABLES) < _MOST and _lasts(found):
-                _TABLES[key] = found
-        return found
+        if found is not None and (key not in _PENDING or _arrives(key, found)):
+            return found
+        with torch.inference_mode(False), torch.no_grad():
+            made = make(*args, **kwargs)
+        if found is None and len(_TABLES) < _MOST and _lasts(key, made):
+            _TABLES[key] = made
+        return made
 
     return table
 
@@ -43,14 +46,28 @@ def _passing() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+        or torch._C._is_tracing()
     )
 
 
-def _lasts(table: Tensor) -> bool:
-    """Whether it will be there for the next call, whichever stream that is on."""
+def _lasts(key: tuple, table: Tensor) -> bool:
+    """Not of a graph that is being captured: its values come when that is run. Of others the place
+    in their stream is noted."""
     if table.device.type != "cuda":
         return True
-    if torch.cuda.is_current_stream_capturing():  # its values come when the graph is run
+    if torch.cuda.is_current_stream_capturing():
         return False
-    torch.cuda.current_stream(table.device).synchronize()
+    _PENDING[key] = torch.cuda.current_stream(table.device).record_event()
+    return True
+
+
+def _arrives(key: tuple, table: Tensor) -> bool:
+    """Whether the current stream may read it: it was made, or the stream will wait for that."""
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    event = _PENDING.get(key)
+    if event is not None and event.query():
+        _PENDING.pop(key, None)
+    elif event is not None:
+        torch.cuda.current_stream(table.device).wait_event(event)
     return True

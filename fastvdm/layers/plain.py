@@ -12,6 +12,19 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def hangs_on(module: nn.Module) -> bool:
+    """Whether something wants to know of this very module's calls: a hook, or a ``forward`` of its
+    own, as offloading gives it. Hooks on all modules are not asked for."""
+    own = module.__dict__
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` is what ``kind`` does with its parameters, and no more.
 
@@ -20,18 +33,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     parameters are plain tensors (a quantised or a distributed one is a subclass that knows only
     torch's own ops).
     """
-    own = module.__dict__  # __getattr__ of a module costs more than all that is asked here
-    if (
-        type(module) is not kind
-        or own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-        or "forward" in own
-        or _has_any_global_hook()
-    ):
+    if type(module) is not kind or hangs_on(module) or _has_any_global_hook():
         return False
-    for p in own["_parameters"].values():
+    # __getattr__ of a module costs more than all that is asked here
+    for p in module.__dict__["_parameters"].values():
         if type(p) is not nn.Parameter and p is not None and is_traceable_wrapper_subclass(p):
             return False
     return True

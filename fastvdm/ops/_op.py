@@ -242,7 +242,7 @@ def _declare_backward(
     ]
 
     def fake_of(*args: Any) -> Any:
-        beside, found = args[1], []
+        beside, found = (args[1] if isinstance(args[1], Tensor) else args[0]), []
         for at, flag, keep in forms:
             t = args[0].new_empty(args[0].shape[-1:]) if at is None else args[at]
             if t is None or not (flag is None or args[flag]):

@@ -96,9 +96,15 @@ def _by_torch(qkv: Tensor, axis: int, options: AttentionOptions) -> bool:
         return False
     if torch.is_grad_enabled() and qkv.requires_grad:
         return False
-    b, f, h, w, _, heads, d = qkv.shape
-    small = h * w <= 64 or b * f * heads > 65535  # one tile of ours; above, its grid is at its end
-    return not (small or d % 8 or torch.are_deterministic_algorithms_enabled())
+    _, _, h, w, _, _, d = qkv.shape
+    fits = h * w > 64 and _on_grid(qkv, axis)  # one tile of ours
+    return fits and d % 8 == 0 and not torch.are_deterministic_algorithms_enabled()
+
+
+def _on_grid(qkv: Tensor, axis: int) -> bool:
+    """Whether the sequences fit on an axis of a grid of CUDA, over which others launch them."""
+    b, f, h, w, _, heads, _ = qkv.shape
+    return b * heads * (f if axis == SPACE else h * w) <= 65535
 
 
 @implementations("axis_attention", "axis_attention_fwd", "axis_attention_bwd", examples=_examples)
@@ -106,7 +112,7 @@ def _(qkv: Tensor, axis: int = TIME, options: AttentionOptions = _NONE) -> Imple
     d, fp64 = qkv.shape[-1], qkv.dtype == torch.float64
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if fp64 else None)
-    if wide and qkv.is_cuda and options._replace(bias=None) == _NONE:
+    if wide and qkv.is_cuda and options._replace(bias=None) == _NONE and _on_grid(qkv, axis):
         # One head of that size fills the registers of ours. The two have the same kernels where
         # there is a bias; without one xformers brings FlashAttention 3 to a Hopper.
         yield "triton", ByDesign(wide)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, SpaceConvTranspose, convolve
 from fastvdm.layers.norm import Norm, normalise
+from fastvdm.layers.plain import hangs_on
 from fastvdm.layers.resnet import Films, PreNormResnetBlock, ResnetBlock
 
 Block = ResnetBlock | PreNormResnetBlock
@@ -93,6 +94,30 @@ class Level(nn.Module):
         if self.resample_takes_emb:
             return self.resample(x, emb)
         return convolve(self.resample, x, upsample=self.upsample)
+
+
+def film_layers(levels: Iterable[nn.Module], middle: Iterable[nn.Module]) -> list[nn.Module]:
+    """The FiLM layers of all blocks. None where a module between the network and a layer is not as
+    it was built or has a hook: its calls keep the embedding itself."""
+    found: list[nn.Module] = []
+    units: list[nn.Module] = [*middle]
+    blocks: list[nn.Module] = []
+    for level in levels:
+        if not isinstance(level, Level):
+            return []
+        units += level.units
+        if level.resample_takes_emb and level.resample is not None:
+            blocks.append(level.resample)
+    for unit in units:
+        if not isinstance(unit, Unit) or hangs_on(unit):
+            return []
+        blocks += unit.blocks
+    for block in blocks:
+        if not isinstance(block, Block) or hangs_on(block):
+            return []
+        if block.film is not None:
+            found.append(block.film)
+    return found
 
 
 class PeerHead(nn.Module):

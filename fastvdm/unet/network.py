@@ -14,7 +14,7 @@ from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
 from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.layers.resnet import Films, films
 from fastvdm.layers.shards import FrameShards
-from fastvdm.unet.blocks import Block, Level, Unit, attend
+from fastvdm.unet.blocks import Level, Unit, attend, film_layers
 from fastvdm.unet.build import paper_parts, peer_parts
 from fastvdm.unet.config import UNetConfig, built_from, check_choice
 
@@ -32,6 +32,7 @@ class FactorizedUNet(nn.Module):
         self.levels = len(config.dim_mults)
         self.layout, self.time_input = config.layout, config.time_input
         self.position, self.rotary_dim = config.position, config.rotary_dim
+        self.stem_width = config.stem_width
         self.stem_skip, self.mask_stem_attention = config.stem_skip, config.mask_stem_attention
         self.cond_drop_prob = config.cond_drop_prob
         self.shards: FrameShards | None = None  # see fastvdm.parallel
@@ -57,8 +58,6 @@ class FactorizedUNet(nn.Module):
         self.head = parts.head
         self.push_resampled = parts.push_resampled
         self.checkpointing = config.checkpointing
-
-        self.blocks = [m for m in self.modules() if isinstance(m, Block)]  # no second parent
 
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
@@ -175,7 +174,7 @@ class FactorizedUNet(nn.Module):
         )
         emb: Tensor | Films = self._embed(time, cond, drop)
         if x.is_cuda:  # where launches are what a small batch waits for
-            emb = films(emb, [b.film for b in self.blocks if b.film is not None])
+            emb = films(emb, film_layers([*self.downs, *self.ups], self.middle))
         x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
         x = convolve(self.stem, x)
         skips = [x]

@@ -167,10 +167,27 @@ def test_a_cpu_has_no_graphs():
 def test_small_batches_are_recorded_by_themselves(recorder, monkeypatch):
     """A network of ours, alone and small; what could not be recorded runs as it is."""
     model, options = setup("plain")
+    sample(model, SHAPE, **options)
+    assert recorder.recordings == 0  # six steps are too few
+    options["num_steps"] = 17
     found = sample(model, SHAPE, **options)
     assert recorder.recordings == 1
     assert torch.equal(found, sample(model, SHAPE, cuda_graph=False, **options))
+    with graphs._CAPTURING:  # another thread records
+        assert torch.equal(found, sample(model, SHAPE, **options))
     assert recorder.recordings == 1
+
+    class Own(UNet3D):
+        """Whatever its forward does."""
+
+    own = Own(8, dim_mults=(1, 2), attn_heads=2, time_input="logsnr")
+    sample(own, SHAPE, **options)
+    stem, model.stem = model.stem, torch.nn.Sequential(model.stem)
+    assert graphs.decide("auto", model, SHAPE, None)
+    model.stem = stem
+    compiled = network()
+    compiled.compile(backend="eager")
+    assert not graphs.decide("auto", compiled, SHAPE, None)
 
     more = {k: v for k, v in options.items() if k != "seed"}
     sample(model, SHAPE, generator=torch.Generator(), **more)
@@ -190,6 +207,7 @@ def test_a_recording_that_fails_is_a_warning_where_nobody_asked(recorder, monkey
         raise RuntimeError("no graph today")
 
     model, options = setup("plain")
+    options["num_steps"] = 17
     monkeypatch.setattr(graphs, "capture_cuda", fails)
     with pytest.warns(UserWarning, match="without CUDA graphs: no graph today"):
         found = sample(model, SHAPE, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -11,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
-from fastvdm.layers import kept as tables
 from fastvdm.layers.attention import Attention
 from fastvdm.layers.kept import kept
 from fastvdm.layers.norm import Norm
 from fastvdm.layers.position import rotary_table
 from fastvdm.layers.resnet import Films, PreNormResnetBlock, ResnetBlock, films
 from fastvdm.runtime.dispatch import INTERPRETED
+from fastvdm.unet.blocks import film_layers
 
 VIEWS = {
     "view", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "split",
@@ -204,6 +205,27 @@ def test_all_film_layers_are_one_product():
     assert torch.autograd.grad(made[layers[0]].sum(), leaf)[0].abs().max() > 0
 
 
+def test_who_is_called_with_the_films():
+    """All blocks of a network, and none where something between it and a layer wants the call."""
+    made = UNet3D(8, dim_mults=(1, 2), attn_heads=2)
+
+    def found(model: UNet3D) -> list:
+        return film_layers([*model.downs, *model.ups], model.middle)
+
+    own = {id(m.film) for m in made.modules() if getattr(m, "film", None) is not None}
+    assert {id(layer) for layer in found(made)} == own and len(own) > 5
+    assert not {id(layer) for layer in found(copy.deepcopy(made))} & own
+    for place in (made.middle[0], made.ups[0].units[0].blocks[1]):
+        hook = place.register_forward_pre_hook(lambda *_: None)
+        assert found(made) == []
+        hook.remove()
+    first = made.downs[0].units[0].blocks[0]
+    made.downs[0].units[0].blocks[0] = copy.deepcopy(first)
+    assert first.film not in found(made) and len(found(made)) == len(own)
+    made.downs[0].units[0].blocks[0] = nn.Identity()
+    assert found(made) == []
+
+
 @pytest.mark.parametrize("options", [{}, dict(conditioning="add")], ids=["film", "add"])
 def test_a_block_takes_the_films_of_its_embedding(options):
     block = PreNormResnetBlock(8, 8, group, emb_dim=6, zero_init=False, **options)
@@ -231,5 +253,6 @@ def test_tables_are_made_once_for_eager_calls():
         assert type(ramp(5, cpu)) is not torch.Tensor
     torch.vmap(lambda x: x + ramp(5, cpu))(torch.zeros(2, 5))
     assert made == [5, 6, 5, 5] and ramp(5, cpu) is first
+    torch.jit.trace(lambda x: x + ramp(len(x), cpu), torch.zeros(7))
+    torch.jit.trace(lambda x: x + ramp(len(x), cpu), torch.zeros(7))
     torch.testing.assert_close(rotary_table(4, 6, cpu), rotary_table.__wrapped__(4, 6, cpu))
-    assert len(tables._TABLES) <= tables._MOST

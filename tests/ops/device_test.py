@@ -75,7 +75,7 @@ def test_descriptors_from_sm_90_on() -> None:
 
 
 def test_a_tile_of_the_temporal_block_is_what_the_architecture_holds() -> None:
-    pixels = {g: launches(g)["temporal l1"][0][2]["P"] for g in (A100, H100, B200)}
+    pixels = {g: launches(g)["temporal l0 backward"][0][2]["P"] for g in (A100, H100, B200)}
     assert pixels[A100] < pixels[H100] == pixels[B200]
 
 

@@ -382,7 +382,9 @@ def test_extras_are_those_that_the_messages_name():
     assert len(required) > 5
     for module, extra in [*required, *((p, e) for e, names in _EXTRAS.items() for p in names)]:
         assert module in brings[extra], f"fastvdm[{extra}] does not bring {module}"
-    assert set(re.findall(r"\w+", extras["all"][0].split("[")[1])) == extras.keys() - {"all"}
+    # A build of xformers is for one release of torch.
+    every = extras.keys() - {"all", "xformers"}
+    assert set(re.findall(r"\w+", extras["all"][0].split("[")[1])) == every
 
 
 @pytest.mark.slow
