@@ -253,13 +253,14 @@ def group_whole(
     drop: Tensor | None,
     act: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y where it is wanted; mean and rstd of x + x_bias, each (N, groups). 8 values a thread."""
+    """y where it is wanted; mean and rstd of x + x_bias, each (N, groups)."""
     n, length, c, _, frames = extents(x, None, per_frame)
     mean = x.new_empty((n, groups), dtype=acc_torch_dtype(x.dtype))
     rstd = torch.empty_like(mean)
     block_c = next_power_of_2(c // groups)
     num_warps = 4 if length * block_c <= 1024 else 16
-    block_l = max(1, 256 * num_warps // block_c)
+    values = 512 if y is None and num_warps == 16 else 256  # of a warp; more would spill with y
+    block_l = max(1, values * num_warps // block_c)
     _whole_kernel[(n * groups,)](
         x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
         row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act,
