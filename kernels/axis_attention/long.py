@@ -64,7 +64,7 @@ def pick_config(
     """
     wide = bd > 64
     if kind == "drel":
-        return LongConfig(16, 16, 8 if wide else 4, 1)
+        return LongConfig(16, 16, 8 if wide else 4, 1, 255)
     if shaw:
         return LongConfig(32, 32, 8, 1, 255 if kind == "dkv" else None)
     if itemsize > 2:  # products on the FMA units: smaller tiles keep operands in registers
@@ -78,7 +78,7 @@ def pick_config(
         most = 255 if rotary and kind in ("dq", "dkv") else None
         return LongConfig(32, 32, 8 if more else 4, 1, most)
     if kind == "fwd" and n <= 64 and not wide:  # one tile of keys: nothing to load ahead
-        return LongConfig(64, 32, 4, 2) if rotary and major < 9 else LongConfig(64, 64, 4, 1)
+        return LongConfig(64, 32, 4, 2) if rotary else LongConfig(64, 64, 4, 1)
     if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
         return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
     if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
