@@ -259,9 +259,7 @@ def group_whole(
     rstd = torch.empty_like(mean)
     block_c = next_power_of_2(c // groups)
     num_warps = 4 if length * block_c <= 1024 else 16
-    # Of a warp; more would spill with y, and in fp32.
-    values = 512 if y is None and num_warps == 16 and x.element_size() == 2 else 256
-    block_l = max(1, values * num_warps // block_c)
+    block_l = max(1, 256 * num_warps // block_c)
     _whole_kernel[(n * groups,)](
         x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
         row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act,
