@@ -30,7 +30,7 @@ from fastvdm.diffusion.condition import Condition, Given
 from fastvdm.diffusion.denoiser import Denoiser, evaluating, input_gradient
 from fastvdm.diffusion.plan import Row
 from fastvdm.diffusion.sample import _Noise, _Run
-from fastvdm.layers import kept
+from fastvdm.layers import embedding, kept
 from fastvdm.ops import _call, _op
 from fastvdm.runtime import dispatch
 from fastvdm.unet.config import PRESETS, RECIPES
@@ -79,7 +79,7 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Tables that a network makes once, among its tensors.
     tables = [
-        mock.patch.object(kept, "_passing", lambda: False),
+        *(mock.patch.object(file, "watched", lambda: False) for file in (kept, embedding)),
         mock.patch.object(kept, "_lasts", lambda *_: True),
         mock.patch.object(kept, "_TABLES", {}),
     ]

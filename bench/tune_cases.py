@@ -30,6 +30,13 @@ MOVES: dict[str, tuple[dict[str, Any], ...]] = {
         {"block_l": 2, "num_warps": 2},
         {"num_warps": 2},
     ),
+    "norm_act_stats": (
+        {"block_l": 2},
+        {"block_l": 0.5},
+        {"block_l": 2, "num_warps": 2},
+        {"block_l": 0.5, "num_warps": 0.5},
+        *_WARPS,
+    ),
     "norm_act_row": ({"block_l": 2}, {"block_l": 0.5}, *_WARPS),
     "temporal_block": (
         {"P": 2},
@@ -102,6 +109,8 @@ def limits(choice: Choice) -> dict[str, tuple[int, int]]:
     if kernel == "norm_act_group":
         width = next_power_of_2(max(given["c1"], given["c2"]))
         return found | {"block_c": (8, width), "block_l": (1, 256)}
+    if kernel == "norm_act_stats":
+        return found | {"block_l": (8, 512), "num_warps": (4, 16)}
     if kernel == "norm_act_row":
         return found | {"block_l": (1, 256)}
     if kernel == "temporal_block":

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastvdm.layers.kept import kept
+from fastvdm.layers.kept import kept, watched
 
 
 @kept
@@ -16,10 +16,17 @@ def _frequencies(count: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return torch.exp(torch.arange(count, device=device, dtype=dtype) * -rate)
 
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) → (B, dim): [sin, cos] of t * 10000^(-i / (dim/2 - 1)), i = 0 .. dim/2 - 1."""
-    angle = t[:, None] * _frequencies(dim // 2, t.device, t.dtype)
-    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+def sinusoid(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """(B,) → (B, dim) in ``dtype``: [sin, cos] of t * 10000^(-i / (dim/2 - 1)), where
+    i = 0 .. dim/2 - 1."""
+    half = dim // 2
+    angle = t[:, None] * _frequencies(half, t.device, t.dtype)
+    if torch.is_grad_enabled() or watched():
+        return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype)
+    out = t.new_empty((len(t), 2 * half), dtype=dtype)  # two launches for four
+    torch.sin(angle, out=out[:, :half])
+    torch.cos(angle, out=out[:, half:])
+    return out
 
 
 def log_snr_to_unit(log_snr: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ class TimeEmbedding(nn.Module):
         time = time.to(torch.promote_types(dtype, torch.float32))
         if self.time_input == "logsnr":
             time = 1000.0 * log_snr_to_unit(time)
-        return self.mlp(sinusoid(time, self.dim).to(dtype))
+        return self.mlp(sinusoid(time, self.dim, dtype))
 
 
 def probability_mask(batch: int, prob: float, device: torch.device) -> Tensor | None:

@@ -24,7 +24,7 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if _passing():
+        if watched():
             return make(*args, **kwargs)
         key = (make.__qualname__, *args, *kwargs.items())
         found = _TABLES.get(key)
@@ -39,7 +39,7 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return table
 
 
-def _passing() -> bool:
+def watched() -> bool:
     """Whether tensors made or met here are not those of eager calls: a compiler's, a transform's, a
     fake's."""
     return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvdm.layers.kept import kept
+from fastvdm.layers.plain import is_plain
 
 
 def t5_bucket(relative: Tensor, num_buckets: int = 32, max_distance: int = 32) -> Tensor:
@@ -41,8 +42,11 @@ class T5RelativeBias(nn.Module):
 
     def forward(self, n: int, device: torch.device) -> Tensor:
         bucket = _t5_buckets(n, self.num_buckets, self.max_distance, device)
-        # As kernels read it: each attention of a forward would copy it.
-        return self.relative_attention_bias(bucket).permute(2, 0, 1).contiguous()
+        table = self.relative_attention_bias
+        # Contiguous, as kernels read it: each attention of a forward would copy it.
+        if torch.is_grad_enabled() or not is_plain(table, nn.Embedding):
+            return table(bucket).permute(2, 0, 1).contiguous()
+        return table.weight.t().index_select(1, bucket.flatten()).view(-1, n, n)
 
 
 class ShawTable(nn.Module):

@@ -5,17 +5,19 @@
 
 GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
   forward   statistics: every program takes a chunk of pixels of one block of channels, each lane
-            runs Welford over its own pixels, and the lanes merge by Chan's formula into one (mean,
-            M2) per channel and chunk; a small kernel merges chunks and channels into groups. The
-            chunks are as many as fill the GPU, also for one video. Then apply: one read, one write.
-            2R + 1W in all, 1R + 1W with given statistics. A small group is one program's, which
-            reads it twice: one launch for three.
+            runs Welford over its own pixels, and the lanes and the channels of a group merge by
+            Chan's formula into one (mean, M2) per group and chunk. The chunks are about as many as
+            there are multiprocessors, also for one video. Then apply: each program merges the
+            chunks of its groups, and reads and writes once. 2R + 1W in all in two launches,
+            1R + 1W with given statistics. A group across two sources, or too wide for a program,
+            is merged from channels by a small kernel between the two. A small group is one
+            program's, which reads it twice: one launch.
   backward  with dt = dy dropout_mask SiLU'(t), A = Σ_l dt and B = Σ_l dt x_hat per channel yield
             everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
             dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
             dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W.
 x_bias, the bias of the convolution before, is part of what is normalised: x stands for x + x_bias.
-To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merge adds it to
+To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merges add it to
 the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum where wanted,
 dx_bias = Σ_n rstd (gain A - L m1 - m2 X): the sum of dx before dx is rounded.
 RMSNorm (1) and LayerNorm (2) reduce over the channels of one pixel: 1R + 1W, backward 2R + 1W.
@@ -218,9 +220,10 @@ def norm_act_fwd(
         if not given and is_small(x, x2, groups, per_frame):
             options = groups, per_frame, eps, x_bias, params, residual, drop, act
             return y, *group_whole(x, y, *options)
+        parts = None
         if mean is None or rstd is None:
-            mean, rstd = group_stats(x, x2, groups, per_frame, eps, x_bias)
-        group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act)
+            mean, rstd, parts = group_stats(x, x2, groups, per_frame, eps, x_bias)
+        group_fwd(x, x2, y, mean, rstd, x_bias, params, residual, drop, per_frame, act, parts)
         if not given:
             return y, mean, rstd
     else:

@@ -7,7 +7,8 @@ pixels are normalised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from fastvdm.kernels.common import (
     acc_dtype,
     acc_torch_dtype,
     cdiv,
+    major,
     next_power_of_2,
     widened,
 )
@@ -28,6 +30,7 @@ from fastvdm.kernels.norm_act.shared import (
     extents,
     in_powers_of_2,
     load_dt,
+    quotient,
     row_stride,
     split_for_map,
     split_for_sums,
@@ -39,19 +42,60 @@ from fastvdm.kernels.tuned import tuned
 @tuned("norm_act_group")
 def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
     """Tile of the GroupNorm kernels: 8 values a thread.
-    ``itemsize`` and ``kind``, "stats", "fwd", "sums" or "dx", tell measured tiles apart.
+    ``itemsize`` and ``kind``, "fwd", "sums" or "dx", tell measured tiles apart.
 
-    The kernels that end in a sum over pixels give each warp 32 channels of its own: Triton stores
+    The kernel that ends in a sum over pixels gives each warp 32 channels of its own: Triton stores
     what warps have to add as [channel][warp], 4-way bank conflicts with two warps, 16-way with
     four. The width pads the two sources least, among widths that read at least 64 bytes in a row;
     of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
     """
-    top = min(32 if kind in ("stats", "sums") else 64, next_power_of_2(max(c1, c2)))
+    top = min(32 if kind == "sums" else 64, next_power_of_2(max(c1, c2)))
     widths = [w for w in (64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
     # Triton has each thread fetch for itself a parameter vector that is shorter than the block
     num_warps = max(1, block_c // 32)
     return Config(block_c, 256 * num_warps // block_c, num_warps)
+
+
+class Partials(NamedTuple):
+    """What statistics are merged from: part (N, chunks, 2, groups), the mean and M2 of ``rows``
+    pixels each, the last chunk's of what is left."""
+
+    part: Tensor
+    rows: int
+    chunks: int
+    eps: float
+
+
+@triton.jit
+def merged(
+    part_ptr, n, L, group_width, groups, group0, rows, chunks,
+    EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean, without its first channel's x_bias, and rstd (BLOCK_G,) of the groups from ``group0``
+    on. Sums are of differences to the
+    first chunk's mean: what cancels is at most their square, as often as there are chunks."""
+    offs_k = tl.arange(0, BLOCK_K)[:, None]
+    group = group0 + tl.arange(0, BLOCK_G)
+    mask_g = group < groups
+    part_ptr += n * chunks * 2 * groups + group
+    shift = tl.load(part_ptr, mask=mask_g, other=0.0)
+    part_ptr = part_ptr[None, :] + offs_k * 2 * groups
+    first = tl.zeros((BLOCK_K, BLOCK_G), ACC)
+    second = tl.zeros((BLOCK_K, BLOCK_G), ACC)
+    for k0 in tl.range(0, chunks, BLOCK_K, num_stages=1):
+        k = k0 + offs_k
+        mask = (k < chunks) & mask_g[None, :]
+        size = tl.minimum(L - k * rows, rows).to(ACC)
+        apart = tl.load(part_ptr, mask=mask, other=0.0) - shift[None, :]
+        sums = tl.where(mask, size * apart, 0.0)
+        first += sums
+        second += sums * apart * group_width + tl.load(part_ptr + groups, mask=mask, other=0.0)
+        part_ptr += BLOCK_K * 2 * groups
+    total = tl.cast(L, ACC)
+    off = tl.sum(first, axis=0) / total
+    var = tl.sum(second, axis=0) / (total * group_width) - off * off
+    return shift + off, 1.0 / tl.sqrt(tl.maximum(var, 0.0) + EPS)
 
 
 @triton.jit
@@ -85,11 +129,13 @@ def source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
 
 @triton.jit(**BY_GROUP)
 def _group_fwd_kernel(
-    x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr,
-    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
+    x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, part_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
+    res_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows,
+    chunks, part_rows, part_chunks, EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels."""
+    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels; the first
+    chunk's programs write the statistics down where they come in parts."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -101,14 +147,39 @@ def _group_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
-    group = n * groups + cols // group_width
-    mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
-    rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
+    group = n * groups + quotient(cols, group_width)
+    means, rstds = tl.zeros((BLOCK_G,), ACC), tl.zeros((BLOCK_G,), ACC)
+    lead = tl.zeros((BLOCK_G,), ACC)
+    group0 = (before + c0) // group_width
+    if part_ptr is not None:
+        means, rstds = merged(
+            part_ptr, n, L, group_width, groups, group0, part_rows, part_chunks,
+            EPS, BLOCK_K, BLOCK_G, ACC,
+        )  # fmt: skip
+        here = group0 + tl.arange(0, BLOCK_G)
+        starts = here * group_width
+        writes = (chunk == 0) & (starts >= before + c0) & (starts < before + c0 + BLOCK_C)
+        writes = writes & (starts < before + width)
+        if xb_ptr is not None:
+            lead = tl.load(xb_ptr + starts, mask=here < groups, other=0.0).to(ACC)
+        tl.store(mean_ptr + n * groups + here, means + lead, mask=writes)
+        tl.store(rstd_ptr + n * groups + here, rstds, mask=writes)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
         ACC,
     )  # fmt: skip
     gain, offset = in_powers_of_2(gain, offset, ACT)
+    if part_ptr is not None:
+        place = tl.minimum(quotient(cols, group_width) - group0, BLOCK_G - 1)
+        rstd = tl.gather(rstds, place, 0)
+        mean = tl.gather(means, place, 0)
+        if xb_ptr is not None:
+            bias = tl.load(xb_ptr + cols, mask=mask_c, other=0.0).to(ACC)
+            mean += tl.gather(lead, place, 0) - bias
+        mean = mean[None, :]
+    else:
+        mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+        rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     slope = (rstd * gain)[None, :]
     offset = offset[None, :]
     FOLDED: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -156,7 +227,7 @@ def _group_bwd_sums_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
-    group = n * groups + cols // group_width
+    group = n * groups + quotient(cols, group_width)
     mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = affine(
@@ -219,7 +290,7 @@ def _group_bwd_dx_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
-    group = cols // group_width
+    group = quotient(cols, group_width)
     mean = mean_of_x(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)
     m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)
@@ -295,12 +366,27 @@ def group_fwd(
     drop: Tensor | None,
     per_frame: bool,
     act: bool,
+    parts: Partials | None = None,
 ) -> None:
-    """y in one read and one write; ``params`` is (weight, bias, scale, shift)."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "fwd", split_for_map)
+    """y in one read and one write; ``params`` is (weight, bias, scale, shift). With ``parts`` mean
+    and rstd are written, not read."""
+    # Tiles of a program also share the merging of the parts.
+    split = split_for_map if parts is None else partial(split_for_map, least=4)
+    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "fwd", split)
+    part, part_rows, part_chunks, eps = (None, 0, 0, 0.0) if parts is None else parts
+    block, width = tile["BLOCK_C"], counts[3]
+    aligned = block % width == 0 or width % block == 0
+    held = max(1, block // width) if aligned else cdiv(block, width) + 1  # groups of a block
+    block_g = 1 if part is None else max(8, next_power_of_2(held))
+    num_warps = tile["num_warps"]
+    # What it would take of registers beyond costs every seventh warp. Where it spills, it may.
+    fits = part is not None and x.element_size() == 2 and num_warps == 2
+    fits = fits and drop is None and major(x.device) >= 9
     _group_fwd_kernel[(grid,)](
-        x, x2, y, mean, rstd, x_bias, *params, residual, drop, *counts, ACT=act, **tile
-    )
+        x, x2, y, mean, rstd, part, x_bias, *params, residual, drop, *counts, part_rows,
+        part_chunks, EPS=eps, BLOCK_K=max(1, 64 * num_warps // block_g), BLOCK_G=block_g, ACT=act,
+        **tile, maxnreg=40 if fits else None,
+    )  # fmt: skip
 
 
 def group_bwd_sums(

@@ -18,7 +18,7 @@ from fastvdm.runtime.device import facts
 # What a network has many of, and no access gains by: not worth a compilation for each 1 and each
 # multiple of 16. ``frames`` is divided by, in 64 bits: 1 stays a constant.
 GENERAL: dict[str, Any] = dict(
-    do_not_specialize=["N", "L", "groups", "rows", "chunks", "total"],
+    do_not_specialize=["N", "L", "groups", "rows", "chunks", "part_rows", "part_chunks", "total"],
     do_not_specialize_on_alignment=["frames"],
 )
 
@@ -50,10 +50,13 @@ def split_for_sums(
     return rows, cdiv(length, rows)
 
 
-def split_for_map(device: torch.device, outer: int, length: int, cfg: Config) -> tuple[int, int]:
-    """The same for an elementwise pass: up to 16 tiles, which share the loads of the parameters."""
+def split_for_map(
+    device: torch.device, outer: int, length: int, cfg: Config, least: int = 1
+) -> tuple[int, int]:
+    """The same for an elementwise pass: ``least`` to 16 tiles, which share the loads of the
+    parameters."""
     tiles = outer * cdiv(length, cfg.block_l)
-    rows = max(1, min(16, tiles // programs(device, cfg.num_warps))) * cfg.block_l
+    rows = max(least, min(16, tiles // programs(device, cfg.num_warps))) * cfg.block_l
     return rows, cdiv(length, rows)
 
 
@@ -74,6 +77,12 @@ def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
     block_c = min(64, next_power_of_2(width))
     num_warps = 4 if chunks * block_c <= 1024 else most
     return dict(BLOCK_K=256 * num_warps // block_c, BLOCK_C=block_c, num_warps=num_warps)
+
+
+@triton.jit
+def quotient(cols, width):
+    """cols // width of channels, in fp32: exact below 2^20, at a seventh of a division."""
+    return ((cols.to(tl.float32) + 0.5) * (1.0 / width)).to(tl.int32)
 
 
 @triton.jit

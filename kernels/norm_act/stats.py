@@ -1,9 +1,11 @@
-"""GroupNorm's statistics in two levels; and where a group is small, the whole norm in one launch.
+"""GroupNorm's statistics, chunk by chunk; and where a group is small, the whole norm in one launch.
 
 ``__init__.py`` has the mathematics and the names.
 """
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 import triton
@@ -18,9 +20,11 @@ from fastvdm.kernels.common import (
     reciprocal,
     widened,
 )
-from fastvdm.kernels.norm_act.group import pick_config, source
+from fastvdm.kernels.norm_act.group import Partials, source
 from fastvdm.kernels.norm_act.shared import (
+    BY_GROUP,
     GENERAL,
+    Config,
     affine,
     extents,
     in_powers_of_2,
@@ -29,54 +33,105 @@ from fastvdm.kernels.norm_act.shared import (
     split_for_sums,
     store_act,
 )
+from fastvdm.kernels.tuned import tuned
 
 # Values of a group that one program may normalise alone. It is bound by the instructions it issues,
 # 27 a value: 4.7 us for 32768 (sm_90). Three launches, each after the one before, take 6 to 8 where
 # they are recorded in a graph, and 30 on the host where not. Analytic, NOT MEASURED.
 WHOLE_VALUES = 32768
-# Of which it may take the statistics alone, 9 instructions a value: 5.5 us for 131072, as long as
-# the two launches for chunks and their merge. NOT MEASURED.
-STATS_VALUES = 131072
+# Channels of a group that one program may take the statistics of.
+WIDEST_GROUP = 128
 
 
-@triton.jit(**GENERAL)
+@tuned("norm_act_stats")
+def pick_stats_config(step: int, itemsize: int) -> Config:
+    """Tile of the statistics of ``step`` channels: 32 bytes a thread, and enough warps to hide the
+    memory, for the programs are few: what follows reads one result of each. Analytic, NOT
+    MEASURED: no GPU was at hand (November 2026)."""
+    block_c = next_power_of_2(step)
+    return Config(block_c, 8192 // itemsize // block_c, 8)
+
+
+@triton.jit(**BY_GROUP)
 def _stats_kernel(
-    x_ptr, x2_ptr, part_ptr, L, C1, C2, rows, chunks,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, x2_ptr, xb_ptr, part_ptr, L, C1, C2, group_width, groups, rows, chunks,
+    EVEN: tl.constexpr, STEP: tl.constexpr, SUB: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """part (N, chunks, 2, C): mean and M2 of each channel over each chunk of ``rows`` pixels."""
-    blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
+    """part (N, chunks, 2, groups): mean and M2 of each group over each chunk of ``rows`` pixels,
+    with x_bias as a difference to that of the group's first channel. A program takes STEP channels,
+    which are whole groups; SUB divides a group."""
+    blocks = tl.cdiv(C1, STEP) + tl.cdiv(C2, STEP)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
     n = (pid // blocks // chunks).to(tl.int64)
-    src, width, c0, before = source(x_ptr, x2_ptr, pid % blocks, C1, C2, BLOCK_C)
+    src, width, c0, before = source(x_ptr, x2_ptr, pid % blocks, C1, C2, STEP)
     first = chunk * rows
     size = tl.minimum(L - first, rows)
     offs_l = tl.arange(0, BLOCK_L)
     offs_c = tl.arange(0, BLOCK_C)
-    mask_c = c0 + offs_c < width
+    mask_c = (offs_c < STEP) & (c0 + offs_c < width)
     src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
     limit = tl.where(mask_c, size, 0)[None, :]
 
     # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
     mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
-    for start in tl.range(0, size, BLOCK_L, num_stages=1):
-        mask = (start + offs_l)[:, None] < limit
-        x = widened(tl.load(src, mask=mask, other=0.0), ACC)
-        delta = tl.where(mask, x - mean, 0.0)
+    for start in tl.range(0, size, BLOCK_L, num_stages=4):
+        if EVEN:  # all tiles are full
+            x = widened(tl.load(src), ACC)
+            delta = x - mean
+        else:
+            mask = (start + offs_l)[:, None] < limit
+            x = widened(tl.load(src, mask=mask, other=0.0), ACC)
+            delta = tl.where(mask, x - mean, 0.0)
         mean += delta * reciprocal(tl.cast(start // BLOCK_L + 1, ACC))
         m2 += delta * (x - mean)
         src += BLOCK_L * width
 
-    # Chan's merge of the lanes. Means are summed as differences to the first: mean >> std needs it
+    # Chan's merges. Means are summed as differences to the first: mean >> std needs it. First of
+    # SUB channels, in a thread's registers; (BLOCK_L, BLOCK_S) from here on
+    BLOCK_S: tl.constexpr = BLOCK_C // SUB
     count = tl.maximum((size - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)[:, None]
+    sub = tl.arange(0, BLOCK_S)
+    mean = tl.reshape(mean, (BLOCK_L, BLOCK_S, SUB))
+    shift = tl.sum(tl.where(tl.arange(0, SUB)[None, None, :] == 0, mean, 0.0), axis=2)
+    apart = mean - shift[:, :, None]
+    beyond = tl.zeros((BLOCK_S,), ACC)  # x_bias of a first channel, off that of its group's
+    if xb_ptr is not None:
+        xb_ptr += before + c0
+        more = tl.load(xb_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+        lead = tl.load(xb_ptr + sub * SUB, mask=c0 + sub * SUB < width, other=0.0).to(ACC)
+        apart += (tl.reshape(more, (BLOCK_S, SUB)) - lead[:, None])[None, :, :]
+        group_lead = sub * SUB // group_width * group_width
+        found = tl.load(xb_ptr + group_lead, mask=c0 + group_lead < width, other=0.0)
+        beyond = lead - found.to(ACC)
+    off = tl.sum(apart, axis=2) / SUB
+    apart -= off[:, :, None]
+    m2 = tl.sum(tl.reshape(m2, (BLOCK_L, BLOCK_S, SUB)) + count[:, :, None] * apart * apart, axis=2)
+    mean = shift + off
+
+    # of the lanes, (BLOCK_S,)
     shift = tl.sum(tl.where(offs_l[:, None] == 0, mean, 0.0), axis=0)
     centre = shift + tl.sum(count * (mean - shift[None, :]), axis=0) / size.to(ACC)
     apart = mean - centre[None, :]
-    out = part_ptr + (n * chunks + chunk) * 2 * (C1 + C2) + before + c0 + offs_c
-    tl.store(out, centre, mask=mask_c)
-    tl.store(out + C1 + C2, tl.sum(m2 + count * apart * apart, axis=0), mask=mask_c)
+    m2 = tl.sum(m2 + SUB * count * apart * apart, axis=0)
+
+    # and of a group's, (BLOCK_S, BLOCK_G)
+    offs_g = tl.arange(0, BLOCK_G)
+    member = (sub * SUB // group_width)[:, None] == offs_g[None, :]
+    first = (sub * SUB % group_width == 0)[:, None] & member
+    shift = tl.sum(tl.where(first, centre[:, None], 0.0), axis=0)
+    apart = tl.where(member, centre[:, None] - shift[None, :] + beyond[:, None], 0.0)
+    off = tl.sum(apart, axis=0) * SUB / tl.cast(group_width, ACC)
+    apart = tl.where(member, apart - off[None, :], 0.0)
+    moment = m2[:, None] + SUB * size.to(ACC) * apart * apart
+    m2 = tl.sum(tl.where(member, moment, 0.0), axis=0)
+    group = (before + c0) // group_width + offs_g
+    mask = (offs_g < STEP // group_width) & (group < (before + width) // group_width)
+    out = part_ptr + (n * chunks + chunk) * 2 * groups + group
+    tl.store(out, shift + off, mask=mask)
+    tl.store(out + groups, m2, mask=mask)
 
 
 @triton.jit(**GENERAL)
@@ -100,34 +155,30 @@ def _merge_kernel(
         xb_ptr += pid % groups * group_width
         bias = tl.load(xb_ptr).to(ACC)
 
+    centre = tl.zeros((), ACC)
     moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + offs_k
-        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
-        for c0 in range(0, group_width, BLOCK_C):
-            c = c0 + offs_c
-            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
-            mean = tl.load(part_ptr + k[:, None] * 2 * C + c[None, :], mask=mask, other=0.0) - shift
-            if xb_ptr is not None:
-                mean += tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)[None, :] - bias
-            moment += tl.where(mask, size * mean, 0.0)
-    centre = tl.sum(moment) / total
-
-    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
-    for k0 in range(0, chunks, BLOCK_K):
-        k = k0 + offs_k
-        size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
-        for c0 in range(0, group_width, BLOCK_C):
-            c = c0 + offs_c
-            mask = (k < chunks)[:, None] & (c < group_width)[None, :]
-            at = part_ptr + k[:, None] * 2 * C + c[None, :]
-            apart = tl.load(at, mask=mask, other=0.0) - shift
-            if xb_ptr is not None:
-                more = tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)
-                apart += more[None, :] - bias
-            apart -= centre
-            m2 = tl.load(at + C, mask=mask, other=0.0)
-            moment += tl.where(mask, m2 + size * apart * apart, 0.0)
+    for second in tl.static_range(2):
+        moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+        for k0 in range(0, chunks, BLOCK_K):
+            k = k0 + offs_k
+            size = tl.minimum(L - k * rows, rows).to(ACC)[:, None]
+            for c0 in range(0, group_width, BLOCK_C):
+                c = c0 + offs_c
+                mask = (k < chunks)[:, None] & (c < group_width)[None, :]
+                at = part_ptr + k[:, None] * 2 * C + c[None, :]
+                apart = tl.load(at, mask=mask, other=0.0) - shift
+                if xb_ptr is not None:
+                    more = tl.load(xb_ptr + c, mask=c < group_width, other=0.0).to(ACC)
+                    apart += more[None, :] - bias
+                if second:
+                    apart -= centre
+                    apart *= apart
+                    m2 = tl.load(at + C, mask=mask, other=0.0)
+                    moment += tl.where(mask, m2 + size * apart, 0.0)
+                else:
+                    moment += tl.where(mask, size * apart, 0.0)
+        if not second:
+            centre = tl.sum(moment) / total
     tl.store(mean_ptr + pid, shift + bias + centre)
     tl.store(rstd_ptr + pid, 1.0 / tl.sqrt(tl.sum(moment) / total + EPS))
 
@@ -181,21 +232,20 @@ def _whole_kernel(
     tl.store(mean_ptr + pid, centre)
     tl.store(rstd_ptr + pid, rstd)
 
-    if y_ptr is not None:
-        gain, offset = affine(
-            w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols,
-            mask_c, ACC,
-        )  # fmt: skip
-        gain, offset = in_powers_of_2(gain, offset, ACT)
-        slope = rstd * gain
-        x_at = x_ptr + at
-        for start in tl.range(0, L, BLOCK_L, num_stages=3):
-            mask = start + offs_l < limit
-            x = widened(tl.load(x_at, mask=mask, other=0.0), ACC) - (centre - bias)[None, :]
-            t = x * slope[None, :] + offset[None, :]
-            store_act(t, y_ptr, res_ptr, drop_ptr, at, mask, ACT, ACC)
-            x_at += BLOCK_L * C
-            at += BLOCK_L * C
+    gain, offset = affine(
+        w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols,
+        mask_c, ACC,
+    )  # fmt: skip
+    gain, offset = in_powers_of_2(gain, offset, ACT)
+    slope = rstd * gain
+    x_at = x_ptr + at
+    for start in tl.range(0, L, BLOCK_L, num_stages=3):
+        mask = start + offs_l < limit
+        x = widened(tl.load(x_at, mask=mask, other=0.0), ACC) - (centre - bias)[None, :]
+        t = x * slope[None, :] + offset[None, :]
+        store_act(t, y_ptr, res_ptr, drop_ptr, at, mask, ACT, ACC)
+        x_at += BLOCK_L * C
+        at += BLOCK_L * C
 
 
 def group_stats(
@@ -205,45 +255,52 @@ def group_stats(
     per_frame: bool,
     eps: float,
     x_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """mean and rstd of x + x_bias, each (N, groups)."""
-    if is_small(x, x2, groups, per_frame, STATS_VALUES):
-        none = (None,) * 4
-        return group_whole(x, None, groups, per_frame, eps, x_bias, none, None, None, False)
+) -> tuple[Tensor, Tensor, Partials | None]:
+    """mean and rstd of x + x_bias, each (N, groups); with partials, these are still to be merged:
+    the launch that normalises does it on its way."""
     n, length, c1, c2, _ = extents(x, x2, per_frame)
-    acc = acc_dtype(x.dtype)
-    cfg = pick_config(c1, c2, x.element_size(), "stats")
-    blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
-    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg)
-    part = x.new_empty((n, chunks, 2, c1 + c2), dtype=acc_torch_dtype(x.dtype))
-    mean = part.new_empty((n, groups))
+    c = c1 + c2
+    width = c // groups
+    # a program must hold whole groups of one source; else it takes single channels
+    whole = width <= WIDEST_GROUP and c1 % width == 0
+    part_width = width if whole else 1
+    step = max(32 // part_width, 1) * part_width
+    cfg = pick_stats_config(step, x.element_size())
+    blocks = cdiv(c1, step) + cdiv(c2, step)
+    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg, warps=8)
+    acc = acc_torch_dtype(x.dtype)
+    part = x.new_empty((n, chunks, 2, c // part_width), dtype=acc)
+    mean = x.new_empty((n, groups), dtype=acc)
     rstd = torch.empty_like(mean)
+    even = length % rows == 0 and rows % cfg.block_l == 0
+    even = even and step == cfg.block_c and c1 % step == 0 and c2 % step == 0
     _stats_kernel[(n * chunks * blocks,)](
-        x, x2, part, length, c1, c2, rows, chunks,
-        BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc, num_warps=cfg.num_warps,
+        x, x2, x_bias if whole else None, part, length, c1, c2, part_width, c // part_width,
+        rows, chunks,
+        EVEN=even, STEP=step, SUB=gcd(part_width, 8), BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c,
+        BLOCK_G=max(8, next_power_of_2(step // part_width)), ACC=acc_dtype(x.dtype),
+        num_warps=cfg.num_warps,
     )  # fmt: skip
-    width = (c1 + c2) // groups
+    if whole:
+        return mean, rstd, Partials(part, rows, chunks, eps)
     _merge_kernel[(n * groups,)](
-        part, x_bias, mean, rstd, length, c1 + c2, width, groups, rows, chunks,
-        EPS=eps, ACC=acc, **merge_tile(chunks, width),
+        part, x_bias, mean, rstd, length, c, width, groups, rows, chunks,
+        EPS=eps, ACC=acc_dtype(x.dtype), **merge_tile(chunks, width),
         maxnreg=128,  # ptxas would rather spill than give up a block
     )  # fmt: skip
-    return mean, rstd
+    return mean, rstd, None
 
 
-def is_small(
-    x: Tensor, x2: Tensor | None, groups: int, per_frame: bool, most: int | None = None
-) -> bool:
-    """Whether a program takes a group alone: at most so many values, in rows of whole sectors."""
-    most = WHOLE_VALUES if most is None else most
+def is_small(x: Tensor, x2: Tensor | None, groups: int, per_frame: bool) -> bool:
+    """Whether a program normalises a group alone: of so many values, in rows of whole sectors."""
     _, length, c1, _, _ = extents(x, x2, per_frame)
     width = c1 // groups
-    return x2 is None and width * x.element_size() >= 32 and length * width <= most
+    return x2 is None and width * x.element_size() >= 32 and length * width <= WHOLE_VALUES
 
 
 def group_whole(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
     groups: int,
     per_frame: bool,
     eps: float,
@@ -253,13 +310,14 @@ def group_whole(
     drop: Tensor | None,
     act: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y where it is wanted; mean and rstd of x + x_bias, each (N, groups)."""
+    """y; returns mean and rstd of x + x_bias, each (N, groups)."""
     n, length, c, _, frames = extents(x, None, per_frame)
     mean = x.new_empty((n, groups), dtype=acc_torch_dtype(x.dtype))
     rstd = torch.empty_like(mean)
     block_c = next_power_of_2(c // groups)
     num_warps = 4 if length * block_c <= 1024 else 16
-    block_l = max(1, 256 * num_warps // block_c)
+    # 16 bytes a thread: more of fp32 would spill
+    block_l = max(1, 512 // x.element_size() * num_warps // block_c)
     _whole_kernel[(n * groups,)](
         x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
         row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act,

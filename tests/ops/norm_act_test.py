@@ -233,6 +233,7 @@ def test_chunks(device, monkeypatch):
         for row, sizes in {
             "group_pair": dict(B=1, H=11, W=13, C=5, E=2, groups=7),
             "group_x_bias": dict(B=1, H=11, W=13, C=7, groups=7),
+            "group": dict(B=1, H=11, W=13, C=75, groups=3),
             "layer": dict(B=1, F=2, H=11, W=3, C=40),
             "layer_x_bias": dict(B=1, F=2, H=11, W=3, C=40),
         }.items():
@@ -243,10 +244,10 @@ def test_chunks(device, monkeypatch):
 @pytest.mark.parametrize("launches", [1, 2, 3])
 @pytest.mark.parametrize("row", ["group", "group_x_bias"])
 def test_small_groups(row, launches, device, monkeypatch):
-    """A group in one launch, with its statistics in one, and in three, in rows of 32 bytes: one
-    tile, several, a part of one."""
+    """A group in one launch, in two, and in three, as where no program holds whole groups, in rows
+    of 32 bytes: one tile, several, a part of one."""
     stats = pytest.importorskip("fastvdm.kernels.norm_act.stats")
-    for name in ("WHOLE_VALUES", "STATS_VALUES")[: launches - 1]:
+    for name in ("WHOLE_VALUES", "WIDEST_GROUP")[: launches - 1]:
         monkeypatch.setattr(stats, name, 0)
     for sizes in (
         dict(B=1, F=3, H=19, W=23, C=16, groups=2),
