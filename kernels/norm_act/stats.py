@@ -36,8 +36,8 @@ from fastvdm.kernels.norm_act.shared import (
 from fastvdm.kernels.tuned import tuned
 
 # Values of a group that one program may normalise alone. It is bound by the instructions it issues,
-# 27 a value: 4.7 us for 32768 (sm_90). Three launches, each after the one before, take 6 to 8 where
-# they are recorded in a graph, and 30 on the host where not. Analytic, NOT MEASURED.
+# 27 a value: 4.7 us for 32768 (sm_90). Two launches, one after the other, take 4 to 5 where they
+# are recorded in a graph, and 20 on the host where not. Analytic, NOT MEASURED.
 WHOLE_VALUES = 32768
 # Channels of a group that one program may take the statistics of.
 WIDEST_GROUP = 128

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.layers.attention import Attention
+from fastvdm.layers.embedding import TimeEmbedding
 from fastvdm.layers.kept import kept
 from fastvdm.layers.norm import Norm
-from fastvdm.layers.position import rotary_table
+from fastvdm.layers.position import T5RelativeBias, rotary_table
 from fastvdm.layers.resnet import Films, PreNormResnetBlock, ResnetBlock, films
 from fastvdm.runtime.dispatch import INTERPRETED
 from fastvdm.unet.blocks import film_layers
@@ -256,3 +257,23 @@ def test_tables_are_made_once_for_eager_calls():
     torch.jit.trace(lambda x: x + ramp(len(x), cpu), torch.zeros(7))
     torch.jit.trace(lambda x: x + ramp(len(x), cpu), torch.zeros(7))
     torch.testing.assert_close(rotary_table(4, 6, cpu), rotary_table.__wrapped__(4, 6, cpu))
+
+
+def test_embeddings_in_fewer_launches_are_the_same():
+    """Where no gradient is wanted and nothing listens, to the last bit."""
+    time = TimeEmbedding(10, 6, time_input="index", num_layers=2, act=nn.GELU)
+    bias = T5RelativeBias(3)
+    t, cpu = torch.tensor([0.0, 7.0, 999.0]), torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        time.to(dtype), bias.to(dtype)
+        found = time(t), bias(5, cpu)
+        with torch.no_grad():
+            fewer = time(t), bias(5, cpu)
+            seen = []
+            hook = bias.relative_attention_bias.register_forward_hook(
+                lambda *a, seen=seen: seen.append(a)
+            )
+            listened = bias(5, cpu)
+            hook.remove()
+        assert len(seen) == 1 and torch.equal(listened, found[1])
+        assert all(torch.equal(a, b) for a, b in zip(found, fewer)) and fewer[1].is_contiguous()

@@ -140,6 +140,8 @@ SUBJECTS = (
     Subject("temporal_block/shaw"),
     Subject("linear_attention/linear_attention", "one_pixel"),
     Subject("linear_attention/linear_attention", "two_tiles"),
+    Subject("linear_attention_block/block", "two_tiles"),
+    Subject("linear_attention_block/block", "l1"),
     Subject("linear_residual/linear_residual", "one_row"),
     Subject("linear_residual/linear_residual", "l1"),
     Subject("guidance/seed", "one_frame"),
