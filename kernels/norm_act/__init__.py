@@ -15,7 +15,8 @@ GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
   backward  with dt = dy dropout_mask SiLU'(t), A = Σ_l dt and B = Σ_l dt x_hat per channel yield
             everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
             dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
-            dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W.
+            dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W, and two small
+            launches: chunks to the sums of each row, and these to the gradients of all vectors.
 x_bias, the bias of the convolution before, is part of what is normalised: x stands for x + x_bias.
 To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merges add it to
 the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum where wanted,
@@ -33,13 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv, next_power_of_2
+from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv
 from fastvdm.kernels.limits import GROUP, LAYER
 from fastvdm.kernels.norm_act.group import (
     group_bwd_dx,
     group_bwd_sums,
     group_fwd,
 )
+from fastvdm.kernels.norm_act.params import params_bwd
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 from fastvdm.kernels.norm_act.shared import (
     GENERAL,
@@ -100,94 +102,6 @@ def _reduce_kernel(
     if m_ptr is not None:
         tl.store(m_ptr + n * 2 * pieces + piece, tl.sum(m1) / total)
         tl.store(m_ptr + (n * 2 + 1) * pieces + piece, tl.sum(m2) / total)
-
-
-@triton.jit(**GENERAL)
-def _dfilm_kernel(
-    sums_ptr, w_ptr, b_ptr, dscale_ptr, dshift_ptr, C, frames,
-    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """dscale = weight B + bias A and dshift = A (B, C), from the sums A, B (B*frames, SUMS, C)."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    batch = (pid // blocks).to(tl.int64)
-    cols = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = cols < C
-    a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    b = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    for n0 in range(0, frames, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        mask = (n < frames)[:, None] & mask_c[None, :]
-        at = sums_ptr + (batch * frames + n)[:, None] * SUMS * C + cols[None, :]
-        a += tl.load(at, mask=mask, other=0.0)
-        b += tl.load(at + C, mask=mask, other=0.0)
-    sum_a = tl.sum(a, axis=0)
-    if dscale_ptr is not None:
-        dscale = tl.sum(b, axis=0) * tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)
-        if b_ptr is not None:
-            dscale += sum_a * tl.load(b_ptr + cols, mask=mask_c, other=0.0).to(ACC)
-        out = dscale_ptr + batch * C + cols
-        tl.store(out, dscale.to(dscale_ptr.dtype.element_ty), mask=mask_c)
-    if dshift_ptr is not None:
-        out = dshift_ptr + batch * C + cols
-        tl.store(out, sum_a.to(dshift_ptr.dtype.element_ty), mask=mask_c)
-
-
-@triton.jit(**GENERAL)
-def _dweight_kernel(
-    sums_ptr, scale_ptr, dw_ptr, db_ptr, N, C, frames, stride_scale,
-    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """dweight = Σ_n (1 + scale) B and dbias = Σ_n (1 + scale) A, (C,), of the sums (N, SUMS, C)."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = cols < C
-    a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    b = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    for n0 in range(0, N, BLOCK_N):
-        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (n < N) & mask_c[None, :]
-        at = sums_ptr + n * SUMS * C + cols[None, :]
-        more_a = tl.load(at, mask=mask, other=0.0)
-        more_b = tl.load(at + C, mask=mask, other=0.0)
-        if scale_ptr is not None:
-            at = scale_ptr + n // frames * stride_scale + cols[None, :]
-            film = 1.0 + tl.load(at, mask=mask, other=0.0).to(ACC)
-            more_a *= film
-            more_b *= film
-        a += more_a
-        b += more_b
-    tl.store(dw_ptr + cols, tl.sum(b, axis=0).to(dw_ptr.dtype.element_ty), mask=mask_c)
-    if db_ptr is not None:
-        tl.store(db_ptr + cols, tl.sum(a, axis=0).to(db_ptr.dtype.element_ty), mask=mask_c)
-
-
-@triton.jit(**GENERAL)
-def _dx_bias_kernel(
-    sums_ptr, m_ptr, rstd_ptr, w_ptr, scale_ptr, dxb_ptr, N, L, C, group_width, groups, frames,
-    stride_scale, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """dx_bias (C,) = Σ dx over all rows, from the sums (N, 3, C). The third is Σ_l x_hat for
-    GroupNorm, with m (N, 2, groups); without m it is Σ_l dx itself."""
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = cols < C
-    group = (cols // group_width)[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-    for n0 in range(0, N, BLOCK_N):
-        n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (n < N) & mask_c[None, :]
-        at = sums_ptr + n * 3 * C + cols[None, :]
-        found = tl.load(at + 2 * C, mask=mask, other=0.0)
-        if m_ptr is not None:
-            gain = tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)[None, :]
-            if scale_ptr is not None:
-                film = scale_ptr + n // frames * stride_scale + cols[None, :]
-                gain = gain * (1.0 + tl.load(film, mask=mask, other=0.0).to(ACC))
-            m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask, other=0.0)
-            m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask, other=0.0)
-            rstd = tl.load(rstd_ptr + n * groups + group, mask=mask, other=0.0)
-            found = rstd * (gain * tl.load(at, mask=mask, other=0.0) - L * m1 - found * m2)
-        total += found
-    tl.store(dxb_ptr + cols, tl.sum(total, axis=0).to(dxb_ptr.dtype.element_ty), mask=mask_c)
 
 
 def _numeric(mask: Tensor | None) -> Tensor | None:
@@ -286,23 +200,10 @@ def norm_act_bwd(
         if row_part is not None:
             sums = _reduce(row_part, None, weight, scale, 8, frames, 1, acc)
 
-    block_c = min(32, next_power_of_2(c))
-    if dscale is not None or dshift is not None:
-        _dfilm_kernel[(x.shape[0] * cdiv(c, block_c),)](
-            sums, weight, bias, dscale, dshift, c, frames, SUMS=count,
-            BLOCK_N=min(32, next_power_of_2(frames)), BLOCK_C=block_c, ACC=acc, num_warps=4,
-        )  # fmt: skip
-    if dw is not None:
-        _dweight_kernel[(cdiv(c, block_c),)](
-            sums, scale, dw, db, n, c, frames, row_stride(scale), SUMS=count,
-            BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc, num_warps=4,
-        )  # fmt: skip
-    if dxb is not None:
-        _dx_bias_kernel[(cdiv(c, block_c),)](
-            sums, m, rstd, weight, scale, dxb, n, length, c, c // groups, groups, frames,
-            row_stride(scale), BLOCK_N=min(32, next_power_of_2(n)), BLOCK_C=block_c, ACC=acc,
-            num_warps=4,
-        )  # fmt: skip
+    outs = dscale, dshift, dw, db, dxb
+    if any(t is not None for t in outs):
+        assert sums is not None
+        params_bwd(sums, m, rstd, weight, bias, scale, outs, length, frames, acc)
     found = (dx, dx2, dxb, dw, db, dscale, dshift)
     return tuple(x.new_empty(0) if t is None else t for t in found)
 
