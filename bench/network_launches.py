@@ -177,12 +177,14 @@ class Case:
         known = torch.zeros(self.shape)[:, :, :5]
         self.given = Given(Condition(frames=known), self.shape, torch.device("cpu"), torch.float32)
 
-    def run(self, way: str) -> None:
+    def run(self, way: str, listening: Callable[[], Any] = contextlib.nullcontext) -> None:
+        """One of WAYS, within ``listening()``."""
         with torch.device("meta"):
             model = self.net.make().to(memory_format=torch.channels_last)
         with fake_gpu(), self._autocast(), torch.device("cuda"):
             _place(model, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
-            train(model, self.shape) if way == "train" else self._sample(model, way == "guided")
+            with listening():
+                train(model, self.shape) if way == "train" else self._sample(model, way == "guided")
 
     def forward(self, listening: Callable[[], Any], between: Callable[[], None]) -> None:
         """Two forwards without gradients, ``between`` them a call; both within ``listening()``."""

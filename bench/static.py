@@ -159,8 +159,9 @@ def _constants(launch: Launch) -> Constants:
 
 @dataclass(frozen=True)
 class Whole:
-    """A network's forward. ``kernels`` of ours are compiled for it. In milliseconds: ``roof`` what
-    its launches need at the roof, ``floor`` what its ops need at least."""
+    """A network's forward in bf16, or a training step under autocast. ``kernels`` of ours are
+    compiled for it. In milliseconds: ``roof`` what its launches need at the roof, ``floor`` what
+    the ops of the forward, thrice in a training step, need at least."""
 
     launches: int
     kernels: int
@@ -174,29 +175,37 @@ def _at_roof(moved: float, flops: float) -> float:
     return 1e3 * max(moved / BANDWIDTH, flops / RATE)
 
 
-def whole(name: str, batch: int) -> tuple[Whole, list[Work]]:
+def whole(name: str, batch: int, train: bool) -> tuple[Whole, list[Work]]:
     import torch
 
-    net = NETS[name]
-    works = walk(net, batch, H100)
+    net, dtype = NETS[name], "autocast" if train else "bf16"
+    works = walk(net, batch, H100, dtype, train)
     with torch.device("meta"):
         model = net.make()
         x = torch.empty(batch, 3, net.frames, net.size, net.size)
         costs = network_costs(model, x, torch.empty(batch), torch.bfloat16)
-    case = Case(net, "bf16", batch)
-    forward = Call(name, lambda _: lambda: case.forward(nullcontext, lambda: None), torch.bfloat16)
+    case = Case(net, dtype, batch)
+
+    def run() -> None:
+        case.run("train") if train else case.forward(nullcontext, lambda: None)
+
     made = Whole(
         launches=len(works),
-        kernels=len(captured([forward], H100)),
+        kernels=len(captured([Call(name, lambda _: run, torch.bfloat16)], H100)),
         megabytes=round(sum(w.bytes for w in works) / 1e6, 1),
         gflop=round(sum(w.flops for w in works) / 1e9, 1),
         roof=round(sum(_at_roof(w.bytes, w.flops) for w in works), 3),
-        floor=round(sum(_at_roof(c.bytes, c.flops) for c in costs), 3),
+        floor=round(sum(_at_roof(c.bytes, c.flops) for c in costs) * (3 if train else 1), 3),
     )
     return made, works
 
 
-WHOLES = [(name, batch) for name in ("UNet3D(64)", "ucf101") for batch in (1, 8)]
+WHOLES = {
+    f"{name}, batch {batch}{', training' if train else ''}": (name, batch, train)
+    for train in (False, True)
+    for name in ("UNet3D(64)", "ucf101")
+    for batch in (1, 8)
+}
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -217,7 +226,7 @@ def kernel_table(found: dict[str, Count]) -> str:
 
 
 def network_table(found: dict[str, Whole]) -> str:
-    head = ["forward, bf16", "launches", "kernels", "MB", "GFLOP", "ms at the roof", "floor, ms"]
+    head = ["network", "launches", "kernels", "MB", "GFLOP", "ms at the roof", "floor, ms"]
     body = [
         (name, w.launches, w.kernels, w.megabytes, w.gflop, w.roof, w.floor)
         for name, w in found.items()
@@ -281,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts += ["## Kernels", kernel_table(kernels)]
         found |= kernels
     if both or args.networks:
-        wholes = {f"{name}, batch {batch}": whole(name, batch) for name, batch in WHOLES}
+        wholes = {name: whole(*what) for name, what in WHOLES.items()}
         networks = {name: w for name, (w, _) in wholes.items()}
         found |= networks
         parts += ["## Networks", network_table(networks)]

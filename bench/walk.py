@@ -1,5 +1,5 @@
-"""What a forward of a network does on a GPU, on any machine: its launches, with the bytes that each
-moves and the floating-point operations of matrix products.
+"""What a forward or a training step of a network does on a GPU, on any machine: its launches, with
+the bytes that each moves and the floating-point operations of matrix products.
 
     walk(NETS["ucf101"], batch=1)
 
@@ -30,6 +30,9 @@ _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 # Words of a table, by the name of torch's op; the others are "other".
 _KINDS = {
     "convolution": "convolution",
+    "convolution_backward": "convolution",
+    "conv2d": "convolution",
+    "linear": "product",
     "mm": "product",
     "addmm": "product",
     "addmm_": "product",
@@ -41,6 +44,7 @@ _KINDS = {
     "_to_copy": "copy",
     "add": "addition",
     "add_": "addition",
+    "sum": "sum",
 }
 _SMALL = 1 << 16  # bytes: what is below is "tiny", and only its launch counts
 
@@ -146,8 +150,9 @@ def _is_view(func: Any, made: list[Tensor], given: list[Tensor]) -> bool:
     return all(t.untyped_storage()._cdata in storages for t in made)
 
 
-def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16") -> list[Work]:
-    """The launches of one forward without gradients, in their order."""
+def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16", train: bool = False) -> list[Work]:
+    """The launches of one forward without gradients or of a training step (forward, loss, gradients
+    of all weights; no optimizer), in their order."""
     from launches import NoDevice
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -166,7 +171,10 @@ def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16") -> list[Work]:
     case = Case(net, dtype, batch)
     run = mock.patch.object(JITFunction, "run", launch)
     with run, mock.patch.dict(BODIES, ours.bodies()), pretend(gpu):
-        case.forward(lambda: _Ops(found), found.clear)
+        if train:
+            case.run("train", lambda: _Ops(found))
+        else:
+            case.forward(lambda: _Ops(found), found.clear)
     return found
 
 
