@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastvdm.kernels import space_conv
 from fastvdm.kernels.common import next_power_of_2
+from fastvdm.kernels.space_conv.shared import pick_box
 from fastvdm.kernels.tuned import Choice
 
 _LINEAR: tuple[dict[str, Any], ...] = (
@@ -169,7 +169,7 @@ def _consistent(choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
     """``fields`` with those that follow from them: the box of a tile of pixels, and square tiles
     where the kernel needs them."""
     if choice.kernel == "space_conv" and choice.given["tma"] and "block_p" in fields:
-        box = space_conv.pick_box(*choice.given["grid"], fields["block_p"])
+        box = pick_box(*choice.given["grid"], fields["block_p"])
         return fields | dict(zip(("box_h", "box_w"), box))
     square = choice.kernel == "axis_attention_long" and (
         choice.given["shaw"] or choice.given["kind"] == "drel"

@@ -140,11 +140,12 @@ def lane(request, device):
 def tma(monkeypatch, device):
     """Convolutions by tensor descriptors with small boxes, for whatever takes them."""
     kernels = pytest.importorskip("fastvdm.kernels.space_conv")
+    shared = pytest.importorskip("fastvdm.kernels.space_conv.shared")
     if (torch.cuda.get_device_capability()[0] * 10 if device == "cuda" else ARCH or 90) < 90:
         pytest.skip("tensor descriptors need sm_90")
 
     def pick(widths, grid, itemsize, tma):
-        return kernels.ConvConfig(64, 32, 16, 4, 2, True, *kernels.pick_box(*grid, 32))
+        return shared.ConvConfig(64, 32, 16, 4, 2, True, *shared.pick_box(*grid, 32))
 
     monkeypatch.setattr(kernels, "pick_config", pick)
 

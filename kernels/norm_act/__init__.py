@@ -36,11 +36,8 @@ from torch import Tensor
 
 from fastvdm.kernels.common import acc_dtype, acc_torch_dtype, cdiv
 from fastvdm.kernels.limits import GROUP, LAYER
-from fastvdm.kernels.norm_act.group import (
-    group_bwd_dx,
-    group_bwd_sums,
-    group_fwd,
-)
+from fastvdm.kernels.norm_act.group import group_fwd
+from fastvdm.kernels.norm_act.group_backward import group_bwd_dx, group_bwd_sums
 from fastvdm.kernels.norm_act.params import params_bwd
 from fastvdm.kernels.norm_act.row import row_bwd, row_fwd
 from fastvdm.kernels.norm_act.shared import (
