@@ -59,7 +59,7 @@ MUTATIONS = {
     "no wait for cp.async": Mutation(drop(r"cp\.async\.wait_group"), share=0.9),
     "no store to shared memory": Mutation(drop(r"^\s*st\.shared"), share=0.95),
     "no mask of a load": Mutation(
-        swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True, share=0.85
+        swap(r"^(\s*)@%p\d+ (ld\.global)", r"\1\2"), guarded=True, share=0.8
     ),
     "no mask of a store": Mutation(
         swap(r"^(\s*)@%p\d+ (st\.global)", r"\1\2"), guarded=True, share=0.95
