@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvdm.kernels.common import cdiv, next_power_of_2
-from fastvdm.kernels.norm_act.shared import GENERAL, quotient, row_stride
+from fastvdm.kernels.norm_act.shared import BY_GROUP, quotient, row_stride
 
 
-@triton.jit(**GENERAL)
+@triton.jit(**BY_GROUP)
 def _params_kernel(
     sums_ptr, m_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, dscale_ptr, dshift_ptr, dw_ptr, db_ptr,
     dxb_ptr, N, L, C, group_width, groups, frames, stride_scale,
