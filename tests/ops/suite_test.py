@@ -213,7 +213,8 @@ def empty(cell: Cell) -> None:
 
 
 def each_alone(cell: Cell) -> None:
-    """Each gradient is that of all of them."""
+    """Each gradient is that of all of them: to the bit in C++, and to a few roundings where a kernel
+    is compiled for what is wanted, for another one may contract other products."""
     case = cell.case()
     count = len(case.tensors)
     outputs = len(first(cell)) - count
@@ -224,7 +225,11 @@ def each_alone(cell: Cell) -> None:
     for wanted in filter(len, alone):
         found = outputs_and_grads(case, wanted=tuple(wanted))[outputs:]
         for i, g in zip(wanted, found, strict=True):
-            assert torch.equal(g, first(cell)[outputs + i]), list(case.tensors)[i]
+            expected = first(cell)[outputs + i]
+            most = 0.0
+            if COMPILED and not cell.lane.isa and expected.numel():
+                most = 8 * torch.finfo(g.dtype).eps * expected.abs().max()
+            assert (g - expected).abs().le(most).all(), list(case.tensors)[i]
 
 
 class Ops(TorchDispatchMode):

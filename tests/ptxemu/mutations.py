@@ -76,7 +76,7 @@ MUTATIONS = {
     "NaN dropped by a maximum": Mutation(
         swap(r"(max|min)\.NaN\.f32", r"\1.f32"), nan=True, share=0.85
     ),
-    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100), share=0.75),
+    "no fence before wgmma": Mutation(drop(r"fence\.proxy"), archs=(90, 100), share=0.65),
     "no wait for wgmma": Mutation(drop(r"wgmma\.wait_group"), archs=(90,), share=0.95),
     "no wait for an mbarrier": Mutation(drop(r"@!complete bra"), archs=(90, 100)),
     "no wait for tensor memory": Mutation(drop(r"tcgen05\.wait"), archs=(100,)),
