@@ -56,7 +56,7 @@ def pick_config(
 
 @triton.jit
 def _linear_residual_kernel(
-    x_ptr, o_ptr, weight_ptr, bias_ptr, y_ptr, rows, K, N,
+    x_ptr, o_ptr, weight_ptr, bias_ptr, y_ptr, rows, K, N, biases,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One tile; those of the same rows follow each other, so that o comes from the L2."""
@@ -77,8 +77,7 @@ def _linear_residual_kernel(
         o = tl.load(o_ptr + o_at, mask=(offs_k < K)[None, :], other=0.0)
         w = tl.load(weight_ptr + w_at, mask=(offs_k < K)[:, None], other=0.0)
         acc = dot_x3(o, w, acc)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + feature).to(ACC)[None, :]
+    acc += tl.load(bias_ptr + feature, mask=feature < biases, other=0.0).to(ACC)[None, :]
     at = row[:, None] * N + offs_n[None, :]
     mask = (offs_m < left)[:, None] & (offs_n < N)[None, :]
     acc += tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
@@ -95,7 +94,8 @@ def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | Non
     sizes = (x.element_size(), weight.element_size())
     config = pick_config(rows, depth, features, *sizes, major=major(x.device))
     _linear_residual_kernel[(cdiv(rows, config.BM) * cdiv(features, config.BN),)](
-        *(x, o, weight, bias, y, rows, depth, features),
+        *(x, o, weight, weight if bias is None else bias, y, rows, depth, features),
+        0 if bias is None else features,
         BM=config.BM,
         BN=config.BN,
         BK=config.BK,

@@ -23,9 +23,9 @@ _VALUES = 4096  # a program: 32 a thread, so that four loads of 16 bytes are und
 _FOLDED = 32  # channels of a tile, in and out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "residuals"])
 def _bias_residual_kernel(
-    y_ptr, bias_ptr, residual_ptr, out_ptr, rows, C,
+    y_ptr, bias_ptr, residual_ptr, out_ptr, rows, residuals, C,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(C, BLOCK_C)
@@ -39,8 +39,8 @@ def _bias_residual_kernel(
     y = tl.load(y_ptr + first * C + at, mask=mask, other=0.0).to(ACC)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + first * C + at, mask=mask, other=0.0).to(ACC)
+    mask_r = mask & (residuals > 0)
+    y += tl.load(residual_ptr + first * C + at, mask=mask_r, other=0.0).to(ACC)
     tl.store(out_ptr + first * C + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -54,7 +54,8 @@ def bias_residual_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -
     block_r = _VALUES // block_c
     rows = y.numel() // c
     _bias_residual_kernel[(cdiv(rows, block_r) * cdiv(c, block_c),)](
-        y, bias, residual, out, rows, c, BLOCK_R=block_r, BLOCK_C=block_c, ACC=acc_dtype(y.dtype),
+        y, bias, y if residual is None else residual, out, rows, 0 if residual is None else rows, c,
+        BLOCK_R=block_r, BLOCK_C=block_c, ACC=acc_dtype(y.dtype),
         num_warps=4,
     )  # fmt: skip
     return out

@@ -218,7 +218,8 @@ def _reduce(
     n, chunks, count, c = part.shape
     sums = part.new_empty((n, count, c))
     _reduce_kernel[(n * cdiv(c, width),)](
-        part, sums, m, weight, scale, c, width, frames, row_stride(scale), chunks, total,
+        part, sums, m, weight, weight if scale is None else scale, c, width, frames,
+        row_stride(scale), chunks, total,
         SUMS=count, ACC=acc,
         **merge_tile(chunks, width, 16 if width <= 16 else 4),  # wide: bank conflicts, 6-way
         maxnreg=128,  # ptxas would rather spill than give up a block

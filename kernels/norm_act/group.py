@@ -29,9 +29,10 @@ from fastvdm.kernels.norm_act.shared import (
     extents,
     in_powers_of_2,
     quotient,
-    row_stride,
     split_for_map,
     store_act,
+    vector,
+    vectors,
 )
 from fastvdm.kernels.tuned import tuned
 
@@ -96,11 +97,10 @@ def merged(
 
 
 @triton.jit
-def mean_of_x(mean_ptr, xb_ptr, group, cols, mask, ACC: tl.constexpr):
+def mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask, ACC: tl.constexpr):
     """What to take off x, (1, BLOCK_C): the mean of x + x_bias is off x by x_bias."""
     mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
-    if xb_ptr is not None:
-        mean -= tl.load(xb_ptr + cols, mask=mask, other=0.0).to(ACC)
+    mean -= vector(xb_ptr, stride_bias, 0, cols, mask, ACC)
     return mean[None, :]
 
 
@@ -127,8 +127,9 @@ def source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
 @triton.jit(**BY_GROUP)
 def _group_fwd_kernel(
     x_ptr, x2_ptr, y_ptr, mean_ptr, rstd_ptr, part_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
-    res_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows,
-    chunks, part_rows, part_chunks, EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
+    res_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift,
+    stride_bias, rows, chunks, part_rows, part_chunks,
+    EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels; the first
@@ -157,8 +158,7 @@ def _group_fwd_kernel(
         starts = here * group_width
         writes = (chunk == 0) & (starts >= before + c0) & (starts < before + c0 + BLOCK_C)
         writes = writes & (starts < before + width)
-        if xb_ptr is not None:
-            lead = tl.load(xb_ptr + starts, mask=here < groups, other=0.0).to(ACC)
+        lead = vector(xb_ptr, stride_bias, 0, starts, here < groups, ACC)
         tl.store(mean_ptr + n * groups + here, means + lead, mask=writes)
         tl.store(rstd_ptr + n * groups + here, rstds, mask=writes)
     gain, offset = affine(
@@ -170,12 +170,11 @@ def _group_fwd_kernel(
         place = tl.minimum(quotient(cols, group_width) - group0, BLOCK_G - 1)
         rstd = tl.gather(rstds, place, 0)
         mean = tl.gather(means, place, 0)
-        if xb_ptr is not None:
-            bias = tl.load(xb_ptr + cols, mask=mask_c, other=0.0).to(ACC)
-            mean += tl.gather(lead, place, 0) - bias
+        bias = vector(xb_ptr, stride_bias, 0, cols, mask_c, ACC)
+        mean += tl.gather(lead, place, 0) - bias
         mean = mean[None, :]
     else:
-        mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+        mean = mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask_c, ACC)
         rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     slope = (rstd * gain)[None, :]
     offset = offset[None, :]
@@ -208,23 +207,25 @@ def _group_fwd_kernel(
 def _launch(
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     params: tuple[Tensor | None, ...],
     groups: int,
     per_frame: bool,
     kind: str,
     split: Callable[[torch.device, int, int, Config], tuple[int, int]],
-) -> tuple[int, tuple[int, ...], dict[str, Any]]:
-    """(programs, the integers from L to chunks, tile) of a kernel whose pixels ``split`` cuts."""
+) -> tuple[int, tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
+    """(programs, the vectors from x_bias to shift, the integers from L to chunks, tile) of a kernel
+    whose pixels ``split`` cuts."""
     n, length, c1, c2, frames = extents(x, x2, per_frame)
     cfg = pick_config(c1, c2, x.element_size(), kind)
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
     rows, chunks = split(x.device, n * blocks, length, cfg)
-    strides = (row_stride(params[2]), row_stride(params[3]))
+    given, strides = vectors(x, x_bias, params)
     counts = (length, c1, c2, (c1 + c2) // groups, groups, frames, *strides, rows, chunks)
     tile: dict[str, Any] = dict(
         BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c, ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps
     )
-    return n * chunks * blocks, counts, tile
+    return n * chunks * blocks, given, counts, tile
 
 
 def group_fwd(
@@ -245,7 +246,9 @@ def group_fwd(
     and rstd are written, not read."""
     # Tiles of a program also share the merging of the parts.
     split = split_for_map if parts is None else partial(split_for_map, least=4)
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "fwd", split)
+    grid, given, counts, tile = _launch(
+        x, x2, x_bias, params, mean.shape[1], per_frame, "fwd", split
+    )
     part, part_rows, part_chunks, eps = (None, 0, 0, 0.0) if parts is None else parts
     block, width = tile["BLOCK_C"], counts[3]
     aligned = block % width == 0 or width % block == 0
@@ -256,7 +259,7 @@ def group_fwd(
     fits = part is not None and x.element_size() == 2 and num_warps == 2
     fits = fits and drop is None and major(x.device) >= 9
     _group_fwd_kernel[(grid,)](
-        x, x2, y, mean, rstd, part, x_bias, *params, residual, drop, *counts, part_rows,
+        x, x2, y, mean, rstd, part, *given, residual, drop, *counts, part_rows,
         part_chunks, EPS=eps, BLOCK_K=max(1, 64 * num_warps // block_g), BLOCK_G=block_g, ACT=act,
         **tile, maxnreg=40 if fits else None,
     )  # fmt: skip

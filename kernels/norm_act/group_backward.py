@@ -25,8 +25,8 @@ from fastvdm.kernels.norm_act.shared import (
 @triton.jit(**BY_GROUP)
 def _group_bwd_sums_kernel(
     dy_ptr, x_ptr, x2_ptr, part_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr,
-    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, rows, chunks,
-    SUMS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale, stride_shift, stride_bias, rows,
+    chunks, SUMS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """part (N, chunks, SUMS, C): the sums over a chunk of dt, of dt x_hat and, third, of x_hat."""
@@ -42,7 +42,7 @@ def _group_bwd_sums_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + quotient(cols, group_width)
-    mean = mean_of_x(mean_ptr, xb_ptr, group, cols, mask_c, ACC)
+    mean = mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + group, mask=mask_c, other=0.0)
     gain, offset = affine(
         w_ptr, b_ptr, scale_ptr, shift_ptr, n // frames, stride_scale, stride_shift, cols, mask_c,
@@ -88,7 +88,7 @@ def _group_bwd_sums_kernel(
 def _group_bwd_dx_kernel(
     dy_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, m_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr,
     scale_ptr, shift_ptr, drop_ptr, L, C1, C2, group_width, groups, frames, stride_scale,
-    stride_shift, rows, chunks,
+    stride_shift, stride_bias, rows, chunks,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels, with m (N, 2, groups)."""
@@ -105,7 +105,7 @@ def _group_bwd_dx_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = quotient(cols, group_width)
-    mean = mean_of_x(mean_ptr, xb_ptr, n * groups + group, cols, mask_c, ACC)
+    mean = mean_of_x(mean_ptr, xb_ptr, stride_bias, n * groups + group, cols, mask_c, ACC)
     rstd = tl.load(rstd_ptr + n * groups + group, mask=mask_c, other=0.0)
     m1 = tl.load(m_ptr + n * 2 * groups + group, mask=mask_c, other=0.0)
     m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask_c, other=0.0)
@@ -160,11 +160,13 @@ def group_bwd_sums(
     count: int,
 ) -> Tensor:
     """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "sums", split_for_sums)
+    grid, given, counts, tile = _launch(
+        x, x2, x_bias, params, mean.shape[1], per_frame, "sums", split_for_sums
+    )
     n, _, c1, c2, _ = extents(x, x2, per_frame)
     part = x.new_empty((n, counts[-1], count, c1 + c2), dtype=acc_torch_dtype(x.dtype))
     _group_bwd_sums_kernel[(grid,)](
-        dy, x, x2, part, mean, rstd, x_bias, *params, drop, *counts, SUMS=count, ACT=act, **tile,
+        dy, x, x2, part, mean, rstd, *given, drop, *counts, SUMS=count, ACT=act, **tile,
         maxnreg=64 if x.element_size() == 2 and count == 2 and drop is None else None,
     )  # fmt: skip
     return part
@@ -186,7 +188,9 @@ def group_bwd_dx(
     act: bool,
 ) -> None:
     """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
-    grid, counts, tile = _launch(x, x2, params, mean.shape[1], per_frame, "dx", split_for_map)
+    grid, given, counts, tile = _launch(
+        x, x2, x_bias, params, mean.shape[1], per_frame, "dx", split_for_map
+    )
     _group_bwd_dx_kernel[(grid,)](
-        dy, x, x2, dx, dx2, m, mean, rstd, x_bias, *params, drop, *counts, ACT=act, **tile
+        dy, x, x2, dx, dx2, m, mean, rstd, *given, drop, *counts, ACT=act, **tile
     )

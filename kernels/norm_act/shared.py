@@ -67,8 +67,23 @@ def extents(x: Tensor, x2: Tensor | None, per_frame: bool) -> tuple[int, int, in
     return (b * f, h * w, c1, c2, f) if per_frame else (b, f * h * w, c1, c2, 1)
 
 
+# Stands for the stride of a vector that is not there; a multiple of 16 as the strides of most.
+ABSENT = -16
+
+
 def row_stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
+    return ABSENT if t is None else t.stride(0)
+
+
+def vectors(
+    x: Tensor, x_bias: Tensor | None, params: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[int, int, int]]:
+    """x_bias, weight, bias, scale, shift as kernels take them, and the strides of scale, shift and
+    x_bias: x stands for what is not there, so that it takes no kernel of its own."""
+    weight, bias, scale, shift = params
+    at = [x if t is None else t for t in (x_bias, scale, shift)]
+    strides = row_stride(scale), row_stride(shift), ABSENT if x_bias is None else 0
+    return (at[0], weight, bias, *at[1:]), strides
 
 
 def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
@@ -86,6 +101,12 @@ def quotient(cols, width):
 
 
 @triton.jit
+def vector(ptr, stride, row, cols, mask, ACC: tl.constexpr):
+    """A row of an optional vector, 0 where there is none."""
+    return tl.load(ptr + row * stride + cols, mask=mask & (stride >= 0), other=0.0).to(ACC)
+
+
+@triton.jit
 def affine(
     w_ptr, b_ptr, scale_ptr, shift_ptr, batch, stride_scale, stride_shift, cols, mask,
     ACC: tl.constexpr,
@@ -96,11 +117,11 @@ def affine(
     if b_ptr is not None:
         offset = tl.load(b_ptr + cols, mask=mask, other=0.0).to(ACC)
     if scale_ptr is not None:
-        film = 1.0 + tl.load(scale_ptr + batch * stride_scale + cols, mask=mask, other=0.0).to(ACC)
+        film = 1.0 + vector(scale_ptr, stride_scale, batch, cols, mask, ACC)
         gain *= film
         offset *= film
     if shift_ptr is not None:
-        offset += tl.load(shift_ptr + batch * stride_shift + cols, mask=mask, other=0.0).to(ACC)
+        offset += vector(shift_ptr, stride_shift, batch, cols, mask, ACC)
     return gain, offset
 
 

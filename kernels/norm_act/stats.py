@@ -22,6 +22,7 @@ from fastvdm.kernels.common import (
 )
 from fastvdm.kernels.norm_act.group import Partials, source
 from fastvdm.kernels.norm_act.shared import (
+    ABSENT,
     BY_GROUP,
     GENERAL,
     Config,
@@ -29,9 +30,10 @@ from fastvdm.kernels.norm_act.shared import (
     extents,
     in_powers_of_2,
     merge_tile,
-    row_stride,
     split_for_sums,
     store_act,
+    vector,
+    vectors,
 )
 from fastvdm.kernels.tuned import tuned
 
@@ -54,8 +56,8 @@ def pick_stats_config(step: int, itemsize: int) -> Config:
 
 @triton.jit(**BY_GROUP)
 def _stats_kernel(
-    x_ptr, x2_ptr, xb_ptr, part_ptr, L, C1, C2, group_width, groups, rows, chunks,
-    EVEN: tl.constexpr, STEP: tl.constexpr, SUB: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_ptr, x2_ptr, xb_ptr, part_ptr, L, C1, C2, group_width, groups, stride_bias, rows,
+    chunks, EVEN: tl.constexpr, STEP: tl.constexpr, SUB: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """part (N, chunks, 2, groups): mean and M2 of each group over each chunk of ``rows`` pixels,
@@ -97,15 +99,13 @@ def _stats_kernel(
     mean = tl.reshape(mean, (BLOCK_L, BLOCK_S, SUB))
     shift = tl.sum(tl.where(tl.arange(0, SUB)[None, None, :] == 0, mean, 0.0), axis=2)
     apart = mean - shift[:, :, None]
-    beyond = tl.zeros((BLOCK_S,), ACC)  # x_bias of a first channel, off that of its group's
-    if xb_ptr is not None:
-        xb_ptr += before + c0
-        more = tl.load(xb_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
-        lead = tl.load(xb_ptr + sub * SUB, mask=c0 + sub * SUB < width, other=0.0).to(ACC)
-        apart += (tl.reshape(more, (BLOCK_S, SUB)) - lead[:, None])[None, :, :]
-        group_lead = sub * SUB // group_width * group_width
-        found = tl.load(xb_ptr + group_lead, mask=c0 + group_lead < width, other=0.0)
-        beyond = lead - found.to(ACC)
+    xb_ptr += before + c0
+    more = vector(xb_ptr, stride_bias, 0, offs_c, mask_c, ACC)
+    lead = vector(xb_ptr, stride_bias, 0, sub * SUB, c0 + sub * SUB < width, ACC)
+    apart += (tl.reshape(more, (BLOCK_S, SUB)) - lead[:, None])[None, :, :]
+    group_lead = sub * SUB // group_width * group_width
+    # x_bias of a first channel, off that of its group's
+    beyond = lead - vector(xb_ptr, stride_bias, 0, group_lead, c0 + group_lead < width, ACC)
     off = tl.sum(apart, axis=2) / SUB
     apart -= off[:, :, None]
     m2 = tl.sum(tl.reshape(m2, (BLOCK_L, BLOCK_S, SUB)) + count[:, :, None] * apart * apart, axis=2)
@@ -186,7 +186,7 @@ def _merge_kernel(
 @triton.jit(**GENERAL)
 def _whole_kernel(
     x_ptr, y_ptr, mean_ptr, rstd_ptr, xb_ptr, w_ptr, b_ptr, scale_ptr, shift_ptr, res_ptr, drop_ptr,
-    L, C, group_width, groups, frames, stride_scale, stride_shift,
+    L, C, group_width, groups, frames, stride_scale, stride_shift, stride_bias,
     EPS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -198,9 +198,7 @@ def _whole_kernel(
     mask_c = offs_c < group_width
     cols = pid % groups * group_width + offs_c
     limit = tl.where(mask_c, L, 0)[None, :]
-    bias = tl.zeros((BLOCK_C,), ACC)
-    if xb_ptr is not None:
-        bias = tl.load(xb_ptr + cols, mask=mask_c, other=0.0).to(ACC)
+    bias = vector(xb_ptr, stride_bias, 0, cols, mask_c, ACC)
     at = n * L * C + offs_l * C + cols[None, :]
 
     # (BLOCK_L, BLOCK_C): lanes as in _stats_kernel
@@ -272,11 +270,11 @@ def group_stats(
     part = x.new_empty((n, chunks, 2, c // part_width), dtype=acc)
     mean = x.new_empty((n, groups), dtype=acc)
     rstd = torch.empty_like(mean)
-    even = length % rows == 0 and rows % cfg.block_l == 0
+    even = whole and length % rows == 0 and rows % cfg.block_l == 0
     even = even and step == cfg.block_c and c1 % step == 0 and c2 % step == 0
     _stats_kernel[(n * chunks * blocks,)](
-        x, x2, x_bias if whole else None, part, length, c1, c2, part_width, c // part_width,
-        rows, chunks,
+        x, x2, x if x_bias is None else x_bias, part, length, c1, c2, part_width, c // part_width,
+        0 if whole and x_bias is not None else ABSENT, rows, chunks,
         EVEN=even, STEP=step, SUB=gcd(part_width, 8), BLOCK_L=cfg.block_l, BLOCK_C=cfg.block_c,
         BLOCK_G=max(8, next_power_of_2(step // part_width)), ACC=acc_dtype(x.dtype),
         num_warps=cfg.num_warps,
@@ -318,9 +316,10 @@ def group_whole(
     num_warps = 4 if length * block_c <= 1024 else 16
     # 16 bytes a thread: more of fp32 would spill
     block_l = max(1, 512 // x.element_size() * num_warps // block_c)
+    given, strides = vectors(x, x_bias, params)
     _whole_kernel[(n * groups,)](
-        x, y, mean, rstd, x_bias, *params, residual, drop, length, c, c // groups, groups, frames,
-        row_stride(params[2]), row_stride(params[3]), EPS=eps, ACT=act,
+        x, y, mean, rstd, *given, residual, drop, length, c, c // groups, groups, frames, *strides,
+        EPS=eps, ACT=act,
         EVEN=length % block_l == 0 and c == groups * block_c, BLOCK_L=block_l, BLOCK_C=block_c,
         ACC=acc_dtype(x.dtype), num_warps=num_warps,
     )  # fmt: skip
