@@ -213,8 +213,8 @@ def empty(cell: Cell) -> None:
 
 
 def each_alone(cell: Cell) -> None:
-    """Each gradient is that of all of them: to the bit in C++, and to a few roundings where a kernel
-    is compiled for what is wanted, for another one may contract other products."""
+    """Each gradient is that of all of them: to the bit in C++, and to a few roundings where there
+    is a compiled kernel for what is wanted, which may contract other products."""
     case = cell.case()
     count = len(case.tensors)
     outputs = len(first(cell)) - count
