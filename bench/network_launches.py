@@ -177,14 +177,18 @@ class Case:
         known = torch.zeros(self.shape)[:, :, :5]
         self.given = Given(Condition(frames=known), self.shape, torch.device("cpu"), torch.float32)
 
-    def run(self, way: str, listening: Callable[[], Any] = contextlib.nullcontext) -> None:
-        """One of WAYS, within ``listening()``."""
+    def run(self, way: str, listening: Callable[[], Any] | None = None) -> None:
+        """One of WAYS; with ``listening`` once before, and then within ``listening()``."""
         with torch.device("meta"):
             model = self.net.make().to(memory_format=torch.channels_last)
         with fake_gpu(), self._autocast(), torch.device("cuda"):
             _place(model, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
-            with listening():
-                train(model, self.shape) if way == "train" else self._sample(model, way == "guided")
+            for context in [contextlib.nullcontext, *([listening] if listening else [])]:
+                with context():
+                    if way == "train":
+                        train(model, self.shape)
+                    else:
+                        self._sample(model, way == "guided")
 
     def forward(self, listening: Callable[[], Any], between: Callable[[], None]) -> None:
         """Two forwards without gradients, ``between`` them a call; both within ``listening()``."""

@@ -23,7 +23,7 @@ def sinusoid(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     angle = t[:, None] * _frequencies(half, t.device, t.dtype)
     if torch.is_grad_enabled() or watched():
         return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype)
-    out = t.new_empty((len(t), 2 * half), dtype=dtype)  # two launches for four
+    out = t.new_empty((len(t), 2 * half), dtype=dtype)  # two launches, not three or four
     torch.sin(angle, out=out[:, :half])
     torch.cos(angle, out=out[:, half:])
     return out

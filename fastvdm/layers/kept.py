@@ -46,6 +46,7 @@ def watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._is_tracing()
     )
 

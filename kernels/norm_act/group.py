@@ -1,4 +1,4 @@
-"""GroupNorm: tiles, forward from given statistics.
+"""GroupNorm: tiles, and the forward from statistics that are whole or in parts.
 
 ``__init__.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
 pixels are normalised.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastvdm.kernels.common import (
     acc_dtype,
+    at_least,
     cdiv,
     major,
     next_power_of_2,
@@ -70,15 +71,21 @@ def merged(
     part_ptr, n, L, group_width, groups, group0, rows, chunks,
     EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean, without its first channel's x_bias, and rstd (BLOCK_G,) of the groups from ``group0``
-    on. Sums are of differences to the
-    first chunk's mean: what cancels is at most their square, as often as there are chunks."""
+    """mean, without its first channel's x_bias, and rstd (BLOCK_G,) of the groups from ``group0``.
+
+    Sums are of differences to the mean of the first BLOCK_K chunks: what cancels is their square,
+    and that is small against the variance, whichever chunk holds an outlier.
+    """
     offs_k = tl.arange(0, BLOCK_K)[:, None]
     group = group0 + tl.arange(0, BLOCK_G)
     mask_g = group < groups
     part_ptr += n * chunks * 2 * groups + group
     shift = tl.load(part_ptr, mask=mask_g, other=0.0)
     part_ptr = part_ptr[None, :] + offs_k * 2 * groups
+    mask = (offs_k < chunks) & mask_g[None, :]
+    apart = tl.load(part_ptr, mask=mask, other=0.0) - shift[None, :]
+    few = tl.minimum(chunks, BLOCK_K).to(ACC)
+    shift += tl.sum(tl.where(mask, apart, 0.0), axis=0) / few
     first = tl.zeros((BLOCK_K, BLOCK_G), ACC)
     second = tl.zeros((BLOCK_K, BLOCK_G), ACC)
     for k0 in tl.range(0, chunks, BLOCK_K, num_stages=1):
@@ -93,7 +100,7 @@ def merged(
     total = tl.cast(L, ACC)
     off = tl.sum(first, axis=0) / total
     var = tl.sum(second, axis=0) / (total * group_width) - off * off
-    return shift + off, 1.0 / tl.sqrt(tl.maximum(var, 0.0) + EPS)
+    return shift + off, 1.0 / tl.sqrt(at_least(var, 0.0) + EPS)
 
 
 @triton.jit
@@ -146,8 +153,6 @@ def _group_fwd_kernel(
     mask_c = c0 + offs_c < width
     cols = before + c0 + offs_c
     group = n * groups + quotient(cols, group_width)
-    means, rstds = tl.zeros((BLOCK_G,), ACC), tl.zeros((BLOCK_G,), ACC)
-    lead = tl.zeros((BLOCK_G,), ACC)
     group0 = (before + c0) // group_width
     if part_ptr is not None:
         means, rstds = merged(

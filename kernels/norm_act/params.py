@@ -32,7 +32,7 @@ def _params_kernel(
     film = tl.full((BLOCK_B, BLOCK_C), 1.0, ACC)
     total_a = tl.zeros((BLOCK_B, BLOCK_C), ACC)
     total_b = tl.zeros((BLOCK_B, BLOCK_C), ACC)
-    total_x = tl.zeros((BLOCK_B, BLOCK_C), ACC)
+    total_x = tl.zeros((BLOCK_B, BLOCK_F, BLOCK_C), ACC)
     batches = N // frames
     for b0 in range(0, batches, BLOCK_B):
         batch = (b0 + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
@@ -58,7 +58,7 @@ def _params_kernel(
                     m2 = tl.load(m_ptr + (n * 2 + 1) * groups + group, mask=mask, other=0.0)
                     rstd = tl.load(rstd_ptr + n * groups + group, mask=mask, other=0.0)
                     dx = rstd * ((weight * film)[:, None, :] * a - L * m1 - dx * m2)
-                total_x += tl.sum(dx, axis=1)
+                total_x += dx
         total_a += film * sum_a
         total_b += film * sum_b
         out = batch * C + cols[None, :]
@@ -74,7 +74,7 @@ def _params_kernel(
         dbias = tl.sum(total_a, axis=0)
         tl.store(db_ptr + cols, dbias.to(db_ptr.dtype.element_ty), mask=mask_c)
     if dxb_ptr is not None:
-        dx_bias = tl.sum(total_x, axis=0)
+        dx_bias = tl.sum(tl.sum(total_x, axis=1), axis=0)
         tl.store(dxb_ptr + cols, dx_bias.to(dxb_ptr.dtype.element_ty), mask=mask_c)
 
 

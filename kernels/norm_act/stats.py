@@ -156,7 +156,6 @@ def _merge_kernel(
         bias = tl.load(xb_ptr).to(ACC)
 
     centre = tl.zeros((), ACC)
-    moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
     for second in tl.static_range(2):
         moment = tl.zeros((BLOCK_K, BLOCK_C), ACC)
         for k0 in range(0, chunks, BLOCK_K):
@@ -265,7 +264,7 @@ def group_stats(
     step = max(32 // part_width, 1) * part_width
     cfg = pick_stats_config(step, x.element_size())
     blocks = cdiv(c1, step) + cdiv(c2, step)
-    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg, warps=8)
+    rows, chunks = split_for_sums(x.device, n * blocks, length, cfg, cfg.num_warps)
     acc = acc_torch_dtype(x.dtype)
     part = x.new_empty((n, chunks, 2, c // part_width), dtype=acc)
     mean = x.new_empty((n, groups), dtype=acc)

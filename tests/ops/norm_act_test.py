@@ -5,6 +5,8 @@ The chunking that large maps would show under the interpreter is forced by ``pro
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -234,11 +236,36 @@ def test_chunks(device, monkeypatch):
             "group_pair": dict(B=1, H=11, W=13, C=5, E=2, groups=7),
             "group_x_bias": dict(B=1, H=11, W=13, C=7, groups=7),
             "group": dict(B=1, H=11, W=13, C=75, groups=3),
+            "group_frame": dict(B=1, F=3, H=11, W=13, C=64, groups=16),
             "layer": dict(B=1, F=2, H=11, W=3, C=40),
             "layer_x_bias": dict(B=1, F=2, H=11, W=3, C=40),
         }.items():
             with use_backend("triton"):
                 check_parity(make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes))
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan"), float("inf")])
+def test_outlier_in_one_of_many_chunks(value, device, monkeypatch):
+    """The variance does not cancel, whichever chunk it is in, and a NaN stays one."""
+    shared = pytest.importorskip("fastvdm.kernels.norm_act.shared")
+    stats = importlib.import_module("fastvdm.kernels.norm_act.stats")
+    monkeypatch.setattr(stats, "WHOLE_VALUES", 0)
+    monkeypatch.setattr(shared, "programs", lambda *_: 64)
+    for chunk in (0, 5):
+        x = torch.randn(1, 80, 16, 16, 16, device=device)
+        x[0, 2 * chunk, ..., :8] += value
+        w = torch.ones(16, device=device)
+        absent = (None,) * 7  # from bias to rstd
+        rest = 0, 2, False, 1e-5, False, "triton"
+        y, mean, rstd = ops.norm_act_fwd(x, None, None, w, *absent, *rest)
+        wide = x.double().unflatten(-1, (2, 8))
+        var, centre = torch.var_mean(wide, (1, 2, 3, 5), correction=0)
+        expected = centre, (var + 1e-5).rsqrt()
+        for found, ref in zip((mean, rstd), expected):
+            assert torch.equal(found.isnan(), ref.isnan() | (ref == 0) | ref.isinf())
+            good = ~found.isnan()
+            torch.testing.assert_close(found.double()[good], ref[good], rtol=1e-6, atol=1e-6)
+        assert torch.equal(y.isnan()[..., ::8], mean.isnan().expand(*y.shape[:-1], 2))
 
 
 @pytest.mark.parametrize("launches", [1, 2, 3])
@@ -249,16 +276,28 @@ def test_small_groups(row, launches, device, monkeypatch):
     stats = pytest.importorskip("fastvdm.kernels.norm_act.stats")
     for name in ("WHOLE_VALUES", "WIDEST_GROUP")[: launches - 1]:
         monkeypatch.setattr(stats, name, 0)
+    norm = importlib.import_module("fastvdm.kernels.norm_act")
+    made = []
+
+    def group_stats(*args):
+        made.append(stats.group_stats(*args))
+        return made[-1]
+
+    monkeypatch.setattr(norm, "group_stats", group_stats)
     for sizes in (
         dict(B=1, F=3, H=19, W=23, C=16, groups=2),
         dict(B=2, F=2, H=5, W=7, C=33, groups=3, per_frame=True),
         dict(B=1, F=1, H=1, W=2, C=8, groups=1),
+        dict(B=1, F=1, H=16, W=16, C=64, groups=2),  # tiles that are full
+        dict(B=2, F=1, H=3, W=5, C=96, groups=8),
     ):
         case = make(ROWS[f"norm_act/{row}"], torch.float32, device, sizes)
         x, given = case.tensors["x"], sizes.get("per_frame", False)
         assert stats.is_small(x, None, sizes["groups"], given) == (launches == 1)
         with use_backend("triton"):
             check_parity(case)
+    # one is not called, two leave the chunks to the last, three have merged them
+    assert bool(made) == (launches > 1) and {p is None for *_, p in made} <= {launches == 3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

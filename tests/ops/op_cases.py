@@ -340,6 +340,7 @@ ROWS: dict[str, Row] = {
         edges={
             "one_channel_a_group": dict(F=1, H=3, C=6, groups=6),
             "frame": dict(C=15, groups=5, per_frame=True),
+            "narrow_frames": dict(B=3, F=2, C=8, groups=4, per_frame=True),
             "bare": dict(C=16, groups=2, act=False, given=("x_bias",)),
         },
     ),
