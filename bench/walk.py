@@ -166,13 +166,17 @@ def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16", train: bool = Fa
         tensors = [getattr(a, "base", a) for a in (*args, *options.values())]
         found.append(Work(f"{op}.{name}", _bytes(_tensors(tensors)), ours.take()))
 
+    def listening() -> _Ops:
+        found.clear()
+        return _Ops(found)
+
     driver.set_active(NoDevice(gpu.capability))
     # Weights are prepared once: what the second forward still launches is what counts.
     case = Case(net, dtype, batch)
     run = mock.patch.object(JITFunction, "run", launch)
     with run, mock.patch.dict(BODIES, ours.bodies()), pretend(gpu):
         if train:
-            case.run("train", lambda: _Ops(found))
+            case.run("train", listening)
         else:
             case.forward(lambda: _Ops(found), found.clear)
     return found
