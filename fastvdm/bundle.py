@@ -38,7 +38,10 @@ SCHEDULES = ("cosine", "discrete")
 class Settings:
     """What sampling must know of the training, and the sampling defaults of the model.
 
-    num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on.
+    num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on: fps is
+    that of the clips, data_fps what the videos were resampled to before every frameskip-th frame
+    was taken, None for as they were. value_range is that of the data; None is latents, which are
+    neither scaled nor clipped. classes names the classes of a network conditioned on one of them.
     schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
     with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
     step indices and "cosine" for one that takes log-SNRs.
@@ -54,6 +57,9 @@ class Settings:
     schedule: str | None = None
     timesteps: int = 1000
     betas: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
+    data_fps: float | None = None
+    classes: tuple[str, ...] | None = None
     text_encoder: str | None = None
     text_pooling: str = "attention"
     text_max_length: int = 128
@@ -119,10 +125,15 @@ class Bundle:
         return self
 
     def cond(
-        self, captions: list[str] | None, batch: int, vectors: Tensor | None = None
+        self,
+        captions: list[str] | None,
+        batch: int,
+        vectors: Tensor | None = None,
+        labels: list[str] | None = None,
     ) -> Tensor | None:
-        """The conditioning (batch, cond_dim), from captions (one for all, or one for each) or from
-        ``vectors`` (cond_dim,), (1, cond_dim) or (batch, cond_dim).
+        """The conditioning (batch, cond_dim), from captions or from labels, names of classes (one
+        for all, or one for each), or from ``vectors`` (cond_dim,), (1, cond_dim) or (batch,
+        cond_dim).
 
         A network of video-diffusion-pytorch of width 768 takes captions as that does:
         bert-base-cased, the mean of its token states.
@@ -132,14 +143,20 @@ class Bundle:
                 a number or width that does not fit, or no encoder that makes captions a vector.
         """
         dim = self.unet.cond_dim
+        words = {"captions": captions, "labels": labels, "a vector": vectors}
+        given = [name for name, value in words.items() if value is not None]
         if dim is None:
-            if captions or vectors is not None:
-                given = "captions were" if captions else "a vector was"
-                raise ValueError(f"{given} given, but this model has no conditioning")
+            if given:
+                raise ValueError(f"{given[0]} given, but this model has no conditioning")
             return None
+        if len(given) > 1:
+            raise ValueError(f"give captions, labels or a vector (cond), not {' and '.join(given)}")
+        classes = self.settings.classes
+        if classes is not None and vectors is None:
+            return self._one_hot(labels, classes, batch)
+        if labels is not None:
+            raise ValueError("labels were given, but this model names no classes")
         if vectors is not None:
-            if captions:
-                raise ValueError("give captions or a vector (cond), not both")
             rows = vectors[None] if vectors.ndim == 1 else vectors
             if rows.ndim != 2 or rows.shape[1] != dim or len(rows) not in (1, batch):
                 raise ValueError(
@@ -162,6 +179,19 @@ class Bundle:
             raise ValueError(f"expected 1 or {batch} captions, got {len(captions)}")
         with torch.no_grad():
             return self.text.eval()(captions).expand(batch, -1)
+
+    def _one_hot(self, labels: list[str] | None, classes: tuple[str, ...], batch: int) -> Tensor:
+        some = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
+        if not labels:
+            raise ValueError(f"this model is conditioned on a class: give a label of {some}")
+        unknown = [label for label in labels if label not in classes]
+        if unknown:
+            raise ValueError(f"no class {unknown[0]!r}: the model has {some}")
+        if len(labels) not in (1, batch):
+            raise ValueError(f"expected 1 or {batch} labels, got {len(labels)}")
+        numbers = torch.tensor([classes.index(label) for label in labels])
+        rows = torch.nn.functional.one_hot(numbers, len(classes))
+        return rows.to(self.unet.stem.weight).expand(batch, -1)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """config.json, model.safetensors (``UNet3D.from_pretrained`` reads these two),
@@ -275,7 +305,7 @@ def _settings(stored: dict[str, Any]) -> Settings:
     unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}")
-    for name in ("image_size", "betas"):
+    for name in ("image_size", "betas", "value_range", "classes"):
         if stored.get(name) is not None:
             stored[name] = tuple(stored[name])
     return Settings(**stored)

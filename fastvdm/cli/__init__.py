@@ -1,6 +1,6 @@
-"""The command ``fastvdm``: info, train, sample, extend, interpolate, upscale, export.
+"""The command ``fastvdm``.
 
-``info`` needs no optional package; the others, in ``fastvdm.cli.commands``, need the extra ``cli``.
+``info`` needs no optional package; the other commands need the extra ``cli``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 1 after an error, 2 for a wrong command line."""
+    """Run one command; returns the exit code: 1 after an error, 2 for a wrong command line, 130
+    after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -27,10 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line(warnings.showwarning)
             return _typer(arguments)
+    except KeyboardInterrupt:
+        print("fastvdm: interrupted", file=sys.stderr)
+        return 130
     except _EXPECTED as error:
         if debug:
             raise
         print(f"fastvdm: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            f"fastvdm: out of memory: {str(error).splitlines()[0]} A smaller --batch-size (train: "
+            "--accumulate keeps the batch of a step), --size or --frames takes less",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -52,7 +65,8 @@ def _typer(arguments: list[str]) -> int:
     from fastvdm.runtime.optional import require
 
     require("typer", "cli")
-    from fastvdm.cli.commands import app
+    from fastvdm.cli import commands, training  # noqa: F401  they register themselves
+    from fastvdm.cli.app import app
 
     try:
         code = app(arguments, standalone_mode=True, prog_name="fastvdm")

@@ -1,15 +1,14 @@
-"""The commands that need typer. Each reads, checks everything, computes, then writes atomically."""
+"""The commands that draw. Each reads, checks everything, computes, then writes atomically."""
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastvdm import video as files
+from fastvdm.cli.app import app
 from fastvdm.cli.options import (
     FrameWindows,
     In,
@@ -18,19 +17,9 @@ from fastvdm.cli.options import (
     ModelOptions,
     Options,
     Out,
-    Run,
-    check_output,
-    check_positive,
-    load_model,
     with_options,
 )
-
-app = typer.Typer(
-    help="Video diffusion with factorized space-time 3D U-Nets. Also: fastvdm info.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+from fastvdm.cli.run import Run, check_output, check_positive, load_model
 
 
 @app.command()
@@ -41,7 +30,9 @@ def sample(
     *,
     num: Annotated[int, typer.Option(help="Videos; more than one become output-0, -1 ...")] = 1,
     batch_size: Annotated[int, typer.Option(help="Videos drawn at a time.")] = 4,
-    frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(show_default="the model's", help="Frames of each.")
+    ] = None,
     options: Options,
 ) -> None:
     """Draw videos."""
@@ -141,89 +132,21 @@ def upscale(
 
 
 @app.command()
-def train(
-    output: Annotated[Path, typer.Argument(help="Folder for checkpoints, log and config.json.")],
-    data: Annotated[str | None, typer.Option(help="Folder of videos.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUTPUT.")] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="JSON file with fields of TrainConfig.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="A model of the paper, with its training recipe.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Arguments of UNet3D as JSON: '{\"dim\": 64}'.")
-    ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
-    size: Annotated[int | None, typer.Option(help="Height and width of a clip.")] = None,
-    num_images: Annotated[
-        int | None, typer.Option(help="Joint training: image frames for each video.")
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="BERT-family encoder; captions from sidecar files.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Clips a step and process.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no or bf16.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    num_workers: Annotated[int | None, typer.Option(help="Processes that read videos.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto or cpu.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other field of TrainConfig."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
-) -> None:
-    """Train a model. Several GPUs: accelerate launch -m fastvdm.cli train ...
-
-    A run that was stopped or killed continues exactly: fastvdm train OUTPUT --resume
-    """
-    # Imported here: it pulls in accelerate.
-    training = importlib.import_module("fastvdm.training.trainer")
-    from fastvdm.training.config import TrainConfig
-
-    given = {
-        "folder": data, "preset": preset, "num_frames": num_frames, "size": size,
-        "num_images": num_images, "text_encoder": text_encoder, "steps": steps,
-        "batch_size": batch_size, "lr": lr, "mixed_precision": mixed_precision,
-        "save_every": save_every, "num_workers": num_workers, "seed": seed, "device": device,
-    }  # fmt: skip
-    values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    if model is not None:
-        values["model"] = _json("--model", model)
-    for assignment in set_ or []:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, got {assignment!r}")
-        values[name] = _value(text)
-    stored = output / "config.json"
-    if resume and data is None and config is None and not stored.is_file():
-        raise FileNotFoundError(f"no run to resume in {output}")
-    if config is None and resume and stored.is_file():
-        config = stored
-    base = _json(str(config), config.read_text()) if config is not None else {}
-    settings = TrainConfig.create({**base, **values, "output": str(output)})
-    trainer = training.Trainer(settings, resume=resume, progress=not quiet)
-    last = trainer.run()
-    if trainer.is_main:
-        typer.echo(f"{last}")
-    trainer.accelerator.end_training()
-
-
-@app.command()
 @with_options
 def export(
     model: Model,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The package, .pt2.")],
     batch: Annotated[int, typer.Option(help="Videos of one call.")] = 1,
-    frames: Annotated[int | None, typer.Option(help="Frames; the model's own.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(show_default="the model's", help="Frames of each.")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance inside the package, 1 + w.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(metavar="auto|reference|cpu|triton", help="The kernels to compile in.")
+    ] = "auto",
     options: ModelOptions,
 ) -> None:
     """Compile the network ahead of time (torch.export, AOTInductor) for one size of input."""
@@ -240,21 +163,3 @@ def export(
         loaded.unet, output, inputs, backend=backend, cond_scale=guidance_scale
     )
     typer.echo(f"{path}: " + ", ".join(str(tuple(t.shape)) for t in inputs))
-
-
-def _json(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _value(text: str) -> Any:
-    """JSON where it is JSON, else a plain string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -84,8 +84,8 @@ def _others(own: int, total: int, count: int, generator: torch.Generator | None 
 class JointDataset(Dataset):
     """A data set of clips whose items carry K frames of random other items at their end.
 
-    Items of ``dataset`` are clips (C, F, H, W), or pairs (clip, caption). Items here are
-    (C, F + K, H, W), or (that, captions) with 1 + K captions, the video's first. A method
+    Items of ``dataset`` are clips (C, F, H, W), or pairs (clip, caption or other condition). Items
+    here are (C, F + K, H, W), or (that, captions) with 1 + K captions, the video's first. A method
     ``dataset.frame(index)`` that returns one random frame (C, H, W) is used where there is one
     (``VideoFolder``), so that a whole clip need not be decoded for it.
 
@@ -98,6 +98,7 @@ class JointDataset(Dataset):
         if num_images and len(dataset) < 2:
             raise ValueError(f"image frames of other videos need at least 2, got {len(dataset)}")
         self.dataset, self.num_images = dataset, num_images
+        self.identities = getattr(dataset, "identities", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -116,10 +117,10 @@ class JointDataset(Dataset):
         joined = torch.cat(parts, dim=1)
         return (joined, captions) if captioned else joined
 
-    def _frame(self, index: int, captioned: bool) -> tuple[Tensor, str | None]:
-        captions = getattr(self.dataset, "captions", None)
-        if hasattr(self.dataset, "frame") and (not captioned or captions is not None):
-            return self.dataset.frame(index), captions[index] if captions is not None else None
+    def _frame(self, index: int, captioned: bool) -> tuple[Tensor, Any]:
+        known = getattr(self.dataset, "conditions", None)
+        if hasattr(self.dataset, "frame") and (not captioned or known is not None):
+            return self.dataset.frame(index), known[index] if known is not None else None
         item = self.dataset[index]
         clip = item[0] if captioned else item
         return clip[:, int(torch.randint(clip.shape[1], ()))], item[1] if captioned else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastvdm.training.config import TrainConfig
-from fastvdm.training.trainer import Averaged, OrderedSamples, Trainer, build, train
+from fastvdm.training.learner import Averaged, build
+from fastvdm.training.order import OrderedSamples, Place
+from fastvdm.training.trainer import Trainer, train
 
-__all__ = ["Averaged", "OrderedSamples", "TrainConfig", "Trainer", "build", "train"]
+__all__ = ["Averaged", "OrderedSamples", "Place", "TrainConfig", "Trainer", "build", "train"]

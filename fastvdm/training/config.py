@@ -1,145 +1,195 @@
-"""The configuration of a training run, and those of the paper's six models."""
+"""The configuration of a training run: its fields, their meaning, their checks."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastvdm.bundle import Settings
+from fastvdm.training.recipes import TRAINING
 from fastvdm.unet.config import RECIPES, UNetConfig, preset
 
-# Ho et al. 2022, Video Diffusion Models, Appendix A (batch: over all devices).
-TRAINING: dict[str, dict[str, Any]] = {
-    "ucf101": {"lr": 3e-4, "betas": (0.9, 0.99), "batch_size": 128, "steps": 60_000,
-               "num_images": 8},
-    "bair": {"lr": 2e-4, "betas": (0.9, 0.999), "weight_decay": 0.01, "batch_size": 128,
-             "steps": 660_000, "ema_decay": 0.999, "num_images": 8, "flip": True},
-    "kinetics600": {"lr": 2e-4, "betas": (0.9, 0.99), "batch_size": 256, "steps": 220_000,
-                    "num_images": 8},
-    "t2v-small": {"lr": 3e-4, "betas": (0.9, 0.99), "batch_size": 128, "steps": 200_000,
-                  "num_images": 8},
-    "t2v-large": {"lr": 3e-4, "betas": (0.9, 0.99), "batch_size": 128, "steps": 700_000,
-                  "num_images": 8},
-    "t2v-128": {"lr": 2e-4, "betas": (0.9, 0.99), "batch_size": 128, "steps": 800_000,
-                "num_images": 7},
-}  # fmt: skip
 
-# What a resumed run may change: none of these changes the loss of a step.
-FREE = frozenset(
-    {"output", "folder", "steps", "save_every", "log_every", "keep", "num_workers", "log", "device"}
-)
+def _of(group: str, default: Any, help: str, *, free: bool = False) -> Any:
+    """A field: where it is listed, what it means, whether a resumed run may change it."""
+    metadata = {"group": group, "help": help, "free": free}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run.
+    """Everything that decides a run. ``fastvdm config`` prints the fields with their meaning; the
+    metadata of each holds it too.
 
-    Data: ``folder`` with videos, clips of ``num_frames`` at ``frameskip`` resized to ``size``;
-    ``captions`` come from sidecar files whenever ``text_encoder`` is set; ``short`` as in
-    ``VideoFolder``.
+    The paper says Adam, with a weight decay of 0.01 on BAIR only. It mentions neither warm-up nor
+    clipping nor a rate of dropped conditions; the defaults of the first two (none, and a norm of 1)
+    change nothing in a healthy run.
 
-    Network: ``model`` are arguments of ``UNet3D`` over those of ``preset`` (a model of Appendix A).
-    Without a preset the default is ``{"dim": 64}`` in the peer's layout with the log-SNR as time;
-    ``time_input="index"`` trains the peer's discrete schedule with ``timesteps`` steps.
-
-    Loss: ``prediction`` "eps", "v" or "x"; ``loss_space`` and ``loss_type`` as in
-    ``diffusion_loss``. ``cond_drop_prob``: share of unconditional samples; 0.1 is usual, the paper
-    gives none. ``text_pooling`` as in ``TextConditioner``.
-
-    Joint training: ``num_images`` frames of other videos, from the whole data set
-    (``image_source="dataset"``, the paper) or from the batch ("batch": no extra decoding), and the
-    options of ``joint_loss``. ``image_cond="own"`` gives image frames their own caption.
-
-    Optimiser: AdamW with ``lr``, ``betas``, ``weight_decay``; the paper says Adam, with 0.01 weight
-    decay on BAIR only. Linear warm-up over ``warmup_steps`` and clipping to ``grad_clip`` (0: off)
-    are not mentioned by it; the defaults, none and 1, change nothing in a healthy run. One step
-    takes ``batch_size * accumulate`` clips on each process. ``ema_warmup``: see ``Averaged``.
-
-    Run: ``mixed_precision`` "no" or "bf16" (autocast; weights, optimizer and EMA stay fp32);
-    ``keep`` checkpoints are kept; ``device`` "auto" or "cpu"; ``compile``: torch.compile.
+    Raises:
+        ValueError: a value of the wrong type or out of its range.
     """
 
-    output: str
-    folder: str = ""
-    num_frames: int = 16
-    size: tuple[int, int] = (64, 64)
-    frameskip: int = 1
-    fps: float = 8.0
-    flip: bool = False
-    short: str = "error"
-    preset: str | None = None
-    model: dict[str, Any] = field(default_factory=dict)
-    timesteps: int = 1000
-    prediction: str = "eps"
-    loss_space: str = "eps"
-    loss_type: str = "mse"
-    text_encoder: str | None = None
-    text_pooling: str = "attention"
-    cond_drop_prob: float = 0.1
-    num_images: int = 0
-    image_source: str = "dataset"
-    image_weight: float = 1.0
-    image_time: str = "shared"
-    image_cond: str = "shared"
-    steps: int = 100_000
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.9999
-    ema_warmup: bool = True
-    seed: int = 0
-    mixed_precision: str = "no"
-    compile: bool = False
-    device: str = "auto"
-    save_every: int = 1000
-    keep: int = 2
-    log_every: int = 10
-    log: str = "log.csv"
-    num_workers: int = 0
+    output: str = _of("Run", "", "Folder for checkpoints, logs and samples.", free=True)
+
+    data: str = _of("Data", "", "Folder of videos, searched with all below it.", free=True)
+    num_frames: int = _of("Data", 16, "Frames of a clip.")
+    size: tuple[int, int] = _of("Data", (64, 64), "Height and width: resize to cover, then crop.")
+    fps: float | None = _of("Data", None, "Resample all videos to this rate; as they are.")
+    frameskip: int = _of("Data", 1, "Distance of two frames of a clip.")
+    flip: bool = _of("Data", False, "Mirror half of the clips left to right.")
+    short: Literal["error", "repeat"] = _of(
+        "Data", "error", "A video that is too short: bad, or its last frame repeated."
+    )
+    background: float = _of("Data", 0.0, "Brightness behind transparent pixels, 0 to 1.")
+    value_range: tuple[float, float] | None = _of(
+        "Data", (0.0, 1.0), "Of arrays (npy, npz) of floats; null: latents, taken as they are."
+    )
+    conditioning: Literal["captions", "classes", "vectors"] | None = _of(
+        "Data", None, "What comes with a video; captions where text_encoder is set, else nothing."
+    )
+    bad_clips: Literal["skip", "error"] = _of(
+        "Data", "skip", "A video that cannot be read: another takes its place, or the run ends.",
+        free=True,
+    )  # fmt: skip
+    validation: str | None = _of("Data", None, "Folder of held-out videos.", free=True)
+    holdout: float = _of("Data", 0.0, "Share of the videos to hold out, chosen by their names.")
+    num_workers: int | None = _of(
+        "Data", None, "Processes that read videos; on a GPU up to 8, on a CPU none.", free=True
+    )
+
+    preset: str | None = _of(
+        "Network", None, f"A model of the paper with its recipe: {', '.join(TRAINING)}."
+    )
+    model: dict[str, Any] = _of(
+        "Network", dict, "Arguments of UNet3D over those of the preset or the default, dim 64."
+    )
+    timesteps: int = _of("Network", 1000, "Of the discrete schedule (time_input index).")
+
+    prediction: Literal["eps", "v", "x"] = _of("Loss", "eps", "What the network returns.")
+    loss_space: Literal["eps", "v", "x", "prediction"] = _of(
+        "Loss", "eps", "Where the error is taken."
+    )
+    loss_type: Literal["mse", "l1"] = _of("Loss", "mse", "Squared (the paper) or absolute error.")
+    text_encoder: str | None = _of(
+        "Loss", None, "BERT-family encoder of the captions: a name on the hub or a folder."
+    )
+    text_pooling: Literal["attention", "mean", "cls"] = _of(
+        "Loss", "attention", "Of its token states: attention is the paper's, and is trained."
+    )
+    cond_drop_prob: float = _of(
+        "Loss", 0.1, "Share of samples trained without their condition, for guidance."
+    )
+    num_images: int = _of("Loss", 0, "Joint training: frames of other videos beside each clip.")
+    image_source: Literal["dataset", "batch"] = _of(
+        "Loss", "dataset", "Of any videos (the paper), or of those in the batch: nothing to decode."
+    )
+    image_weight: float = _of("Loss", 1.0, "Weight of an image frame against a video frame.")
+    image_time: Literal["shared", "own"] = _of("Loss", "shared", "Its noise level: the video's.")
+    image_cond: Literal["shared", "own", "none"] = _of(
+        "Loss", "shared", "Its condition: the video's, its own, none."
+    )
+
+    steps: int = _of("Optimizer", 100_000, "Optimizer steps.", free=True)
+    batch_size: int = _of("Optimizer", 8, "Clips of one process in one pass.")
+    accumulate: int = _of("Optimizer", 1, "Passes in one step.")
+    lr: float = _of("Optimizer", 1e-4, "Learning rate of AdamW.")
+    lr_schedule: Literal["constant", "cosine"] = _of(
+        "Optimizer", "constant", "After the warm-up: as it is, or down to 0 at the last step."
+    )
+    betas: tuple[float, float] = _of("Optimizer", (0.9, 0.99), "Of AdamW.")
+    weight_decay: float = _of("Optimizer", 0.0, "Of AdamW.")
+    warmup_steps: int = _of("Optimizer", 0, "Steps over which the learning rate rises from 0.")
+    grad_clip: float = _of("Optimizer", 1.0, "Largest norm of the gradient; 0 is no limit.")
+    ema_decay: float = _of("Optimizer", 0.9999, "Of the averaged weights, 0 to 1.")
+    ema_warmup: bool = _of(
+        "Optimizer", True, "At step n no more than (1 + n)/(10 + n): no average of noise."
+    )
+
+    seed: int = _of("Run", 0, "Decides everything random.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = _of(
+        "Run", "no", "Autocast; weights, optimizer and average stay fp32. fp16 scales the loss."
+    )
+    compile: bool = _of("Run", False, "torch.compile.")
+    device: Literal["auto", "cpu"] = _of("Run", "auto", "Where to train.", free=True)
+    parallel: Literal["ddp", "fsdp"] = _of(
+        "Run", "ddp",
+        "Several processes: each holds all, or a share of weights, optimizer and average (FSDP2).",
+    )  # fmt: skip
+    save_every: int = _of("Run", 1000, "Steps between checkpoints.", free=True)
+    keep: int = _of("Run", 2, "Checkpoints to keep.", free=True)
+
+    log_every: int = _of("Watching", 10, "Steps between looks at the loss.", free=True)
+    log: str = _of("Watching", "log.csv", "A row for each step: a .csv or .jsonl.", free=True)
+    trackers: tuple[str, ...] | None = _of(
+        "Watching", None,
+        "tensorboard, wandb or any other of accelerate's; tensorboard where installed.", free=True,
+    )  # fmt: skip
+    project: str = _of("Watching", "fastvdm", "Name of the project at a tracker.", free=True)
+    sample_every: int = _of("Watching", 1000, "Steps between samples; 0: none.", free=True)
+    num_samples: int = _of("Watching", 4, "Videos of a sheet of samples.", free=True)
+    sample_steps: int = _of("Watching", 50, "Sampling steps of each.", free=True)
+    guidance_scale: float = _of(
+        "Watching", 1.0, "How strongly samples follow their condition; 1: as it was learnt.",
+        free=True,
+    )  # fmt: skip
+    validate_every: int = _of(
+        "Watching", 1000, "Steps between looks at the loss of held-out clips.", free=True
+    )
+    validation_clips: int = _of("Watching", 64, "Held-out clips of one look, at most.", free=True)
 
     def __post_init__(self) -> None:
-        choices = {
-            "mixed_precision": ("no", "bf16"),
-            "device": ("auto", "cpu"),
-            "image_source": ("dataset", "batch"),
-            "image_cond": ("shared", "own", "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        at_least = {"num_frames": 1, "frameskip": 1, "steps": 1, "batch_size": 1, "accumulate": 1}
-        at_least |= {"save_every": 1, "log_every": 1, "keep": 1, "num_images": 0, "num_workers": 0}
-        at_least |= {"warmup_steps": 0, "seed": 0}
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == "float" and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
-                raise ValueError(f"{f.name} must be a number, got {value!r}")
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name)))
+        for name in _COUNTS:
+            value, low = getattr(self, name), 0 if name in _MAY_BE_0 else 1
+            if value is not None and value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value}")
         if not self.lr > 0 or not 0 <= self.ema_decay < 1 or self.grad_clip < 0:
             raise ValueError(
                 "expected lr > 0, 0 <= ema_decay < 1 and grad_clip >= 0, got "
                 f"{self.lr}, {self.ema_decay}, {self.grad_clip}"
             )
+        if min(self.size) < 1:
+            raise ValueError(f"size must be positive, got {self.size}")
+        for name in ("cond_drop_prob", "background"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
+        if self.holdout and self.validation:
+            raise ValueError("holdout takes clips from the folder, validation is another: not both")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range must be (low, high), got {self.value_range}")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        if self.text_encoder and self.conditioning not in (None, "captions"):
+            raise ValueError(f"text_encoder is of captions, conditioning is {self.conditioning}")
+        if self.conditioning == "captions" and not self.text_encoder:
+            raise ValueError("conditioning on captions needs text_encoder")
         if self.image_cond == "own" and self.image_source == "batch":
             raise ValueError('image_cond="own" needs image_source="dataset"')
         if self.num_images and self.image_source == "batch" and self.batch_size < 2:
             raise ValueError('image_source="batch" needs a batch_size of at least 2')
+        # A log is written and cut: from a folder that is not one's own it must not name any file.
+        if Path(self.log).name != self.log or Path(self.log).suffix not in (".csv", ".jsonl"):
+            raise ValueError(
+                f"log must be the name of a .csv or .jsonl in the output folder, got {self.log!r}"
+            )
         self.settings()
 
     @classmethod
-    def create(cls, values: dict[str, Any]) -> TrainConfig:
+    def create(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From plain values, as JSON has them; ``preset`` brings Appendix A as defaults.
 
         Raises:
@@ -156,52 +206,57 @@ class TrainConfig:
             side = preset(name).image_size  # raises for an unknown one
             recipe = RECIPES[name]
             shape = {"size": (side, side), "num_frames": recipe["num_frames"]}
-            values = TRAINING[name] | shape | {"prediction": recipe["prediction"]} | values
-        values = dict(values)
-        for key in ("size", "betas"):
-            if isinstance(values.get(key), int) and key == "size":
-                values[key] = (values[key], values[key])
-            if isinstance(values.get(key), list):
-                values[key] = tuple(values[key])
+            values = TRAINING[name] | shape | {"prediction": recipe["prediction"]} | dict(values)
         return cls(**values)
 
     def network(self) -> UNetConfig:
-        """The configuration of the network; with a text encoder, before it decides ``cond_dim``."""
+        """The configuration of the network; what comes with the videos decides ``cond_dim``."""
         if self.preset is not None:
             return preset(self.preset, **self.model)
         default: dict[str, Any] = {"dim": 64, "time_input": "logsnr"}
         if self.num_images:
             default["norm_per_frame"] = True  # else image frames leak through the statistics
-        return UNetConfig(**default | {"cond_drop_prob": self.cond_drop_prob} | self.model)
+        try:
+            return UNetConfig(**default | {"cond_drop_prob": self.cond_drop_prob} | self.model)
+        except TypeError as error:
+            raise ValueError(
+                f"model: {str(error).removeprefix('UNetConfig.__init__() ')}"
+            ) from None
 
-    def settings(self) -> Settings:
-        """What sampling will need to know."""
+    def settings(self, classes: tuple[str, ...] | None = None, fps: float = 8.0) -> Settings:
+        """What sampling will need to know; ``fps`` of the videos as they are."""
         recipe = RECIPES.get(self.preset or "", {})
         names = ("num_steps", "gamma", "langevin")
         return Settings(
             num_frames=self.num_frames,
             image_size=self.size,
             frameskip=self.frameskip,
-            fps=self.fps,
+            fps=(self.fps or fps) / self.frameskip,
+            data_fps=self.fps,
             prediction=self.prediction,
             schedule="discrete" if self.network().time_input == "index" else "cosine",
             timesteps=self.timesteps,
+            value_range=self.value_range,
+            classes=classes,
             text_encoder=self.text_encoder,
             text_pooling=self.text_pooling,
             **{name: recipe[name] for name in names if name in recipe},
         )
 
-    def folder_arguments(self) -> dict[str, Any]:
+    def folder_arguments(self, folder: str | None = None) -> dict[str, Any]:
         """The arguments of ``VideoFolder``."""
-        if not self.folder:
-            raise ValueError("folder: where are the videos?")
+        if not (folder or self.data):
+            raise ValueError("data: where are the videos?")
         return {
-            "folder": self.folder,
+            "folder": folder or self.data,
             "num_frames": self.num_frames,
             "size": self.size,
             "frameskip": self.frameskip,
+            "fps": self.fps,
             "channels": self.network().channels,
-            "captions": self.text_encoder is not None,
+            "background": self.background,
+            "value_range": self.value_range,
+            "conditioning": "captions" if self.text_encoder else self.conditioning,
             "flip": self.flip,
             "short": self.short,
         }
@@ -212,10 +267,88 @@ class TrainConfig:
         channels = self.network().channels
         return (channels, self.num_frames + images, *self.size)
 
-    def check_resumable(self, stored: dict[str, Any]) -> None:
+    def check_resumable(self, stored: Mapping[str, Any]) -> None:
         """Raises ValueError if a run of configuration ``stored`` cannot continue as this one."""
         own = json.loads(json.dumps(asdict(self)))
-        changed = [k for k in own if k not in FREE and stored.get(k) != own[k]]
+        kept = {f.name for f in fields(self) if not f.metadata["free"]}
+        if self.lr_schedule == "cosine":
+            kept.add("steps")  # the learning rate of every step depends on the last
+        changed = [k for k in own if k in kept and stored.get(k, own[k]) != own[k]]
         if changed:
             lines = ", ".join(f"{k}: {stored.get(k)!r} -> {own[k]!r}" for k in changed)
             raise ValueError(f"a resumed run cannot change {lines}")
+
+
+TYPES: dict[str, Any] = get_type_hints(TrainConfig)
+_COUNTS = [f.name for f in fields(TrainConfig) if TYPES[f.name] in (int, int | None)]
+_MAY_BE_0 = {"num_images", "num_workers", "warmup_steps", "seed", "sample_every", "validate_every"}
+
+
+def default_of(f: Field[Any]) -> Any:
+    return f.default if f.default is not MISSING else {}
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """The words that a field can be; none where it is something else."""
+    kinds = kinds_of(name)
+    return tuple(word for k in kinds if get_origin(k) is Literal for word in get_args(k))
+
+
+def kinds_of(name: str) -> list[Any]:
+    """The types that a field may have, without None."""
+    kind = TYPES[name]
+    union = get_origin(kind) in (Union, types.UnionType)
+    return [k for k in (get_args(kind) if union else (kind,)) if k is not type(None)]
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value in the type of its field.
+
+    Raises:
+        ValueError: it cannot be taken for that type.
+    """
+    if value is None and type(None) in get_args(TYPES[name]):
+        return None
+    (kind,) = kinds_of(name)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        wanted = f"one of {', '.join(get_args(kind))}"
+    elif get_origin(kind) is tuple:
+        return _checked_tuple(name, get_args(kind), value)
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        wanted = "an integer"
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        wanted = "a number"
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        wanted = "true or false"
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+        wanted = "text"
+    else:
+        if isinstance(value, Mapping):
+            return dict(value)
+        wanted = 'a map such as {"dim": 64}'
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _checked_tuple(name: str, kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if isinstance(value, int) and name == "size" and not isinstance(value, bool):
+        value = (value, value)
+    kind, many = kinds[0], kinds[-1] is ...
+    allowed = (int, float) if kind is float else (kind,)
+    if (
+        isinstance(value, list | tuple)
+        and (many or len(value) == len(kinds))
+        and all(isinstance(v, allowed) and not isinstance(v, bool) for v in value)
+    ):
+        return tuple(kind(v) for v in value)
+    words = {int: "integers", float: "numbers", str: "names"}[kind]
+    raise ValueError(f"{name} must be {'' if many else f'{len(kinds)} '}{words}, got {value!r}")

@@ -1,214 +1,46 @@
 """Training that stops and resumes exactly.
 
-Everything random is a function of the seed and of the place in the run: sample n of the data order
-is drawn with a generator seeded by (seed, n), noise and dropout of step s by (seed, s, process). So
-a run that was killed, at any point, continues from its last checkpoint with the same losses as a
-run that was not; weights, averaged weights and optimizer come from the checkpoint.
+Everything random is a function of the seed and of the place in the run: a sample of the data order
+is drawn with a generator seeded by its epoch and its file, noise and dropout of step s by (seed, s,
+process). So a run that was killed, at any point, continues from its last checkpoint with the same
+losses as a run that was not; weights, averaged weights and optimizer come from the checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import random
-import signal
-import threading
+import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from fastvdm.bundle import Bundle, atomic_directory, checkpoints, make_text, remove_unfinished
-from fastvdm.diffusion.joint import JointDataset, append_images, images_from_batch, joint_loss
+from fastvdm.diffusion.joint import JointDataset
 from fastvdm.runtime.optional import require
+from fastvdm.training import banner
 from fastvdm.training.config import TrainConfig
-from fastvdm.training.log import TrainLog, write_text
+from fastvdm.training.engine import Engine
+from fastvdm.training.learner import build
+from fastvdm.training.log import TrainLog
+from fastvdm.training.order import (
+    STEP,
+    Batches,
+    OrderedSamples,
+    Place,
+    collate,
+    hold_out,
+    stream_seed,
+)
+from fastvdm.training.output import Output
+from fastvdm.training.stopping import GO_ON, STOP, Requests, leave_signals_to_the_trainer
+from fastvdm.training.watch import Abandoned, Trackers, Watch, tracker_names
 from fastvdm.unet.checkpoint import read_source
-from fastvdm.video import VideoFolder
-
-_ORDER, _SAMPLE, _STEP, _INIT = range(4)  # streams of random numbers that must not meet
-
-
-def stream_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed for one place in the run; different places give unrelated streams."""
-    state = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator, ``random`` and ``numpy.random`` seeded inside the block only."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-class OrderedSamples(Dataset):
-    """Sample n = 0, 1, 2, ... of an endless run over ``dataset``: a new permutation each epoch.
-
-    Item n is the same whenever and in whatever process it is read. Clips are checked here, so that
-    a bad one is an error before it reaches the network.
-    """
-
-    def __init__(self, dataset: Any, seed: int, shape: tuple[int, int, int, int]) -> None:
-        if len(dataset) == 0:
-            raise ValueError("the data set is empty")
-        self.dataset, self.seed, self.shape = dataset, seed, shape
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    def __getitem__(self, n: int) -> tuple[Tensor, Any]:
-        epoch, place = divmod(n, len(self.dataset))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, _ORDER, epoch))
-            self._order = torch.randperm(len(self.dataset), generator=generator)
-            self._epoch = epoch
-        index = int(self._order[place])
-        with _seeded(stream_seed(self.seed, _SAMPLE, n)):
-            item = self.dataset[index]
-        clip, captions = item if isinstance(item, (tuple, list)) else (item, None)
-        self._check(index, clip)
-        return clip, captions
-
-    def _check(self, index: int, clip: Any) -> None:
-        if not isinstance(clip, Tensor) or not clip.is_floating_point():
-            kind = getattr(clip, "dtype", type(clip).__name__)
-            raise TypeError(f"sample {index}: expected a float tensor, got {kind}")
-        if tuple(clip.shape) != self.shape:
-            raise ValueError(f"sample {index}: expected {self.shape}, got {tuple(clip.shape)}")
-        if not torch.isfinite(clip).all():
-            raise ValueError(f"sample {index} has NaN or infinite values")
-        if clip.min() < -1e-3 or clip.max() > 1 + 1e-3:
-            raise ValueError(
-                f"sample {index}: expected values in [0, 1], got [{clip.min()}, {clip.max()}]"
-            )
-
-
-def _collate(items: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any] | None]:
-    clips = torch.stack([clip for clip, _ in items])
-    captions = [caption for _, caption in items]
-    return clips, None if captions[0] is None else captions
-
-
-class _Batches:
-    """Sampler of the micro-batches of one process from ``start`` (in micro-batches) on."""
-
-    def __init__(self, start: int, batch: int, rank: int, world: int) -> None:
-        self.start, self.batch, self.rank, self.world = start, batch, rank, world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        micro = self.start
-        while True:
-            first = (micro * self.world + self.rank) * self.batch
-            yield list(range(first, first + self.batch))
-            micro += 1
-
-
-class Learner(nn.Module):
-    """What is trained: the network and the text pooling. ``forward`` is the loss of a batch, so
-    that wrappers for distributed training see one call."""
-
-    def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
-        super().__init__()
-        self.unet, self.text = bundle.unet, bundle.text
-        self.config, self.schedule = config, bundle.schedule
-
-    def forward(self, video: Tensor, captions: list[Any] | None) -> Tensor:
-        """video (B, C, F[+ K], H, W) in [0, 1]; captions: B of them, or B lists of 1 + K."""
-        c = self.config
-        if c.num_images and c.image_source == "batch":
-            video = append_images(video, images_from_batch(video, c.num_images))
-        cond, image_cond = self._cond(captions)
-        return joint_loss(
-            self.unet,
-            2 * video - 1,
-            c.num_images,
-            cond=cond,
-            image_weight=c.image_weight,
-            image_time=c.image_time,
-            image_cond=image_cond,
-            schedule=self.schedule,
-            prediction=c.prediction,
-            loss_space=c.loss_space,
-            loss_type=c.loss_type,
-            cond_drop_prob=c.cond_drop_prob,
-        )
-
-    def _cond(self, captions: list[Any] | None) -> tuple[Tensor | None, Any]:
-        """cond (B, D), and that of the image frames (B, K, D) or the name of the option."""
-        option = self.config.image_cond
-        if self.text is None or captions is None:
-            return None, "shared"
-        videos = [c if isinstance(c, str) else c[0] for c in captions]
-        if option != "own" or not self.config.num_images:
-            return self.text(videos), "shared" if option == "own" else option
-        images = [c for row in captions for c in row[1:]]
-        both = self.text([*videos, *images])
-        return both[: len(videos)], both[len(videos) :].unflatten(0, (len(videos), -1))
-
-
-class Averaged:
-    """Exponential moving average of the parameters, in fp32 and of the whole of ``modules``.
-
-    decay_n = min(decay, (1 + n)/(10 + n)) with ``warmup``: a short run is not an average of noise.
-    """
-
-    def __init__(self, modules: list[nn.Module], decay: float, warmup: bool) -> None:
-        self.decay, self.warmup = decay, warmup
-        self.source = [p for m in modules for p in m.parameters()]
-        self.copies = [p.detach().clone().float() for p in self.source]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.copies, [p.float() for p in self.source], 1 - decay)
-
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """The modules hold the averaged values inside the block."""
-        kept = [p.detach().clone() for p in self.source]
-        self._copy(self.copies)
-        try:
-            yield
-        finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.source, values):
-            p.copy_(value)
-
-    def load_current(self) -> None:
-        """Take what the modules hold now as the average."""
-        self.copies = [p.detach().clone().float() for p in self.source]
-
-
-def build(config: TrainConfig) -> Bundle:
-    """A new network, and text conditioner, of the configuration; weights follow its seed."""
-    from fastvdm.unet import UNet3D
-
-    with _seeded(stream_seed(config.seed, _INIT)):
-        network, settings = config.network(), config.settings()
-        text = None
-        if settings.text_encoder is not None:
-            text = make_text(settings, network.cond_dim)
-            network = replace(network, cond_dim=text.out_dim)
-        elif network.cond_dim is not None:
-            raise ValueError("a network with cond_dim needs captions: set text_encoder")
-        unet = UNet3D(**vars(network))
-    return Bundle(unet, settings, text)
+from fastvdm.video import VideoFolder, video_fps
 
 
 class Trainer:
@@ -216,18 +48,29 @@ class Trainer:
 
     ``output`` holds ``config.json``, ``log.csv`` and ``checkpoints/step-N`` with ``model/`` and
     ``ema/`` (each readable by ``UNet3D.from_pretrained`` and ``Bundle.load``) and ``state.pt``
-    (optimizer and step; tensors and plain types only, read with ``weights_only=True``).
+    (optimizer and step; tensors and plain types only, read with ``weights_only=True``); with
+    ``samples/``, ``validation.csv``, ``bad-clips.csv`` and what the trackers write, where there is
+    any.
 
     Args:
         config: everything that decides the result.
-        dataset: clips (C, F, H, W) in [0, 1] or (clip, caption) by index; ``config.folder`` is read
-            when not given. Any randomness in it must come from ``torch``, ``random`` or ``numpy``.
-        resume: continue the run that is in ``output``. Without it, a folder with a run is an error.
-        progress: show a progress bar.
-        on_step: called with (trainer, row) after each logged step.
+        dataset: clips (C, F, H, W) in ``config.value_range``, or pairs (clip, condition) with a
+            caption, a class number (then it has ``classes``, their names) or a vector, by index;
+            ``config.folder`` is read when not given. Any randomness in it must come from ``torch``,
+            ``random`` or ``numpy``. ``identities``, a list of (name, size), let it change between a
+            stop and a resumption.
+        validation: held-out clips of the same kind.
+        resume: continue the run that is in ``output``. Without it, a folder with a checkpoint is an
+            error; one whose run failed before its first starts over.
+        progress: show what the run is, a progress bar, and what happens.
+        on_step: called with (trainer, row) after each logged step, on every process; a row is
+            {"step", "loss", "grad_norm", "lr", "seconds"}.
+    Attributes:
+        step: steps done. stopped_by: the signal that ended ``run`` early, or None.
     Raises:
-        ImportError: the extra ``train`` is missing.
+        ImportError: the extra ``train`` is missing, or the package of a tracker.
         FileExistsError: ``output`` holds a run and ``resume`` is not set.
+        OSError: nothing can be written there, or no two checkpoints fit.
         ValueError: bad data, or a configuration that is not the one of the run to resume.
     """
 
@@ -236,88 +79,117 @@ class Trainer:
         config: TrainConfig,
         *,
         dataset: Any = None,
+        validation: Any = None,
         resume: bool = False,
         progress: bool = False,
         on_step: Callable[[Trainer, dict[str, Any]], None] | None = None,
     ) -> None:
         accelerate = require("accelerate", "train")
         self.config, self.progress, self.on_step = config, progress, on_step
-        self.output = Path(config.output)
+        # Everything that can be wrong is found before anything is written.
+        self.output = Output(config, resume)
         self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.mixed_precision, cpu=config.device == "cpu"
+            cpu=config.device == "cpu",
+            mixed_precision="no",  # the engine's business
+            log_with=tracker_names(config) or None,
+            project_config=accelerate.utils.ProjectConfiguration(
+                project_dir=config.output, logging_dir=str(self.output.path / "tracking")
+            ),
         )
-        rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.rank, self.is_main = rank, self.accelerator.is_main_process
-        found = checkpoints(self.output)
-        if not resume and ((self.output / "config.json").exists() or found):
-            raise FileExistsError(f"{self.output} holds a run: resume it or choose another output")
-        if resume and (self.output / "config.json").exists():
-            config.check_resumable(json.loads((self.output / "config.json").read_text()))
-        # Everything that can be wrong with the input is found before anything is written.
-        data = VideoFolder(**config.folder_arguments()) if dataset is None else dataset
-        if config.num_images and config.image_source == "dataset":
-            data = JointDataset(data, config.num_images)
-        self.samples = OrderedSamples(data, config.seed, config.sample_shape())
-        captioned = self.samples[0][1] is not None
-        if captioned != (config.text_encoder is not None):
-            raise ValueError(
-                f"text_encoder={config.text_encoder!r}, but the data "
-                + ("have captions" if captioned else "have no captions")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self._read_data(dataset, validation)
+        first = self.samples[Place(0, 0)]
+        self._check_condition(first.condition)
+        self.engine = Engine(lambda: build(config, self.data, self.fps), config, self.accelerator)
+        self.output.check_space(self.engine.size())
+        self.step, self.place = 0, Place(0, 0)
+        if self.output.found:
+            self._load(self.output.found[-1])
+        self.engine.start()
+        self.requests = Requests(self.world)
+        self.watch = Watch(self.engine, self.samples, self.held, self.output.path, self._must_stop)
+        self.stopped_by: str | None = None
+        self._bad: dict[str, None] = dict.fromkeys(self.output.known_bad())
+        self._new_bad: list[str] = []
+        self.skipped = 0
+
+    @property
+    def bundle(self) -> Any:
+        """The network, its text conditioner and its settings."""
+        return self.engine.bundle
+
+    def _read_data(self, dataset: Any, validation: Any) -> None:
+        c = self.config
+        if dataset is None:
+            dataset = VideoFolder(**c.folder_arguments())
+        if validation is None and c.validation:
+            validation = VideoFolder(**c.folder_arguments(c.validation))
+        paths = getattr(dataset, "paths", None)
+        self.fps = 8.0 if c.fps or not paths else _first_rate(paths)
+        if c.holdout:
+            dataset, validation = hold_out(dataset, c.holdout, c.seed)
+        joint = c.num_images and c.image_source == "dataset"
+
+        def ordered(data: Any) -> OrderedSamples:
+            return OrderedSamples(
+                JointDataset(data, c.num_images) if joint else data,
+                c.seed,
+                c.sample_shape(),
+                value_range=c.value_range,
+                bad_clips=c.bad_clips,
             )
-        self.bundle = build(config).to(self.accelerator.device)
-        learner = Learner(self.bundle, config)
-        parameters = [p for p in learner.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
-        trained = [m for m in (self.bundle.unet, self.bundle.text) if m is not None]
-        self.averaged = Averaged(trained, config.ema_decay, config.ema_warmup)
-        self.step = 0
-        if found:
-            self._load(found[-1])
-        if config.compile:
-            self.bundle.unet.compile()
-        self.learner = self.accelerator.prepare(learner)
-        self._stop = False
+
+        self.data, self.samples = dataset, ordered(dataset)
+        self.held = None if validation is None else ordered(validation)
+
+    def _check_condition(self, condition: Any) -> None:
+        one = condition[0] if isinstance(condition, list) else condition
+        wanted, encoder = isinstance(one, str), self.config.text_encoder
+        if wanted != (encoder is not None):
+            have = "have captions" if wanted else "have no captions"
+            raise ValueError(f"text_encoder={encoder!r}, but the data {have}")
+        if isinstance(one, int) and not getattr(self.data, "classes", None):
+            raise ValueError("the data have class numbers, but no classes that name them")
+        dim = self.config.network().cond_dim
+        if one is None and dim is not None:
+            raise ValueError(
+                f"a network with cond_dim={dim} needs conditions: captions and a text_encoder, "
+                "classes or vectors (conditioning)"
+            )
 
     # -- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write the checkpoint of the current step, complete or not at all, and drop old ones."""
-        target = self.output / "checkpoints" / f"step-{self.step:08d}"
-        if self.is_main and not target.exists():
-            with atomic_directory(target) as folder:
-                self.bundle.save(folder / "model")
-                with self.averaged.swapped():
-                    self.bundle.save(folder / "ema")
-                state = {"step": self.step, "optimizer": self.optimizer.state_dict()}
-                torch.save(state | self._identity(), folder / "state.pt")
-            remove_unfinished(target.parent)
-            for old in checkpoints(self.output)[: -self.config.keep]:
-                # A folder that is being deleted must not look like a checkpoint.
-                doomed = old.with_name(f".{old.name}-old")
-                old.rename(doomed)
-            remove_unfinished(target.parent)
-        self.accelerator.wait_for_everyone()
+        """Write the checkpoint of the current step, complete or not at all, and drop old ones.
+
+        Raises:
+            OSError: it cannot be written; on every process.
+        """
+        target, failed = self.output.place(self.step), None
+        if self.requests.any(not target.exists()):
+            state = self.engine.state() | {"step": self.step, "processes": self.world}
+            state |= {"order": self.samples.state(self.place)}
+            weights = self.engine.writer()
+            try:
+                if self.is_main and not target.exists():
+                    self.output.write(self.step, state, weights)
+            except OSError as error:
+                failed = error
+        if self.requests.any(failed is not None):
+            raise failed or OSError(f"the checkpoint of step {self.step} cannot be written")
         return target
 
     def _load(self, folder: Path) -> None:
         state = read_source(folder / "state.pt")
-        for name, now in self._identity().items():
-            if state[name] != now:
-                raise ValueError(
-                    f"{folder} was trained with {name} {state[name]}, now {now}: the order of the "
-                    "data would not be the same"
-                )
-        self.bundle.load_weights(folder / "ema")
-        self.averaged.load_current()
-        self.bundle.load_weights(folder / "model")
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["processes"] != self.world:
+            raise ValueError(
+                f"{folder} was trained with {state['processes']} processes, now {self.world}: the "
+                "batches would not be the same"
+            )
+        self.place = self.samples.restore(state["order"])
+        self.engine.load(folder, dict(state))
         self.step = state["step"]
-
-    def _identity(self) -> dict[str, int]:
-        """What the order of the data depends on besides the configuration."""
-        return {"videos": len(self.samples.dataset), "processes": self.world}
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -326,117 +198,193 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss is not finite; the last checkpoint is from before it.
+            OSError: a checkpoint cannot be written; the last one is whole.
         """
         c = self.config
         self.accelerator.wait_for_everyone()  # every process has looked whether a run is there
         if self.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.output / "checkpoints")
-            write_text(self.output / "config.json", json.dumps(asdict(c), indent=2))
-        log = TrainLog(self.output / c.log, self.step) if self.is_main else None
-        batches = iter(
-            DataLoader(
-                self.samples,
-                batch_sampler=_Batches(
-                    self.step * c.accumulate, c.batch_size, self.rank, self.world
-                ),
-                collate_fn=_collate,
-                num_workers=c.num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-                prefetch_factor=2 if c.num_workers else None,
-            )
-        )
-        self.learner.train()
-        rows: list[dict[str, Any]] = []
-        bar = self._bar()
-        with self._stopping(), bar:
-            started = time.perf_counter()
-            while self.step < c.steps and not self._stop:
-                rows.append(self._step(batches))
-                bar.update(1)
-                save = self.step % c.save_every == 0
-                if save or self.step % c.log_every == 0:
-                    self._write(log, rows, started, bar)
-                    started = time.perf_counter()
-                if save:
-                    self.save()
-            self._write(log, rows, started, bar)
-            self.save()
-        return checkpoints(self.output)[-1]
+            self.output.start()
+        self._say(banner.render(self))
+        self.log = TrainLog(self.output.path / c.log, self.step) if self.is_main else None
+        self.trackers = Trackers(c, self.accelerator, self.output.path)
+        batches, rows = iter(self._loader()), []  # type: tuple[Iterator[Any], list[Any]]
+        self.engine.learner.train()
+        self._started = time.perf_counter()
+        try:
+            with self.requests, self._bar() as self.bar:
+                while self.step < c.steps:
+                    rows.append(self._step(batches))
+                    self.bar.update(1)
+                    due = self.step % c.save_every == 0
+                    if due or self.step % c.log_every == 0:
+                        self._read(rows)
+                    asked = self.requests.agreed()
+                    if due or asked != GO_ON:
+                        self._read(rows)
+                        self.save()
+                    if asked == STOP or not self._look():
+                        self.stopped_by = self.requests.name or "a signal"
+                        break
+                self._read(rows)
+                self.save()
+        finally:
+            self.trackers.close()
+        assert self.output.last is not None
+        return self.output.last
 
-    def _write(self, log: TrainLog | None, rows: list[Any], started: float, bar: Any) -> None:
+    def dry_run(self) -> dict[str, Any]:
+        """One step, of which nothing is kept or written: the row of its log, and peak memory.
+
+        The weights of this object are those after the step.
+        """
+        self._say(banner.render(self))
+        self.engine.learner.train()
+        self._started = time.perf_counter()
+        row = self._step(iter(self._loader()))
+        (done,) = self._numbers([row])
+        if self.accelerator.device.type == "cuda":
+            done["peak_memory"] = torch.cuda.max_memory_allocated()
+        return done
+
+    def _loader(self) -> DataLoader:
+        c, device = self.config, self.accelerator.device.type
+        workers = c.num_workers
+        if workers is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = min(8, (os.cpu_count() or 1) // local) if device == "cuda" else 0
+        return DataLoader(
+            self.samples,
+            batch_sampler=Batches(self.samples, self.place, c.batch_size, self.rank, self.world),
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=device == "cuda",
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )
+
+    def _step(self, batches: Iterator[Any]) -> dict[str, Any]:
+        c, device = self.config, self.accelerator.device
+        lr = learning_rate(c, self.step)
+        total = torch.zeros((), device=device)
+        for micro in range(c.accumulate):
+            video, conditions, bad = next(batches)
+            self._new_bad += bad
+            video = video.to(device, non_blocking=True)
+            torch.manual_seed(stream_seed(c.seed, STEP, self.step, micro, self.rank))
+            total += self.engine.backward(video, conditions, last=micro == c.accumulate - 1)
+        self.step += 1
+        self.place = self.samples.after(self.place, c.accumulate * c.batch_size * self.world)
+        norm = self.engine.update(lr, self.step)
+        return {"step": self.step, "loss": total, "grad_norm": norm, "lr": lr}
+
+    def _read(self, rows: list[dict[str, Any]]) -> None:
         """Read, check and log the rows since the last time, and empty the list."""
         if not rows:
             return
-        done = self._read(rows, started)
-        bar.set_postfix(loss=f"{done[-1]['loss']:.4f}")
-        if log is not None:
-            log.write(done)
+        done = self._numbers(rows)
+        rows.clear()
+        self._started = time.perf_counter()
+        self.bar.set_postfix(loss=f"{done[-1]['loss']:.4f}")
+        if self.log is not None:
+            self.log.write(done)
+        last = {k: v for k, v in done[-1].items() if k != "step"}
+        self.trackers.log(last, done[-1]["step"])
+        self._report_bad()
         for row in done:
             if self.on_step is not None:
                 self.on_step(self, row)
-        rows.clear()
 
-    def _step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        c, accelerator = self.config, self.accelerator
-        lr = c.lr * min(1.0, (self.step + 1) / max(1, c.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        total = torch.zeros((), device=accelerator.device)
-        for micro in range(c.accumulate):
-            video, captions = next(batches)
-            video = video.to(accelerator.device, non_blocking=True)
-            torch.manual_seed(stream_seed(c.seed, _STEP, self.step, micro, self.rank))
-            last = micro == c.accumulate - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.learner):
-                loss = self.learner(video, captions) / c.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
-        limit = c.grad_clip if c.grad_clip > 0 else float("inf")
-        norm = accelerator.clip_grad_norm_(self.learner.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.averaged.update(self.step)
-        return {"step": self.step, "loss": total, "grad_norm": norm, "lr": lr}
-
-    def _read(self, rows: list[dict[str, Any]], started: float) -> list[dict[str, Any]]:
-        """The losses of the last steps as numbers: one synchronisation for all of them."""
+    def _numbers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The losses of some steps as numbers: one synchronisation for all of them."""
         values = torch.stack([torch.stack([r["loss"], r["grad_norm"].float()]) for r in rows])
         values = self.accelerator.reduce(values, "mean").double().cpu()
-        seconds = (time.perf_counter() - started) / len(rows)
+        seconds = (time.perf_counter() - self._started) / len(rows)
         out = []
         for row, (loss, norm) in zip(rows, values.tolist()):
-            if not np.isfinite(loss) or not np.isfinite(norm):
-                kept = checkpoints(self.output)
+            # With a scaled loss an infinite norm is a step that is left out, and the scale halves.
+            if not math.isfinite(loss) or not (
+                math.isfinite(norm) or self.engine.scaler.is_enabled()
+            ):
                 raise FloatingPointError(
                     f"step {row['step']}: loss {loss}, gradient norm {norm}; the last checkpoint, "
-                    f"from before it, is {kept[-1] if kept else 'none'}"
+                    f"from before it, is {self.output.last or 'none'}. Try a lower lr, "
+                    "warmup_steps, a smaller grad_clip, bf16 in place of fp16, or prediction v"
                 )
             out.append(row | {"loss": loss, "grad_norm": norm, "seconds": round(seconds, 4)})
         return out
+
+    def _look(self) -> bool:
+        """Samples and validation that are due; False where the run is to stop instead."""
+        c, path = self.config, None
+        try:
+            if self.held is not None and c.validate_every and self.step % c.validate_every == 0:
+                loss = self.watch.validate(self.step)
+                self._say(f"step {self.step}: loss of held-out clips {loss:.4f}")
+                self.trackers.log({"validation_loss": loss}, self.step)
+            if c.sample_every and c.num_samples and self.step % c.sample_every == 0:
+                path = self.watch.draw(self.step)
+        except Abandoned:
+            return False
+        if path is not None:
+            self._say(f"step {self.step}: samples in {path}")
+            picture = self.watch.picture(path)
+            if picture is not None:
+                self.trackers.picture(picture, self.step)
+        self._started = time.perf_counter()
+        return True
+
+    def _must_stop(self) -> bool:
+        return self.requests.agreed() == STOP
+
+    # -- what is said ---------------------------------------------------------------------------
+
+    def _report_bad(self) -> None:
+        """Clips that could not be read: counted, and named once; all processes call it."""
+        if not self.requests.any(bool(self._new_bad)):
+            return
+        found = [self._new_bad]
+        if self.world > 1:
+            found = [[] for _ in range(self.world)]
+            dist.all_gather_object(found, self._new_bad)
+        errors = [error for some in found for error in some]
+        self.skipped += len(errors)
+        new = [error for error in dict.fromkeys(errors) if error not in self._bad]
+        self._bad |= dict.fromkeys(new)
+        self._new_bad = []
+        if self.is_main and new:
+            self.output.add_bad(self.step, new)
+        for error in new:
+            self._say(f"skipped: {error}")
+            if not self.progress and self.is_main:
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+
+    def _say(self, text: str) -> None:
+        if self.progress and self.is_main:
+            require("tqdm", "train").tqdm.write(text)
 
     def _bar(self) -> Any:
         tqdm = require("tqdm", "train")
         shown = self.progress and self.is_main
         return tqdm.tqdm(total=self.config.steps, initial=self.step, disable=not shown, unit="step")
 
-    @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint."""
-        if self.world > 1 or threading.current_thread() is not threading.main_thread():
-            yield  # the processes would stop at different steps
-            return
 
-        def stop(*_: Any) -> None:
-            self._stop = True
+def learning_rate(c: TrainConfig, step: int) -> float:
+    """Of the step after ``step`` others."""
+    rate = c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps))
+    if c.lr_schedule == "cosine" and step >= c.warmup_steps:
+        done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+        rate *= 0.5 * (1 + math.cos(math.pi * done))
+    return rate
 
-        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+
+def _first_rate(paths: list[Path]) -> float:
+    """Of the first video that can be read: what samples are played at."""
+    for path in paths[:8]:
         try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+            return video_fps(path)
+        except (ValueError, OSError):
+            continue
+    return 8.0
 
 
 def train(config: TrainConfig, **options: Any) -> Path:

@@ -20,9 +20,10 @@ from fastvdm import UNet3D, training
 from fastvdm import bundle as bundles
 from fastvdm.bundle import Bundle, checkpoints
 from fastvdm.cli import main
-from fastvdm.training import Averaged, OrderedSamples, Trainer, train
-from fastvdm.training.config import TRAINING, TrainConfig
+from fastvdm.training import Averaged, OrderedSamples, Place, Trainer, train
+from fastvdm.training.config import TrainConfig
 from fastvdm.training.log import read_log
+from fastvdm.training.recipes import TRAINING
 from fastvdm.video import VideoReadError, write_video
 
 TINY = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
@@ -149,7 +150,7 @@ def test_sigkill_at_random_points(tmp_path):
         write_video(data / f"{i}.mp4", torch.rand(3, 6, 8, 8))
     arguments = ["--data", str(data), "--num-frames", "3", "--size", "8", "--steps", "24"]
     arguments += ["--batch-size", "1", "--save-every", "3", "--device", "cpu", "--quiet"]
-    arguments += ["--model", json.dumps(TINY), "--set", "log_every=1", "--seed", "7"]
+    arguments += ["--model", json.dumps(TINY), "--log-every", "1", "--seed", "7"]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["train", str(whole), *arguments]) == 0
@@ -193,22 +194,24 @@ def test_order_is_a_permutation_each_epoch_and_repeats():
 
     def order(seed):
         samples = OrderedSamples(Index(), seed, (3, 1, 2, 2))
-        return [round(samples[n][0][0, 0, 0, 0].item() * 7) for n in range(21)]
+        places = [Place(epoch, i) for epoch in range(3) for i in range(7)]
+        return [round(samples[p].clip[0, 0, 0, 0].item() * 7) for p in places]
 
     epochs = [order(0)[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(e) == list(range(7)) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and order(0) == order(0) != order(1)
-    assert OrderedSamples(Index(), 0, (3, 1, 2, 2))[20][0][0, 0, 0, 0] * 7 == order(0)[20]
+    last = OrderedSamples(Index(), 0, (3, 1, 2, 2))[Place(2, 6)].clip[0, 0, 0, 0]
+    assert last * 7 == order(0)[20]
 
 
 def test_a_step_leaves_the_generators_of_the_data_alone():
     samples = OrderedSamples(Jittered(), 0, (3, 3, 8, 8))
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = samples[3][0]
+    first = samples[Place(0, 3)].clip
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(6)
-    assert torch.equal(first, samples[3][0])
+    assert torch.equal(first, samples[Place(0, 3)].clip)
 
 
 def test_average_of_the_weights():
@@ -280,7 +283,7 @@ def test_captions_are_learnt_from_sidecar_files(tmp_path):
     data = tmp_path / "data"
     for name in ("red", "blue"):
         write_video(data / f"{name}.mp4", torch.rand(3, 4, 8, 8))
-    options = {"folder": str(data), "text_encoder": encoder, "num_images": 1, "steps": 2}
+    options = {"data": str(data), "text_encoder": encoder, "num_images": 1, "steps": 2}
     options |= {"image_cond": "own", "model": TINY | {"cond_dim": 12}}
     with pytest.raises(ValueError, match="2 of 2 videos have no caption"):
         train(config(tmp_path / "run", **options))
@@ -320,7 +323,7 @@ def test_bad_data_is_found_and_nothing_is_written(tmp_path):
     folder.mkdir()
     (folder / "a.mp4").write_text("not a video")
     with pytest.raises(VideoReadError, match="a.mp4 is not a readable video"):
-        train(config(output, folder=str(folder)))
+        train(config(output, data=str(folder), bad_clips="error"))
     with pytest.raises(ValueError, match="have captions"):
         train(config(output), dataset=[(c, "text") for c in clips])
     assert not output.exists()
@@ -342,7 +345,7 @@ def test_a_run_is_never_overwritten(tmp_path):
         train(config(output), dataset=noise_clips())
     with pytest.raises(ValueError, match="cannot change batch_size: 2 -> 3, lr: 0.001 -> 0.1"):
         train(config(output, batch_size=3, lr=0.1), dataset=noise_clips(), resume=True)
-    with pytest.raises(ValueError, match="videos 5, now 4"):
+    with pytest.raises(ValueError, match="with 5 videos, now 4"):
         train(config(output), dataset=noise_clips(4), resume=True)
     assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     (output / "checkpoints" / "step-00000002" / "state.pt").write_bytes(b"\x80\x02cos\nsystem\n.")
@@ -384,7 +387,7 @@ def test_configuration_errors():
     for values, message in [
         ({"stpes": 3}, "unknown setting stpes"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16"),
         ({"prediction": "y"}, "prediction"),
         ({"preset": "none"}, "preset must be one of"),
         ({"lr": 0}, "lr > 0"),

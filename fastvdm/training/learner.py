@@ -1,0 +1,146 @@
+"""What is trained, and the average of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from fastvdm.bundle import Bundle, make_text
+from fastvdm.diffusion.joint import append_images, images_from_batch, joint_loss
+from fastvdm.training.config import TrainConfig
+from fastvdm.training.order import INIT, seeded, stream_seed
+
+
+def build(config: TrainConfig, dataset: Any = None, fps: float = 8.0) -> Bundle:
+    """A new network, and text conditioner, of the configuration; weights follow its seed.
+
+    Args:
+        dataset: whose ``classes`` or ``cond_dim`` decide the width of the condition.
+        fps: of its videos, where the configuration does not resample them.
+    Raises:
+        ValueError: a condition that the data do not have, or of another width.
+    """
+    from fastvdm.unet import UNet3D
+
+    classes = getattr(dataset, "classes", None)
+    width = len(classes) if classes else getattr(dataset, "cond_dim", None)
+    with seeded(stream_seed(config.seed, INIT)):
+        network, settings = config.network(), config.settings(classes, fps)
+        text = None
+        if settings.text_encoder is not None:
+            text = make_text(settings, network.cond_dim)
+            network = replace(network, cond_dim=text.out_dim)
+        elif width is not None:
+            if network.cond_dim not in (None, width):
+                raise ValueError(f"cond_dim={network.cond_dim}, but the data have {width}")
+            network = replace(network, cond_dim=width)
+        unet = UNet3D(**vars(network))
+    return Bundle(unet, settings, text)
+
+
+class Learner(nn.Module):
+    """The network and the text pooling. ``forward`` is the loss of a batch, so that wrappers for
+    distributed training see one call; in eval mode no condition is dropped."""
+
+    def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
+        super().__init__()
+        self.unet, self.text = bundle.unet, bundle.text
+        self.config, self.schedule = config, bundle.schedule
+        self.num_classes = len(bundle.settings.classes or ())
+
+    def forward(self, video: Tensor, conditions: list[Any] | None) -> Tensor:
+        """video (B, C, F[+ K], H, W) in the data's range; B conditions, or B lists of 1 + K."""
+        c = self.config
+        if c.num_images and c.image_source == "batch":
+            video = append_images(video, images_from_batch(video, c.num_images))
+        if c.value_range is not None:
+            low, high = c.value_range
+            video = (video - low) * (2 / (high - low)) - 1
+        cond, image_cond = self._cond(conditions)
+        return joint_loss(
+            self.unet,
+            video,
+            c.num_images,
+            cond=cond,
+            image_weight=c.image_weight,
+            image_time=c.image_time,
+            image_cond=image_cond,
+            schedule=self.schedule,
+            prediction=c.prediction,
+            loss_space=c.loss_space,
+            loss_type=c.loss_type,
+            cond_drop_prob=c.cond_drop_prob if self.training else 0.0,
+        )
+
+    def _cond(self, conditions: list[Any] | None) -> tuple[Tensor | None, Any]:
+        """cond (B, D), and that of the image frames (B, K, D) or the name of the option."""
+        option = self.config.image_cond
+        if conditions is None:
+            return None, "shared"
+        joint = isinstance(conditions[0], list)
+        videos = [c[0] for c in conditions] if joint else conditions
+        if option != "own" or not self.config.num_images:
+            return self.encode(videos), "shared" if option == "own" else option
+        images = [c for row in conditions for c in row[1:]]
+        both = self.encode([*videos, *images])
+        return both[: len(videos)], both[len(videos) :].unflatten(0, (len(videos), -1))
+
+    def encode(self, conditions: list[Any]) -> Tensor:
+        """Captions, class numbers or vectors → (N, D)."""
+        first, weight = conditions[0], self.unet.stem.weight
+        if isinstance(first, str):
+            assert self.text is not None
+            return self.text(conditions)
+        if isinstance(first, int):
+            classes = torch.tensor(conditions, device=weight.device)
+            return F.one_hot(classes, self.num_classes).to(weight.dtype)
+        return torch.stack(conditions).to(weight.device, weight.dtype)
+
+
+def _local(t: Tensor) -> Tensor:
+    """This process's share of a sharded tensor: averaging is elementwise."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+class Averaged:
+    """Exponential moving average of the parameters, in fp32 and of the whole of ``modules``; of
+    this process's share where they are sharded.
+
+    decay_n = min(decay, (1 + n)/(10 + n)) with ``warmup``: a short run is not an average of noise.
+    """
+
+    def __init__(self, modules: list[nn.Module], decay: float, warmup: bool) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.source = [p for m in modules for p in m.parameters()]
+        self.load_current()
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        torch._foreach_lerp_(self.copies, [_local(p).float() for p in self.source], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The modules hold the averaged values inside the block."""
+        kept = [_local(p).detach().clone() for p in self.source]
+        self._copy(self.copies)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.source, values):
+            _local(p).copy_(value)
+
+    def load_current(self) -> None:
+        """Take what the modules hold now as the average."""
+        self.copies = [_local(p).detach().clone().float() for p in self.source]

@@ -1,0 +1,263 @@
+"""Which clip comes when: an endless order of samples that is the same in every process and after
+every stop, also when files came or went in between.
+
+A video is its name and its size in bytes. In every epoch the videos are sorted by a hash of that,
+of the seed and of the epoch: a video that is gone leaves the order of the others as it was. The
+place in a run is the epoch, how many of it were drawn, and the hash of the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastvdm.video import VideoReadError
+
+ORDER, SAMPLE, STEP, INIT, OTHER, HELD, LOOK = range(7)  # streams of random numbers, each its own
+_TRIES = 64  # draws in a row that may be bad
+
+
+def stream_seed(seed: int, *place: int) -> int:
+    """A 63-bit seed for one place in the run; different places give unrelated streams."""
+    state = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator, ``random`` and ``numpy.random`` seeded inside the block only."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def identities(dataset: Any) -> np.ndarray:
+    """(N,) uint64: a hash of what each item is; of its index where the data set does not say."""
+    named = getattr(dataset, "identities", None)
+    if named is None:
+        return np.arange(len(dataset), dtype=np.uint64)
+    text = (f"{name}\0{size}".encode() for name, size in named)
+    digests = b"".join(hashlib.blake2b(t, digest_size=8).digest() for t in text)
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _mix(values: np.ndarray, seed: int) -> np.ndarray:
+    """A bijection of 64-bit numbers for each seed (the finaliser of splitmix64)."""
+    x = values ^ np.uint64(seed)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Place(NamedTuple):
+    """Where in the endless order: sample ``drawn`` of ``epoch`` is the next."""
+
+    epoch: int
+    drawn: int
+
+
+@dataclass
+class Sample:
+    """A clip (C, F, H, W), its condition(s), and the errors of those that were drawn before it."""
+
+    clip: Tensor
+    condition: Any
+    bad: list[str] = field(default_factory=list)
+
+
+class OrderedSamples(Dataset):
+    """The samples of an endless run over ``dataset`` by their ``Place``, a new order each epoch.
+
+    An item is the same whenever and in whatever process it is read. Clips are checked here, so that
+    wrong values are an error before they reach the network. A file that cannot be read is replaced
+    by another one of the whole data set, drawn from the same place's stream.
+
+    Args:
+        dataset: items (C, F, H, W), or (that, condition); ``identities`` [(name, size)] if files.
+        shape: what a clip must be. value_range: of its values, None for any.
+        bad_clips: "skip" or "error".
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        seed: int,
+        shape: tuple[int, int, int, int],
+        *,
+        value_range: tuple[float, float] | None = (0.0, 1.0),
+        bad_clips: str = "skip",
+    ) -> None:
+        if len(dataset) == 0:
+            raise ValueError("the data set is empty")
+        self.dataset, self.seed, self.shape = dataset, seed, shape
+        self.value_range, self.bad_clips = value_range, bad_clips
+        self.keys = identities(dataset)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Of one epoch."""
+        return len(self.keys)
+
+    def ranks(self, epoch: int) -> np.ndarray:
+        """(N,) what the videos are sorted by in an epoch."""
+        return _mix(self.keys, stream_seed(self.seed, ORDER, epoch))
+
+    def index(self, place: Place) -> int:
+        """Of the item at a place."""
+        if place.epoch != self._epoch:
+            self._order = np.argsort(self.ranks(place.epoch), kind="stable")
+            self._epoch = place.epoch
+        return int(self._order[place.drawn])
+
+    def __getitem__(self, place: Place) -> Sample:
+        index = self.index(place)
+        where = (self.seed, SAMPLE, place.epoch, int(self.keys[index]))
+        bad: list[str] = []
+        for attempt in range(_TRIES):
+            try:
+                with seeded(stream_seed(*where, attempt)):
+                    if attempt:
+                        index = int(torch.randint(len(self.keys), ()))
+                    item = self.dataset[index]
+            except (VideoReadError, OSError) as error:
+                if self.bad_clips == "error":
+                    raise
+                bad.append(" ".join(str(error).split()))
+                continue
+            clip, condition = item if isinstance(item, tuple | list) else (item, None)
+            self._check(index, clip)
+            return Sample(clip, condition, bad)
+        raise VideoReadError(f"{_TRIES} videos in a row cannot be read, the last: {bad[-1]}")
+
+    def _check(self, index: int, clip: Any) -> None:
+        if not isinstance(clip, Tensor) or not clip.is_floating_point():
+            kind = getattr(clip, "dtype", type(clip).__name__)
+            raise TypeError(f"sample {index}: expected a float tensor, got {kind}")
+        if tuple(clip.shape) != self.shape:
+            raise ValueError(f"sample {index}: expected {self.shape}, got {tuple(clip.shape)}")
+        if not torch.isfinite(clip).all():
+            raise ValueError(f"sample {index} has NaN or infinite values")
+        if self.value_range is None:
+            return
+        low, high = self.value_range
+        margin = 1e-3 * (high - low)
+        if clip.min() < low - margin or clip.max() > high + margin:
+            raise ValueError(
+                f"sample {index}: expected values in [{low:g}, {high:g}], got "
+                f"[{clip.min()}, {clip.max()}]"
+            )
+
+    # -- the place, before and after a stop ----------------------------------------------------
+
+    def after(self, place: Place, count: int) -> Place:
+        """``count`` samples further."""
+        further, drawn = divmod(place.drawn + count, len(self.keys))
+        return Place(place.epoch + further, drawn)
+
+    def state(self, place: Place) -> dict[str, Any]:
+        """What ``restore`` needs, of plain types and tensors."""
+        ranks = np.sort(self.ranks(place.epoch))
+        last = int(ranks[place.drawn - 1]) if place.drawn else 0
+        keys = torch.from_numpy(np.sort(self.keys).view(np.int64).copy())
+        return {"epoch": place.epoch, "drawn": place.drawn, "last": str(last), "videos": keys}
+
+    def restore(self, state: dict[str, Any]) -> Place:
+        """The place of a ``state``, in the data as they are now.
+
+        Raises:
+            ValueError: the data set does not say what its items are, and has another number.
+        """
+        before, now = state["videos"].numpy().view(np.uint64), np.sort(self.keys)
+        if np.array_equal(before, now):
+            return Place(state["epoch"], state["drawn"])
+        if getattr(self.dataset, "identities", None) is None:
+            raise ValueError(
+                f"the run was trained with {len(before)} videos, now {len(now)}: the order of the "
+                "data would not be the same (a data set with identities can change)"
+            )
+        gone, new = (len(np.setdiff1d(*pair)) for pair in ((before, now), (now, before)))
+        warnings.warn(
+            f"the videos are not those of the checkpoint: {gone} gone or changed, {new} new. The "
+            "others keep their order",
+            stacklevel=2,
+        )
+        drawn = 0
+        if state["drawn"]:
+            drawn = int((self.ranks(state["epoch"]) <= np.uint64(int(state["last"]))).sum())
+        return self.after(Place(state["epoch"], 0), drawn)
+
+
+class Batches:
+    """Sampler of the micro-batches of one process, from ``start`` on; they do not end."""
+
+    def __init__(
+        self, samples: OrderedSamples, start: Place, batch: int, rank: int, world: int
+    ) -> None:
+        self.samples, self.start, self.batch = samples, start, batch
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        first = self.samples.after(self.start, self.rank * self.batch)
+        while True:
+            yield [self.samples.after(first, i) for i in range(self.batch)]
+            first = self.samples.after(first, self.batch * self.world)
+
+
+class Part(Dataset):
+    """Some items of a data set, with what it says of them."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+        for name in ("identities", "conditions"):
+            values = getattr(dataset, name, None)
+            setattr(self, name, None if values is None else [values[i] for i in indices])
+        self.classes = getattr(dataset, "classes", None)
+        if hasattr(dataset, "frame"):
+            self.frame = self._frame
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+    def _frame(self, index: int) -> Tensor:
+        return self.dataset.frame(self.indices[index])
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """(to train on, to look at): by the names of the videos, so that new ones move no other.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    chance = _mix(identities(dataset), stream_seed(seed, HELD)).astype(np.float64) / 2.0**64
+    held = chance < share
+    if held.all() or not held.any():
+        raise ValueError(f"holdout={share} of {len(held)} videos leaves one side without any")
+    return tuple(Part(dataset, np.flatnonzero(side).tolist()) for side in (~held, held))  # type: ignore[return-value]
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, list[Any] | None, list[str]]:
+    """(B, C, F, H, W), the conditions or None, the errors."""
+    conditions = [s.condition for s in samples]
+    bad = [error for s in samples for error in s.bad]
+    none = conditions[0] is None
+    return torch.stack([s.clip for s in samples]), None if none else conditions, bad

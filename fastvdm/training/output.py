@@ -1,0 +1,130 @@
+"""The folder of a run: what it holds, and what may be written there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fastvdm.bundle import atomic_directory, checkpoints, remove_unfinished
+from fastvdm.training.config import TrainConfig
+from fastvdm.training.log import write_text
+
+
+class Output:
+    """``config.json``, ``checkpoints/step-N``, ``bad-clips.csv`` in the folder of a run.
+
+    Raises:
+        FileExistsError: it holds checkpoints and the run does not resume.
+        ValueError: its run cannot continue as ``config``.
+        OSError: nothing can be written there.
+    """
+
+    def __init__(self, config: TrainConfig, resume: bool) -> None:
+        self.config, self.path = config, Path(config.output)
+        self.found = checkpoints(self.path)
+        stored = self.path / "config.json"
+        if self.found and not resume:
+            raise FileExistsError(f"{self.path} holds a run: resume it or choose another output")
+        if self.found and stored.is_file():  # a run that has no checkpoint has nothing to lose
+            config.check_resumable(json.loads(stored.read_text(encoding="utf-8")))
+        _check_writable(self.path)
+
+    def check_space(self, size: int) -> None:
+        """Raises OSError where a checkpoint of ``size`` bytes does not fit beside another."""
+        folder = _existing(self.path)
+        free, wanted = shutil.disk_usage(folder).free, size * (1 if self.found else 2)
+        if free < wanted:
+            raise OSError(
+                f"{self.path}: {free / 1e9:.1f} GB are free, two checkpoints of this network take "
+                f"{2 * size / 1e9:.1f} GB"
+            )
+
+    def start(self) -> None:
+        """Make the folder, note the configuration, clear what a killed process left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path / "checkpoints")
+        if not self.found:  # of a run that failed before its first checkpoint
+            for name in ("validation.csv", "bad-clips.csv"):
+                (self.path / name).unlink(missing_ok=True)
+        values = asdict(self.config)
+        for name in ("data", "validation"):  # a run is resumed from any directory
+            if values[name]:
+                values[name] = str(Path(values[name]).absolute())
+        write_text(self.path / "config.json", json.dumps(values, indent=2))
+
+    @property
+    def last(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return found[-1] if (found := checkpoints(self.path)) else None
+
+    def place(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def write(self, step: int, state: dict[str, Any], weights: Callable[[Path], None]) -> None:
+        """One checkpoint, whole or not at all, and drop old ones.
+
+        Raises:
+            OSError: it cannot be written; the last one is named.
+        """
+        target = self.place(step)
+        try:
+            with atomic_directory(target) as folder:
+                weights(folder)
+                torch.save(state, folder / "state.pt")
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # What torch.save raises has no type of its own.
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written: {error}. The last whole one is "
+                f"{self.last or 'none'}"
+            ) from error
+        for old in checkpoints(self.path)[: -self.config.keep]:
+            # A folder that is being deleted must not look like a checkpoint.
+            old.rename(old.with_name(f".{old.name}-old"))
+        remove_unfinished(target.parent)
+
+    # -- clips that could not be read -------------------------------------------------------------
+
+    def known_bad(self) -> set[str]:
+        file = self.path / "bad-clips.csv"
+        if not file.is_file():
+            return set()
+        with open(file, encoding="utf-8", newline="") as lines:
+            return {row["error"] for row in csv.DictReader(lines)}
+
+    def add_bad(self, step: int, errors: list[str]) -> None:
+        file = self.path / "bad-clips.csv"
+        new = not file.is_file()
+        with open(file, "a", encoding="utf-8", newline="") as lines:
+            rows = csv.writer(lines, lineterminator="\n")
+            if new:
+                rows.writerow(("step", "error"))
+            rows.writerows((step, error) for error in errors)
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _check_writable(path: Path) -> None:
+    folder = _existing(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {folder}: {error.strerror}") from None

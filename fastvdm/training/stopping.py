@@ -1,0 +1,81 @@
+"""Signals: what they ask for, and how all processes come to do it at the same step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GO_ON, SAVE, STOP = range(3)
+
+
+class Requests:
+    """SIGTERM and Ctrl-C ask to stop, SIGUSR1 to save; a second Ctrl-C raises at once.
+
+    With several processes, ``agreed`` is one small sum over all of them on the CPU, one call late,
+    so that no process waits for it: all must call it equally often, and all get the same answer.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.name: str | None = None  # of the signal that asked to stop, where it came here
+        self._asked, self._before = GO_ON, {}  # type: tuple[int, dict[int, Any]]
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def __enter__(self) -> Requests:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._receive) for s in _MEANING}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pending is not None and error[0] is None:
+            self._pending[0].wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.name == "Ctrl-C":
+            raise KeyboardInterrupt
+        asked = _MEANING[signal.Signals(number)]
+        if asked == STOP:
+            self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self._asked = max(self._asked, asked)
+
+    def agreed(self) -> int:
+        """The most that any process was asked for: GO_ON, SAVE or STOP. A SAVE is told once."""
+        asked = self._asked
+        if asked == SAVE:
+            self._asked = GO_ON
+        if self._group is None:
+            return asked
+        before, value = self._pending, torch.tensor([asked])
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, value)
+        if before is None:
+            return GO_ON
+        before[0].wait()
+        return int(before[1])
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any process; all wait for the answer."""
+        if self._group is None:
+            return here
+        value = torch.tensor([int(here)])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
+        return bool(value.item())
+
+
+_MEANING = {signal.SIGTERM: STOP, signal.SIGINT: STOP}
+if hasattr(signal, "SIGUSR1"):
+    _MEANING[signal.SIGUSR1] = SAVE
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a process that reads videos: a scheduler signals all processes of a job, and one that died
+    of it would end the run before it is saved. It ends with the trainer."""
+    for number in _MEANING:
+        signal.signal(number, signal.SIG_IGN)
