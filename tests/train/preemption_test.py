@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def ranks():
     group = Ranks()
     yield group
     group.stop()
+
+
+def place(folder: Path) -> Path:
+    """For the store of one group: one that ended still looks into its own."""
+    return Path(tempfile.mkdtemp(dir=folder))
 
 
 def config(output: Path, **changes) -> TrainConfig:
@@ -85,10 +91,9 @@ def losses(output: Path) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_all_processes_stop_at_the_same_step_and_go_on(ranks, tmp_path, parallel):
     changes = {"parallel": parallel, "accumulate": 2}
-    ranks.run(run_whole, 2, tmp_path, tmp_path / "whole", changes)
+    ranks.run(run_whole, 2, place(tmp_path), tmp_path / "whole", changes)
     where, who = random.randint(1, 5), random.randint(0, 1)
-    (tmp_path / "store").unlink()
-    ranks.run(run_stopped, 2, tmp_path, tmp_path / "run", changes, where, who)
+    ranks.run(run_stopped, 2, place(tmp_path), tmp_path / "run", changes, where, who)
     assert len(losses(tmp_path / "whole")) == 8, (where, who)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole"), (where, who)
     for ema in (True, False):
@@ -99,8 +104,7 @@ def test_all_processes_stop_at_the_same_step_and_go_on(ranks, tmp_path, parallel
 def test_shares_are_the_same_training(ranks, tmp_path):
     """FSDP and DDP: the same losses, validation, samples, averages, to rounding."""
     for parallel in ("ddp", "fsdp"):
-        ranks.run(run_whole, 2, tmp_path, tmp_path / parallel, {"parallel": parallel})
-        (tmp_path / "store").unlink()
+        ranks.run(run_whole, 2, place(tmp_path), tmp_path / parallel, {"parallel": parallel})
     one, two = (torch.tensor(losses(tmp_path / p)) for p in ("ddp", "fsdp"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
     rows = [(tmp_path / p / "validation.csv").read_text().split() for p in ("ddp", "fsdp")]
@@ -132,7 +136,7 @@ def fail_to_write(rank, world, output):
 
 
 def test_a_full_disk_ends_all_processes(ranks, tmp_path):
-    ranks.run(fail_to_write, 2, tmp_path, tmp_path / "run")
+    ranks.run(fail_to_write, 2, place(tmp_path), tmp_path / "run")
 
 
 def launch(*arguments: str) -> subprocess.Popen:
