@@ -117,7 +117,7 @@ class JointDataset(Dataset):
         return (joined, captions) if captioned else joined
 
     def _frame(self, index: int, captioned: bool) -> tuple[Tensor, str | None]:
-        captions = getattr(self.dataset, "captions", None)
+        captions = getattr(self.dataset, "conditions", None)
         if hasattr(self.dataset, "frame") and (not captioned or captions is not None):
             return self.dataset.frame(index), captions[index] if captions is not None else None
         item = self.dataset[index]

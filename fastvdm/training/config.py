@@ -201,7 +201,7 @@ class TrainConfig:
             "size": self.size,
             "frameskip": self.frameskip,
             "channels": self.network().channels,
-            "captions": self.text_encoder is not None,
+            "conditioning": "captions" if self.text_encoder is not None else None,
             "flip": self.flip,
             "short": self.short,
         }
