@@ -49,7 +49,7 @@ class TrainConfig:
     )
     background: float = _of("Data", 0.0, "Brightness behind transparent pixels, 0 to 1.")
     value_range: tuple[float, float] | None = _of(
-        "Data", (0.0, 1.0), "Of arrays (npy, npz) of floats; null: latents, taken as they are."
+        "Data", (0.0, 1.0), "Of arrays (npy, npz) of floats; none: latents, taken as they are."
     )
     conditioning: Literal["captions", "classes", "vectors"] | None = _of(
         "Data", None, "What comes with a video; captions where text_encoder is set, else nothing."

@@ -56,13 +56,12 @@ class Learner(nn.Module):
         self.num_classes = len(bundle.settings.classes or ())
 
     def forward(self, video: Tensor, conditions: list[Any] | None) -> Tensor:
-        """video (B, C, F[+ K], H, W) in the data's range; B conditions, or B lists of 1 + K."""
+        """video (B, C, F[+ K], H, W) in [0, 1], or latents; B conditions, or B lists of 1 + K."""
         c = self.config
         if c.num_images and c.image_source == "batch":
             video = append_images(video, images_from_batch(video, c.num_images))
         if c.value_range is not None:
-            low, high = c.value_range
-            video = (video - low) * (2 / (high - low)) - 1
+            video = 2 * video - 1
         cond, image_cond = self._cond(conditions)
         return joint_loss(
             self.unet,

@@ -91,7 +91,7 @@ class OrderedSamples(Dataset):
 
     Args:
         dataset: items (C, F, H, W), or (that, condition); ``identities`` [(name, size)] if files.
-        shape: what a clip must be. value_range: of its values, None for any.
+        shape: what a clip must be. bounded: whether its values must be in [0, 1].
         bad_clips: "skip" or "error".
     """
 
@@ -101,13 +101,13 @@ class OrderedSamples(Dataset):
         seed: int,
         shape: tuple[int, int, int, int],
         *,
-        value_range: tuple[float, float] | None = (0.0, 1.0),
+        bounded: bool = True,
         bad_clips: str = "skip",
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("the data set is empty")
         self.dataset, self.seed, self.shape = dataset, seed, shape
-        self.value_range, self.bad_clips = value_range, bad_clips
+        self.bounded, self.bad_clips = bounded, bad_clips
         self.keys = identities(dataset)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -154,14 +154,10 @@ class OrderedSamples(Dataset):
             raise ValueError(f"sample {index}: expected {self.shape}, got {tuple(clip.shape)}")
         if not torch.isfinite(clip).all():
             raise ValueError(f"sample {index} has NaN or infinite values")
-        if self.value_range is None:
-            return
-        low, high = self.value_range
-        margin = 1e-3 * (high - low)
-        if clip.min() < low - margin or clip.max() > high + margin:
+        if self.bounded and (clip.min() < -1e-3 or clip.max() > 1 + 1e-3):
             raise ValueError(
-                f"sample {index}: expected values in [{low:g}, {high:g}], got "
-                f"[{clip.min()}, {clip.max()}]"
+                f"sample {index}: expected values in [0, 1], got [{clip.min()}, {clip.max()}]: "
+                "scale them, or say that they are latents (value_range=None)"
             )
 
     # -- the place, before and after a stop ----------------------------------------------------

@@ -136,7 +136,7 @@ class Trainer:
                 JointDataset(data, c.num_images) if joint else data,
                 c.seed,
                 c.sample_shape(),
-                value_range=c.value_range,
+                bounded=c.value_range is not None,
                 bad_clips=c.bad_clips,
             )
 

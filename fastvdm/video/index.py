@@ -1,0 +1,255 @@
+"""Which frames a video file shows, and when: from its packets where they tell, else by decoding.
+
+Frame k is the k-th that a decoder shows which starts at the beginning of the file. Neither headers
+(they count frames that an edit list hides) nor times (of variable rate) tell which one that is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from array import array
+from bisect import bisect_left
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastvdm.runtime.optional import require
+
+
+class VideoReadError(ValueError):
+    """A file that exists but cannot be decoded as a video, or has too few frames."""
+
+
+class Timeline(NamedTuple):
+    """When the frames of a video are shown; without ``times`` only how many there are."""
+
+    length: int
+    times: Sequence[int] | None = None  # ascending, in ticks
+    end: int = 0  # when the last frame ends
+    tick: Fraction = Fraction(1)  # in seconds
+
+    def frames(self, fps: float | None) -> Sequence[int]:
+        """The frame shown at ``t0 + j / fps`` for j = 0, 1, ... to the end of the video.
+
+        Times in files are rounded to ticks, so a frame counts as shown half a tick before.
+        """
+        if fps is None or self.times is None or not self.length:
+            return range(self.length)
+        step = 1 / (float(self.tick) * fps)
+        count = max(1, math.ceil((self.end - self.times[0] - 0.5) / step))
+        at = self.times[0] + 0.5 + step * np.arange(count)
+        return (np.searchsorted(np.asarray(self.times), at, side="right") - 1).tolist()
+
+    @property
+    def fps(self) -> float | None:
+        """Average frames per second, None where there are no times."""
+        if self.times is None or not self.length:
+            return None
+        return float(self.length / ((self.end - self.times[0]) * self.tick))
+
+
+class Index(NamedTuple):
+    """The shown frames of a file, and where decoding can start."""
+
+    line: Timeline  # its times are the pts of the frames; None: what comes out has no usable times
+    keys: Sequence[int]  # pts of the key frames, ascending
+    key_dts: Sequence[int]
+    by_packet: bool  # one packet is one frame, with its pts
+
+    def key(self, pts: int) -> int:
+        """The number of the last key frame that is shown no later than ``pts``, or -1."""
+        return bisect_left(self.keys, pts + 1) - 1
+
+
+# One packet is one frame where the container keeps frames, not a stream that a parser has cut up,
+# and where the codec has neither packets that show nothing nor frames in two packets.
+_FRAME_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
+_FRAME_CODECS = {"h264", "hevc", "av1", "vp8", "vp9", "mjpeg", "png", "ffv1", "prores", "qtrle"}
+# A decoder of these that is not FFmpeg's own knows the alpha channel, which webm keeps apart.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator[Any]:
+    """The container, its first video stream and a decoder; FFmpeg's errors become VideoReadError.
+
+    ``threads`` are torch's unless given: in a worker of a DataLoader that is one.
+    """
+    av = require("av", "video")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no video file at {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoReadError(f"{path} has no video stream")
+            stream = container.streams.video[0]
+            decoder = stream.codec_context
+            name = decoder.name if stream.metadata.get("alpha_mode") == "1" else None
+            if name in _ALPHA_DECODERS:
+                decoder = av.CodecContext.create(_ALPHA_DECODERS[name], "r")
+                decoder.extradata = stream.codec_context.extradata
+            decoder.thread_count = torch.get_num_threads() if threads is None else threads
+            decoder.thread_type = "AUTO" if decoder.thread_count > 1 else "NONE"
+            yield container, stream, decoder
+    except VideoReadError:
+        raise
+    except (av.error.FFmpegError, ValueError) as error:
+        raise VideoReadError(f"{path} is not a readable video: {error}") from error
+
+
+def frame_index(path: str | os.PathLike[str]) -> Index:
+    """The index of a file as it is now (kept for the next call; a changed file is read anew)."""
+    return _frame_index(*state(path))
+
+
+def decoded_index(path: str | os.PathLike[str]) -> Index:
+    """The same from decoding the whole file, up to where that fails."""
+    return _decoded_index(*state(path))
+
+
+def state(path: str | os.PathLike[str]) -> tuple[str, int, int]:
+    """What a cache of things about a file goes by: path, size, time of the last change."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no video file at {path}")
+    found = path.stat()
+    return str(path.absolute()), found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=1 << 16)  # an index of a file of constant rate is below a kilobyte
+def _frame_index(path: str, size: int, changed: int) -> Index:
+    with opened(path) as (container, stream, decoder):
+        if container.format.name in _FRAME_CONTAINERS and decoder.codec.id in _codec_ids():
+            index = _from_packets(container, stream)
+            if index is not None:
+                return index
+    return _decoded_index(path, size, changed)
+
+
+@lru_cache(maxsize=1)
+def _codec_ids() -> frozenset[int]:
+    av = require("av", "video")
+    return frozenset(av.Codec(name, "r").id for name in _FRAME_CODECS)
+
+
+def _from_packets(container: Any, stream: Any) -> Index | None:
+    """The index by demuxing alone, None where packets do not tell which frames are shown."""
+    av = require("av", "video")
+    name = stream.codec_context.name
+    shown, keys, first, last = [], [], None, None
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            pts, dts = packet.pts, packet.dts
+            if pts is None or dts is None or packet.is_corrupt or _is_invisible(name, packet):
+                return None
+            if packet.is_keyframe:
+                keys.append((pts, dts))
+                first = pts if first is None else first
+            if first is None or pts < first:
+                return None  # a picture that needs a frame before the first one is not shown
+            if not packet.is_discard:
+                shown.append(pts)
+                if last is None or pts > last[0]:
+                    last = (pts, packet.duration or 0)
+    except av.error.FFmpegError:
+        return None
+    if last is None or len(set(shown)) != len(shown):
+        return None
+    end = last[0] + last[1]
+    return _index(sorted(shown), end, stream, keys, by_packet=True)
+
+
+def _is_invisible(codec: str, packet: Any) -> bool:
+    """Whether a VP8 or VP9 packet is a frame for reference only, or may hold one frame of many."""
+    if codec in ("vp8", "libvpx"):
+        return not bytes(packet)[0] & 0x10
+    if codec in ("vp9", "libvpx-vp9"):
+        data = bytes(packet)
+        if data[-1] & 0xE0 == 0xC0:
+            return False  # a superframe: hidden ones with the one that is shown
+        bits = data[0] << 8 | data[1] if len(data) > 1 else data[0] << 8
+        at = 5 if bits >> 12 & 3 == 3 else 4  # profile 3 has a reserved bit
+        existing, show = bits >> (15 - at) & 1, bits >> (13 - at) & 1
+        return not existing and not show
+    return False
+
+
+def _index(
+    pts: list[int], end: int, stream: Any, keys: list[tuple[int, int]], by_packet: bool
+) -> Index:
+    if end <= pts[-1]:  # the last frame has no duration: that of the one before, or the rate's
+        rate = stream.average_rate or stream.guessed_rate or 25
+        end = pts[-1] + (
+            pts[-1] - pts[-2] if len(pts) > 1 else max(1, round(1 / rate / stream.time_base))
+        )
+    line = Timeline(len(pts), _compact(pts), end, stream.time_base)
+    keys.sort()
+    return Index(line, _compact([k[0] for k in keys]), _compact([k[1] for k in keys]), by_packet)
+
+
+def _compact(values: list[int]) -> Sequence[int]:
+    """A range where the values are one, as they are in a file of constant rate."""
+    if len(values) > 1 and (step := values[1] - values[0]) > 0:
+        even = range(values[0], values[-1] + 1, step)
+        if len(even) == len(values) and all(a == b for a, b in zip(even, values)):
+            return even
+    return array("q", values)
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoded_index(path: str, size: int, changed: int) -> Index:
+    times: list[int | None] = []
+    keys: list[tuple[int, int]] = []
+    duration = 0
+    with opened(path, threads=1) as (container, stream, decoder):
+        # In a gif every frame is drawn over the one before.
+        seekable = container.format.name != "gif"
+
+        def packets() -> Iterator[Any]:
+            for packet in container.demux(stream):
+                if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
+                    keys.append((packet.pts, packet.dts))
+                yield packet
+
+        for frame in decode_all(packets(), decoder):
+            times.append(frame.pts)
+            duration = frame.duration or 0
+        pts = [t for t in times if t is not None]
+        if len(pts) < len(times) or not pts or any(b <= a for a, b in zip(pts, pts[1:])):
+            return Index(Timeline(len(times)), (), (), False)
+        keys = keys if seekable else keys[:1]
+        return _index(pts, pts[-1] + duration, stream, keys, by_packet=False)
+
+
+def decode_all(packets: Iterator[Any], decoder: Any) -> Generator[Any, None, bool]:
+    """All frames in the order shown, up to where decoding fails: what comes after is no frame of
+    the video. Returns whether it did not fail. The decoder has one thread, so that how far it comes
+    does not depend on their number."""
+    av = require("av", "video")
+    packet, is_whole = None, True
+    while True:
+        try:
+            packet = next((p for p in packets if p.size), None)
+            frames = decoder.decode(packet)
+        except av.error.EOFError:
+            return is_whole
+        except av.error.FFmpegError:
+            # The decoder still holds frames that come before.
+            packet, is_whole = None, False
+            frames = decoder.decode(None)
+        for frame in frames:
+            if frame.is_corrupt:
+                return False
+            yield frame
+        if packet is None:
+            return is_whole

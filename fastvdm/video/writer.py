@@ -1,0 +1,234 @@
+"""Videos out: what is written appears complete or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvdm.runtime.optional import require
+from fastvdm.video.reader import check_range
+
+# Per container, the encoders in order of preference; which ones exist depends on the FFmpeg build.
+_ENCODERS = {
+    ".mp4": ("libx264", "libopenh264", "mpeg4"),
+    ".webm": ("libvpx-vp9", "libvpx"),
+    ".gif": ("gif",),
+}
+OUTPUTS = (*_ENCODERS, ".webp", ".npy")
+
+
+def check_output(path: str | os.PathLike[str], channels: int = 3) -> None:
+    """Whether ``write_video`` can write so many channels to such a file; ask before sampling.
+
+    Raises:
+        ValueError: the suffix is none of ``OUTPUTS``, or its files do not have so many channels.
+        RuntimeError: this FFmpeg has no encoder for it.
+        ImportError: PyAV or Pillow is missing.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in OUTPUTS:
+        raise ValueError(f"path must end in {', '.join(OUTPUTS)}, got {path.name!r}")
+    if channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
+    if suffix == ".npy":
+        return
+    if suffix == ".webp":
+        if channels not in (1, 3, 4):
+            raise ValueError(f"a .webp has 1, 3 or 4 channels, got {channels}: write a .npy")
+        require("PIL.Image", "video")
+        return
+    if channels not in (1, 3):
+        others = ".webp or .npy" if channels == 4 else ".npy"
+        raise ValueError(f"a {suffix} has 1 or 3 channels, got {channels}: write a {others}")
+    _encoder(suffix)
+
+
+def _encoder(suffix: str) -> str:
+    av = require("av", "video")
+    for name in _ENCODERS[suffix]:
+        if name in av.codecs_available:
+            return name
+    raise RuntimeError(f"this PyAV has no encoder for {suffix}: {', '.join(_ENCODERS[suffix])}")
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    video: Tensor,
+    fps: float = 8,
+    *,
+    quality: int = 18,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Write ``video`` to an mp4, webm, gif, webp or npy file (by its suffix), atomically.
+
+    The file appears complete or not at all: it is written beside ``path`` and then renamed.
+
+    Args:
+        video: (C, F, H, W), C = 1 or 3, of a .webp 4, too; float in ``value_range`` (values outside
+            are clipped) or uint8. A .npy takes any C and keeps the values as they are, as float32.
+        fps: frames per second. A GIF counts in hundredths of a second, a .webp in thousandths.
+        quality: the codec's constant rate factor for mp4 and webm; lower is better, 0 is best. A
+            .webp is lossless.
+        value_range: what black and white are: (-1, 1) for samples of ``fastvdm.diffusion``.
+    Raises:
+        ValueError: the shape, the suffix, ``fps``, ``value_range``, or a NaN in the video.
+        OSError: the file cannot be written, as when the disk is full; then nothing is left of it.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    check_output(path, video.shape[0] if video.ndim == 4 else 3)
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive, got {fps}")
+    check_range(value_range)
+    if video.ndim != 4 or 0 in video.shape:
+        raise ValueError(f"expected a video (C, F, H, W), got {tuple(video.shape)}")
+    video = video.detach().cpu()
+    if video.dtype != torch.uint8:
+        if not video.is_floating_point():
+            raise ValueError(f"expected a float or uint8 video, got {video.dtype}")
+        if not torch.isfinite(video).all():
+            raise ValueError("the video has NaN or infinite values; nothing was written")
+    if suffix == ".npy":
+        array = video.float().numpy()
+        _write(path, lambda file: np.save(file, array, allow_pickle=False))
+        return
+    frames = _to_uint8(video, value_range)
+    if suffix == ".webp":
+        _write(path, lambda file: _encode_webp(file, frames, fps))
+    elif suffix == ".gif":
+        _write(path, lambda file: _encode_gif(file, frames[..., :3], _rate(fps)))
+    else:
+        encoder = _encoder(suffix)
+        _write(path, lambda file: _encode(file, frames, _rate(fps), suffix[1:], encoder, quality))
+
+
+def _rate(fps: float) -> Fraction:
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _write(path: Path, encode: Callable[[BinaryIO], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=".writing-", dir=path.parent)
+    try:
+        # Encoders write through Python's file, whose errors are exact: FFmpeg's own would be lost
+        # when it closes the file.
+        with open(handle, "wb") as file:
+            encode(file)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """mkstemp makes private files; the result should have the mode that open() would give it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _to_uint8(video: Tensor, value_range: tuple[float, float]) -> np.ndarray:
+    """(C, F, H, W) → (F, H, W, 3 or 4) uint8."""
+    if video.dtype != torch.uint8:
+        low, high = value_range
+        video = ((video.float() - low) / (high - low)).clamp(0, 1).mul(255).round()
+        video = video.to(torch.uint8)
+    if video.shape[0] == 1:
+        video = video.expand(3, -1, -1, -1)
+    return video.permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def _encode(
+    file: BinaryIO, frames: np.ndarray, rate: Fraction, form: str, encoder: str, quality: int
+) -> None:
+    av = require("av", "video")
+    _, height, width, _ = frames.shape
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(encoder, rate=rate)
+        stream.width, stream.height = width, height
+        # Subsampled colour needs even sides with H.264, and is what every player understands.
+        odd = height % 2 or width % 2
+        stream.pix_fmt = "yuv444p" if odd and encoder == "libx264" else "yuv420p"
+        if encoder in ("libx264", "libvpx-vp9", "libvpx"):
+            stream.options = {"crf": str(quality), "b": "0"}
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _encode_gif(file: BinaryIO, frames: np.ndarray, rate: Fraction) -> None:
+    """One palette made from all frames; FFmpeg's own default is a fixed one of 256 colours."""
+    av = require("av", "video")
+    count, height, width, _ = frames.shape
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
+    split, make = graph.add("split"), graph.add("palettegen", "reserve_transparent=0")
+    use, sink = graph.add("paletteuse", "dither=none"), graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(make, 1, 0)
+    make.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for i, pixels in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts, frame.time_base = i, 1 / rate
+        source.push(frame)
+    source.push(None)
+    with av.open(file, "w", format="gif") as container:
+        stream = container.add_stream("gif", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
+        for _ in range(count):
+            container.mux(stream.encode(sink.pull()))
+        container.mux(stream.encode())
+
+
+def _encode_webp(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
+    image = require("PIL.Image", "video")
+    pictures: list[Any] = [image.fromarray(pixels) for pixels in frames]
+    ends = [round(1000 * (i + 1) / fps) for i in range(len(frames))]
+    lasting = [max(1, b - a) for a, b in zip([0, *ends], ends)]
+    pictures[0].save(
+        file,
+        format="WEBP",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=lasting,
+        loop=0,
+        lossless=True,
+        exact=True,  # colours of transparent pixels, too
+        kmax=1,  # every frame whole: else a frame that repeats would be dropped
+    )
+
+
+def grid(videos: Tensor, fill: float = 0.0) -> Tensor:
+    """Tile videos (N, C, F, H, W) in one (C, F, H', W'), row by row in a near-square.
+
+    Between tiles are 2 pixels of ``fill``, as are the places after the last one.
+
+    Raises:
+        ValueError: there is no video, or they are not five-dimensional.
+    """
+    if videos.ndim != 5 or 0 in videos.shape:
+        raise ValueError(f"expected videos (N, C, F, H, W), got {tuple(videos.shape)}")
+    count, channels, frames, height, width = videos.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    gap = 2
+    shape = (channels, frames, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    sheet = videos.new_full(shape, fill)
+    for i, video in enumerate(videos):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[..., top : top + height, left : left + width] = video
+    return sheet
