@@ -29,7 +29,7 @@ def build(config: TrainConfig, dataset: Any = None, fps: float = 8.0) -> Bundle:
     """
     from fastvdm.unet import UNet3D
 
-    classes = getattr(dataset, "classes", None)
+    classes = getattr(dataset, "classes", None) or None
     width = len(classes) if classes else getattr(dataset, "cond_dim", None)
     with seeded(stream_seed(config.seed, INIT)):
         network, settings = config.network(), config.settings(classes, fps)

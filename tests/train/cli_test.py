@@ -23,6 +23,7 @@ from fastvdm.video import read_video, write_video  # noqa: E402
 
 TINY = {"dim": 8, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
 FEW = ["--steps", "2", "--device", "cpu"]
+TRAIN = ["--size", "8", "--num-frames", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_vectors_from_files(conditional, suffix, tmp_path, drawn, capsys):
     for value, more, message in [
         (rows[:2], [], "cond must be (5,) or (3, 5), got (2, 5)"),
         (rows[:, :4], [], "cond must be (5,) or (3, 5), got (3, 4)"),
-        (rows, ["--caption", "a cat"], "not both"),
+        (rows, ["--caption", "a cat"], "give captions, labels or a vector (cond), not captions and"),
         (rows * float("nan"), [], "cond has NaN"),
         (rows > 0, [], "must hold one tensor of numbers"),
     ]:
@@ -325,7 +326,7 @@ def test_train_then_sample(tmp_path):
     run = tmp_path / "run"
     arguments = ["train", str(run), "--data", str(tmp_path / "data"), "--size", "8", "--quiet"]
     arguments += ["--num-frames", "2", "--batch-size", "1", "--model", json.dumps(TINY)]
-    assert main([*arguments, "--set", "betas=[0.9,0.999]", "--steps", "2", "--device", "cpu"]) == 0
+    assert main([*arguments, "--betas", "0.9,0.999", "--steps", "2", "--device", "cpu"]) == 0
     assert main(["train", str(run), "--resume", "--steps", "3", "--quiet"]) == 0
     stored = json.loads((run / "config.json").read_text())
     assert stored["steps"] == 3 and stored["betas"] == [0.9, 0.999]
@@ -406,7 +407,21 @@ BAD = {
     "size": (["sample", "{model}", "{out}", "--size", "15"], "multiples of 2"),
     "no data": (["train", "{out}"], "where are the videos"),
     "no folder": (["train", "{out}", "--data", "{broken}x"], "no folder at"),
-    "unknown field": (["train", "{out}", "--set", "stpes=1"], "unknown setting stpes"),
+    "betas": (["train", "{out}", "--data", "{broken}", "--betas", "0.9"], "betas must be 2 numbers"),
+    "no numbers": (["train", "{out}", "--size", "64,big"], "--size takes numbers, got '64,big'"),
+    "no word": (["train", "{out}", "--loss-type", "huber"], "loss_type must be one of mse, l1"),
+    "unknown field": (["train", "{out}", "--config", "{fields}"], "unknown setting stpes"),
+    "no config": (["train", "{out}", "--config", "{broken}.yaml"], "no file"),
+    "unknown argument": (["train", "{out}", "--model", "{{\"dims\": 8}}"],
+                         "unexpected keyword argument 'dims'"),
+    "log elsewhere": (["train", "{out}", "--data", "{broken}", "--log", "../log.csv"],
+                      "log must be the name of a .csv"),
+    "train nowhere": (["train", "/proc/run", "--data", "{broken}"], "/proc/run cannot be written"),
+    "tracker": (["train", "{out}", "--data", "{clips}", "--trackers", "abacus"],
+                "trackers must be of"),
+    "fsdp": (["train", "{out}", "--data", "{clips}", "--parallel", "fsdp", *TRAIN],
+             "needs several processes"),
+    "no classes": (["sample", "{model}", "{out}", "--label", "cat"], "labels given, but this model"),
     "no steps": (["sample", "{model}", "{out}", "--steps", "0"], "--steps must be positive, got 0"),
     "no frames": (["sample", "{model}", "{out}", "--frames", "0"], "--frames must be positive"),
     "negative": (["sample", "{model}", "{out}", "--frames", "-2"], "--frames must be positive"),
@@ -425,14 +440,13 @@ BAD = {
     "vector": (["sample", "{model}", "{out}", "--cond", "{broken}"], "not a readable checkpoint"),
     "no vector": (["sample", "{model}", "{out}", "--cond", "{broken}.npy"], "no file "),
     "index cosine": (["sample", "{index}", "{out}", "--schedule", "cosine"], "step indices"),
-    "four channels": (["sample", "{rgba}", "{out}"], "takes 4 channels and gives 4"),
+    "four channels": (["sample", "{rgba}", "{out}"], "got 4: write a .webp or .npy"),
     "two of three": (["extend", "{learned}", "{clip}", "{out}", "--num-frames", "9"],
                      "takes 3 channels and gives 6"),
     "resume nothing": (["train", "{out}", "--resume"], "no run to resume in"),
-    "train fps": (["train", "{out}", "--data", "{broken}", "--set", "fps=0"],
+    "train fps": (["train", "{out}", "--data", "{broken}", "--fps", "0"],
                   "fps must be positive"),
-    "train lr": (["train", "{out}", "--data", "{broken}", "--set", "lr=abc"],
-                 "lr must be a number, got 'abc'"),
+    "train lr": (["train", "{out}", "--data", "{broken}", "--lr", "0"], "expected lr > 0"),
     "model json": (["train", "{out}", "--model", "dim=3"], "--model is not JSON"),
 }  # fmt: skip
 
@@ -447,6 +461,10 @@ def test_errors_are_one_line_and_write_nothing(case, model, clip, tmp_path, caps
         if f"{{{name}}}" in arguments:
             places[name] = tmp_path / name
             UNet3D(**TINY, **options).save_pretrained(places[name])
+    places["fields"] = tmp_path / "fields.yaml"
+    places["fields"].write_text("stpes: 1\n")
+    places["clips"] = tmp_path / "clips"
+    write_video(places["clips"] / "a.mp4", torch.rand(3, 3, 8, 8))
     places["vector"] = tmp_path / "vector.pt"
     torch.save(torch.ones(3), places["vector"])
     places["folder"] = tmp_path / "folder.mp4"

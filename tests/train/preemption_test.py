@@ -18,12 +18,12 @@ import torch
 for _name in ("accelerate", "typer", "av"):
     pytest.importorskip(_name)
 
-from processes import Ranks
+from processes import Ranks  # noqa: E402
 
-from fastvdm.bundle import Bundle, checkpoints
-from fastvdm.training import TrainConfig, Trainer
-from fastvdm.training.log import read_log
-from fastvdm.video import write_video
+from fastvdm.bundle import Bundle, checkpoints  # noqa: E402
+from fastvdm.training import TrainConfig, Trainer  # noqa: E402
+from fastvdm.training.log import read_log  # noqa: E402
+from fastvdm.video import write_video  # noqa: E402
 
 TINY = {"dim": 8, "dim_mults": [1, 2], "attn_heads": 2, "attn_dim_head": 8, "resnet_groups": 4}
 

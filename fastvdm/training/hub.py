@@ -1,0 +1,127 @@
+"""A run on the Hugging Face hub: its weights, its settings, and a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvdm.bundle import Bundle, checkpoints
+from fastvdm.training.config import TrainConfig
+from fastvdm.training.log import read_log
+
+
+def push_run(run: str, name: str, *, ema: bool = True, private: bool = False) -> str:
+    """Upload the latest checkpoint of a run, or a folder with a model; the address of the page.
+
+    Args:
+        run: the output of a training run, or any folder that ``Bundle.load`` reads.
+        name: "user/name" on the hub; made where it does not exist.
+        ema: the averaged weights, where there is a choice.
+    Raises:
+        FileNotFoundError: there is no model. ValueError: a name that cannot be.
+        OSError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if name.count("/") != 1:
+        raise ValueError(f"the name on the hub must be user/name, got {name!r}")
+    bundle = Bundle.load(run, ema=ema)
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder)
+        bundle.save(to)
+        sheet = _newest_sheet(Path(run))
+        if sheet is not None:
+            shutil.copy(sheet, to / f"samples{sheet.suffix}")
+        text = card(bundle, name, facts(Path(run)), sheet and f"samples{sheet.suffix}")
+        (to / "README.md").write_text(text, encoding="utf-8")
+        api = HfApi()
+        page = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=to, commit_message="fastvdm push")
+    return str(page)
+
+
+def _newest_sheet(run: Path) -> Path | None:
+    found = sorted(p for p in run.glob("samples/step-*") if p.suffix in (".gif", ".webp"))
+    return found[-1] if found else None
+
+
+def facts(run: Path) -> dict[str, str]:
+    """How a run was trained, in words; nothing for a folder that is no run."""
+    file, saved = run / "config.json", checkpoints(run)
+    if not saved or not file.is_file():
+        return {}
+    config = TrainConfig.create(json.loads(file.read_text(encoding="utf-8")))
+    step = int(saved[-1].name.removeprefix("step-"))
+    rows = [r for r in read_log(run / config.log) if r["step"] <= step] if config.log else []
+    found = {
+        "steps": f"{step}, {config.batch_size * config.accumulate} clips a process and step",
+        "loss": f"{config.loss_type} in {config.loss_space} space, predicts {config.prediction}",
+        "optimizer": f"AdamW, learning rate {config.lr:g} {config.lr_schedule}, betas "
+        f"{config.betas[0]:g} and {config.betas[1]:g}, averaged with {config.ema_decay:g}",
+        "precision": "fp32" if config.mixed_precision == "no" else config.mixed_precision,
+    }
+    if config.preset:
+        found["recipe"] = f"{config.preset} of Video Diffusion Models, Appendix A"
+    if rows:
+        last = rows[-100:]
+        mean = sum(r["loss"] for r in last) / len(last)
+        found["training loss"] = f"{mean:.4f}, mean of the last {len(last)} steps"
+    return found
+
+
+def card(bundle: Bundle, name: str, trained: Mapping[str, str], sheet: str | None) -> str:
+    """A README.md for the hub."""
+    unet, s = bundle.unet, bundle.settings
+    size = f"{s.image_size[0]} x {s.image_size[1]}"
+    what = f"{s.num_frames} frames of {size}, {s.fps:g} a second"
+    option, argument = "", "None"
+    if s.text_encoder:
+        kind, option, argument = "captions", ' --caption "..."', '["..."]'
+    elif s.classes:
+        kind, option = f"{len(s.classes)} classes", f' --label "{s.classes[0]}"'
+        argument = f"None, 1, labels=[{s.classes[0]!r}]"
+    elif unet.cond_dim:
+        kind, option = f"vectors of {unet.cond_dim} numbers", " --cond vector.npy"
+        argument = "None, 1, vectors=vector"
+    else:
+        kind = "nothing"
+    call = argument if ", 1," in argument else f"{argument}, 1"
+    ends = ".npy" if s.value_range is None else ".mp4"
+    count = sum(p.numel() for p in unet.parameters())
+    rows = {"network": f"UNet3D, {count / 1e6:.1f} M parameters", "draws": what,
+            "conditioned on": kind, **trained}  # fmt: skip
+    table = "\n".join(f"| {title} | {text} |" for title, text in rows.items())
+    picture = f"![samples]({sheet})\n\n" if sheet else ""
+    names = f"\nClasses: {', '.join(s.classes)}\n" if s.classes else ""
+    task = "text-to-video" if s.text_encoder else "unconditional-image-generation"
+    head = f"---\nlibrary_name: fastvdm\ntags:\n- video\n- diffusion\npipeline_tag: {task}\n---\n"
+    if not s.text_encoder:
+        head = head.replace(f"pipeline_tag: {task}\n", "")
+    return f"""{head}
+# {name.split("/")[1]}
+
+A video diffusion model (Ho et al. 2022, [Video Diffusion Models](https://arxiv.org/abs/2204.03458)),
+trained with fastvdm.
+
+{picture}| | |
+|---|---|
+{table}
+{names}
+```
+fastvdm sample {name} out{ends}{option}
+```
+
+```python
+from fastvdm.bundle import Bundle
+from fastvdm.diffusion import sample
+
+model = Bundle.load({name!r})
+cond = model.cond({call})
+shape = (1, {unet.channels}, {s.num_frames}, {s.image_size[0]}, {s.image_size[1]})
+videos = sample(model.unet, shape, schedule=model.schedule, cond=cond)
+```
+"""
