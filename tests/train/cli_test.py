@@ -225,7 +225,11 @@ def test_vectors_from_files(conditional, suffix, tmp_path, drawn, capsys):
     for value, more, message in [
         (rows[:2], [], "cond must be (5,) or (3, 5), got (2, 5)"),
         (rows[:, :4], [], "cond must be (5,) or (3, 5), got (3, 4)"),
-        (rows, ["--caption", "a cat"], "give captions, labels or a vector (cond), not captions and"),
+        (
+            rows,
+            ["--caption", "a cat"],
+            "give captions, labels or a vector (cond), not captions and",
+        ),
         (rows * float("nan"), [], "cond has NaN"),
         (rows > 0, [], "must hold one tensor of numbers"),
     ]:
