@@ -219,20 +219,16 @@ def config(
     """Print all fields of a training run with their defaults and meaning, as a YAML file."""
     values = TrainConfig.create({"output": ""} | ({"preset": preset} if preset else {}))
     group = None
-    for f in sorted(fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"])):
+    for f in fields(TrainConfig):
         if f.name == "output":
             continue
         if f.metadata["group"] != group:
+            echo("\n" * (group is not None) + f"# {f.metadata['group']}")
             group = f.metadata["group"]
-            echo(f"\n# {group}" if group != _GROUPS[0] else f"# {group}")
         value = getattr(values, f.name)
         text = json.dumps(list(value) if isinstance(value, tuple) else value)
         words = "|".join(choices_of(f.name))
         echo(f"{f.name + ': ' + text:<32} # {f.metadata['help']}{f' {words}' if words else ''}")
-
-
-_GROUPS = list(dict.fromkeys(f.metadata["group"] for f in fields(TrainConfig)))[1:] + ["Run"]
-_GROUPS = list(dict.fromkeys(_GROUPS))
 
 
 @app.command()

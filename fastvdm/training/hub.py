@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastvdm.bundle import Bundle, checkpoints
 from fastvdm.training.config import TrainConfig
@@ -36,7 +35,8 @@ def push_run(run: str, name: str, *, ema: bool = True, private: bool = False) ->
         sheet = _newest_sheet(Path(run))
         if sheet is not None:
             shutil.copy(sheet, to / f"samples{sheet.suffix}")
-        text = card(bundle, name, facts(Path(run)), sheet and f"samples{sheet.suffix}")
+        picture = None if sheet is None else f"samples{sheet.suffix}"
+        text = card(bundle, name, facts(Path(run)), picture)
         (to / "README.md").write_text(text, encoding="utf-8")
         api = HfApi()
         page = api.create_repo(name, private=private, exist_ok=True)

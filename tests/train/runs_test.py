@@ -1,4 +1,4 @@
-"""What a run does besides its steps: samples, validation, trackers, precision, conditions, signals."""
+"""What a run does besides its steps: samples, validation, trackers, conditions, signals."""
 
 from __future__ import annotations
 
