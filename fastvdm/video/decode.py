@@ -164,7 +164,7 @@ def _packets(opened_file: Any, pts: int, dts: int) -> Iterator[Any]:
                         yield later
                 yield None
                 return
-            if packet.dts is None or packet.dts > dts:
+            if packet.dts is not None and packet.dts > dts:
                 break
 
 

@@ -150,10 +150,10 @@ def _from_packets(container: Any, stream: Any) -> Index | None:
             if not packet.size:
                 continue
             pts, dts = packet.pts, packet.dts
-            if pts is None or dts is None or packet.is_corrupt or _is_invisible(name, packet):
+            if pts is None or packet.is_corrupt or _is_invisible(name, packet):
                 return None
             if packet.is_keyframe:
-                keys.append((pts, dts))
+                keys.append((pts, pts if dts is None else dts))
                 first = pts if first is None else first
             if first is None or pts < first:
                 return None  # a picture that needs a frame before the first one is not shown
@@ -217,8 +217,8 @@ def _decoded_index(path: str, size: int, changed: int) -> Index:
 
         def packets() -> Iterator[Any]:
             for packet in container.demux(stream):
-                if packet.is_keyframe and packet.pts is not None and packet.dts is not None:
-                    keys.append((packet.pts, packet.dts))
+                if packet.is_keyframe and packet.pts is not None:
+                    keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
                 yield packet
 
         for frame in decode_all(packets(), decoder):
