@@ -74,15 +74,15 @@ def extend(
     windows: FrameWindows,
     options: Options,
 ) -> None:
-    """Continue a video, block by block, to any length."""
+    """Continue a video, block by block, to any length, at the rate of the model's videos."""
     from fastvdm.diffusion.extend import extend as run_extend
 
     check_positive(num_frames=num_frames, given=given)
     run = Run(model, [output], options, windows)
-    frameskip = run.settings.frameskip
-    clip = run.read(video, run.side, given, frameskip)
+    frameskip, rate = run.settings.frameskip, run.settings.data_fps
+    clip = run.read(video, run.side, given, frameskip, rate)
     result = run_extend(run.unet, clip, num_frames, **run.options)
-    run.write(output, result[0], files.video_fps(video) / frameskip)
+    run.write(output, result[0], (rate or files.video_fps(video)) / frameskip)
 
 
 @app.command()

@@ -91,7 +91,7 @@ class Run:
 
     def read(
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,
-        frameskip: int = 1,
+        frameskip: int = 1, fps: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """(1, C, F, H, W) in [-1, 1]; latents as they are."""
         clip = files.read_video(
@@ -99,6 +99,7 @@ class Run:
             frames,
             frameskip,
             size,
+            fps=fps,
             channels=self.unet.channels,
             value_range=self.settings.value_range,
         )[None]
