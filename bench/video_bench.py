@@ -3,11 +3,11 @@
     python bench/video_bench.py [--clips 32] [--workers 0 2 4] [--write]
 
 The files are made here: 10 seconds, key frames 250 frames apart, B-frames. Every reader opens the
-file for each clip, as a data set of many files does, and scales with the same function. Readers that
-are not installed are said to be absent: torchcodec, decord, OpenCV. Parity comes first: each frame
-must be nearer to the same frame of a plain decode than to its neighbours, and close to it. The floor
-is what the frames that a clip needs, and those that they refer to, take to decode, and no more.
-``--write`` makes bench/results/video.md.
+file for each clip, as a data set of many files does, and scales with the same function. Readers
+that are not installed are said to be absent: torchcodec, decord, OpenCV. Parity comes first: each
+frame must be nearer to the same frame of a plain decode than to its neighbours, and close to it.
+The floor is what the frames that a clip needs, and those that they refer to, take to decode, and no
+more. ``--write`` makes bench/results/video.md.
 """
 
 from __future__ import annotations
