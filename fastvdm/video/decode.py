@@ -64,7 +64,14 @@ class FileSource:
 
     def _picture(self) -> Callable[[Any], Tensor]:
         convert = converter()
-        return lambda frame: self.finish(picture(frame, convert))
+
+        def take(frame: Any) -> Tensor:
+            try:
+                return self.finish(picture(frame, convert))
+            except VideoReadError as error:
+                raise VideoReadError(f"{self.path}: {error}") from None
+
+        return take
 
 
 class _Run(NamedTuple):
@@ -132,9 +139,10 @@ def _decode_run(
     try:
         for packet in _packets(opened_file, index.keys[key], index.key_dts[key]):
             last = packet is None
-            if packet is not None and index.by_packet:
+            if packet is not None and index.skips:
                 # What no frame refers to need not be decoded.
                 decoder.skip_frame = "DEFAULT" if packet.pts in unsent else "NONREF"
+            if packet is not None and index.by_packet:
                 unsent.discard(packet.pts)
             if is_done(decoder.decode(packet)) or last:
                 break

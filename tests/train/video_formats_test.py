@@ -218,6 +218,35 @@ def test_hidden_vp9_frames(first, hidden):
     assert not index._is_invisible("vp9", packet + b"\xc0")  # a superframe
 
 
+def test_frames_of_hevc_layers_are_not_skipped(tmp_path):
+    for name, skips in (("hevc-layers", False), ("hevc-open", True), ("hevc-open-mkv", True)):
+        suffix, codec, options = CODED[name]
+        assert frame_index(encode(tmp_path / f"{name}{suffix}", codec, options)).skips == skips
+
+
+def test_a_cover_is_not_the_video_and_old_tags_do_not_matter(tmp_path):
+    source, path = encode(tmp_path / "whole.mkv", *H264), tmp_path / "clip.mp4"
+    png = av.CodecContext.create("png", "w")
+    png.width, png.height, png.pix_fmt, png.time_base = 16, 16, "rgb24", Fraction(1)
+    still = av.VideoFrame.from_ndarray(picture(200, 16, 16), format="rgb24")
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        new.metadata["title"] = "Fxfx"
+        copy = new.add_stream_from_template(old.streams.video[0])
+        cover = new.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        new.mux(cover.encode(still))
+        new.mux(cover.encode())
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                new.mux(packet)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Fxfx", b"F\xfcf\xfc"))
+    assert path.read_bytes() != content
+    assert numbers_of(video.read_video(path, 2, start=20)) == [20, 21]
+
+
 # -- times ----------------------------------------------------------------------------------------
 
 
