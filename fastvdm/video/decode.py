@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,8 +63,15 @@ class FileSource:
         return found
 
     def _picture(self) -> Callable[[Any], Tensor]:
-        reformatter = require("av", "video").video.reformatter.VideoReformatter()
-        return lambda frame: self.finish(picture(frame, reformatter))
+        convert = converter()
+
+        def take(frame: Any) -> Tensor:
+            try:
+                return self.finish(picture(frame, convert))
+            except VideoReadError as error:
+                raise VideoReadError(f"{self.path}: {error}") from None
+
+        return take
 
 
 class _Run(NamedTuple):
@@ -131,9 +139,10 @@ def _decode_run(
     try:
         for packet in _packets(opened_file, index.keys[key], index.key_dts[key]):
             last = packet is None
-            if packet is not None and index.by_packet:
+            if packet is not None and index.skips:
                 # What no frame refers to need not be decoded.
                 decoder.skip_frame = "DEFAULT" if packet.pts in unsent else "NONREF"
+            if packet is not None and index.by_packet:
                 unsent.discard(packet.pts)
             if is_done(decoder.decode(packet)) or last:
                 break
@@ -171,12 +180,20 @@ def _packets(opened_file: Any, pts: int, dts: int) -> Iterator[Any]:
 # -- a frame as a picture -------------------------------------------------------------------------
 
 
-def picture(frame: Any, reformatter: Any) -> np.ndarray:
+def converter() -> Callable[..., Any]:
+    """What converts frames of one video to another pixel format, in one thread: to start several
+    takes longer than the conversion. (PyAV before 17 does not let one choose.)"""
+    av = require("av", "video")
+    convert = av.video.reformatter.VideoReformatter().reformat
+    return partial(convert, threads=1) if int(av.__version__.split(".")[0]) >= 17 else convert
+
+
+def picture(frame: Any, convert: Callable[..., Any]) -> np.ndarray:
     """(H, W, 3) uint8, (H, W, 4) where the frame has alpha; turned as its display matrix says."""
     parts = frame.format.components
     has_alpha = frame.format.has_palette or any(c.is_alpha for c in parts)
     name = "rgba" if has_alpha else "rgb24"
-    pixels = reformatter.reformat(frame, format=name).to_ndarray()
+    pixels = convert(frame, format=name).to_ndarray()
     transposed, flip_x, flip_y = display(frame)
     if transposed:
         pixels = pixels.transpose(1, 0, 2)

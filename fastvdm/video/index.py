@@ -62,6 +62,7 @@ class Index(NamedTuple):
     keys: Sequence[int]  # pts of the key frames, ascending
     key_dts: Sequence[int]
     by_packet: bool  # one packet is one frame, with its pts
+    skips: bool  # a frame that says so is not referred to by others
 
     def key(self, pts: int) -> int:
         """The number of the last key frame that is shown no later than ``pts``, or -1."""
@@ -87,10 +88,12 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
     if not path.exists():
         raise FileNotFoundError(f"no video file at {path}")
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
+        # Tags in an old encoding are no reason to refuse a file.
+        with av.open(str(path), metadata_errors="replace") as container:
+            cover = av.stream.Disposition.attached_pic
+            stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+            if stream is None:
                 raise VideoReadError(f"{path} has no video stream")
-            stream = container.streams.video[0]
             decoder = stream.codec_context
             name = decoder.name if stream.metadata.get("alpha_mode") == "1" else None
             if name in _ALPHA_DECODERS:
@@ -99,9 +102,7 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             decoder.thread_count = torch.get_num_threads() if threads is None else threads
             decoder.thread_type = "AUTO" if decoder.thread_count > 1 else "NONE"
             yield container, stream, decoder
-    except VideoReadError:
-        raise
-    except (av.error.FFmpegError, ValueError) as error:
+    except av.error.FFmpegError as error:
         raise VideoReadError(f"{path} is not a readable video: {error}") from error
 
 
@@ -144,7 +145,7 @@ def _from_packets(container: Any, stream: Any) -> Index | None:
     """The index by demuxing alone, None where packets do not tell which frames are shown."""
     av = require("av", "video")
     name = stream.codec_context.name
-    shown, keys, first, last = [], [], None, None
+    shown, keys, first, last, skips = [], [], None, None, True
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -157,6 +158,8 @@ def _from_packets(container: Any, stream: Any) -> Index | None:
                 first = pts if first is None else first
             if first is None or pts < first:
                 return None  # a picture that needs a frame before the first one is not shown
+            if name == "hevc" and skips:
+                skips = not _has_layers(bytes(packet), stream.codec_context.extradata)
             if not packet.is_discard:
                 shown.append(pts)
                 if last is None or pts > last[0]:
@@ -166,7 +169,22 @@ def _from_packets(container: Any, stream: Any) -> Index | None:
     if last is None or len(set(shown)) != len(shown):
         return None
     end = last[0] + last[1]
-    return _index(sorted(shown), end, stream, keys, by_packet=True)
+    return _index(sorted(shown), end, stream, keys, by_packet=True, skips=skips)
+
+
+def _has_layers(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether an HEVC packet is of a higher temporal layer, or of a form not known here. With
+    layers, a frame that says it is not referred to may be, by the layers above its own."""
+    if not extradata or len(extradata) < 22 or extradata[0] != 1:
+        return True
+    width = (extradata[21] & 3) + 1  # of the length before each unit
+    at = 0
+    while at + width + 2 <= len(packet):
+        kind, layer = packet[at + width] >> 1 & 0x3F, packet[at + width + 1] & 7
+        if kind < 32:  # a part of the picture
+            return layer > 1
+        at += width + int.from_bytes(packet[at : at + width], "big")
+    return True
 
 
 def _is_invisible(codec: str, packet: Any) -> bool:
@@ -185,7 +203,12 @@ def _is_invisible(codec: str, packet: Any) -> bool:
 
 
 def _index(
-    pts: list[int], end: int, stream: Any, keys: list[tuple[int, int]], by_packet: bool
+    pts: list[int],
+    end: int,
+    stream: Any,
+    keys: list[tuple[int, int]],
+    by_packet: bool,
+    skips: bool,
 ) -> Index:
     if end <= pts[-1]:  # the last frame has no duration: that of the one before, or the rate's
         rate = stream.average_rate or stream.guessed_rate or 25
@@ -194,7 +217,8 @@ def _index(
         )
     line = Timeline(len(pts), _compact(pts), end, stream.time_base)
     keys.sort()
-    return Index(line, _compact([k[0] for k in keys]), _compact([k[1] for k in keys]), by_packet)
+    places = _compact([k[0] for k in keys]), _compact([k[1] for k in keys])
+    return Index(line, *places, by_packet, skips)
 
 
 def _compact(values: list[int]) -> Sequence[int]:
@@ -226,9 +250,9 @@ def _decoded_index(path: str, size: int, changed: int) -> Index:
             duration = frame.duration or 0
         pts = [t for t in times if t is not None]
         if len(pts) < len(times) or not pts or any(b <= a for a, b in zip(pts, pts[1:])):
-            return Index(Timeline(len(times)), (), (), False)
+            return Index(Timeline(len(times)), (), (), False, False)
         keys = keys if seekable else keys[:1]
-        return _index(pts, pts[-1] + duration, stream, keys, by_packet=False)
+        return _index(pts, pts[-1] + duration, stream, keys, by_packet=False, skips=False)
 
 
 def decode_all(packets: Iterator[Any], decoder: Any) -> Generator[Any, None, bool]:

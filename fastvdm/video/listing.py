@@ -34,14 +34,15 @@ def list_videos(folder: str | os.PathLike[str]) -> list[Path]:
     files, folders_of_frames = [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if _is_video(name)]
+        videos = (Path(place, name) for name in names if _is_video(name))
+        files += [path for path in videos if path.is_file()]
         if any(Path(name).suffix.lower() in PICTURES for name in names) and frame_files(place):
             folders_of_frames.append(Path(place))
     above = {parent for path in (*files, *folders_of_frames) for parent in path.parents}
-    videos = sorted([*files, *(path for path in folders_of_frames if path not in above)])
-    if not videos:
+    found = sorted([*files, *(path for path in folders_of_frames if path not in above)])
+    if not found:
         raise ValueError(f"no video ({', '.join(SUFFIXES)}, or a folder of frames) under {folder}")
-    return videos
+    return found
 
 
 def _is_video(name: str) -> bool:

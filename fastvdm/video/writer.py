@@ -7,8 +7,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -195,21 +196,35 @@ def _encode_gif(file: BinaryIO, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def _encode_webp(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
-    image = require("PIL.Image", "video")
-    pictures: list[Any] = [image.fromarray(pixels) for pixels in frames]
+    """Every frame whole and lossless. (Pillow's own animations merge frames that repeat.)"""
+    _, height, width, channels = frames.shape
     ends = [round(1000 * (i + 1) / fps) for i in range(len(frames))]
-    lasting = [max(1, b - a) for a, b in zip([0, *ends], ends)]
-    pictures[0].save(
-        file,
-        format="WEBP",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=lasting,
-        loop=0,
-        lossless=True,
-        exact=True,  # colours of transparent pixels, too
-        kmax=1,  # every frame whole: else a frame that repeats would be dropped
-    )
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = _chunk(b"VP8X", bytes([0x12 if channels == 4 else 0x02, 0, 0, 0]) + canvas)
+    body += _chunk(b"ANIM", bytes(6))  # no background, for ever
+    for pixels, start, end in zip(frames, [0, *ends], ends):
+        lasting = max(1, end - start).to_bytes(3, "little")
+        # At (0, 0), and not blended with the frame before.
+        head = bytes(6) + canvas + lasting + bytes([2])
+        body += _chunk(b"ANMF", head + _webp_picture(pixels))
+    file.write(_chunk(b"RIFF", b"WEBP" + body))
+
+
+def _webp_picture(pixels: np.ndarray) -> bytes:
+    """The chunk of a picture alone, out of a file of it."""
+    still = BytesIO()
+    image = require("PIL.Image", "video").fromarray(pixels)
+    image.save(still, format="WEBP", lossless=True, exact=True)  # transparent colours, too
+    content, at = still.getvalue(), 12
+    while True:
+        name, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        if name == b"VP8L":
+            return _chunk(name, content[at + 8 : at + 8 + length])
+        at += 8 + length + length % 2
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
 
 
 def grid(videos: Tensor, fill: float = 0.0) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("av")
 
 from fastvdm import video
+from fastvdm.video import writer
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +122,7 @@ def test_nothing_is_overwritten_on_error(tmp_path, monkeypatch):
         video.write_video(path, torch.rand(3, 16, 16))
     with pytest.raises(ValueError, match="fps"):
         video.write_video(path, _counting(3), fps=0)
-    monkeypatch.setattr(video, "_encode", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(writer, "_encode", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         video.write_video(path, _counting(3))
     assert path.read_bytes() == before
