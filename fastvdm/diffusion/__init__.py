@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastvdm.diffusion.condition import Condition, average_downsample, bilinear_downsample
+from fastvdm.diffusion.condition import Condition
 from fastvdm.diffusion.denoiser import Denoiser, input_gradient
+from fastvdm.diffusion.downsample import average_downsample, bilinear_downsample
 from fastvdm.diffusion.extend import (
     cascade,
     extend,

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, Given, check_range
+from fastvdm.diffusion.condition import Condition, check_range
 from fastvdm.diffusion.denoiser import Denoiser, Model, module_of, prediction_of, time_input_of
+from fastvdm.diffusion.given import Given
 from fastvdm.diffusion.graphs import decide, why_not
 from fastvdm.diffusion.plan import Plan
 from fastvdm.diffusion.prediction import Prediction
@@ -76,7 +77,7 @@ def prepare(
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
     if condition is not None:
-        check_range("frames", condition.frames, clip)
+        check_range("frames", condition.known_values(), clip)
         if not callable(condition.downsample):  # any other D may give any other values
             check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)

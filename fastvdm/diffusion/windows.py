@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, check_factor, check_range
+from fastvdm.diffusion.condition import Condition, check_range
 from fastvdm.diffusion.denoiser import Model
+from fastvdm.diffusion.given import check_factor
 from fastvdm.diffusion.sample import sample
 from fastvdm.diffusion.setup import prepare
 
