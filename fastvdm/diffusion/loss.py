@@ -13,7 +13,8 @@ from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of, sigma
 
 
 def q_sample(x: Tensor, log_snr: Tensor, noise: Tensor) -> Tensor:
-    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,)."""
+    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,); or (B, C, F, H, W) and
+    (B, F), a level for each frame."""
     return expand(alpha_of(log_snr), x) * x + expand(sigma_of(log_snr), x) * noise
 
 
@@ -54,7 +55,9 @@ def diffusion_loss(
         time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
             that of the schedule.
         loss_type: "mse" (paper); "l1" is the peer's default.
-        t: (B,) times instead of random ones. noise: (B, C, F, H, W) instead of random noise.
+        t: (B,) times instead of random ones, or (B, F), one for each frame (diffusion forcing), of
+            which the network gets (B, F) too, as ``UNet3D`` with norms of single frames takes it.
+        noise: (B, C, F, H, W) instead of random noise.
         cond_drop_prob: probability of training a sample without its condition. The paper gives none
             and 0 is the default; without it classifier-free guidance has nothing to guide against.
             A network with ``null_cond_prob`` in its forward (UNet3D, the peer's) gets it as such,
@@ -78,8 +81,8 @@ def diffusion_loss(
     batch = x.shape[0]
     if t is None:
         t = schedule.draw(batch, device=x.device, generator=generator)
-    if t.shape != (batch,):
-        raise ValueError(f"t must be ({batch},), got {tuple(t.shape)}")
+    if t.shape not in ((batch,), (batch, x.shape[2])):
+        raise ValueError(f"t must be ({batch},) or ({batch}, {x.shape[2]}), got {tuple(t.shape)}")
     if noise is None:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     if noise.shape != x.shape:

@@ -70,7 +70,10 @@ _TARGETS = {"x": x_coefficients, "eps": eps_coefficients, "v": v_coefficients}
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) per-sample scalars shaped to broadcast over ``like`` (B, ...)."""
+    """(B,) scalars of samples shaped to broadcast over ``like`` (B, ...), or (B, F) of frames over
+    (B, C, F, H, W)."""
+    if value.ndim == 2:
+        return value.to(like.dtype)[:, None, :, None, None]
     return value.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
 

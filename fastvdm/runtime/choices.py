@@ -7,13 +7,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """The values of a ``Literal``, or of a union of some, None first; () of any other type."""
+    """The values of a ``Literal``, or of one or None, None first; () of any other type."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     if get_origin(kind) not in (Union, types.UnionType):
         return ()
-    parts = sorted(get_args(kind), key=lambda part: part is not type(None))
-    return sum(((None,) if part is type(None) else choices_of(part) for part in parts), ())
+    words, none = [p for p in get_args(kind) if p is not type(None)], type(None) in get_args(kind)
+    if len(words) > 1 or not choices_of(words[0]):
+        return ()
+    return (None,) * none + choices_of(words[0])
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:

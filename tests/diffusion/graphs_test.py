@@ -57,6 +57,7 @@ def frames(device: str = "cpu") -> dict[str, Condition]:
         "replacement": Condition(known, method="replacement", replacement="posterior"),
         "low_res": Condition(low_res=low, low_res_weight=0.5),
         "bilinear": Condition(known, low_res=low, downsample="bilinear", clip_before_loss=True),
+        "mask": Condition(known.repeat(1, 1, 2, 1, 1), mask=known.repeat(1, 1, 2, 1, 1) > 0.3),
     }
 
 
@@ -74,6 +75,7 @@ RUNS = {
     "replacement": ({}, {"condition": "replacement"}),
     "low_res": ({}, {"condition": "low_res"}),
     "bilinear": ({}, {"condition": "bilinear"}),
+    "mask": ({}, {"condition": "mask", "corrector": Langevin()}),
 }
 
 
