@@ -17,6 +17,7 @@ from fastvdm.diffusion.prediction import Prediction, convert
 from fastvdm.diffusion.sample import Step, sample
 from fastvdm.diffusion.samplers import DDIM, Ancestral, Langevin
 from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule, alpha_of, sigma_of
+from fastvdm.unet.settings import Settings
 
 __all__ = [
     "DDIM",
@@ -27,6 +28,7 @@ __all__ = [
     "DiscreteSchedule",
     "Langevin",
     "Prediction",
+    "Settings",
     "Step",
     "alpha_of",
     "average_downsample",

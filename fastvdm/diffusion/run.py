@@ -86,11 +86,12 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """``guidance_update``, holding z and x to what is known."""
         given = self.given
-        if given is None or given.known is None:
-            return guidance_update(z, estimate, coef, want_x=want_x, **options)
-        if given.mask is None:
-            return guidance_update(z, estimate, coef, want_x=want_x, **given.frames(), **options)
-        x, z_next = guidance_update(z, estimate, coef, want_x=want_x, **options)
+        options["want_x"] = want_x
+        if given is not None and given.mask is None:
+            options |= given.frames()
+        x, z_next = guidance_update(z, estimate, coef, **options)
+        if given is None or given.mask is None or given.known is None:
+            return x, z_next
         # The kernel once more, on frames that are known as a whole: with the same noise.
         noise = {k: options[k] for k in ("noise", "rng", "step") if k in options}
         held = guidance_update(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition
+from fastvdm.diffusion.defaults import CorrectorName, SamplerName
 from fastvdm.diffusion.denoiser import Model, evaluating, input_gradient
 from fastvdm.diffusion.graphs import StepGraphs
-from fastvdm.diffusion.prediction import Prediction
 from fastvdm.diffusion.run import Noise, Run
 from fastvdm.diffusion.samplers import Langevin, Sampler
-from fastvdm.diffusion.schedule import Schedule
-from fastvdm.diffusion.setup import prepare
+from fastvdm.diffusion.schedule import Schedule, TimeInput
+from fastvdm.diffusion.setup import Clip, prepare
+from fastvdm.unet.settings import Prediction, ScheduleName
 
 
 class Step(NamedTuple):
@@ -50,41 +51,52 @@ def _callers_level() -> int:
 
 def sample(
     model: Model,
-    shape: Sequence[int],
+    shape: Sequence[int] | int | None = None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | ScheduleName | None = None,
     prediction: Prediction | None = None,
-    sampler: Sampler | None = None,
-    corrector: Langevin | None = None,
+    sampler: Sampler | SamplerName | None = None,
+    corrector: Langevin | CorrectorName | None = "auto",
     num_steps: int | None = None,
-    clip: Literal["static", "dynamic"] | None = "static",
+    clip: Clip | None = "static",
     clip_percentile: float = 0.9,
     cond: Tensor | None = None,
     guidance_scale: float = 1.0,
     null_cond: Tensor | None = None,
     condition: Condition | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     generator: torch.Generator | None = None,
     seed: int | Sequence[int] | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    value_range: tuple[float, float] = (-1.0, 1.0),
     cuda_graph: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
+    """Draws videos from a network: (B, C, F, H, W) in [-1, 1], or in ``value_range``.
+
+    What the caller does not say is taken from ``model.settings`` (``fastvdm.unet.Settings``), with
+    which ``UNet3D.from_pretrained`` loads a network: ``sample(model)`` is one video as the model is
+    meant to be sampled.
 
     Args:
         model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``.
             Give an EMA copy to sample with averaged weights. A module runs in eval mode, its flags
             are put back; of a function around one neither mode nor ``time_input`` are known.
-        shape: (B, C, F, H, W).
-        schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for peer checkpoints.
-        prediction: what the network returns, "eps", "v" or "x"; by default what the settings it
-            was loaded with say (``UNet3D.from_pretrained``), or else "eps".
-        sampler: ``Ancestral(0)`` by default; ``DDIM``, or any object with ``update``.
-        corrector: ``Langevin(0.1)`` is the paper's predictor-corrector: one more call a step.
-        num_steps: any number; 256 by default, all T of a ``DiscreteSchedule``.
+        shape: (B, C, F, H, W); an int B or None, for B = 1, where the settings say the rest.
+        schedule: "cosine", "discrete" (the peer's; with the timesteps and betas of the settings) or
+            an object such as ``CosineSchedule()``; by default as the settings say, or else discrete
+            for a network that takes step indices (peer checkpoints) and cosine for any other.
+        prediction: what the network returns, "eps", "v" or "x"; by default what the settings say,
+            or else "eps".
+        sampler: "ancestral" (with the gamma of the settings, or else 0; the default), "ddim", or an
+            object such as ``DDIM(eta=0.5)``, with ``update``.
+        corrector: "langevin", or ``Langevin(delta)``, is the paper's predictor-corrector: one more
+            call a step. None is none; "auto" (default) is none unless the settings say it and no
+            ``sampler`` is given.
+        num_steps: any number; by default as the settings say, unless ``schedule`` is an object, or
+            else 256, all T of a ``DiscreteSchedule``.
         clip: of x_tilde, "static" to [-1, 1] (default; the paper is silent, the code of its nearest
             relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
         clip_percentile: of "dynamic", the peer's 0.9.
@@ -99,6 +111,8 @@ def sample(
             taken from torch's global generator.
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
+        value_range: what -1 and 1 become in the result: (0, 1) is what ``write_video`` takes. All
+            else stays in [-1, 1]: the videos of ``condition``, and what ``callback`` sees.
         cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
             for the device nor keep state in Python, and its weights may change in place alone.
             Noise is that of ``seed``. "auto" does it on CUDA at small batches, for a network of
@@ -108,7 +122,7 @@ def sample(
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
         RuntimeError: with ``cuda_graph=True``, a step that cannot be recorded.
     """
-    denoiser, given, plan, where, record = prepare(
+    shape, denoiser, given, plan, where, record = prepare(
         model,
         shape,
         schedule=schedule,
@@ -126,6 +140,7 @@ def sample(
         generator=generator,
         device=device,
         dtype=dtype,
+        value_range=value_range,
         cuda_graph=cuda_graph,
     )
     for note in plan.notes:
@@ -147,4 +162,7 @@ def sample(
                 if callback is not None:
                     kept = (z.clone(), x_tilde.clone()) if record else (z, x_tilde)
                     callback(Step(i, plan.num_steps, plan.log_snr[i + 1], *kept))
+        low, high = value_range
+        if (low, high) != (-1, 1):
+            return (z + 1) * ((high - low) / 2) + low
         return z.clone() if record else z  # a graph's own memory goes with it

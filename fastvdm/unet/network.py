@@ -37,7 +37,8 @@ class FactorizedUNet(nn.Module):
         self.layout, self.time_input = config.layout, config.time_input
         self.position, self.rotary_dim = config.position, config.rotary_dim
         self.stem_width = config.stem_width
-        self.stem_skip, self.mask_stem_attention = config.stem_skip, config.mask_stem_attention
+        self.stem_skip: str | None = config.stem_skip
+        self.mask_stem_attention = config.mask_stem_attention
         self.cond_drop_prob = config.cond_drop_prob
         self.pad, self.causal = config.pad, config.causal
         self.separate_frames = config.separate_frames
@@ -118,7 +119,7 @@ class FactorizedUNet(nn.Module):
 
         Warns:
             UserWarning: a time on a CPU that looks like the other kind: of an index network below 0
-                or between 0 and 1, of a log-SNR network beyond 20, where the embedding ends. On
+                or between 0 and 1, of a log-SNR network beyond 100 (schedules end at some 20). On
                 other devices nobody looks, as that would wait for them.
         """
         self._check_input(x, time, cond, focus_present_mask, num_images)
@@ -327,8 +328,8 @@ class FactorizedUNet(nn.Module):
             strange = bool(((time < 1) & (time != 0)).any())
             message = "step indices and was given a number below 0 or between 0 and 1: a log-SNR?"
         else:
-            strange = bool((time.abs() > 21).any())
-            message = "log-SNRs, cuts them at 20, and was given more: a step index?"
+            strange = bool((time.abs() > 100).any())
+            message = "log-SNRs and was given a number beyond 100: a step index?"
         if strange:
             warnings.warn(f"this network takes {message}", stacklevel=6)
 

@@ -110,7 +110,7 @@ def test_export_and_files(tmp_path):
 # -- what a frame sees ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_later_frames_change_nothing(name, backend):
     """Bit for bit, of outputs and of gradients."""
