@@ -13,7 +13,9 @@ written by the Python package `fastvdm`. config.json holds the arguments of its 
 {%- if told %}, settings.json how it is sampled{% endif %}.
 
 ```python
-from fastvdm import UNet3D
+{% if conditional %}import torch
+
+{% endif %}from fastvdm import UNet3D
 from fastvdm.diffusion import sample
 from fastvdm.video import write_video
 

@@ -235,18 +235,19 @@ class Pretrained(PyTorchModelHubMixin):
         earlier model left there and this one does not have is deleted with it, unless
         ``delete_patterns`` says what to delete."""
         delete = list(LEFT) if delete_patterns is None else delete_patterns
-        return super().push_to_hub(repo_id, delete_patterns=delete, **options)
+        facts = {"repo_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        return super().push_to_hub(
+            repo_id, delete_patterns=delete, model_card_kwargs=facts, **options
+        )
 
     def generate_model_card(self: Any, **facts: Any) -> Any:
         """The card with how this network is loaded and sampled; ``facts`` are for its template."""
-        told = self.settings
-        shape = (
-            ""
-            if {"num_frames", "image_size"} <= told.keys()
-            else (f", (1, {self.channels}, num_frames, height, width)")
-        )
-        cond = "" if self.cond_dim is None else f", cond=cond  # (1, {self.cond_dim})\n"
+        told, shape, cond = self.settings, "", ""
+        if not {"num_frames", "image_size"} <= told.keys():
+            shape = f", (1, {self.channels}, num_frames, height, width)"
+        if self.cond_dim is not None:
+            cond = f", cond=torch.zeros(1, {self.cond_dim})"
         return super().generate_model_card(
-            call=f"sample(model{shape}, value_range=(0, 1){cond})", told=dict(told),
-            fps=told.get("fps", 8), **facts,
+            call=f"sample(model{shape}{cond}, value_range=(0, 1))", told=dict(told),
+            conditional=bool(cond), fps=told.get("fps", 8), **facts,
         )  # fmt: skip

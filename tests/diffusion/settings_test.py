@@ -129,7 +129,11 @@ BAD = {
     "no schedule": (dict(schedule=3), TypeError, "schedule must be 'cosine', 'discrete' or an"),
     "index": (dict(schedule="cosine", time_input="index"), ValueError, "is 'discrete'"),
     "clip": (dict(clip="hard"), ValueError, "clip must be one of None, static, dynamic"),
-    "time": (dict(time_input="sigma"), ValueError, "time_input must be one of logsnr, t, index"),
+    "time": (
+        dict(time_input="sigma"),
+        ValueError,
+        "time_input must be one of None, logsnr, t, index",
+    ),
     "range": (dict(value_range=(1, 0)), ValueError, r"value_range must be \(low, high\)"),
     "one": (dict(value_range=1), TypeError, "value_range must be two numbers"),
     "words": (dict(value_range=("0", "1")), TypeError, "value_range must be two numbers"),
@@ -212,7 +216,7 @@ def test_the_card_says_how_to_sample(tmp_path):
     model.save_pretrained(tmp_path / "a")
     card = (tmp_path / "a" / "README.md").read_text()
     assert "More Information Needed" not in card and "https://arxiv.org/abs/2204.03458" in card
-    assert "cond=cond" in card and "(1, 3, num_frames, height, width)" in card
+    assert "cond=torch.zeros(1, 5)" in card and "(1, 3, num_frames, height, width)" in card
     model = network()
     model.settings = TOLD["cosine"][0]
     model.save_pretrained(tmp_path / "b")
@@ -245,7 +249,7 @@ def test_push_to_hub_brings_the_settings_and_leaves_none(monkeypatch):
     monkeypatch.setattr(Hub, "files", {"text.safetensors": b"", "notes.txt": b""})
     model = network()
     model.settings = Settings(prediction="v")
-    model.push_to_hub("me/videos", model_card_kwargs={"repo_id": "me/videos"})
+    model.push_to_hub("me/videos")
     assert json.loads(Hub.files["settings.json"])["prediction"] == "v"
     assert b'from_pretrained("me/videos")' in Hub.files["README.md"]
     assert "notes.txt" in Hub.files and "text.safetensors" not in Hub.files
