@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from fastvdm import UNet3D
-from fastvdm.diffusion.condition import Condition, Given
+from fastvdm.diffusion.condition import Condition
 from fastvdm.diffusion.denoiser import Denoiser, evaluating, input_gradient
+from fastvdm.diffusion.given import Given
 from fastvdm.diffusion.plan import Row
-from fastvdm.diffusion.sample import _Noise, _Run
+from fastvdm.diffusion.run import Noise, Run
 from fastvdm.layers import embedding, kept
 from fastvdm.ops import _call, _op
 from fastvdm.runtime import dispatch
@@ -227,9 +228,9 @@ class Case:
         coefs = torch.rand(batch, 4), torch.rand(batch, 9), torch.rand(batch, 9)
         row = Row(torch.rand(batch), *coefs, noisy=True, guided=guided)
         cond = _condition(model, batch)
-        noise = _Noise(batch, torch.device("cpu"), torch.Generator(), None)
+        noise = Noise(batch, torch.device("cpu"), torch.Generator(), None)
         noise.rng = torch.zeros(batch, dtype=torch.int64)
-        run = _Run(
+        run = Run(
             Denoiser(model, cond=cond), given if guided else None, noise, "static", 0.9, False
         )
         with torch.no_grad(), evaluating(model), input_gradient(model):

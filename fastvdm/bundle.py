@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.prediction import check_prediction
+from fastvdm.diffusion.defaults import make_schedule
 from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule
 from fastvdm.unet import UNet3D
 from fastvdm.unet import checkpoint as files
@@ -29,77 +28,9 @@ from fastvdm.unet.folder import (
     read_settings,
     stored_arguments,
 )
+from fastvdm.unet.settings import Settings, settings_of
 
 __all__ = ["Bundle", "Settings", "atomic_directory", "checkpoints", "make_text"]
-SCHEDULES = ("cosine", "discrete")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What sampling must know of the training, and the sampling defaults of the model.
-
-    num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on: fps is
-    that of the clips, data_fps what the videos were resampled to before every frameskip-th frame
-    was taken, None for as they were. value_range is that of the data; None is latents, which are
-    neither scaled nor clipped. classes names the classes of a network conditioned on one of them.
-    schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
-    with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
-    step indices and "cosine" for one that takes log-SNRs.
-    num_steps, gamma and langevin are defaults for sampling (Appendix A has them for the paper's
-    models; its w_r are those of guidance_weight="auto").
-    """
-
-    num_frames: int = 16
-    image_size: tuple[int, int] = (64, 64)
-    frameskip: int = 1
-    fps: float = 8.0
-    prediction: str = "eps"
-    schedule: str | None = None
-    timesteps: int = 1000
-    betas: tuple[float, ...] | None = None
-    value_range: tuple[float, float] | None = (0.0, 1.0)
-    data_fps: float | None = None
-    classes: tuple[str, ...] | None = None
-    text_encoder: str | None = None
-    text_pooling: str = "attention"
-    text_max_length: int = 128
-    num_steps: int | None = None
-    gamma: float = 0.0
-    langevin: bool = False
-
-    def __post_init__(self) -> None:
-        check_prediction(self.prediction)
-        if self.schedule not in (None, *SCHEDULES):
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
-
-        for name in ("num_frames", "frameskip", "timesteps", "num_steps", "text_max_length"):
-            value = getattr(self, name)
-            if value is None and name == "num_steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ValueError(f"fps must be positive, got {self.fps}")
-        if self.betas is not None and len(self.betas) != self.timesteps:
-            raise ValueError(
-                f"timesteps is {self.timesteps}, but there are {len(self.betas)} betas"
-            )
-
-    def make_schedule(self, time_input: str) -> CosineSchedule | DiscreteSchedule:
-        """The schedule, giving the network the time it takes ("logsnr" or "index").
-
-        Raises:
-            ValueError: "cosine" for a network that takes step indices.
-        """
-        index = time_input == "index"
-        if self.schedule == "discrete" or (self.schedule is None and index):
-            betas = None if self.betas is None else torch.tensor(self.betas, dtype=torch.float64)
-            return DiscreteSchedule(self.timesteps, betas=betas, time_input=time_input)
-        if index:
-            raise ValueError("this network takes step indices: its schedule is 'discrete'")
-        return CosineSchedule(time_input=time_input)
 
 
 class Bundle:
@@ -107,14 +38,14 @@ class Bundle:
 
     def __init__(self, unet: Any, settings: Settings, text: Any = None) -> None:
         self.unet, self.settings, self.text = unet, settings, text
-        settings.make_schedule(unet.time_input)  # raises where the two do not fit
+        make_schedule(settings, unet.time_input)  # raises where the two do not fit
         # The text conditioner is not the network's: saved alone, it takes vectors.
         kept = {k: v for k, v in asdict(settings).items() if not k.startswith("text_")}
         unet.settings = kept
 
     @property
     def schedule(self) -> CosineSchedule | DiscreteSchedule:
-        return self.settings.make_schedule(self.unet.time_input)
+        return make_schedule(self.settings, self.unet.time_input)
 
     def to(self, device: str | torch.device) -> Bundle:
         self.unet.to(device)
@@ -215,6 +146,7 @@ class Bundle:
         ema: bool = True,
         prefix: str | None = None,
         network: Mapping[str, Any] | None = None,
+        allow_download: bool = False,
         **overrides: Any,
     ) -> Bundle:
         """Read a model.
@@ -228,12 +160,15 @@ class Bundle:
             prefix: which network of a file that holds several.
             network: constructor arguments that a file's weights do not tell, e.g.
                 ``{"resnet_groups": 4}``.
+            allow_download: fetch the text encoder that the model names, where it is not on this
+                machine. One that the caller names, ``text_encoder=...``, is fetched in any case.
             overrides: fields of ``Settings`` to replace. Where the model does not say, the schedule
                 is the network's own: "discrete" for step indices, "cosine" for the log-SNR.
         Raises:
             FileNotFoundError: nothing is there. ValueError: it is no readable model.
         """
         path, state = Path(source), None
+        fetch = allow_download or "text_encoder" in overrides
         if path.is_file():
             state = files.read_source(path)
         elif prefix is not None:
@@ -242,12 +177,12 @@ class Bundle:
             path = find_folder(source, ema=ema)
         try:
             if state is None:
-                bundle, told = _read_folder(path, None, overrides), True
+                bundle, told = _read_folder(path, None, overrides, fetch), True
             else:
                 found = files.find_network(state, ema=None if ema else False, prefix=prefix)
                 told = stored_arguments(path, found) is not None
                 bundle = (
-                    _read_folder(path.parent, found.state, overrides)
+                    _read_folder(path.parent, found.state, overrides, fetch)
                     if told
                     else _of_peer(state, found, ema, dict(network or {}), overrides)
                 )
@@ -259,14 +194,12 @@ class Bundle:
 
 
 def _read_folder(
-    folder: Path, weights: Mapping[str, Any] | None, overrides: dict[str, Any]
+    folder: Path, weights: Mapping[str, Any] | None, overrides: dict[str, Any], fetch: bool
 ) -> Bundle:
     """What ``Bundle.save`` or ``save_pretrained`` wrote, or other weights of that network."""
     unet = UNet3D(**read_config(folder))
-    stored = dict(read_settings(folder))
-    stored.pop("guidance_weight", None)  # of older folders: one w_r for whatever is known
-    settings = _settings(stored | overrides)
-    text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
+    settings = settings_of(read_settings(folder) | overrides)
+    text = make_text(settings, unet.cond_dim, fetch=fetch) if settings.text_encoder else None
     weights = files.read_source(folder / "model.safetensors") if weights is None else weights
     unet.load_state_dict(weights)
     _load_text(text, folder)
@@ -296,26 +229,31 @@ def _of_peer(
             raise ValueError(f"it was trained with {steps} timesteps")
         if not torch.equal(DiscreteSchedule(steps).betas.to(betas), betas):
             stored["betas"] = betas.tolist()
-    settings = _settings(stored | overrides)
+    settings = settings_of(stored | overrides)
     text = make_text(settings, unet.cond_dim) if settings.text_encoder else None
     return Bundle(unet.eval(), settings, text)
 
 
-def _settings(stored: dict[str, Any]) -> Settings:
-    unknown = sorted(stored.keys() - {f.name for f in fields(Settings)})
-    if unknown:
-        raise ValueError(f"unknown settings {', '.join(unknown)}")
-    for name in ("image_size", "betas", "value_range", "classes"):
-        if stored.get(name) is not None:
-            stored[name] = tuple(stored[name])
-    return Settings(**stored)
+def make_text(settings: Settings, cond_dim: int | None, *, fetch: bool = True) -> Any:
+    """The ``TextConditioner`` of the settings, with new weights. Without ``fetch`` its encoder must
+    be in a folder or the cache of this machine.
 
-
-def make_text(settings: Settings, cond_dim: int | None) -> Any:
-    """The ``TextConditioner`` of the settings, with new weights."""
+    Raises:
+        ValueError: it cannot be loaded, or not without fetching it.
+    """
     from fastvdm.text import TextConditioner, TextEncoder
 
-    encoder = TextEncoder(str(settings.text_encoder), max_length=settings.text_max_length)
+    name = str(settings.text_encoder)
+    try:
+        encoder = TextEncoder(name, max_length=settings.text_max_length, local_files_only=not fetch)
+    except ValueError as error:
+        if fetch:
+            raise
+        raise ValueError(
+            f"the model wants the text encoder {name!r}, which is not on this machine, and nothing "
+            "is fetched because a model says so: allow_download=True (--allow-download) allows it, "
+            f"text_encoder (--text-encoder) names another. {error}"
+        ) from error
     return TextConditioner(encoder, cond_dim, pooling=settings.text_pooling)
 
 

@@ -61,7 +61,7 @@ def example_inputs(
     x = torch.randn(
         batch, model.channels, num_frames, height, width, device=weight.device, dtype=weight.dtype
     )
-    time = torch.full((batch,), 0.5, device=weight.device)
+    time = torch.ones(batch, device=weight.device)  # of either kind
     if not model.has_cond:
         return x, time
     assert model.cond_dim is not None

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvdm.runtime.choices import check_choice
 from fastvdm.runtime.optional import require
-
-POOLINGS = ("attention", "mean", "cls")
+from fastvdm.unet.settings import Pooling
 
 
 class TextEncoder:
@@ -29,6 +29,7 @@ class TextEncoder:
             away from the network).
         max_length: longer captions are cut to so many tokens.
         device, dtype: where and in what precision the encoder runs.
+        local_files_only: take it from a folder or the cache, and fetch nothing.
     Raises:
         ImportError: transformers is missing.
         ValueError: the encoder cannot be found or loaded, or gives no token states.
@@ -41,12 +42,15 @@ class TextEncoder:
         max_length: int = 128,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        local_files_only: bool = False,
     ) -> None:
         transformers = require("transformers", "text")
         self.name, self.max_length = str(name), max_length
         try:
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
-            self.model: Any = transformers.AutoModel.from_pretrained(self.name)
+            # No code of the encoder's own is run, and nobody is asked whether it may be.
+            options = {"local_files_only": local_files_only, "trust_remote_code": False}
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name, **options)
+            self.model: Any = transformers.AutoModel.from_pretrained(self.name, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the text encoder {self.name!r}: {error}") from error
         if getattr(self.model.config, "is_encoder_decoder", False):
@@ -151,8 +155,7 @@ class TextConditioner(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        check_choice("pooling", pooling, Pooling)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
         dim: int = encoder.dim  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvdm.diffusion import Condition, Langevin, cascade, extend, interpolate_frames, sample
-from fastvdm.diffusion.condition import average_downsample
+from fastvdm.diffusion.downsample import average_downsample
 from paper import data, measure
 from paper.common import cached
 from paper.exact import Exact

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastvdm.diffusion.condition import Condition, average_downsample, bilinear_downsample
+from fastvdm.diffusion.condition import Condition
 from fastvdm.diffusion.denoiser import Denoiser, input_gradient
+from fastvdm.diffusion.downsample import average_downsample, bilinear_downsample
 from fastvdm.diffusion.extend import (
     cascade,
     extend,
@@ -16,6 +17,7 @@ from fastvdm.diffusion.prediction import Prediction, convert
 from fastvdm.diffusion.sample import Step, sample
 from fastvdm.diffusion.samplers import DDIM, Ancestral, Langevin
 from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule, alpha_of, sigma_of
+from fastvdm.unet.settings import Settings
 
 __all__ = [
     "DDIM",
@@ -26,6 +28,7 @@ __all__ = [
     "DiscreteSchedule",
     "Langevin",
     "Prediction",
+    "Settings",
     "Step",
     "alpha_of",
     "average_downsample",

@@ -33,11 +33,16 @@ def time_input_of(model: Model, schedule_default: str, asked: str | None) -> str
     return asked or (own if isinstance(own, str) else schedule_default)
 
 
+def told_by(model: Model) -> Mapping[str, Any]:
+    """The fields of ``fastvdm.unet.Settings`` that the network carries; none of a callable."""
+    settings = getattr(unwrap(model), "settings", None)
+    return settings if isinstance(settings, Mapping) else {}
+
+
 def prediction_of(model: Model, asked: Prediction | None) -> Prediction:
     """What the network returns: as asked, else as the ``settings`` it was loaded with say, else
     "eps". Raises ValueError for another name."""
-    settings = getattr(unwrap(model), "settings", None)
-    own: Any = settings.get("prediction", "eps") if isinstance(settings, Mapping) else "eps"
+    own: Any = told_by(model).get("prediction", "eps")
     check_prediction(own if asked is None else asked)
     return own if asked is None else asked
 

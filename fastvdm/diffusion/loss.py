@@ -7,13 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastvdm.diffusion.defaults import schedule_for
 from fastvdm.diffusion.denoiser import Model, prediction_of, time_input_of, unwrap
 from fastvdm.diffusion.prediction import Prediction, check_prediction, expand, slope
-from fastvdm.diffusion.schedule import CosineSchedule, Schedule, alpha_of, sigma_of
+from fastvdm.diffusion.schedule import Schedule, TimeInput, alpha_of, sigma_of
+from fastvdm.runtime.choices import check_choice
+from fastvdm.unet.settings import ScheduleName
+
+LossType = Literal["mse", "l1"]
+Reduction = Literal["mean", "none"]
 
 
 def q_sample(x: Tensor, log_snr: Tensor, noise: Tensor) -> Tensor:
-    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,)."""
+    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,); or (B, C, F, H, W) and
+    (B, F), a level for each frame."""
     return expand(alpha_of(log_snr), x) * x + expand(sigma_of(log_snr), x) * noise
 
 
@@ -27,17 +34,17 @@ def diffusion_loss(
     model: Model,
     x: Tensor,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | ScheduleName | None = None,
     prediction: Prediction | None = None,
     cond: Tensor | None = None,
     loss_space: Prediction | Literal["prediction"] = "eps",
-    loss_type: Literal["mse", "l1"] = "mse",
-    time_input: str | None = None,
+    loss_type: LossType = "mse",
+    time_input: TimeInput | None = None,
     t: Tensor | None = None,
     noise: Tensor | None = None,
     cond_drop_prob: float = 0.0,
     frame_weight: Tensor | None = None,
-    reduction: Literal["mean", "none"] = "mean",
+    reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
@@ -46,7 +53,7 @@ def diffusion_loss(
     Args:
         model: called as ``model(z, time, cond=cond, **model_kwargs)``.
         x: (B, C, F, H, W) clean videos in [-1, 1].
-        schedule: ``CosineSchedule()`` by default.
+        schedule: by default as in ``sample``.
         prediction: what the network returns; by default as in ``sample``.
         loss_space: where the error is taken. "eps" (default) is what the paper says in general,
             also for its v models; "prediction" is the network's own target, "x" and "v" the others.
@@ -54,7 +61,9 @@ def diffusion_loss(
         time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
             that of the schedule.
         loss_type: "mse" (paper); "l1" is the peer's default.
-        t: (B,) times instead of random ones. noise: (B, C, F, H, W) instead of random noise.
+        t: (B,) times instead of random ones, or (B, F), one for each frame (diffusion forcing), of
+            which the network gets (B, F) too, as ``UNet3D`` with norms of single frames takes it.
+        noise: (B, C, F, H, W) instead of random noise.
         cond_drop_prob: probability of training a sample without its condition. The paper gives none
             and 0 is the default; without it classifier-free guidance has nothing to guide against.
             A network with ``null_cond_prob`` in its forward (UNet3D, the peer's) gets it as such,
@@ -65,12 +74,12 @@ def diffusion_loss(
     Raises:
         ValueError: shapes that do not agree, an option out of its range.
     """
-    schedule = CosineSchedule() if schedule is None else schedule
+    schedule = schedule_for(model, schedule, time_input)
     prediction = prediction_of(model, prediction)
     space = prediction if loss_space == "prediction" else loss_space
     check_prediction(space)
-    if loss_type not in ("mse", "l1") or reduction not in ("mean", "none"):
-        raise ValueError(f"loss_type mse|l1 and reduction mean|none, got {loss_type}, {reduction}")
+    check_choice("loss_type", loss_type, LossType)
+    check_choice("reduction", reduction, Reduction)
     if x.ndim != 5 or not x.is_floating_point():
         raise ValueError(f"x must be a float (B, C, F, H, W), got {x.dtype} {tuple(x.shape)}")
     if not 0 <= cond_drop_prob <= 1:
@@ -78,8 +87,8 @@ def diffusion_loss(
     batch = x.shape[0]
     if t is None:
         t = schedule.draw(batch, device=x.device, generator=generator)
-    if t.shape != (batch,):
-        raise ValueError(f"t must be ({batch},), got {tuple(t.shape)}")
+    if t.shape not in ((batch,), (batch, x.shape[2])):
+        raise ValueError(f"t must be ({batch},) or ({batch}, {x.shape[2]}), got {tuple(t.shape)}")
     if noise is None:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     if noise.shape != x.shape:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Given
+from fastvdm.diffusion.given import Given
 from fastvdm.diffusion.prediction import Prediction, x_coefficients
 from fastvdm.diffusion.samplers import Langevin, Sampler, Update, marginal, posterior
 from fastvdm.diffusion.schedule import Schedule, alpha_of
@@ -95,7 +95,7 @@ class Plan:
         zero, one = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         tail = [p_z / p_m, *step, *replace]
         half = 0.5 * alpha_of(log_snr) * p_m
-        guide = self._table([p_z, p_m, weights[0] * half, weights[1] * half[:, None]])
+        guide = self._table([p_z, p_m, weights[0] * half[:, None], weights[1] * half[:, None]])
         after, direct = self._table([zero, one, *tail]), self._table([p_z, p_m, *tail])
         time = time.to(dtype) if time.is_floating_point() else time
         times = time[:, None].expand(-1, batch).contiguous().to(device)
@@ -107,15 +107,18 @@ class Plan:
 
 
 def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """The factors (N,) and (N, 1 or B) of the two squared errors, within the stable range.
+    """The factors (N, 1 or B) of the two squared errors, within the stable range.
 
     ``notes`` takes a sentence on each number that is lowered.
     """
+    c = contraction.abs().clamp_min(1e-12)[:, None]
     if given is None or not given.guided:
-        return torch.zeros_like(contraction), torch.zeros_like(contraction)[:, None]
-    c = contraction.abs().clamp_min(1e-12)
-    f, n = given.num_frames, given.num_known
-    known = torch.full_like(c, auto_weight(f, n) if given.weight == "auto" else float(given.weight))
+        return torch.zeros_like(c), torch.zeros_like(c)
+    f, n = given.count, given.num_known
+    some = (n > 0) & (n < f)  # of the other samples nothing is drawn, or nothing is known
+    n = torch.where(some, n, f / 2)
+    auto = auto_weight(f, n) if given.weight == "auto" else torch.full_like(n, float(given.weight))
+    known = auto * torch.ones_like(c)
     low = torch.full_like(c, 1.0 if given.low_weight == "auto" else float(given.low_weight))
     if given.limited:
         if given.weight == "auto":
@@ -125,11 +128,11 @@ def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tupl
         asked = ("guidance_weight", given.weight, known), ("low_res_weight", given.low_weight, low)
         known, low = stable_weights(c, known, low)
         for (name, number, before), after in zip(asked, (known, low)):
-            lowered = int((after < before).sum())
+            lowered = int((after < before).any(1).sum())
             if lowered and number != "auto":
                 notes.append(
                     f"{name}={number:g} is beyond the limit of {lowered} of {len(c)} steps and "
                     f"lowered there, to {float(after.min()):.3g} at the least; "
                     "guidance_limit='none' takes it as it is"
                 )
-    return known, low[:, None] / given.norm_squared.double()
+    return torch.where(some, known, 0), low / given.norm_squared.double()

@@ -6,20 +6,17 @@ is what lets classifier-free guidance act on any of them alike.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from fastvdm.diffusion.schedule import alpha_of, sigma_of
-
-Prediction = Literal["eps", "v", "x"]
+from fastvdm.runtime.choices import check_choice
+from fastvdm.unet.settings import Prediction
 
 
 def check_prediction(prediction: str) -> None:
     """Raises ValueError unless ``prediction`` is "eps", "v" or "x"."""
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"prediction must be 'eps', 'v' or 'x', got {prediction!r}")
+    check_choice("prediction", prediction, Prediction)
 
 
 def x_coefficients(log_snr: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
@@ -70,7 +67,10 @@ _TARGETS = {"x": x_coefficients, "eps": eps_coefficients, "v": v_coefficients}
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) per-sample scalars shaped to broadcast over ``like`` (B, ...)."""
+    """(B,) scalars of samples shaped to broadcast over ``like`` (B, ...), or (B, F) of frames over
+    (B, C, F, H, W)."""
+    if value.ndim == 2:
+        return value.to(like.dtype)[:, None, :, None, None]
     return value.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, Given
-from fastvdm.diffusion.denoiser import Denoiser, Model, evaluating, input_gradient
-from fastvdm.diffusion.graphs import DeviceNoise, StepGraphs
-from fastvdm.diffusion.plan import Plan, Row
-from fastvdm.diffusion.prediction import Prediction
+from fastvdm.diffusion.condition import Condition
+from fastvdm.diffusion.defaults import CorrectorName, SamplerName
+from fastvdm.diffusion.denoiser import Model, evaluating, input_gradient
+from fastvdm.diffusion.graphs import StepGraphs
+from fastvdm.diffusion.run import Noise, Run
 from fastvdm.diffusion.samplers import Langevin, Sampler
-from fastvdm.diffusion.schedule import Schedule
-from fastvdm.diffusion.setup import prepare
-from fastvdm.ops.guidance import guidance_seed, guidance_update
+from fastvdm.diffusion.schedule import Schedule, TimeInput
+from fastvdm.diffusion.setup import Clip, prepare
+from fastvdm.unet.settings import Prediction, ScheduleName
 
 
 class Step(NamedTuple):
@@ -31,165 +29,6 @@ class Step(NamedTuple):
     log_snr: float  # of z; the last z is clean, whatever the schedule ends at
     z: Tensor  # (B, C, F, H, W) the state reached
     x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate it was made from
-
-
-class _Noise:
-    """Standard normals from a torch generator, or the (seed, counter) pairs of in-kernel Philox."""
-
-    def __init__(
-        self,
-        batch: int,
-        device: torch.device,
-        generator: torch.Generator | None,
-        seed: int | Sequence[int] | None,
-    ) -> None:
-        if generator is not None and seed is not None:
-            raise ValueError("give generator or seed, not both")
-        self.generator, self.count = generator, 0
-        self.rng: Tensor | None = None
-        if generator is not None:
-            return
-        if seed is None:  # follows torch.manual_seed
-            seed = int(torch.randint(2**62, (1,)).item())
-        try:
-            if isinstance(seed, Sequence):
-                seeds = [operator.index(s) % 2**63 for s in seed]
-            else:
-                one = operator.index(seed)
-                # distinct keys; a video's noise does not depend on how many are in the batch
-                seeds = [(one + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(batch)]
-        except TypeError:
-            raise TypeError(f"seed must be one int or {batch} of them, got {seed!r}") from None
-        if len(seeds) != batch:
-            raise ValueError(f"seed must be one int or {batch} of them, got {len(seeds)}")
-        self.rng = torch.tensor(seeds, dtype=torch.int64).to(device)
-
-    def draw(self, like: Tensor) -> dict[str, Any]:
-        """Arguments of ``guidance_update`` for the next draw."""
-        self.count += 1
-        if self.rng is not None:
-            return {"rng": self.rng, "step": self.count - 1}
-        noise = torch.randn(
-            like.shape, dtype=like.dtype, device=like.device, generator=self.generator
-        )
-        return {"noise": noise}
-
-
-class _Run:
-    """One sampling run: the state z and how a row of the plan advances it."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        given: Given | None,
-        noise: _Noise,
-        clip: str | None,
-        percentile: float,
-        want_x: bool,
-    ) -> None:
-        self.denoiser, self.given, self.noise = denoiser, given, noise
-        self.clip, self.percentile, self.want_x = clip, percentile, want_x
-
-    def start(
-        self, plan: Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """z_1 ~ N(0, I), given frames at their own marginal."""
-        z = torch.zeros(tuple(shape), device=device, dtype=dtype)
-        return guidance_update(
-            z, z, plan.start, **self._frames(), **self.noise.draw(z), want_x=False
-        )[1]
-
-    def _frames(self) -> dict[str, Any]:
-        if self.given is None or self.given.known is None:
-            return {}
-        return {"known": self.given.known, "slot": self.given.slot}
-
-    def advance(
-        self, z: Tensor, row: Row, noise: _Noise | DeviceNoise | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(x_tilde, z_next): one network call, and its backward pass where the row is guided.
-
-        A function of its tensors alone, apart from the place in the stream of ``_Noise``.
-        """
-        options: dict[str, Any] = {}
-        if row.guided:
-            assert self.given is not None
-            estimate, options = self._guide(z, row)
-            coef = row.after
-        else:
-            with torch.no_grad():
-                estimate = self.denoiser(z, row.time)
-            coef = row.direct
-        if self.clip == "dynamic":
-            options["threshold"] = self._threshold(z, estimate, coef, options)
-        if row.noisy:
-            options |= (noise or self.noise).draw(z)
-        return guidance_update(
-            z,
-            estimate,
-            coef,
-            **options,
-            **self._frames(),
-            clip=self.clip is not None,
-            want_x=self.want_x,
-        )
-
-    def _guide(self, z: Tensor, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_hat, and the gradient that Eqs. 7 and 8 subtract from it."""
-        given = self.given
-        assert given is not None
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            out = self.denoiser(leaf, row.time)
-        if not out.requires_grad:
-            raise RuntimeError(
-                "the model's output does not depend on its input through autograd (does it detach, "
-                "or run under inference_mode?): reconstruction guidance needs its gradient"
-            )
-        detached = out.detach()
-        extra = given.extra_gradient(z, detached, row.guide) if given.autograd_low_res else None
-        half = torch.float16 in (out.dtype, self.denoiser.compute_dtype(z.device.type))
-        x_hat, cotangent = guidance_seed(
-            z,
-            detached.to(z.dtype) if half else detached,
-            row.guide,
-            **given.targets(),
-            extra=extra,
-            clip=given.clip_before_loss,
-        )
-        gradient = _scaled_gradient if half else _gradient
-        options = {"grad": gradient(out, leaf, cotangent)}
-        if given.has_low_res:  # D(x_hat) depends on z directly as well, x_hat^a on z^b does not
-            options["seed"] = cotangent
-        return x_hat, options
-
-    def _threshold(
-        self, z: Tensor, estimate: Tensor, coef: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde| per sample.
-
-        A quantile is not elementwise, so this mode costs launches of its own. torch.quantile
-        refuses 2^24 elements and reads a tensor on the host; this is its formula.
-        """
-        x, _ = guidance_update(z, estimate, coef, **options, **self._frames())
-        ordered = x.abs().flatten(1).sort(dim=1).values
-        place = self.percentile * (ordered.shape[1] - 1)
-        low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-        return torch.lerp(low, high, place - math.floor(place)).clamp_min(1.0)
-
-
-def _gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(out, leaf, cotangent)
-    return grad
-
-
-def _scaled_gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
-    """The same in fp16, whose largest number a cotangent passes where there is much noise: scaled
-    by a power of two per sample, so that its largest value is near 1."""
-    tiny = torch.finfo(cotangent.dtype).tiny
-    most = cotangent.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(tiny)
-    scale = torch.exp2(most.log2().round())
-    return _gradient(out, leaf, (cotangent / scale).to(out.dtype)) * scale
 
 
 def _progress(count: int, on: bool) -> Iterator[int]:
@@ -212,41 +51,52 @@ def _callers_level() -> int:
 
 def sample(
     model: Model,
-    shape: Sequence[int],
+    shape: Sequence[int] | int | None = None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | ScheduleName | None = None,
     prediction: Prediction | None = None,
-    sampler: Sampler | None = None,
-    corrector: Langevin | None = None,
+    sampler: Sampler | SamplerName | None = None,
+    corrector: Langevin | CorrectorName | None = "auto",
     num_steps: int | None = None,
-    clip: Literal["static", "dynamic"] | None = "static",
+    clip: Clip | None = "static",
     clip_percentile: float = 0.9,
     cond: Tensor | None = None,
     guidance_scale: float = 1.0,
     null_cond: Tensor | None = None,
     condition: Condition | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     generator: torch.Generator | None = None,
     seed: int | Sequence[int] | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    value_range: tuple[float, float] = (-1.0, 1.0),
     cuda_graph: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Draws videos from a network: (B, C, F, H, W) in [-1, 1].
+    """Draws videos from a network: (B, C, F, H, W) in [-1, 1], or in ``value_range``.
+
+    What the caller does not say is taken from ``model.settings`` (``fastvdm.unet.Settings``), with
+    which ``UNet3D.from_pretrained`` loads a network: ``sample(model)`` is one video as the model is
+    meant to be sampled.
 
     Args:
         model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``.
             Give an EMA copy to sample with averaged weights. A module runs in eval mode, its flags
             are put back; of a function around one neither mode nor ``time_input`` are known.
-        shape: (B, C, F, H, W).
-        schedule: ``CosineSchedule()`` by default; ``DiscreteSchedule()`` for peer checkpoints.
-        prediction: what the network returns, "eps", "v" or "x"; by default what the settings it
-            was loaded with say (``UNet3D.from_pretrained``), or else "eps".
-        sampler: ``Ancestral(0)`` by default; ``DDIM``, or any object with ``update``.
-        corrector: ``Langevin(0.1)`` is the paper's predictor-corrector: one more call a step.
-        num_steps: any number; 256 by default, all T of a ``DiscreteSchedule``.
+        shape: (B, C, F, H, W); an int B or None, for B = 1, where the settings say the rest.
+        schedule: "cosine", "discrete" (the peer's; with the timesteps and betas of the settings) or
+            an object such as ``CosineSchedule()``; by default as the settings say, or else discrete
+            for a network that takes step indices (peer checkpoints) and cosine for any other.
+        prediction: what the network returns, "eps", "v" or "x"; by default what the settings say,
+            or else "eps".
+        sampler: "ancestral" (with the gamma of the settings, or else 0; the default), "ddim", or an
+            object such as ``DDIM(eta=0.5)``, with ``update``.
+        corrector: "langevin", or ``Langevin(delta)``, is the paper's predictor-corrector: one more
+            call a step. None is none; "auto" (default) is none unless the settings say it and no
+            ``sampler`` is given.
+        num_steps: any number; by default as the settings say, unless ``schedule`` is an object, or
+            else 256, all T of a ``DiscreteSchedule``.
         clip: of x_tilde, "static" to [-1, 1] (default; the paper is silent, the code of its nearest
             relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
         clip_percentile: of "dynamic", the peer's 0.9.
@@ -261,6 +111,8 @@ def sample(
             taken from torch's global generator.
         callback: called after every step with a ``Step``.
         dtype: of the state, fp32 or fp64; the network may be narrower.
+        value_range: what -1 and 1 become in the result: (0, 1) is what ``write_video`` takes. All
+            else stays in [-1, 1]: the videos of ``condition``, and what ``callback`` sees.
         cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
             for the device nor keep state in Python, and its weights may change in place alone.
             Noise is that of ``seed``. "auto" does it on CUDA at small batches, for a network of
@@ -270,7 +122,7 @@ def sample(
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
         RuntimeError: with ``cuda_graph=True``, a step that cannot be recorded.
     """
-    denoiser, given, plan, where, record = prepare(
+    shape, denoiser, given, plan, where, record = prepare(
         model,
         shape,
         schedule=schedule,
@@ -288,14 +140,15 @@ def sample(
         generator=generator,
         device=device,
         dtype=dtype,
+        value_range=value_range,
         cuda_graph=cuda_graph,
     )
     for note in plan.notes:
         warnings.warn(note, stacklevel=_callers_level())
     # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
     with torch.inference_mode(False), torch.no_grad():
-        noise = _Noise(shape[0], where, generator, seed)
-        run = _Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
+        noise = Noise(shape[0], where, generator, seed)
+        run = Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
         with evaluating(denoiser.model), input_gradient(denoiser.model):
             z = run.start(plan, shape, where, dtype)
             advance: Callable[..., tuple[Tensor, Tensor]] = run.advance
@@ -309,4 +162,7 @@ def sample(
                 if callback is not None:
                     kept = (z.clone(), x_tilde.clone()) if record else (z, x_tilde)
                     callback(Step(i, plan.num_steps, plan.log_snr[i + 1], *kept))
+        low, high = value_range
+        if (low, high) != (-1, 1):
+            return (z + 1) * ((high - low) / 2) + low
         return z.clone() if record else z  # a graph's own memory goes with it

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-TIME_INPUTS = ("logsnr", "t", "index")
+from fastvdm.runtime.choices import check_choice
+
+TimeInput = Literal["logsnr", "t", "index"]
 
 
 def alpha_of(log_snr: Tensor) -> Tensor:
@@ -40,17 +42,14 @@ class Levels(NamedTuple):
         Raises:
             ValueError: "index" asked of a continuous schedule, or an unknown name.
         """
+        check_choice("time_input", time_input, TimeInput)
         if time_input == "logsnr":
             return self.log_snr[:-1]
         if time_input == "t":
             return self.t[:-1]
-        if time_input == "index":
-            if self.indices is None:
-                raise ValueError(
-                    "time_input='index' needs a DiscreteSchedule, got a continuous one"
-                )
-            return self.indices
-        raise ValueError(f"time_input must be one of {TIME_INPUTS}, got {time_input!r}")
+        if self.indices is None:
+            raise ValueError("time_input='index' needs a DiscreteSchedule, got a continuous one")
+        return self.indices
 
 
 class Schedule(Protocol):
@@ -93,7 +92,7 @@ class CosineSchedule:
 
     logsnr_min: float = -20.0
     logsnr_max: float = 20.0
-    time_input: str = "logsnr"
+    time_input: Literal["logsnr", "t"] = "logsnr"
 
     def __post_init__(self) -> None:
         bounds = (self.logsnr_min, self.logsnr_max)
@@ -166,10 +165,9 @@ class DiscreteSchedule:
         *,
         s: float = 0.008,
         betas: Tensor | None = None,
-        time_input: str = "index",
+        time_input: TimeInput = "index",
     ) -> None:
-        if time_input not in TIME_INPUTS:
-            raise ValueError(f"time_input must be one of {TIME_INPUTS}, got {time_input!r}")
+        check_choice("time_input", time_input, TimeInput)
         if betas is None:
             _check_steps(timesteps)
             i = torch.arange(timesteps + 1, dtype=torch.float64)
@@ -266,10 +264,7 @@ class DiscreteSchedule:
 
     def network_time(self, t: Tensor, time_input: str) -> Tensor:
         """What the network is given at times ``t``: "index" (int64), "logsnr" or "t"."""
+        check_choice("time_input", time_input, TimeInput)
         if time_input == "index":
             return self.t_to_index(t)
-        if time_input == "logsnr":
-            return self.log_snr(t)
-        if time_input == "t":
-            return t
-        raise ValueError(f"time_input must be one of {TIME_INPUTS}, got {time_input!r}")
+        return t if time_input == "t" else self.log_snr(t)

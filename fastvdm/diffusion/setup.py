@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, Given, check_range
+from fastvdm.diffusion.condition import Condition, check_range
+from fastvdm.diffusion.defaults import (
+    CorrectorName,
+    SamplerName,
+    check_value_range,
+    sampler_for,
+    schedule_for,
+    shape_for,
+    steps_for,
+)
 from fastvdm.diffusion.denoiser import Denoiser, Model, module_of, prediction_of, time_input_of
+from fastvdm.diffusion.given import Given
 from fastvdm.diffusion.graphs import decide, why_not
 from fastvdm.diffusion.plan import Plan
-from fastvdm.diffusion.prediction import Prediction
-from fastvdm.diffusion.samplers import Ancestral, Langevin, Sampler
-from fastvdm.diffusion.schedule import CosineSchedule, Schedule
+from fastvdm.diffusion.samplers import Langevin, Sampler
+from fastvdm.diffusion.schedule import Schedule, TimeInput
+from fastvdm.runtime.choices import check_choice
+from fastvdm.unet.settings import Prediction, ScheduleName
+
+Clip = Literal["static", "dynamic"]
 
 
 class Setup(NamedTuple):
     """What a run is made of."""
 
+    shape: tuple[int, ...]  # (B, C, F, H, W)
     denoiser: Denoiser
     given: Given | None
     plan: Plan
@@ -30,42 +43,37 @@ class Setup(NamedTuple):
 
 def prepare(
     model: Model,
-    shape: Sequence[int],
+    shape: Sequence[int] | int | None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | ScheduleName | None = None,
     prediction: Prediction | None = None,
-    sampler: Sampler | None = None,
-    corrector: Langevin | None = None,
+    sampler: Sampler | SamplerName | None = None,
+    corrector: Langevin | CorrectorName | None = "auto",
     num_steps: int | None = None,
-    clip: str | None = "static",
+    clip: Clip | None = "static",
     clip_percentile: float = 0.9,
     cond: Tensor | None = None,
     guidance_scale: float = 1.0,
     null_cond: Tensor | None = None,
     condition: Condition | None = None,
-    time_input: str | None = None,
+    time_input: TimeInput | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    value_range: tuple[float, float] = (-1.0, 1.0),
     cuda_graph: bool | Literal["auto"] = False,
     **_: Any,
 ) -> Setup:
     """The arguments and errors of ``sample``; those that only its loop needs are not looked at."""
-    schedule = CosineSchedule() if schedule is None else schedule
-    sampler = Ancestral() if sampler is None else sampler
-    _check_object("schedule", schedule, "levels", "CosineSchedule()")
-    _check_object("sampler", sampler, "update", "DDIM()")
-    if isinstance(sampler, Langevin):
-        raise TypeError("sampler must be one such as DDIM(), got a corrector: corrector=Langevin()")
-    if corrector is not None and not isinstance(corrector, Langevin):
-        raise TypeError(f"corrector must be Langevin() or None, got {corrector!r}")
+    num_steps = steps_for(model, num_steps, schedule)
+    schedule = schedule_for(model, schedule, time_input)
+    sampler, corrector = sampler_for(model, sampler, corrector)
+    shape = shape_for(model, shape)
+    check_value_range(value_range)
     if condition is not None and not isinstance(condition, Condition):
         raise TypeError(f"condition must be a Condition, got {type(condition).__name__}")
     prediction = prediction_of(model, prediction)
-    if len(shape) != 5 or any(not isinstance(n, Integral) or n < 1 for n in shape):
-        raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(shape)}")
-    if clip not in ("static", "dynamic", None):
-        raise ValueError(f"clip must be 'static', 'dynamic' or None, got {clip!r}")
+    check_choice("clip", clip, Clip | None)
     if not 0 < clip_percentile <= 1:
         raise ValueError(f"clip_percentile must be in (0, 1], got {clip_percentile}")
     if dtype not in (torch.float32, torch.float64):
@@ -76,7 +84,7 @@ def prepare(
     if cond is not None and cond.shape[0] != shape[0]:
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
     if condition is not None:
-        check_range("frames", condition.frames, clip)
+        check_range("frames", condition.known_values(), clip)
         if not callable(condition.downsample):  # any other D may give any other values
             check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
@@ -87,7 +95,7 @@ def prepare(
         if cond is not None:
             cond = (cond.clone() if cond.is_inference() else cond).to(where)
         denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
-        given = condition.prepare(tuple(shape), where, dtype) if condition is not None else None
+        given = condition.prepare(shape, where, dtype) if condition is not None else None
         plan = Plan(
             schedule,
             prediction,
@@ -100,13 +108,7 @@ def prepare(
             where,
             dtype,
         )
-    return Setup(denoiser, given, plan, where, record)
-
-
-def _check_object(name: str, value: Any, method: str, example: str) -> None:
-    """The classes have the method too, but cannot be called by it."""
-    if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise TypeError(f"{name} must be an object such as {example}, got {value!r}")
+    return Setup(shape, denoiser, given, plan, where, record)
 
 
 def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:

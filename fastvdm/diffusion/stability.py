@@ -24,8 +24,12 @@ weight makes stable, not even 0; clipping does, and for ordinary classes the bou
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+N = TypeVar("N", float, Tensor)
 
 KAPPA = 1.5
 
@@ -35,14 +39,18 @@ KAPPA = 1.5
 AUTO = 2.0
 
 
-def auto_weight(num_frames: int, num_known: int) -> float:
-    """w_r of guidance_weight="auto" before its limit: 2 F/n, n of F frames known."""
+def auto_weight(num_frames: N, num_known: N) -> N:
+    """w_r of guidance_weight="auto" before its limit: 2 F/n, n of F frames known; of a mask n/F is
+    the known share of the values."""
     return AUTO * num_frames / num_known
 
 
-def still_weights(contraction: Tensor, num_frames: int, num_known: int) -> Tensor:
-    """(N,) the w_r that end an error in what all frames share at once, and beyond which it would
-    come back with the other sign: F/(F - n) (F/(c n) - 1), which is F/n at the last step."""
+def still_weights(
+    contraction: Tensor, num_frames: float | Tensor, num_known: float | Tensor
+) -> Tensor:
+    """The w_r that end an error in what all frames share at once, and beyond which it would come
+    back with the other sign: F/(F - n) (F/(c n) - 1), which is F/n at the last step. In the shape
+    that ``contraction`` (N,) or (N, 1) and the numbers of each sample have together."""
     f, n = num_frames, num_known
     return f / (f - n) * (f / (contraction * n) - 1)
 
@@ -51,13 +59,13 @@ def stable_weights(contraction: Tensor, known: Tensor, low_res: Tensor) -> tuple
     """The weights of every step, lowered to the stable range where they are beyond it.
 
     Args:
-        contraction: (N,) c = u_x/alpha_s of every step, fp64, positive.
-        known: (N,) w_r; 0 without known frames.
-        low_res: (N,) y, the weight of the low resolution in units of 1/|D|^2; 0 without one. It is
-            lowered first, to KAPPA/c, and w_r to what that leaves.
+        contraction: (N,) or (N, 1) c = u_x/alpha_s of every step, fp64, positive.
+        known: (N,) or (N, B) w_r; 0 without known frames.
+        low_res: of either shape, y, the weight of the low resolution in units of 1/|D|^2; 0 without
+            one. It is lowered first, to KAPPA/c, and w_r to what that leaves.
 
     Returns:
-        w_r and y, each (N,).
+        w_r and y.
     """
     room = KAPPA / contraction  # of the bracket
     low = torch.minimum(low_res, room.clamp_min(1.0))

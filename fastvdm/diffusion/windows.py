@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvdm.diffusion.condition import Condition, check_factor, check_range
+from fastvdm.diffusion.condition import Condition, check_range
 from fastvdm.diffusion.denoiser import Model
+from fastvdm.diffusion.given import check_factor
 from fastvdm.diffusion.sample import sample
 from fastvdm.diffusion.setup import prepare
 
@@ -53,6 +54,8 @@ def _split_options(
     ours = {k: options[k] for k in _CONDITION if k in options}
     rest = {k: v for k, v in options.items() if k not in _CONDITION}
     for name in rest:
+        if name == "value_range":
+            raise ValueError("value_range is of sample: videos of windows stay in [-1, 1]")
         if name in ("condition", "shape"):
             raise ValueError(f"{name} is set window by window here; do not pass it")
         if name not in _SAMPLE:

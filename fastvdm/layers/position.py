@@ -32,6 +32,14 @@ def _t5_buckets(n: int, num_buckets: int, max_distance: int, device: torch.devic
     return t5_bucket(position - position[:, None], num_buckets, max_distance)
 
 
+@kept
+def causal_bias(heads: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(heads, n, n) [query, key]: -inf at later positions, else 0."""
+    future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
+    table = torch.zeros(heads, n, n, dtype=dtype, device=device)
+    return table.masked_fill(future, -torch.inf)
+
+
 class T5RelativeBias(nn.Module):
     """A learned bias (heads, n, n) [query, key], one number per head and bucket."""
 

@@ -1,6 +1,7 @@
 """The network."""
 
 from fastvdm.unet.config import PRESETS, RECIPES, UNetConfig
+from fastvdm.unet.settings import Settings
 from fastvdm.unet.unet import UNet3D
 
-__all__ = ["PRESETS", "RECIPES", "UNet3D", "UNetConfig"]
+__all__ = ["PRESETS", "RECIPES", "Settings", "UNet3D", "UNetConfig"]

@@ -23,6 +23,19 @@ def attend(layer: nn.Module, x: Tensor, time: TimeContext) -> Tensor:
     return layer(x) if isinstance(layer, nn.Identity) else layer(x, time)
 
 
+def residual(
+    block: nn.Module, x: Tensor, emb: Tensor | Films, skip: Tensor | None = None
+) -> Tensor:
+    """A residual block; where there is an embedding for every frame, on frames as so many videos.
+    Its convolutions are spatial, and its norms are then of single frames."""
+    rows = (emb.emb if isinstance(emb, Films) else emb).shape[0]
+    if rows == x.shape[0]:
+        return block(x, emb, skip)
+    frames = x.shape[:2]
+    skip = None if skip is None else skip.flatten(0, 1)[:, None]
+    return block(x.flatten(0, 1)[:, None], emb, skip)[:, 0].unflatten(0, frames)
+
+
 class Unit(nn.Module):
     """Residual blocks, then spatial and temporal attention; the first block takes the skip."""
 
@@ -49,7 +62,7 @@ class Unit(nn.Module):
         self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None
     ) -> Tensor:
         for block in self.blocks:
-            x, skip = block(x, emb, skip), None
+            x, skip = residual(block, x, emb, skip), None
         if self.spatial is not None:
             x = self.spatial(x)
         if self.temporal is not None:
@@ -92,7 +105,7 @@ class Level(nn.Module):
     def _change_resolution(self, x: Tensor, emb: Tensor | Films) -> Tensor:
         assert self.resample is not None
         if self.resample_takes_emb:
-            return self.resample(x, emb)
+            return residual(self.resample, x, emb)
         return convolve(self.resample, x, upsample=self.upsample)
 
 

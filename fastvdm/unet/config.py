@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
+
+from fastvdm.runtime import choices
 
 BERT_DIM = 768  # bert-base-cased, the encoder behind the peer's use_bert_text_cond
-
-
-def _one_of(default: str | None, *others: str) -> Any:
-    return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,13 @@ class UNetConfig:
             convolution, or pooling and nearest-up inside a residual block.
         zero_init: zero the last convolution of a block, the output of an attention and the head
             (paper layout), as the distillation code does.
+        pad: take any height and width: what is missing to a multiple of 2^(levels - 1) is added
+            inside, half on each side, and cut from the output. The pixels of the border are
+            repeated: zeros would be grey bars, on which the norms take their statistics, and a
+            reflection needs more pixels than a small frame has. Nothing changes where sizes fit.
+        causal: frame i sees no later frame, in any temporal attention. GroupNorm over the whole
+            video would mix the frames, so it needs ``norm="rms"`` or ``norm_per_frame=True``; then
+            outputs up to frame i do not depend on what follows, exactly.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -77,32 +82,34 @@ class UNetConfig:
     init_dim: int | None = None
     init_kernel_size: int = 7
     use_sparse_linear_attn: bool = True
-    block_type: str = _one_of("resnet")
+    block_type: Literal["resnet"] = "resnet"
     resnet_groups: int = 8
     _: KW_ONLY
-    norm: str = _one_of("group", "rms")
+    norm: Literal["group", "rms"] = "group"
     norm_eps: float | None = None
     norm_per_frame: bool = False
     cond_drop_prob: float = 0.1
     mask_stem_attention: bool = True
-    stem_skip: str | None = _one_of(None, "after", "before")
+    stem_skip: Literal["after", "before"] | None = None
     dropout: float = 0.0
-    checkpointing: str = _one_of("none", "block", "level")
-    layout: str = _one_of("peer", "paper")
+    checkpointing: Literal["none", "block", "level"] = "none"
+    layout: Literal["peer", "paper"] = "peer"
     num_blocks: int = 2
     image_size: int | None = None
     attn_resolutions: Sequence[int] = (8, 16, 32)
-    time_input: str = _one_of("index", "logsnr")
-    position: str = _one_of("rotary+t5", "t5", "shaw", "none")
+    time_input: Literal["index", "logsnr"] = "index"
+    position: Literal["rotary+t5", "t5", "shaw", "none"] = "rotary+t5"
     shaw_max_distance: int = 16
     shaw_values: bool = True
     shaw_per_head: bool = False
     emb_dim: int | None = None
     mlp_layers: int = 2
-    null_cond: str = _one_of("learned", "zeros")
-    conditioning: str = _one_of("scale_shift", "add")
-    resample: str = _one_of("conv", "resblock")
+    null_cond: Literal["learned", "zeros"] = "learned"
+    conditioning: Literal["scale_shift", "add"] = "scale_shift"
+    resample: Literal["conv", "resblock"] = "conv"
     zero_init: bool = True
+    pad: bool = False
+    causal: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim_mults", "attn_resolutions"):
@@ -123,6 +130,14 @@ class UNetConfig:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
         if self.dim < 4 or self.dim % 2:
             raise ValueError(f"dim must be even and at least 4, got {self.dim}")
+        for name in ("pad", "causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if self.causal and not self.separate_frames:
+            raise ValueError(
+                "causal=True needs norm_per_frame=True or norm='rms': GroupNorm over the whole "
+                "video mixes its frames"
+            )
         if self.layout == "paper" and self.image_size is None:
             raise ValueError("layout='paper' needs image_size to place its attention")
         if self.layout == "paper" and self.stem_skip == "before":
@@ -135,6 +150,11 @@ class UNetConfig:
     @property
     def stem_width(self) -> int:
         return self.init_dim or self.dim
+
+    @property
+    def separate_frames(self) -> bool:
+        """Whether the norms see one frame at a time."""
+        return self.norm == "rms" or self.norm_per_frame
 
     @property
     def out_channels(self) -> int:
@@ -159,14 +179,23 @@ class UNetConfig:
         return min(32, self.attn_dim_head) if self.position == "rotary+t5" else None
 
 
-_CHOICES = {f.name: f.metadata["choices"] for f in fields(UNetConfig) if f.metadata}
+_CHOICES = {k: t for k, t in get_type_hints(UNetConfig).items() if choices.choices_of(t)}
 
 
 def check_choice(name: str, value: Any) -> None:
     """Raises ValueError for what an argument that is one of several words cannot be."""
-    if name in _CHOICES and value not in _CHOICES[name]:
-        choices = ", ".join(map(str, _CHOICES[name]))
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    if name in _CHOICES:
+        choices.check_choice(name, value, _CHOICES[name])
+
+
+def changed(config: UNetConfig) -> str:
+    """The arguments of a configuration that are not their defaults, as they would be written."""
+    told = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
+    return ", ".join(
+        repr(value) if name == "dim" else f"{name}={value!r}"
+        for name, value, default in told
+        if value != default
+    )
 
 
 def _check_positive(name: str, value: Any) -> None:

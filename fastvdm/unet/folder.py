@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ from huggingface_hub import PyTorchModelHubMixin
 
 from fastvdm.unet import checkpoint as files
 from fastvdm.unet.peer import warn_caller
+from fastvdm.unet.settings import Settings, settings_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What is read of a model, at most; in a training run two such folders for each checkpoint.
 _FILES = ("config.json", "settings.json", "model.safetensors", "text.safetensors")
+# Of these a network may have none, where another had one.
+LEFT = ("settings.json", "text.safetensors")
 _PLACES = ("", "ema/", "model/", "checkpoints/step-*/ema/", "checkpoints/step-*/model/")
 
 
@@ -97,14 +101,16 @@ def _is_network(config: Mapping[str, Any]) -> bool:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The fields of ``fastvdm.bundle.Settings`` in settings.json; none where there is no file."""
+    """The fields of ``Settings`` in settings.json; none where there is no file."""
     file = folder / "settings.json"
-    return read_json(file) if file.is_file() else {}
+    stored = read_json(file) if file.is_file() else {}
+    stored.pop("guidance_weight", None)  # of older folders: one w_r for whatever is known
+    return stored
 
 
 def arguments_of(network: Any) -> dict[str, Any]:
     """The constructor arguments of a UNet3D, as they are now: these may be set on it, too."""
-    settable = ("stem_skip", "mask_stem_attention", "cond_drop_prob")
+    settable = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "pad")
     return network._hub_mixin_config | {name: getattr(network, name) for name in settable}
 
 
@@ -146,8 +152,28 @@ class Pretrained(PyTorchModelHubMixin):
     Unlike the mixin's own it refuses a config.json with unknown fields and weights that do not fit.
     """
 
-    # Fields of fastvdm.bundle.Settings that came with the weights: how they have to be sampled.
-    settings: Mapping[str, Any] = MappingProxyType({})
+    _settings: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How the network has to be sampled: the fields of ``fastvdm.unet.Settings`` that came with
+        its weights or were set, ``model.settings = Settings(prediction="v", num_frames=8)`` or a
+        mapping of some of them. ``save_pretrained`` and ``push_to_hub`` keep them.
+
+        Those of a text conditioner are left out, which is no part of the network.
+
+        Raises:
+            ValueError, TypeError: when set, for fields that ``Settings`` does not have or take.
+        """
+        return MappingProxyType(self._settings)
+
+    @settings.setter
+    def settings(self, told: Settings | Mapping[str, Any]) -> None:
+        if not isinstance(told, Settings | Mapping):
+            raise TypeError(f"settings must be Settings or a mapping, got {type(told).__name__}")
+        given = asdict(told) if isinstance(told, Settings) else dict(told)
+        settings_of(given)
+        self._settings = {k: v for k, v in given.items() if not k.startswith("text_")}
 
     @classmethod
     def from_pretrained(
@@ -166,9 +192,9 @@ class Pretrained(PyTorchModelHubMixin):
     ) -> Self:
         """A network that ``save_pretrained`` or a training run wrote, in evaluation mode.
 
-        How it has to be sampled, where the folder says so (settings.json), is in ``settings``, and
-        ``fastvdm.diffusion.sample`` takes the prediction from there; ``fastvdm.bundle.Bundle.load``
-        gives the schedule and the text conditioning too.
+        How it has to be sampled, where the folder says so (settings.json), is in ``settings``, from
+        where ``fastvdm.diffusion.sample`` takes what the caller does not say;
+        ``fastvdm.bundle.Bundle.load`` gives the text conditioning too.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and model.safetensors, the
@@ -196,7 +222,32 @@ class Pretrained(PyTorchModelHubMixin):
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
         self._hub_mixin_config = arguments_of(self)  # what the mixin writes next
-        file = save_directory / "settings.json"
-        file.unlink(missing_ok=True)  # of a network that was saved here before
+        for name in LEFT:  # of a network that was saved here before
+            (save_directory / name).unlink(missing_ok=True)
         if self.settings:
-            file.write_text(json.dumps(dict(self.settings), indent=2))
+            text = json.dumps(dict(self.settings), indent=2)
+            (save_directory / "settings.json").write_text(text)
+
+    def push_to_hub(
+        self, repo_id: str, *, delete_patterns: list[str] | str | None = None, **options: Any
+    ) -> str:
+        """As the mixin's: weights, config.json, settings.json and a card in one commit. What an
+        earlier model left there and this one does not have is deleted with it, unless
+        ``delete_patterns`` says what to delete."""
+        delete = list(LEFT) if delete_patterns is None else delete_patterns
+        facts = {"repo_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        return super().push_to_hub(
+            repo_id, delete_patterns=delete, model_card_kwargs=facts, **options
+        )
+
+    def generate_model_card(self: Any, **facts: Any) -> Any:
+        """The card with how this network is loaded and sampled; ``facts`` are for its template."""
+        told, shape, cond = self.settings, "", ""
+        if not {"num_frames", "image_size"} <= told.keys():
+            shape = f", (1, {self.channels}, num_frames, height, width)"
+        if self.cond_dim is not None:
+            cond = f", cond=torch.zeros(1, {self.cond_dim})"
+        return super().generate_model_card(
+            call=f"sample(model{shape}{cond}, value_range=(0, 1))", told=dict(told),
+            conditional=bool(cond), fps=told.get("fps", 8), **facts,
+        )  # fmt: skip

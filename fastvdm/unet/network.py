@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from fastvdm.layers.attention import Attention, TimeContext
 from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding, mlp, probability_mask
-from fastvdm.layers.position import T5RelativeBias, rotary_table
+from fastvdm.layers.kept import watched
+from fastvdm.layers.position import T5RelativeBias, causal_bias, rotary_table
 from fastvdm.layers.resnet import Films, films
 from fastvdm.layers.shards import FrameShards
 from fastvdm.unet.blocks import Level, Unit, attend, film_layers
 from fastvdm.unet.build import paper_parts, peer_parts
-from fastvdm.unet.config import UNetConfig, built_from, check_choice
+from fastvdm.unet.config import UNetConfig, built_from, changed, check_choice
+from fastvdm.unet.padding import crop, pad_edges
 
 
 class FactorizedUNet(nn.Module):
@@ -33,8 +37,11 @@ class FactorizedUNet(nn.Module):
         self.layout, self.time_input = config.layout, config.time_input
         self.position, self.rotary_dim = config.position, config.rotary_dim
         self.stem_width = config.stem_width
-        self.stem_skip, self.mask_stem_attention = config.stem_skip, config.mask_stem_attention
+        self.stem_skip: str | None = config.stem_skip
+        self.mask_stem_attention = config.mask_stem_attention
         self.cond_drop_prob = config.cond_drop_prob
+        self.pad, self.causal = config.pad, config.causal
+        self.separate_frames = config.separate_frames
         self.shards: FrameShards | None = None  # see fastvdm.parallel
 
         act, layers = nn.SiLU if paper else nn.GELU, config.mlp_layers
@@ -61,11 +68,12 @@ class FactorizedUNet(nn.Module):
 
         # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
         self.relative_bias = nn.ModuleDict()
+        attention = (m for m in self.modules() if isinstance(m, Attention))
+        self.temporal_heads = sorted({m.heads for m in attention if m.core == "time"})
         if "t5" in self.position:
-            attention = (m for m in self.modules() if isinstance(m, Attention))
-            heads = {m.heads for m in attention if m.core == "time"}
-            for h in sorted(heads):
+            for h in self.temporal_heads:
                 self.relative_bias[str(h)] = T5RelativeBias(h)
+        self._config = config
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set afterwards, to what the constructor takes for them."""
@@ -90,8 +98,11 @@ class FactorizedUNet(nn.Module):
         """Denoise ``x``.
 
         Args:
-            x: (B, channels, F, H, W), floating point; H and W divisible by 2^(levels - 1).
-            time: (B,), step index or log-SNR as ``time_input`` says.
+            x: (B, channels, F, H, W), floating point; H and W divisible by 2^(levels - 1) unless
+                the network was built with ``pad=True``.
+            time: (B,), step index or log-SNR as ``time_input`` says; or (B, F), one for each frame
+                (diffusion forcing), where the norms are of single frames (``norm="rms"`` or
+                ``norm_per_frame=True``).
             cond: (B, cond_dim), required if and only if the network is conditional.
             null_cond_prob: probability of the null condition per sample. None, the default, is
                 ``cond_drop_prob`` in training mode and 0 otherwise.
@@ -105,6 +116,11 @@ class FactorizedUNet(nn.Module):
 
         Raises:
             TypeError: a tensor of the wrong kind. ValueError: a wrong shape, device or number.
+
+        Warns:
+            UserWarning: a time on a CPU that looks like the other kind: of an index network below 0
+                or between 0 and 1, of a log-SNR network beyond 100 (schedules end at some 20). On
+                other devices nobody looks, as that would wait for them.
         """
         self._check_input(x, time, cond, focus_present_mask, num_images)
         batch = x.shape[0]
@@ -147,7 +163,7 @@ class FactorizedUNet(nn.Module):
         drop = torch.arange(2 * batch, device=x.device) >= batch
         both = self._denoise(
             x.repeat(2, 1, 1, 1, 1),
-            time.repeat(2),
+            torch.cat((time, time)),
             cond.repeat(2, 1),
             drop,
             None if focus is None else focus.repeat(2),
@@ -165,9 +181,17 @@ class FactorizedUNet(nn.Module):
         focus: Tensor | None,
         num_images: int,
     ) -> Tensor:
+        size = x.shape[3:]
+        if self.pad:
+            x = pad_edges(x, 2 ** (self.levels - 1))
         frames = x.shape[2] * (1 if self.shards is None else self.shards.size)
+        biases = {int(h): table(frames, x.device) for h, table in self.relative_bias.items()}
+        if self.causal:
+            for h in self.temporal_heads:
+                future = causal_bias(h, frames, x.device, x.dtype)
+                biases[h] = biases[h] + future if h in biases else future
         context = TimeContext(
-            biases={int(h): table(frames, x.device) for h, table in self.relative_bias.items()},
+            biases=biases,
             rotary=rotary_table(frames, self.rotary_dim, x.device) if self.rotary_dim else None,
             focus_mask=focus,
             num_images=num_images,
@@ -195,20 +219,24 @@ class FactorizedUNet(nn.Module):
             x = self._run(level.up, x, emb, context, skips[-count:])
             del skips[-count:]
         x = self.head(x, skips.pop() if skips else None)
+        if self.pad:
+            x = crop(x, size)
         return x.permute(0, 4, 1, 2, 3).contiguous()  # and the one at the other
 
     def _embed(self, time: Tensor, cond: Tensor | None, drop: Tensor | None) -> Tensor:
-        """(B, emb_dim) after the SiLU that every block would otherwise repeat."""
-        emb = self.time_embedding(time)
+        """(B, emb_dim), or (B * F, emb_dim) of times (B, F), after the SiLU that every block would
+        otherwise repeat."""
+        emb = self.time_embedding(time if time.ndim == 1 else time.flatten())
         if cond is not None:
             cond = cond.to(emb.dtype)
             if drop is not None:
                 null = cond.new_zeros(()) if self.null_cond_emb is None else self.null_cond_emb
                 cond = torch.where(drop[:, None], null.to(emb.dtype), cond)
             if self.cond_embedding is not None:
-                emb = emb + self.cond_embedding(cond)
-            else:
-                emb = torch.cat((emb, cond), dim=-1)
+                cond = self.cond_embedding(cond)
+            if time.ndim == 2:
+                cond = cond[:, None].expand(-1, time.shape[1], -1).flatten(0, 1)
+            emb = torch.cat((emb, cond), -1) if self.cond_embedding is None else emb + cond
         return nn.functional.silu(emb)
 
     def _run(self, fn: Any, *args: Any) -> Any:
@@ -234,15 +262,18 @@ class FactorizedUNet(nn.Module):
         if frames == 0 or batch == 0:
             raise ValueError(f"x must have at least one sample and one frame, got {tuple(x.shape)}")
         factor = 2 ** (self.levels - 1)
-        if height == 0 or width == 0 or height % factor or width % factor:
+        fits = self.pad or not (height % factor or width % factor)
+        if height == 0 or width == 0 or not fits:
             raise ValueError(
                 f"height and width must be multiples of {factor} ({self.levels} levels), "
-                f"got {height} x {width}"
+                f"got {height} x {width}: a network built with pad=True takes any"
             )
         if not isinstance(time, Tensor):
             raise TypeError(f"time must be a tensor, got {type(time).__name__}")
         if time.shape != (batch,):
-            raise ValueError(f"time must be ({batch},), got {tuple(time.shape)}")
+            self._check_frame_times(time, batch, frames)
+        if time.device.type == "cpu" and not watched():
+            self._check_time(time)
         if self.has_cond and cond is None:
             raise ValueError(
                 f"cond of shape ({batch}, {self.cond_dim}) must be given: the network "
@@ -277,3 +308,33 @@ class FactorizedUNet(nn.Module):
         for name, t in {"x": x, "time": time, "cond": cond, "focus_present_mask": focus}.items():
             if t is not None and t.device != device:
                 raise ValueError(f"{name} is on {t.device}, the network on {device}")
+
+    def _check_frame_times(self, time: Tensor, batch: int, frames: int) -> None:
+        if time.shape != (batch, frames):
+            raise ValueError(
+                f"time must be ({batch},), or ({batch}, {frames}) for each frame, got "
+                f"{tuple(time.shape)}"
+            )
+        if not self.separate_frames:
+            raise ValueError(
+                f"time ({batch}, {frames}) for each frame needs norm_per_frame=True or norm='rms': "
+                "GroupNorm over the whole video mixes its frames"
+            )
+        if self.shards is not None:
+            raise ValueError("a network over several devices takes one time for each video")
+
+    def _check_time(self, time: Tensor) -> None:
+        if self.time_input == "index":
+            strange = bool(((time < 1) & (time != 0)).any())
+            message = "step indices and was given a number below 0 or between 0 and 1: a log-SNR?"
+        else:
+            strange = bool((time.abs() > 100).any())
+            message = "log-SNRs and was given a number beyond 100: a step index?"
+        if strange:
+            warnings.warn(f"this network takes {message}", stacklevel=6)
+
+    def extra_repr(self) -> str:
+        names = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "checkpointing", "pad")
+        config = replace(self._config, **{name: getattr(self, name) for name in names})
+        count = sum(p.numel() for p in self.parameters())
+        return f"{changed(config)}; {count:,} parameters"

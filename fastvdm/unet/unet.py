@@ -13,11 +13,19 @@ from fastvdm.unet import checkpoint as files
 from fastvdm.unet import folder as folders
 from fastvdm.unet import peer
 from fastvdm.unet import source as modules
+from fastvdm.unet.card import CARD, PAPER
 from fastvdm.unet.config import preset
 from fastvdm.unet.network import FactorizedUNet
 
 
-class UNet3D(FactorizedUNet, folders.Pretrained, library_name="fastvdm", license="mit"):
+class UNet3D(
+    FactorizedUNet,
+    folders.Pretrained,
+    library_name="fastvdm",
+    license="mit",
+    paper_url=PAPER,
+    model_card_template=CARD,
+):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
     Its arguments are the fields of ``fastvdm.unet.UNetConfig``, which says what they mean: first
@@ -96,7 +104,7 @@ class UNet3D(FactorizedUNet, folders.Pretrained, library_name="fastvdm", license
         if type(network) is cls or not check:  # ours tells its arguments
             network = None
         model = modules.load(cls, arguments | overrides, state, network)
-        model.settings = dict(settings)
+        model.settings = settings
         return model
 
     def load_state_dict(

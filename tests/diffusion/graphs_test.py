@@ -24,7 +24,7 @@ from fastvdm.diffusion import (
     graphs,
     sample,
 )
-from fastvdm.diffusion.sample import _Run
+from fastvdm.diffusion.run import Run
 from fastvdm.ops._call import BODIES
 
 SHAPE = (2, 3, 4, 8, 4)
@@ -57,6 +57,7 @@ def frames(device: str = "cpu") -> dict[str, Condition]:
         "replacement": Condition(known, method="replacement", replacement="posterior"),
         "low_res": Condition(low_res=low, low_res_weight=0.5),
         "bilinear": Condition(known, low_res=low, downsample="bilinear", clip_before_loss=True),
+        "mask": Condition(known.repeat(1, 1, 2, 1, 1), mask=known.repeat(1, 1, 2, 1, 1) > 0.3),
     }
 
 
@@ -74,6 +75,7 @@ RUNS = {
     "replacement": ({}, {"condition": "replacement"}),
     "low_res": ({}, {"condition": "low_res"}),
     "bilinear": ({}, {"condition": "bilinear"}),
+    "mask": ({}, {"condition": "mask", "corrector": Langevin()}),
 }
 
 
@@ -289,7 +291,7 @@ class NoKernel:
 @contextmanager
 def no_sync_in_steps():
     """Every step of ``sample`` fails where it would wait; the plan before it may."""
-    real, mode = _Run.advance, NoSync()
+    real, mode = Run.advance, NoSync()
 
     def refuse(name):
         def call(self, *args, **kwargs):
@@ -301,7 +303,7 @@ def no_sync_in_steps():
         with mode, refuse("cpu"), refuse("tolist"), refuse("numpy"), refuse("__array__"):
             return real(self, *args)
 
-    with mock.patch.object(_Run, "advance", advance):
+    with mock.patch.object(Run, "advance", advance):
         yield mode
 
 
@@ -359,7 +361,7 @@ def test_a_wait_is_found(name):
 def test_no_step_waits_on_a_gpu(name):
     model, options = setup(name, "cuda")
     sample(model, SHAPE, **options)  # kernels compile
-    real = _Run.advance
+    real = Run.advance
 
     def advance(self, *args):
         torch.cuda.set_sync_debug_mode("error")
@@ -368,5 +370,5 @@ def test_no_step_waits_on_a_gpu(name):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    with mock.patch.object(_Run, "advance", advance):
+    with mock.patch.object(Run, "advance", advance):
         sample(model, SHAPE, **options)

@@ -10,7 +10,7 @@ import torch
 
 from fastvdm import UNet3D
 from fastvdm.diffusion import Condition, DiscreteSchedule, extend, sample
-from fastvdm.diffusion.sample import _scaled_gradient
+from fastvdm.diffusion.run import _scaled_gradient
 
 SHAPE = (2, 3, 4, 16, 16)
 

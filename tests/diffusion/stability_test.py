@@ -17,7 +17,7 @@ from fastvdm.diffusion import (
     average_downsample,
     bilinear_downsample,
 )
-from fastvdm.diffusion.condition import _norm_squared
+from fastvdm.diffusion.downsample import norm_squared
 from fastvdm.diffusion.stability import KAPPA, auto_weight, stable_weights, still_weights
 
 CONTRACTIONS = torch.tensor([1.0, 0.9, 0.75, 0.4, 0.1, 0.05, 1e-3, 1e-6], dtype=DOUBLE)
@@ -170,7 +170,7 @@ DOWN = {
 def test_norm_of_downsampling(name, dtype):
     """Within 1 %; 2 % where the largest gains lie close together, far inside the margin of 4/3."""
     down, truth = DOWN[name]
-    found = _norm_squared(down, torch.zeros((2, 3, 2, 12, 12), dtype=dtype))
+    found = norm_squared(down, torch.zeros((2, 3, 2, 12, 12), dtype=dtype))
     assert found.shape == (2,)
     assert found.tolist() == pytest.approx([truth] * 2, rel=0.02 if name == "edges" else 0.01)
 
@@ -179,10 +179,10 @@ def test_norm_of_a_downsampling_that_differs_between_samples():
     mask = torch.rand(3, 1, 2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[2] = False  # nothing is known of this one
     gain = torch.tensor([1.0, 5.0, 1.0]).view(-1, 1, 1, 1, 1)
-    found = _norm_squared(lambda x: gain * mask * x, torch.zeros(3, 2, 2, 6, 6))
+    found = norm_squared(lambda x: gain * mask * x, torch.zeros(3, 2, 2, 6, 6))
     assert found.tolist() == pytest.approx([1, 25, 1], rel=0.01)
 
 
 @pytest.mark.parametrize("down", [torch.tanh, torch.exp, torch.square, torch.abs, torch.relu])
 def test_norm_of_a_nonlinear_one_is_finite(down):
-    assert 0 < _norm_squared(down, torch.zeros(1, 2, 3, 6, 6)).item() < 1e3
+    assert 0 < norm_squared(down, torch.zeros(1, 2, 3, 6, 6)).item() < 1e3

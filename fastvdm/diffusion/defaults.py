@@ -1,0 +1,139 @@
+"""What a run takes from the settings of its network (``fastvdm.unet.Settings``) where the caller
+says nothing, and the names that stand for schedules and samplers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+
+from fastvdm.diffusion.denoiser import Model, told_by, unwrap
+from fastvdm.diffusion.samplers import DDIM, Ancestral, Langevin, Sampler
+from fastvdm.diffusion.schedule import CosineSchedule, DiscreteSchedule, Schedule, TimeInput
+from fastvdm.runtime.choices import check_choice
+from fastvdm.unet.settings import ScheduleName, Settings, settings_of
+
+SamplerName = Literal["ancestral", "ddim"]
+CorrectorName = Literal["auto", "langevin"]
+
+
+def make_schedule(settings: Settings, time_input: str | None) -> CosineSchedule | DiscreteSchedule:
+    """The schedule, giving the network the time it takes; None is the schedule's own.
+
+    Raises:
+        ValueError: "cosine" for a network that takes step indices.
+    """
+    index = time_input == "index"
+    kind: dict[str, Any] = {} if time_input is None else {"time_input": time_input}
+    if settings.schedule == "discrete" or (settings.schedule is None and index):
+        betas = settings.betas
+        table = None if betas is None else torch.tensor(betas, dtype=torch.float64)
+        return DiscreteSchedule(settings.timesteps, betas=table, **kind)
+    if index:
+        raise ValueError("this network takes step indices: its schedule is 'discrete'")
+    return CosineSchedule(**kind)
+
+
+def schedule_for(
+    model: Model, asked: Schedule | ScheduleName | None, time_input: str | None
+) -> Schedule:
+    """As asked; else as the settings say; else the one of the time that the network takes.
+
+    Raises:
+        ValueError, TypeError: another name, no schedule, or one that does not fit the network.
+    """
+    check_choice("time_input", time_input, TimeInput | None)
+    if isinstance(asked, str):
+        check_choice("schedule", asked, ScheduleName)
+    elif asked is not None:
+        check_object("schedule", asked, "levels", "CosineSchedule()", ScheduleName)
+        return asked
+    told, own = told_by(model), getattr(unwrap(model), "time_input", None)
+    if asked is not None:
+        told = {**told, "schedule": asked}
+    elif not told and not isinstance(own, str):
+        return CosineSchedule()
+    return make_schedule(settings_of(told), time_input or own)
+
+
+def sampler_for(
+    model: Model, sampler: Sampler | SamplerName | None, corrector: Langevin | str | None
+) -> tuple[Sampler, Langevin | None]:
+    """Both as asked. Without a sampler the settings say both, with "ancestral" its gamma.
+
+    Raises:
+        ValueError, TypeError: another name, or no sampler or corrector.
+    """
+    told = told_by(model)
+    if isinstance(corrector, str):
+        check_choice("corrector", corrector, CorrectorName | None)
+        by_settings = corrector == "auto" and sampler is None and told.get("langevin", False)
+        corrector = Langevin() if corrector == "langevin" or by_settings else None
+    elif corrector is not None and not isinstance(corrector, Langevin):
+        raise TypeError(f"corrector must be Langevin(), 'langevin' or None, got {corrector!r}")
+    if isinstance(sampler, str):
+        check_choice("sampler", sampler, SamplerName)
+    if isinstance(sampler, Langevin):
+        raise TypeError("sampler must be one such as DDIM(), got a corrector: corrector=Langevin()")
+    if sampler is None or sampler == "ancestral":
+        return Ancestral(told.get("gamma", 0.0)), corrector
+    if sampler == "ddim":
+        return DDIM(), corrector
+    check_object("sampler", sampler, "update", "DDIM()", SamplerName)
+    return sampler, corrector
+
+
+def steps_for(model: Model, asked: int | None, schedule: Any) -> int | None:
+    """As asked; else of the settings, unless the schedule is an object of the caller's."""
+    if asked is not None or not (schedule is None or isinstance(schedule, str)):
+        return asked
+    return told_by(model).get("num_steps")
+
+
+def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...]:
+    """(B, C, F, H, W) as asked, or B videos as the settings describe them, one by default.
+
+    Raises:
+        ValueError, TypeError: no five extents, or a network that does not say them.
+    """
+    if isinstance(asked, Integral) or asked is None:
+        told, channels = told_by(model), getattr(unwrap(model), "channels", None)
+        if not isinstance(channels, int) or not {"num_frames", "image_size"} <= told.keys():
+            raise ValueError(
+                "shape must be (B, C, F, H, W): the settings of this model do not say num_frames "
+                "and image_size (model.settings = Settings(num_frames=..., image_size=...))"
+            )
+        asked = (1 if asked is None else int(asked), channels, told["num_frames"],
+                 *told["image_size"])  # fmt: skip
+    if not isinstance(asked, Sequence):
+        raise TypeError(f"shape must be (B, C, F, H, W), a number of videos or None, got {asked!r}")
+    if len(asked) != 5 or any(not isinstance(n, Integral) or n < 1 for n in asked):
+        raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(asked)}")
+    return tuple(asked)
+
+
+def check_value_range(value_range: Any) -> tuple[float, float]:
+    """Raises ValueError, TypeError unless it is (low, high), both finite, low < high."""
+    try:
+        low, high = value_range
+    except (TypeError, ValueError):
+        low = high = None
+    if not isinstance(low, Real) or not isinstance(high, Real):
+        raise TypeError(f"value_range must be two numbers such as (0, 1), got {value_range!r}")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"value_range must be (low, high), finite, got {value_range!r}")
+    return float(low), float(high)
+
+
+def check_object(name: str, value: Any, method: str, example: str, names: Any) -> None:
+    """The classes have the method too, but cannot be called by it.
+
+    Raises:
+        TypeError: it does not do what such an object does.
+    """
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        words = ", ".join(map(repr, names.__args__))
+        raise TypeError(f"{name} must be {words} or an object such as {example}, got {value!r}")

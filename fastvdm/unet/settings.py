@@ -1,0 +1,113 @@
+"""What sampling must know of a network's training: it goes with the weights (settings.json)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fastvdm.runtime.choices import check_choice
+
+Prediction = Literal["eps", "v", "x"]
+ScheduleName = Literal["cosine", "discrete"]
+Pooling = Literal["attention", "mean", "cls"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What sampling must know of the training, and the sampling defaults of the model.
+
+    ``model.settings = Settings(prediction="v", num_frames=8)`` tells ``fastvdm.diffusion.sample``
+    and ``diffusion_loss``, which take from there whatever the caller does not say; ``Bundle`` and
+    training runs set it. It is saved with the network.
+
+    num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on: fps is
+    that of the clips, data_fps what the videos were resampled to before every frameskip-th frame
+    was taken, None for as they were. value_range is that of the data; None is latents, which are
+    neither scaled nor clipped. classes names the classes of a network conditioned on one of them.
+    schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
+    with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
+    step indices and "cosine" for one that takes log-SNRs.
+    num_steps, gamma and langevin are defaults for sampling (Appendix A has them for the paper's
+    models; its w_r are those of guidance_weight="auto").
+
+    Raises:
+        ValueError, TypeError: a field of another type or outside its range.
+    """
+
+    num_frames: int = 16
+    image_size: tuple[int, int] = (64, 64)
+    frameskip: int = 1
+    fps: float = 8.0
+    prediction: str = "eps"
+    schedule: ScheduleName | None = None
+    timesteps: int = 1000
+    betas: tuple[float, ...] | None = None
+    value_range: tuple[float, float] | None = (0.0, 1.0)
+    data_fps: float | None = None
+    classes: tuple[str, ...] | None = None
+    text_encoder: str | None = None
+    text_pooling: str = "attention"
+    text_max_length: int = 128
+    num_steps: int | None = None
+    gamma: float = 0.0
+    langevin: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("prediction", self.prediction, Prediction)
+        check_choice("schedule", self.schedule, ScheduleName | None)
+        check_choice("text_pooling", self.text_pooling, Pooling)
+        for name in ("image_size", "betas", "value_range", "classes"):  # lists, as JSON has them
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("num_frames", "frameskip", "timesteps", "num_steps", "text_max_length"):
+            value = getattr(self, name)
+            if not (value is None and name == "num_steps"):
+                _check_count(name, value)
+        if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
+            raise ValueError(f"image_size must be (height, width), got {self.image_size!r}")
+        for value in self.image_size:
+            _check_count("image_size", value)
+        if not (_is_number(self.fps) and math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be positive, got {self.fps!r}")
+        if not (
+            self.data_fps is None or _is_number(self.data_fps) and 0 < self.data_fps < math.inf
+        ):
+            raise ValueError(f"data_fps must be positive or None, got {self.data_fps!r}")
+        if self.value_range is not None:
+            low, high = self.value_range if len(self.value_range) == 2 else (0, 0)
+            if not (_is_number(low) and _is_number(high) and low < high):
+                raise ValueError(f"value_range must be (low, high), got {self.value_range!r}")
+        if self.classes is not None and not all(isinstance(c, str) for c in self.classes):
+            raise ValueError(f"classes must be names, got {self.classes!r}")
+        if not (_is_number(self.gamma) and 0 <= self.gamma <= 1):
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma!r}")
+        if not isinstance(self.langevin, bool):
+            raise TypeError(f"langevin must be a bool, got {self.langevin!r}")
+        if self.betas is not None and len(self.betas) != self.timesteps:
+            raise ValueError(
+                f"timesteps is {self.timesteps}, but there are {len(self.betas)} betas"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def settings_of(told: Mapping[str, Any]) -> Settings:
+    """Settings of some fields, the others at their defaults.
+
+    Raises:
+        ValueError, TypeError: other fields, or a value that does not fit.
+    """
+    unknown = sorted(str(name) for name in told.keys() - {f.name for f in fields(Settings)})
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}")
+    return Settings(**told)
