@@ -68,7 +68,6 @@ class Run:
             "sampler": DDIM(options.eta or 0.0) if sampler == "ddim" else Ancestral(gamma),
             "corrector": Langevin() if sampler == "langevin" else None,
             "num_steps": steps,
-            "clip": "static" if self.is_pixels else None,
             "cond": self.bundle.cond(options.caption, len(outputs), vectors, options.label),
             "guidance_scale": options.guidance_scale,
             "progress": True,
@@ -148,6 +147,7 @@ def load_model(model: str, options: ModelOptions, **settings: Any) -> Bundle:
         ema=options.weights == "ema",
         prefix=options.prefix,
         network={k: v for k, v in network.items() if v is not None},
+        allow_download=options.allow_download,
         **{k: v for k, v in settings.items() if v is not None},
     )
     return bundle.to(place)

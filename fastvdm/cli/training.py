@@ -162,7 +162,9 @@ def train(
     elif resume and stored.is_file():
         base = read_config(stored)
     settings = TrainConfig.create({**base, **given, "output": str(output)})
-    trainer = training.Trainer(settings, resume=resume, progress=not quiet)
+    # What a stored configuration names is not fetched: it may be of somebody else's folder.
+    fetch = not resume or config is not None or "text_encoder" in given
+    trainer = training.Trainer(settings, resume=resume, fetch=fetch, progress=not quiet)
     try:
         if dry_run:
             done = trainer.dry_run()

@@ -18,6 +18,7 @@ from fastvdm.unet.settings import ScheduleName, Settings, settings_of
 
 SamplerName = Literal["ancestral", "ddim"]
 CorrectorName = Literal["auto", "langevin"]
+Clip = Literal["auto", "static", "dynamic"]
 
 
 def make_schedule(settings: Settings, time_input: str | None) -> CosineSchedule | DiscreteSchedule:
@@ -91,6 +92,18 @@ def steps_for(model: Model, asked: int | None, schedule: Any) -> int | None:
     if asked is not None or not (schedule is None or isinstance(schedule, str)):
         return asked
     return told_by(model).get("num_steps")
+
+
+def clip_for(model: Model, asked: Clip | None) -> Clip | None:
+    """As asked; "auto" is none for a network whose settings say that it draws latents.
+
+    Raises:
+        ValueError: another word.
+    """
+    check_choice("clip", asked, Clip | None)
+    if asked != "auto":
+        return asked
+    return None if told_by(model).get("value_range", (0, 1)) is None else "static"
 
 
 def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvdm.diffusion.defaults import clip_for
 from fastvdm.diffusion.denoiser import Model
 from fastvdm.diffusion.sample import sample
 from fastvdm.diffusion.windows import (
@@ -255,7 +256,11 @@ def cascade(
         ValueError, TypeError: as ``upscale``, before anything is drawn.
     """
     first = dict(base_options or {})
-    if first.get("clip", "static") is None and options.get("clip", "static") is not None:
+    clips = [
+        clip_for(stage, chosen.get("clip", "auto"))
+        for stage, chosen in ((base, first), (upsampler, options))
+    ]
+    if clips[0] is None and clips[1] is not None:
         raise ValueError(
             "base_options clip=None draws beyond [-1, 1]: the second stage needs it too"
         )

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition
-from fastvdm.diffusion.defaults import CorrectorName, SamplerName
+from fastvdm.diffusion.defaults import Clip, CorrectorName, SamplerName
 from fastvdm.diffusion.denoiser import Model, evaluating, input_gradient
 from fastvdm.diffusion.graphs import StepGraphs
 from fastvdm.diffusion.run import Noise, Run
 from fastvdm.diffusion.samplers import Langevin, Sampler
 from fastvdm.diffusion.schedule import Schedule, TimeInput
-from fastvdm.diffusion.setup import Clip, prepare
+from fastvdm.diffusion.setup import prepare
 from fastvdm.unet.settings import Prediction, ScheduleName
 
 
@@ -58,7 +58,7 @@ def sample(
     sampler: Sampler | SamplerName | None = None,
     corrector: Langevin | CorrectorName | None = "auto",
     num_steps: int | None = None,
-    clip: Clip | None = "static",
+    clip: Clip | None = "auto",
     clip_percentile: float = 0.9,
     cond: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -97,8 +97,9 @@ def sample(
             ``sampler`` is given.
         num_steps: any number; by default as the settings say, unless ``schedule`` is an object, or
             else 256, all T of a ``DiscreteSchedule``.
-        clip: of x_tilde, "static" to [-1, 1] (default; the paper is silent, the code of its nearest
-            relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
+        clip: of x_tilde, "static" to [-1, 1] (the paper is silent, the code of its nearest relative
+            does it), "dynamic" to a quantile of |x_tilde| per sample, or None; "auto" (default) is
+            "static", and None for a network of latents (``value_range=None`` in its settings).
         clip_percentile: of "dynamic", the peer's 0.9.
         cond, guidance_scale, null_cond: conditioning vector and classifier-free guidance; the scale
             is 1 + w of Eq. 6.
@@ -122,7 +123,7 @@ def sample(
         ValueError, TypeError: a shape, option or condition that does not fit; before any call.
         RuntimeError: with ``cuda_graph=True``, a step that cannot be recorded.
     """
-    shape, denoiser, given, plan, where, record = prepare(
+    shape, denoiser, given, plan, where, record, clip = prepare(
         model,
         shape,
         schedule=schedule,

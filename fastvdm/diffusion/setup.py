@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition, check_range
 from fastvdm.diffusion.defaults import (
+    Clip,
     CorrectorName,
     SamplerName,
     check_value_range,
+    clip_for,
     sampler_for,
     schedule_for,
     shape_for,
@@ -24,10 +26,7 @@ from fastvdm.diffusion.graphs import decide, why_not
 from fastvdm.diffusion.plan import Plan
 from fastvdm.diffusion.samplers import Langevin, Sampler
 from fastvdm.diffusion.schedule import Schedule, TimeInput
-from fastvdm.runtime.choices import check_choice
 from fastvdm.unet.settings import Prediction, ScheduleName
-
-Clip = Literal["static", "dynamic"]
 
 
 class Setup(NamedTuple):
@@ -39,6 +38,7 @@ class Setup(NamedTuple):
     plan: Plan
     device: torch.device
     record: bool  # a step as a CUDA graph
+    clip: Clip | None  # never "auto"
 
 
 def prepare(
@@ -50,7 +50,7 @@ def prepare(
     sampler: Sampler | SamplerName | None = None,
     corrector: Langevin | CorrectorName | None = "auto",
     num_steps: int | None = None,
-    clip: Clip | None = "static",
+    clip: Clip | None = "auto",
     clip_percentile: float = 0.9,
     cond: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -73,7 +73,7 @@ def prepare(
     if condition is not None and not isinstance(condition, Condition):
         raise TypeError(f"condition must be a Condition, got {type(condition).__name__}")
     prediction = prediction_of(model, prediction)
-    check_choice("clip", clip, Clip | None)
+    clip = clip_for(model, clip)
     if not 0 < clip_percentile <= 1:
         raise ValueError(f"clip_percentile must be in (0, 1], got {clip_percentile}")
     if dtype not in (torch.float32, torch.float64):
@@ -108,7 +108,7 @@ def prepare(
             where,
             dtype,
         )
-    return Setup(shape, denoiser, given, plan, where, record)
+    return Setup(shape, denoiser, given, plan, where, record, clip)
 
 
 def _device_of(model: Model, condition: Condition | None, cond: Tensor | None) -> torch.device:

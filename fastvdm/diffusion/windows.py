@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion.condition import Condition, check_range
+from fastvdm.diffusion.defaults import clip_for
 from fastvdm.diffusion.denoiser import Model
 from fastvdm.diffusion.given import check_factor
 from fastvdm.diffusion.sample import sample
@@ -48,7 +49,7 @@ class Timeline:
 
 
 def _split_options(
-    options: dict[str, Any], timeline: Timeline, size: tuple[int, ...], overlap: int
+    model: Model, options: dict[str, Any], timeline: Timeline, size: tuple[int, ...], overlap: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of a ``Condition`` and those of ``sample``, checked against all that is given."""
     ours = {k: options[k] for k in _CONDITION if k in options}
@@ -67,7 +68,7 @@ def _split_options(
         if name in ours:
             raise ValueError(f"{name} is of known frames, and overlap=0 leaves none")
     frames, low_res = timeline.frames, timeline.low_res
-    clip = rest.get("clip", _SAMPLE["clip"].default)
+    clip = clip_for(model, rest.get("clip", _SAMPLE["clip"].default))
     drawn = torch.zeros(1, 1, 1, 1, 1)  # later windows know frames, whatever is given
     whole = Condition(frames=drawn if frames is None else frames, low_res=low_res, **ours)
     check_range("the video", frames, clip)
@@ -131,7 +132,7 @@ def blocks(
     """
     if seed is not None and not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, every window has a stream of its own; got {seed!r}")
-    parts = _split_options(options, timeline, size, overlap)
+    parts = _split_options(model, options, timeline, size, overlap)
     first = max(0, min(start - overlap, timeline.length - window))
     condition = _condition(timeline, {}, first, window, parts[0])
     prepare(model, (*size[:2], window, *size[2:]), condition=condition, **parts[1])

@@ -74,54 +74,31 @@ def facts(run: Path) -> dict[str, str]:
 
 
 def card(bundle: Bundle, name: str, trained: Mapping[str, str], sheet: str | None) -> str:
-    """A README.md for the hub."""
-    unet, s = bundle.unet, bundle.settings
-    size = f"{s.image_size[0]} x {s.image_size[1]}"
-    what = f"{s.num_frames} frames of {size}, {s.fps:g} a second"
-    option, argument = "", "None"
+    """A README.md for the hub: the network's own card, with samples, the command and the run."""
+    s, dim = bundle.settings, bundle.unet.cond_dim
+    kind, option, argument = "nothing", "", "None, 1"
     if s.text_encoder:
-        kind, option, argument = "captions", ' --caption "..."', '["..."]'
+        kind, option, argument = "captions", ' --caption "..."', '["..."], 1'
     elif s.classes:
         kind, option = f"{len(s.classes)} classes", f' --label "{s.classes[0]}"'
         argument = f"None, 1, labels=[{s.classes[0]!r}]"
-    elif unet.cond_dim:
-        kind, option = f"vectors of {unet.cond_dim} numbers", " --cond vector.npy"
+    elif dim:
+        kind, option = f"vectors of {dim} numbers", " --cond vector.npy"
         argument = "None, 1, vectors=vector"
-    else:
-        kind = "nothing"
-    call = argument if ", 1," in argument else f"{argument}, 1"
+    count = sum(p.numel() for p in bundle.unet.parameters())
+    rows = {"network": f"UNet3D, {count / 1e6:.1f} M parameters", "conditioned on": kind, **trained}
+    parts = [str(bundle.unet.generate_model_card(repo_id=name)).rstrip()]
+    if sheet:
+        parts.append(f"![samples]({sheet})")
     ends = ".npy" if s.value_range is None else ".mp4"
-    count = sum(p.numel() for p in unet.parameters())
-    rows = {"network": f"UNet3D, {count / 1e6:.1f} M parameters", "draws": what,
-            "conditioned on": kind, **trained}  # fmt: skip
-    table = "\n".join(f"| {title} | {text} |" for title, text in rows.items())
-    picture = f"![samples]({sheet})\n\n" if sheet else ""
-    names = f"\nClasses: {', '.join(s.classes)}\n" if s.classes else ""
-    task = "text-to-video" if s.text_encoder else "unconditional-image-generation"
-    head = f"---\nlibrary_name: fastvdm\ntags:\n- video\n- diffusion\npipeline_tag: {task}\n---\n"
-    if not s.text_encoder:
-        head = head.replace(f"pipeline_tag: {task}\n", "")
-    return f"""{head}
-# {name.split("/")[1]}
-
-A video diffusion model (Ho et al. 2022, [Video Diffusion Models](https://arxiv.org/abs/2204.03458)),
-trained with fastvdm.
-
-{picture}| | |
-|---|---|
-{table}
-{names}
-```
-fastvdm sample {name} out{ends}{option}
-```
-
-```python
-from fastvdm.bundle import Bundle
-from fastvdm.diffusion import sample
-
-model = Bundle.load({name!r})
-cond = model.cond({call})
-shape = (1, {unet.channels}, {s.num_frames}, {s.image_size[0]}, {s.image_size[1]})
-videos = sample(model.unet, shape, schedule=model.schedule, cond=cond)
-```
-"""
+    parts.append(f"```\nfastvdm sample {name} out{ends}{option}\n```")
+    if dim:
+        parts.append(
+            "With its condition, in Python:\n\n```python\nfrom fastvdm.bundle import Bundle\n\n"
+            f"model = Bundle.load({name!r})\ncond = model.cond({argument})\n"
+            "video = sample(model.unet, cond=cond, value_range=(0, 1))\n```"
+        )
+    parts.append("| run | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()))
+    if s.classes:
+        parts.append(f"Classes: {', '.join(s.classes)}")
+    return "\n\n".join(parts) + "\n"

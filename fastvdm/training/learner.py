@@ -18,12 +18,15 @@ from fastvdm.training.config import TrainConfig
 from fastvdm.training.order import INIT, seeded, stream_seed
 
 
-def build(config: TrainConfig, dataset: Any = None, fps: float = 8.0) -> Bundle:
+def build(
+    config: TrainConfig, dataset: Any = None, fps: float = 8.0, *, fetch: bool = True
+) -> Bundle:
     """A new network, and text conditioner, of the configuration; weights follow its seed.
 
     Args:
         dataset: whose ``classes`` or ``cond_dim`` decide the width of the condition.
         fps: of its videos, where the configuration does not resample them.
+        fetch: whether a text encoder that is not on this machine may be fetched.
     Raises:
         ValueError: a condition that the data do not have, or of another width.
     """
@@ -35,7 +38,7 @@ def build(config: TrainConfig, dataset: Any = None, fps: float = 8.0) -> Bundle:
         network, settings = config.network(), config.settings(classes, fps)
         text = None
         if settings.text_encoder is not None:
-            text = make_text(settings, network.cond_dim)
+            text = make_text(settings, network.cond_dim, fetch=fetch)
             network = replace(network, cond_dim=text.out_dim)
         elif width is not None:
             if network.cond_dim not in (None, width):

@@ -62,6 +62,8 @@ class Trainer:
         validation: held-out clips of the same kind.
         resume: continue the run that is in ``output``. Without it, a folder with a checkpoint is an
             error; one whose run failed before its first starts over.
+        fetch: whether the text encoder may be fetched from the hub; no for the configuration of a
+            folder that is not one's own.
         progress: show what the run is, a progress bar, and what happens.
         on_step: called with (trainer, row) after each logged step, on every process; a row is
             {"step", "loss", "grad_norm", "lr", "seconds"}.
@@ -81,6 +83,7 @@ class Trainer:
         dataset: Any = None,
         validation: Any = None,
         resume: bool = False,
+        fetch: bool = True,
         progress: bool = False,
         on_step: Callable[[Trainer, dict[str, Any]], None] | None = None,
     ) -> None:

@@ -142,7 +142,6 @@ class Watch:
                     prediction=c.prediction,
                     sampler=Ancestral(engine.bundle.settings.gamma),
                     num_steps=c.sample_steps,
-                    clip=None if c.value_range is None else "static",
                     cond=cond,
                     guidance_scale=1.0 if cond is None else c.guidance_scale,
                     seed=[c.seed + i for i in mine],

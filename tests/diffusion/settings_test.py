@@ -128,7 +128,7 @@ BAD = {
     "schedule": (dict(schedule="linear"), ValueError, "schedule must be one of cosine, discrete"),
     "no schedule": (dict(schedule=3), TypeError, "schedule must be 'cosine', 'discrete' or an"),
     "index": (dict(schedule="cosine", time_input="index"), ValueError, "is 'discrete'"),
-    "clip": (dict(clip="hard"), ValueError, "clip must be one of None, static, dynamic"),
+    "clip": (dict(clip="hard"), ValueError, "clip must be one of None, auto, static, dynamic"),
     "time": (
         dict(time_input="sigma"),
         ValueError,

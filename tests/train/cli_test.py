@@ -264,7 +264,7 @@ def test_captions_of_a_peer_file(tmp_path, drawn, monkeypatch, capsys):
     class Encoder:
         at_hand = False
 
-        def __new__(cls, name, max_length):
+        def __new__(cls, name, max_length, local_files_only):
             assert max_length == 512
             if name == "bert-base-cased" and not cls.at_hand:
                 raise ValueError(f"cannot load the text encoder {name!r}: no network")
@@ -391,7 +391,7 @@ BAD = {
         "guidance_weight=9.0 is of method='reconstruction'",
     ),
     "limit": (["interpolate", "{broken}x", "{clip}", "{out}", "--guidance-limit", "some"],
-              "guidance_limit must be stable"),
+              "guidance_limit must be one of stable, none"),
     "no model": (["sample", "{broken}x", "{out}"], "no model at"),
     "not a model": (["sample", "{broken}", "{out}"], "not a readable checkpoint"),
     "suffix": (["sample", "{model}", "{out}.avi"], "must end in"),
