@@ -185,17 +185,32 @@ def rate(name: str, places: list[tuple[str, int]], workers: int) -> float:
     return len(places) / (time.perf_counter() - start)
 
 
+def cpu(name: str, places: list[tuple[str, int]]) -> float:
+    """Milliseconds of CPU a clip with one thread, which what else runs on the machine changes
+    least; in the second pass."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    clips = Clips(name, places)
+    for _ in range(2):
+        before = time.process_time()
+        for i in range(len(clips)):
+            clips[i]
+        spent = time.process_time() - before
+    torch.set_num_threads(threads)
+    return 1e3 * spent / len(places)
+
+
 def floor(places: list[tuple[str, int]]) -> float:
-    """Seconds a clip to decode what it needs, files open and nothing converted, in one thread."""
+    """CPU milliseconds a clip to decode what it needs, files open, nothing converted."""
     spent = 0.0
     for path, start in places:
         index = frame_index(path)
         with opened(path, threads=1) as file:
             _by_seeking(file, index, [start], lambda frame: torch.empty(0))
-            before = time.perf_counter()
+            before = time.process_time()
             _by_seeking(file, index, range(start, start + FRAMES), lambda frame: torch.empty(0))
-            spent += time.perf_counter() - before
-    return spent / len(places)
+            spent += time.process_time() - before
+    return 1e3 * spent / len(places)
 
 
 def machine() -> str:
@@ -231,12 +246,12 @@ def main() -> None:
         places = [(str(paths[i % len(paths)]), int(rng.integers(last))) for i in range(args.clips)]
         threads = torch.get_num_threads()
         lines.append(
-            f"Floor, one thread: {1 / floor(places):.2f} a second. Without workers readers have "
-            f"{threads} threads, in a worker one."
+            f"Floor: {floor(places):.0f} ms of CPU a clip. Without workers readers have {threads} "
+            "threads, in a worker one."
         )
-        heads = [f"{n} workers" for n in args.workers]
-        lines += ["", f"| reader | levels of 255 from a plain decode | {' | '.join(heads)} |"]
-        lines.append("|---|---|" + "---|" * len(heads))
+        heads = ["levels of 255 from a plain decode", "CPU ms a clip"]
+        heads += [f"{n} workers" for n in args.workers]
+        lines += ["", f"| reader | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
         absent = []
         for name in READERS:
             try:
@@ -244,7 +259,7 @@ def main() -> None:
             except (ImportError, OSError, RuntimeError) as error:
                 absent.append(f"{name}: absent ({str(error).splitlines()[0][:100]})")
                 continue
-            cells = [f"{check_parity(name, str(paths[0])):.2f}"]
+            cells = [f"{check_parity(name, str(paths[0])):.2f}", f"{cpu(name, places):.0f}"]
             cells += [f"{rate(name, places, workers):.2f}" for workers in args.workers]
             lines.append(f"| {name} | {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr, flush=True)

@@ -163,7 +163,8 @@ def _packets(opened_file: Any, pts: int, dts: int) -> Iterator[Any]:
     # Some containers are searched by pts, others by dts.
     for target in dict.fromkeys((pts, dts)):
         container.seek(target, stream=stream, backward=True)
-        decoder.flush_buffers()
+        if decoder.is_open:
+            decoder.flush_buffers()
         packets = container.demux(stream)
         for packet in packets:
             if packet.is_keyframe and packet.pts == pts:

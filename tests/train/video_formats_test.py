@@ -234,7 +234,7 @@ def test_a_cover_is_not_the_video_and_old_tags_do_not_matter(tmp_path):
         copy = new.add_stream_from_template(old.streams.video[0])
         cover = new.add_stream("png", rate=1)
         cover.width, cover.height, cover.pix_fmt = 16, 16, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = int(av.stream.Disposition.attached_pic)
         new.mux(cover.encode(still))
         new.mux(cover.encode())
         for packet in old.demux(video=0):
