@@ -338,7 +338,7 @@ def test_bad_masks_of_a_shape():
         sample(network(), SHAPE, condition=Condition(x, mask=mask), num_steps=1)
     with pytest.raises(ValueError, match="NaN or infinite"):
         Condition(x / 0, mask=mask)
-    with pytest.raises(TypeError, match="mask is an option neither"):
+    with pytest.raises(ValueError, match="windows take none"):
         extend(network(), torch.zeros(SHAPE), 8, window=6, mask=ONES)
 
 
