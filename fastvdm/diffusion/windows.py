@@ -55,6 +55,8 @@ def _split_options(
     ours = {k: options[k] for k in _CONDITION if k in options}
     rest = {k: v for k, v in options.items() if k not in _CONDITION}
     for name in rest:
+        if name == "mask":
+            raise ValueError("mask is of one whole video, as sample draws it: windows take none")
         if name == "value_range":
             raise ValueError("value_range is of sample: videos of windows stay in [-1, 1]")
         if name in ("condition", "shape"):

@@ -60,7 +60,7 @@ def _(
             yield "triton", FP64 if fp64 and x.is_cuda else None
             yield "parts", FUSED
     elif shaw and biased:
-        never = ByDesign("no network has Shaw tables beside a rotary embedding or a bias")
+        never = ByDesign("only causal networks have Shaw tables beside a bias")
         yield "cpu", never
         yield "triton", never
         yield "parts", None

@@ -142,8 +142,8 @@ def check_assumed(
     if arguments["norm"] == "group" and not {"resnet_groups", "stem_skip"} <= given.keys():
         warn_caller(
             "GroupNorm with 8 groups is assumed, and stem_skip='after': weights do not tell; pass "
-            "resnet_groups and stem_skip to choose, and norm_per_frame, norm_eps and position if "
-            "they were no defaults"
+            "resnet_groups and stem_skip to choose, and norm_per_frame, norm_eps, position and "
+            "causal if they were no defaults"
         )
 
 

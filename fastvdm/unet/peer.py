@@ -144,6 +144,8 @@ def _require_peer_layout(model: FactorizedUNet) -> None:
 
 def to_peer_keys(model: FactorizedUNet) -> dict[str, Tensor]:
     _require_peer_layout(model)
+    if model.causal:
+        raise ValueError("the peer's network is not causal: its frames would see later ones")
     assert model.rotary_dim is not None
     own, entries = model.state_dict(), list(_entries(model))
     state = {e.peer: own[e.own].reshape(e.shape) for e in entries}

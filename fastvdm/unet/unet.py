@@ -151,6 +151,7 @@ class UNet3D(
         ``stem_skip="before"`` it is for releases up to 0.5.3, though others take it too.
 
         Raises:
-            ValueError: the network has no peer equivalent (paper layout, other positions).
+            ValueError: the network has no peer equivalent (paper layout, other positions,
+                ``causal``).
         """
         return peer.to_peer_keys(self)

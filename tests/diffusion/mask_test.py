@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from gaussian import DOUBLE
@@ -16,6 +14,7 @@ from fastvdm.diffusion import (
     DDIM,
     Ancestral,
     Condition,
+    CosineSchedule,
     DiscreteSchedule,
     Langevin,
     alpha_of,
@@ -23,6 +22,7 @@ from fastvdm.diffusion import (
     sample,
     sigma_of,
 )
+from fastvdm.diffusion.plan import Plan
 
 F, H, W = 6, 4, 5
 SIZE = F * H * W
@@ -41,10 +41,13 @@ class Grid:
         self.cov = sd**2 * torch.kron(line(F, over_time), space)
 
     def __call__(self, z, log_snr):
-        alpha, sigma = alpha_of(log_snr[0].double()), sigma_of(log_snr[0].double())
+        return (z.double().flatten(2) @ self.gain(log_snr[0].double())).view(z.shape).to(z.dtype)
+
+    def gain(self, log_snr):
+        """K of x_hat = K z, symmetric."""
+        alpha, sigma = alpha_of(log_snr), sigma_of(log_snr)
         total = alpha**2 * self.cov + sigma**2 * torch.eye(SIZE, dtype=DOUBLE)
-        gain = torch.linalg.solve(total, alpha * self.cov)
-        return (z.double().flatten(2) @ gain).view(z.shape).to(z.dtype)
+        return torch.linalg.solve(total, alpha * self.cov)
 
     def draw(self) -> torch.Tensor:
         g = torch.Generator().manual_seed(0)
@@ -79,59 +82,117 @@ def grid_masks() -> dict[str, torch.Tensor]:
 
 MASKS = grid_masks()
 DATA = {"slow": Grid(0.97, 0.9), "fast": Grid(0.8, 0.5), "still": Grid(0.999, 0.0)}
-DRAWS = 768
+STEPS = (8, 32, 128)
+
+
+def condition(known: torch.Tensor, values: torch.Tensor, count: int = 1, **options) -> Condition:
+    frames = values.float().expand(1, count, F, H, W)
+    return Condition(frames, mask=known[None, None], **options)
+
+
+def law(data: Grid, known: torch.Tensor, values: torch.Tensor, num_steps: int, **options):
+    """Mean and covariance of the unknown pixels that a run draws: every step is affine in z, with
+    the numbers of its plan."""
+    cpu, a = torch.device("cpu"), known.flatten()
+    given = condition(known, values, **options).prepare((1, 1, F, H, W), cpu, DOUBLE)
+    schedule = CosineSchedule()
+    plan = Plan(
+        schedule, "x", Ancestral(), None, num_steps, "logsnr", given, 1, cpu, DOUBLE
+    )  # fmt: skip
+    x_a, (k_x, k_n) = values.flatten()[a], plan.start[0, 7:].tolist()
+    mean, cov = torch.zeros(SIZE, dtype=DOUBLE), torch.eye(SIZE, dtype=DOUBLE)
+    mean[a], cov[a, a] = k_x * x_a, k_n**2 * torch.ones(len(x_a), dtype=DOUBLE)
+    for row, log_snr in zip(plan.steps, plan.log_snr):
+        gain = data.gain(torch.tensor(log_snr, dtype=DOUBLE))
+        u_z, u_x, u_n, k_z, k_x, k_n = row.after[0, 3:].tolist()
+        pull = 2 * row.guide[0, 2] * gain[:, a] if row.guided else 0 * gain[:, a]
+        step = u_x * (gain - pull @ gain[a]) + u_z * torch.eye(SIZE, dtype=DOUBLE)
+        step[a] = k_z * torch.eye(SIZE, dtype=DOUBLE)[a]
+        mean = step @ mean + u_x * pull @ x_a
+        mean[a] += k_x * x_a - u_x * (pull @ x_a)[a]
+        cov = step @ cov @ step.T + torch.diag(torch.where(a, k_n**2, u_n**2).to(DOUBLE))
+    return mean[~a], cov[~a][:, ~a]
+
+
+def between(data: Grid, known: torch.Tensor, one, other) -> float:
+    """Squared Wasserstein distance of two Gaussians, over the variance of the unknown pixels."""
+    e, v = torch.linalg.eigh(one[1])
+    root = (v * e.clamp_min(0).sqrt()) @ v.T
+    cross = torch.linalg.eigvalsh(root @ other[1] @ root).clamp_min(0).sqrt().sum()
+    gap = (one[0] - other[0]).square().sum() + one[1].trace() + other[1].trace() - 2 * cross
+    return (gap / data.cov.diag()[~known.flatten()].sum()).item()
 
 
 def distance(data: Grid, known: torch.Tensor, num_steps: int, **options) -> float:
-    """Squared Wasserstein distance of the drawn pixels from their law, over their variance."""
+    """Of what is drawn from the exact conditional law."""
     values = data.draw()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        x = sample(
-            data,
-            (1, DRAWS, F, H, W),
-            condition=Condition(values.float().expand(1, DRAWS, F, H, W), mask=known[None, None],
-                                **options),
-            prediction="x", num_steps=num_steps, clip=None, seed=5,
-        )  # fmt: skip
-    assert torch.equal(x[:, :, known], values.float()[known].expand(1, DRAWS, -1))
-    drawn = x[0].double()[:, ~known]
-    mean, cov = data.conditional(known, values)
-    found = torch.cov(drawn.T).view(cov.shape)
-    e, v = torch.linalg.eigh(cov)
-    root = (v * e.clamp_min(0).sqrt()) @ v.T
-    cross = torch.linalg.eigvalsh(root @ found @ root).clamp_min(0).sqrt().sum()
-    gap = (drawn.mean(0) - mean).square().sum() + cov.trace() + found.trace() - 2 * cross
-    return (gap / data.cov.diag()[~known.flatten()].sum()).item()
+    drawn = law(data, known, values, num_steps, **options)
+    return between(data, known, data.conditional(known, values), drawn)
+
+
+def weights(known: torch.Tensor) -> dict[str, dict]:
+    """The choices that docs/guidance.md names."""
+    share = known.double().mean().item()
+    return {
+        "replacement": dict(method="replacement"),
+        "1": dict(guidance_weight=1.0),
+        "1 / share": dict(guidance_weight=1 / share),
+        "auto": {},
+        "3 / share": dict(guidance_weight=3 / share),
+    }
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The kernels' work here is too small for more."""
+    """The work here is too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# The largest measured was 0.117, some 0.05 of it by the number of draws. 1 % or a row of slow
-# videos, which tell much, take more steps: there it is less than half of what replacement leaves.
+@pytest.mark.parametrize("name", ["25 % at random", "around a moving box"])
+@pytest.mark.parametrize("options", [{}, dict(method="replacement")], ids=["auto", "replaced"])
+def test_samples_have_that_law(name, options):
+    """Of 1000 draws the distance itself is some 0.03."""
+    data, known, values = DATA["fast"], MASKS[name], DATA["fast"].draw()
+    x = sample(
+        data, (1, 1000, F, H, W), condition=condition(known, values, 1000, **options),
+        prediction="x", num_steps=16, clip=None, seed=5,
+    )  # fmt: skip
+    assert torch.equal(x[:, :, known], values.float()[known].expand(1, 1000, -1))
+    drawn = x[0].double()[:, ~known]
+    found = drawn.mean(0), torch.cov(drawn.T)
+    apart = between(data, known, law(data, known, values, 16, **options), found)
+    assert apart < 0.05, apart
+
+
 @pytest.mark.parametrize("kind", DATA)
 @pytest.mark.parametrize("name", MASKS)
 def test_near_the_exact_law(kind, name):
-    known = MASKS[name]
-    found = distance(DATA[kind], known, 32)
-    replaced = distance(DATA[kind], known, 32, method="replacement")
-    assert found < 0.15 or found < replaced / 2, (found, replaced)
+    """At any number of steps. Above 0.12 are 1 % or a row of slow videos in 8 and 32 steps, far
+    nearer than replacement, and a row of fast ones, which "auto" carries too far (0.163)."""
+    data, known = DATA[kind], MASKS[name]
+    choices, bounds = weights(known), {"auto": 0.17, "1 / share": 0.12, "3 / share": 0.3, "1": 0.23}
+    for steps in STEPS:
+        far = distance(data, known, steps, **choices["replacement"])
+        for choice, bound in bounds.items():
+            if steps < 128 or choice == "auto":
+                found = distance(data, known, steps, **choices[choice])
+                nearer = far if choice == "1" else 0.7 * far
+                assert found < bound or found < nearer, (choice, steps, found, far)
 
 
-@pytest.mark.parametrize("steps", [8, 128])
-@pytest.mark.parametrize("name", ["1 % at random", "99 % at random", "a moving box"])
-@pytest.mark.parametrize("weight", ["auto", 1.0, 50.0])
-def test_no_mask_and_no_weight_makes_noise(weight, name, steps):
-    data, known = DATA["fast"], MASKS[name]
-    found = distance(data, known, steps, guidance_weight=weight)
-    assert found < (0.25 if weight != 50.0 else 0.5), found
+@pytest.mark.parametrize("name", MASKS)
+def test_no_weight_makes_noise(name):
+    for data in DATA.values():
+        for steps in (8, 64):
+            assert distance(data, MASKS[name], steps, guidance_weight=1e4) < 2
+
+
+def test_without_the_limit_it_is_noise():
+    """Negative control: what the two tests above would see."""
+    assert distance(DATA["slow"], MASKS["1 % at random"], 32, guidance_limit="none") > 1e3
 
 
 # -- against whole frames -------------------------------------------------------------------------
@@ -277,25 +338,13 @@ def test_bad_masks_of_a_shape():
         sample(network(), SHAPE, condition=Condition(x, mask=mask), num_steps=1)
     with pytest.raises(ValueError, match="NaN or infinite"):
         Condition(x / 0, mask=mask)
-    with pytest.raises(TypeError, match="mask is an option neither"):
+    with pytest.raises(ValueError, match="windows take none"):
         extend(network(), torch.zeros(SHAPE), 8, window=6, mask=ONES)
-
-
-def weights(known: torch.Tensor) -> dict[str, dict]:
-    """The numbers that docs/guidance.md names."""
-    share = known.double().mean().item()
-    return {
-        "auto": {},
-        "1 / share": dict(guidance_weight=1 / share),
-        "1": dict(guidance_weight=1.0),
-        "3 / share": dict(guidance_weight=3 / share),
-        "replacement": dict(method="replacement"),
-    }
 
 
 if __name__ == "__main__":
     for kind, data in DATA.items():
         for name, known in MASKS.items():
-            for steps in (8, 32, 128):
+            for steps in STEPS:
                 found = {k: distance(data, known, steps, **o) for k, o in weights(known).items()}
-                print(f"{kind:6} {name:20} {steps:4}", *(f"{k} {v:.4f}" for k, v in found.items()))
+                print(f"{kind:6} {name:20} {steps:4}", *(f"{k} {v:.3g}" for k, v in found.items()))

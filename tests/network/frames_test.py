@@ -172,6 +172,8 @@ def test_causal_trains_and_is_kept(tmp_path):
 def test_causal_needs_norms_of_frames():
     with pytest.raises(ValueError, match="causal=True needs norm_per_frame=True or norm='rms'"):
         UNet3D(8, causal=True)
+    with pytest.raises(ValueError, match="the peer's network is not causal"):
+        UNet3D(8, dim_mults=(1, 2), norm="rms", causal=True).to_peer_state_dict()
     with pytest.raises(TypeError, match="causal must be a bool, got 'yes'"):
         UNet3D(8, norm="rms", causal="yes")
 
