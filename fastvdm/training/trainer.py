@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -363,7 +364,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.progress and self.is_main:
-            require("tqdm", "train").tqdm.write(text)
+            require("tqdm", "train").tqdm.write(text, file=sys.stderr)  # stdout: the result
 
     def _bar(self) -> Any:
         tqdm = require("tqdm", "train")
