@@ -22,7 +22,7 @@ from fastvdm.video.index import (
     opened,
 )
 
-# To seek costs about as much as to decode this many frames: nearer ones are decoded on.
+# A seek empties the decoder's pipeline: frames nearer than this are decoded on.
 _NEAR = 8
 
 Finish = Callable[[np.ndarray], Tensor]

@@ -158,6 +158,18 @@ def test_every_frame_of_every_codec(tmp_path, name):
     check_every_place(path, whole)
 
 
+@pytest.mark.parametrize("name", ["mp4-open-pyramid", "hevc-open", "vp9-alt-ref", "av1"])
+def test_threads_change_no_frame(tmp_path, name):
+    suffix, codec, options = CODED[name]
+    path = encode(tmp_path / f"clip{suffix}", codec, options)
+    whole = sequential(path)
+    torch.set_num_threads(3)
+    for start in range(0, FRAMES - 8, 5):
+        clip = video.read_video(path, 3, 4, start=start)
+        same = clip.mul(255).round().to(torch.uint8) == whole[:, start : start + 9 : 4]
+        assert same.all(), (start, numbers_of(clip))
+
+
 def test_skipping_what_nothing_refers_to_is_used_and_exact(tmp_path, monkeypatch):
     """Without it the same frames come out, from more decoded ones."""
     path = encode(tmp_path / "clip.mp4", *H264)
