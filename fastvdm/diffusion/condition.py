@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastvdm.diffusion.downsample import Downsample
-from fastvdm.diffusion.given import Given
 from fastvdm.runtime.choices import check_choice
 
 Method = Literal["reconstruction", "replacement"]
@@ -134,10 +133,6 @@ class Condition:
         for name in names:
             if getattr(self, name) != getattr(Condition, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of {what}")
-
-    def prepare(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Given:
-        """Checks this condition against the shape (B, C, F, H, W) to be drawn."""
-        return Given(self, shape, device, dtype)
 
 
 def _mask(mask: Any, frames: Tensor | None, frame_index: Sequence[int] | None) -> Tensor:

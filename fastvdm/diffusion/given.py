@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvdm.diffusion.condition import Condition
 from fastvdm.diffusion.downsample import Downsample, bilinear_downsample, norm_squared
-
-if TYPE_CHECKING:
-    from fastvdm.diffusion.condition import Condition
 
 
 class Given:
-    """A ``Condition`` checked against a shape and moved to the device: what a step needs."""
+    """A ``Condition`` checked against the shape (B, C, F, H, W) to be drawn, on the device: all
+    that a step needs.
+
+    Raises:
+        ValueError, TypeError: sizes or places that do not fit the shape.
+    """
 
     def __init__(self, condition: Condition, shape: tuple[int, ...], device, dtype) -> None:
         f = shape[2]

@@ -95,7 +95,7 @@ def prepare(
         if cond is not None:
             cond = (cond.clone() if cond.is_inference() else cond).to(where)
         denoiser = Denoiser(model, cond=cond, guidance_scale=guidance_scale, null_cond=null_cond)
-        given = condition.prepare(shape, where, dtype) if condition is not None else None
+        given = Given(condition, shape, where, dtype) if condition is not None else None
         plan = Plan(
             schedule,
             prediction,

@@ -22,6 +22,7 @@ from fastvdm.diffusion import (
     sample,
     sigma_of,
 )
+from fastvdm.diffusion.given import Given
 from fastvdm.diffusion.plan import Plan
 
 F, H, W = 6, 4, 5
@@ -94,7 +95,7 @@ def law(data: Grid, known: torch.Tensor, values: torch.Tensor, num_steps: int, *
     """Mean and covariance of the unknown pixels that a run draws: every step is affine in z, with
     the numbers of its plan."""
     cpu, a = torch.device("cpu"), known.flatten()
-    given = condition(known, values, **options).prepare((1, 1, F, H, W), cpu, DOUBLE)
+    given = Given(condition(known, values, **options), (1, 1, F, H, W), cpu, DOUBLE)
     schedule = CosineSchedule()
     plan = Plan(
         schedule, "x", Ancestral(), None, num_steps, "logsnr", given, 1, cpu, DOUBLE
