@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from fastvdm import video as files
 from fastvdm.cli.app import app
 from fastvdm.cli.options import (
     FrameWindows,
@@ -82,7 +81,7 @@ def extend(
     frameskip, rate = run.settings.frameskip, run.settings.data_fps
     clip = run.read(video, run.side, given, frameskip, rate)
     result = run_extend(run.unet, clip, num_frames, **run.options)
-    run.write(output, result[0], (rate or files.video_fps(video)) / frameskip)
+    run.write(output, result[0], (rate or run.rate(video)) / frameskip)
 
 
 @app.command()
@@ -102,7 +101,7 @@ def interpolate(
     check_positive(factor=factor)
     run = Run(model, [output], options, windows)
     result = interpolate_frames(run.unet, run.read(video, run.side), factor, **run.options)
-    run.write(output, result[0], files.video_fps(video) * factor)
+    run.write(output, result[0], run.rate(video) * factor)
 
 
 @app.command()
@@ -128,7 +127,7 @@ def upscale(
     run = Run(model, [output], options, windows)
     clip = run.read(video, low_size)
     result = run_upscale(run.unet, clip, run.side, frameskip=frameskip, **run.options)
-    run.write(output, result[0], files.video_fps(video) * frameskip)
+    run.write(output, result[0], run.rate(video) * frameskip)
 
 
 @app.command()

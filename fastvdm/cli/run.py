@@ -104,6 +104,13 @@ class Run:
         )[None]
         return 2 * clip - 1 if self.is_pixels else clip
 
+    def rate(self, path: Path) -> float:
+        """Frames per second of an input; as the model's where it says none (pictures, arrays)."""
+        try:
+            return files.video_fps(path)
+        except files.VideoReadError:
+            return self.settings.fps * self.settings.frameskip
+
     def write(self, path: Path, video: torch.Tensor, fps: float) -> None:
         """(C, F, H, W) in [-1, 1], at ``fps`` unless the command line says another rate."""
         if self.is_pixels:

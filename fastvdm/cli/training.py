@@ -6,10 +6,11 @@ import importlib
 import inspect
 import json
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -44,7 +45,8 @@ def _parameters() -> list[inspect.Parameter]:
             show_default=_shown(default),
             rich_help_panel=f.metadata["group"],
         )
-        typed = kind if kind in (bool, int, float) else str
+        is_optional = type(None) in get_args(TYPES[f.name])  # "none" can be typed, too
+        typed = kind if kind in (bool, int, float) and not is_optional else str
         made.append(
             inspect.Parameter(
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=None,
@@ -59,7 +61,7 @@ def _shown(default: Any) -> str | bool:
     if default in (None, "", {}):
         return False
     if isinstance(default, tuple):
-        return ",".join(f"{v:g}" for v in default)
+        return ",".join(v if isinstance(v, str) else f"{v:g}" for v in default)
     if isinstance(default, bool):
         return "yes" if default else "no"
     return f"{default:g}" if isinstance(default, float) else str(default)
@@ -69,16 +71,21 @@ def parse(name: str, value: Any) -> Any:
     """What was typed for a field, as ``TrainConfig`` takes it.
 
     Raises:
-        ValueError: it is no JSON object, or no list of numbers.
+        ValueError: it is no JSON object, or no number, or no list of them.
     """
     if not isinstance(value, str):
         return value
-    if value == "none" and type(None) in getattr(TYPES[name], "__args__", ()):
+    if value == "none" and type(None) in get_args(TYPES[name]):
         return None
     (kind,) = kinds_of(name)
-    origin = getattr(kind, "__origin__", kind)
+    origin, flag = get_origin(kind) or kind, f"--{name.replace('_', '-')}"
     if origin is dict:
-        return read_object(f"--{name}", value)
+        return read_object(flag, value)
+    if origin in (int, float):
+        try:
+            return origin(value)
+        except ValueError:
+            raise ValueError(f"{flag} takes a number or none, got {value!r}") from None
     if origin is not tuple:
         return value
     parts = [p.strip() for p in re.split(r"[,x]", value.strip("[]() "))]
@@ -88,7 +95,7 @@ def parse(name: str, value: Any) -> Any:
     try:
         numbers = tuple(inner(p) for p in parts)
     except ValueError:
-        raise ValueError(f"--{name.replace('_', '-')} takes numbers, got {value!r}") from None
+        raise ValueError(f"{flag} takes numbers, got {value!r}") from None
     return numbers * 2 if name == "size" and len(numbers) == 1 else numbers
 
 
@@ -117,10 +124,17 @@ def read_config(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
-        """Takes 1e-4 for a number, as YAML 1.2 does."""
+        """Takes 1e-4 for a number and no for a word, as YAML 1.2 does."""
 
+        yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":bool")]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    tag = "tag:yaml.org,2002:"
     number = re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    Loader.add_implicit_resolver(f"{tag}float", number, list("-+0123456789"))
+    Loader.add_implicit_resolver(f"{tag}bool", re.compile("^(true|false)$"), list("tf"))
     try:
         value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -150,6 +164,8 @@ def train(
     continues exactly: fastvdm train OUTPUT --resume. Ctrl-C and SIGTERM finish the step, save and
     end; SIGUSR1 saves.
     """
+    if hasattr(signal, "SIGUSR1"):  # before the first step there is nothing to save
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Imported here: it pulls in accelerate.
     training = importlib.import_module("fastvdm.training.trainer")
     given = {name: parse(name, value) for name, value in values.items() if value is not None}
@@ -270,9 +286,14 @@ def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A training output or a model folder.")],
     name: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: user/name.")],
     weights: Weights = "ema",
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Its name on the hub, where it was trained with a folder.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Only you can see it.")] = False,
 ) -> None:
     """Upload a model with its settings and a model card to the Hugging Face hub."""
     from fastvdm.training.hub import push_run
 
-    echo(push_run(run, name, ema=weights == "ema", private=private))
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be ema or raw, got {weights!r}")
+    echo(push_run(run, name, ema=weights == "ema", private=private, text_encoder=text_encoder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -127,9 +128,10 @@ class TrainConfig:
 
     log_every: int = _of("Watching", 10, "Steps between looks at the loss.", free=True)
     log: str = _of("Watching", "log.csv", "A row for each step: a .csv or .jsonl.", free=True)
-    trackers: tuple[str, ...] | None = _of(
-        "Watching", None,
-        "tensorboard, wandb or any other of accelerate's; tensorboard where installed.", free=True,
+    trackers: tuple[str, ...] = _of(
+        "Watching", ("auto",),
+        "tensorboard, wandb or any other of accelerate's; none; auto: tensorboard if installed.",
+        free=True,
     )  # fmt: skip
     project: str = _of("Watching", "fastvdm", "Name of the project at a tracker.", free=True)
     sample_every: int = _of("Watching", 1000, "Steps between samples; 0: none.", free=True)
@@ -158,6 +160,8 @@ class TrainConfig:
             )
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, got {self.size}")
+        if self.image_weight < 0:
+            raise ValueError(f"image_weight must be at least 0, got {self.image_weight}")
         for name in ("cond_drop_prob", "background"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -181,11 +185,19 @@ class TrainConfig:
             raise ValueError('image_cond="own" needs image_source="dataset"')
         if self.num_images and self.image_source == "batch" and self.batch_size < 2:
             raise ValueError('image_source="batch" needs a batch_size of at least 2')
-        # A log is written and cut: from a folder that is not one's own it must not name any file.
-        if Path(self.log).name != self.log or Path(self.log).suffix not in (".csv", ".jsonl"):
+        # Both become files, and the configuration may be of a folder that is not one's own.
+        own = ("validation.csv", "bad-clips.csv")
+        if not re.fullmatch(r"\w[\w.-]{0,99}\.(csv|jsonl)", self.log) or self.log in own:
             raise ValueError(
-                f"log must be the name of a .csv or .jsonl in the output folder, got {self.log!r}"
+                "log must be the name of a .csv or .jsonl in the output folder, not "
+                f"{', '.join(own)}, got {self.log!r}"
             )
+        if not re.fullmatch(r"\w[\w .-]{0,99}", self.project):
+            raise ValueError(f"project must be a name, got {self.project!r}")
+        for name in ("data", "validation", "text_encoder"):  # a run is resumed from any directory
+            path = getattr(self, name)
+            if path and (name != "text_encoder" or Path(path).is_dir()):
+                object.__setattr__(self, name, str(Path(path).absolute()))
         self.settings()
 
     @classmethod
@@ -321,7 +333,7 @@ def _checked(name: str, value: Any) -> Any:
             return value
         wanted = "an integer"
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if _is_number(value):
             return float(value)
         wanted = "a number"
     elif kind is bool:
@@ -339,15 +351,21 @@ def _checked(name: str, value: Any) -> Any:
     raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _checked_tuple(name: str, kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if isinstance(value, int) and name == "size" and not isinstance(value, bool):
         value = (value, value)
     kind, many = kinds[0], kinds[-1] is ...
-    allowed = (int, float) if kind is float else (kind,)
+    if isinstance(value, str) and many:
+        value = (value,)
+    fits = {int: lambda v: type(v) is int, float: _is_number, str: lambda v: isinstance(v, str)}
     if (
         isinstance(value, list | tuple)
         and (many or len(value) == len(kinds))
-        and all(isinstance(v, allowed) and not isinstance(v, bool) for v in value)
+        and all(fits[kind](v) for v in value)
     ):
         return tuple(kind(v) for v in value)
     words = {int: "integers", float: "numbers", str: "names"}[kind]

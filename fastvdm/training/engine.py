@@ -49,6 +49,10 @@ class Engine:
             raise ValueError("parallel=fsdp needs several processes: accelerate launch, torchrun")
         self.bundle = make().to(self.device)
         self.learner = Learner(self.bundle, config)
+        images_without = config.num_images and config.image_cond == "none"
+        null = self.bundle.unet.null_cond_emb
+        if null is not None and not config.cond_drop_prob and not images_without:
+            null.requires_grad_(False)  # never used, which the sum over processes would wait for
         self._plain: Bundle | None = None
         if self.sharded:
             self._shard()
@@ -68,7 +72,8 @@ class Engine:
 
         mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         fully_shard_unet(self.bundle.unet, mesh)
-        fully_shard(self.learner, mesh=mesh)
+        # The root keeps what it has gathered, unless told: averaged weights, after a look at them.
+        fully_shard(self.learner, mesh=mesh, reshard_after_forward=True)
 
     def start(self) -> None:
         """Once the weights are those to train from."""

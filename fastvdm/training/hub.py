@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fastvdm.bundle import Bundle, checkpoints
@@ -13,15 +14,19 @@ from fastvdm.training.config import TrainConfig
 from fastvdm.training.log import read_log
 
 
-def push_run(run: str, name: str, *, ema: bool = True, private: bool = False) -> str:
+def push_run(
+    run: str, name: str, *, ema: bool = True, private: bool = False, text_encoder: str | None = None
+) -> str:
     """Upload the latest checkpoint of a run, or a folder with a model; the address of the page.
 
     Args:
         run: the output of a training run, or any folder that ``Bundle.load`` reads.
         name: "user/name" on the hub; made where it does not exist.
         ema: the averaged weights, where there is a choice.
+        text_encoder: what it is called on the hub, where the run has it from a folder.
     Raises:
-        FileNotFoundError: there is no model. ValueError: a name that cannot be.
+        FileNotFoundError: there is no model. ValueError: a name that cannot be, of the model or of
+            its text encoder.
         OSError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
@@ -29,6 +34,14 @@ def push_run(run: str, name: str, *, ema: bool = True, private: bool = False) ->
     if name.count("/") != 1:
         raise ValueError(f"the name on the hub must be user/name, got {name!r}")
     bundle = Bundle.load(run, ema=ema)
+    encoder = bundle.settings.text_encoder
+    if text_encoder is None and encoder is not None and Path(encoder).is_absolute():
+        raise ValueError(
+            f"the text encoder is a folder of this machine, {encoder}: --text-encoder user/name "
+            "says where others find it"
+        )
+    if text_encoder is not None:
+        bundle.settings = replace(bundle.settings, text_encoder=text_encoder)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder)
         bundle.save(to)
@@ -56,7 +69,8 @@ def facts(run: Path) -> dict[str, str]:
         return {}
     config = TrainConfig.create(json.loads(file.read_text(encoding="utf-8")))
     step = int(saved[-1].name.removeprefix("step-"))
-    rows = [r for r in read_log(run / config.log) if r["step"] <= step] if config.log else []
+    log = run / config.log
+    rows = [r for r in read_log(log) if r["step"] <= step] if log.is_file() else []
     found = {
         "steps": f"{step}, {config.batch_size * config.accumulate} clips a process and step",
         "loss": f"{config.loss_type} in {config.loss_space} space, predicts {config.prediction}",

@@ -19,12 +19,17 @@ from fastvdm.training.order import INIT, seeded, stream_seed
 
 
 def build(
-    config: TrainConfig, dataset: Any = None, fps: float = 8.0, *, fetch: bool = True
+    config: TrainConfig,
+    classes: tuple[str, ...] | None = None,
+    cond_dim: int | None = None,
+    fps: float = 8.0,
+    *,
+    fetch: bool = True,
 ) -> Bundle:
     """A new network, and text conditioner, of the configuration; weights follow its seed.
 
     Args:
-        dataset: whose ``classes`` or ``cond_dim`` decide the width of the condition.
+        classes: of the videos; cond_dim: width of their vectors. They decide the network's.
         fps: of its videos, where the configuration does not resample them.
         fetch: whether a text encoder that is not on this machine may be fetched.
     Raises:
@@ -32,8 +37,7 @@ def build(
     """
     from fastvdm.unet import UNet3D
 
-    classes = getattr(dataset, "classes", None) or None
-    width = len(classes) if classes else getattr(dataset, "cond_dim", None)
+    width = len(classes) if classes else cond_dim
     with seeded(stream_seed(config.seed, INIT)):
         network, settings = config.network(), config.settings(classes, fps)
         text = None
@@ -58,18 +62,24 @@ class Learner(nn.Module):
         self.config, self.schedule = config, bundle.schedule
         self.num_classes = len(bundle.settings.classes or ())
 
-    def forward(self, video: Tensor, conditions: list[Any] | None) -> Tensor:
-        """video (B, C, F[+ K], H, W) in [0, 1], or latents; B conditions, or B lists of 1 + K."""
-        c = self.config
-        if c.num_images and c.image_source == "batch":
-            video = append_images(video, images_from_batch(video, c.num_images))
+    def forward(self, video: Tensor | None, conditions: list[Any] | None) -> Tensor:
+        """video (B, C, F[+ K], H, W) in [0, 1], or latents; B conditions, or B lists of 1 + K.
+        Without a video the conditions as the network takes them: shares of weights are gathered
+        for this call alone. In eval mode images of the batch are left out, which may be one clip.
+        """
+        if video is None:
+            return self._encode(conditions or [])
+        c, images = self.config, self.config.num_images
+        if images and c.image_source == "batch":
+            images = images if self.training else 0
+            video = append_images(video, images_from_batch(video, images)) if images else video
         if c.value_range is not None:
             video = 2 * video - 1
         cond, image_cond = self._cond(conditions)
         return joint_loss(
             self.unet,
             video,
-            c.num_images,
+            images,
             cond=cond,
             image_weight=c.image_weight,
             image_time=c.image_time,
@@ -89,12 +99,12 @@ class Learner(nn.Module):
         joint = isinstance(conditions[0], list)
         videos = [c[0] for c in conditions] if joint else conditions
         if option != "own" or not self.config.num_images:
-            return self.encode(videos), "shared" if option == "own" else option
+            return self._encode(videos), "shared" if option == "own" else option
         images = [c for row in conditions for c in row[1:]]
-        both = self.encode([*videos, *images])
+        both = self._encode([*videos, *images])
         return both[: len(videos)], both[len(videos) :].unflatten(0, (len(videos), -1))
 
-    def encode(self, conditions: list[Any]) -> Tensor:
+    def _encode(self, conditions: list[Any]) -> Tensor:
         """Captions, class numbers or vectors → (N, D)."""
         first, weight = conditions[0], self.unet.stem.weight
         if isinstance(first, str):

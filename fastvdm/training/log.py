@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -15,7 +16,7 @@ COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one move; also removes what a killed process left of an earlier attempt."""
-    for leftover in path.parent.glob(f".{path.name}-*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
         leftover.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -1,9 +1,10 @@
 """Which clip comes when: an endless order of samples that is the same in every process and after
 every stop, also when files came or went in between.
 
-A video is its name and its size in bytes. In every epoch the videos are sorted by a hash of that,
-of the seed and of the epoch: a video that is gone leaves the order of the others as it was. The
-place in a run is the epoch, how many of it were drawn, and the hash of the last one.
+A video is its name and its size in bytes: one that was mended is another. In every epoch the
+videos are sorted by a hash of that, of the seed and of the epoch: a video that is gone leaves the
+order of the others as it was. The place in a run is the epoch, how many of it were drawn, and the
+hash of the last one.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-def identities(dataset: Any) -> np.ndarray:
-    """(N,) uint64: a hash of what each item is; of its index where the data set does not say."""
+def identities(dataset: Any, sizes: bool = True) -> np.ndarray:
+    """(N,) uint64: a hash of the name, and the size, of each item; its index where the data set
+    does not say."""
     named = getattr(dataset, "identities", None)
     if named is None:
         return np.arange(len(dataset), dtype=np.uint64)
-    text = (f"{name}\0{size}".encode() for name, size in named)
+    words = (f"{name}\0{size if sizes else ''}" for name, size in named)
+    text = (w.encode(errors="surrogateescape") for w in words)  # names of files may be any bytes
     digests = b"".join(hashlib.blake2b(t, digest_size=8).digest() for t in text)
     return np.frombuffer(digests, dtype=np.uint64)
 
@@ -130,21 +133,32 @@ class OrderedSamples(Dataset):
         index = self.index(place)
         where = (self.seed, SAMPLE, place.epoch, int(self.keys[index]))
         bad: list[str] = []
-        for attempt in range(_TRIES):
+        for attempt, chosen in enumerate(self._candidates(index, where)):
             try:
                 with seeded(stream_seed(*where, attempt)):
-                    if attempt:
-                        index = int(torch.randint(len(self.keys), ()))
-                    item = self.dataset[index]
+                    item = self.dataset[chosen]
             except (VideoReadError, OSError) as error:
                 if self.bad_clips == "error":
                     raise
-                bad.append(" ".join(str(error).split()))
+                words = " ".join(str(error).split())
+                bad.append(words.encode(errors="backslashreplace").decode())
                 continue
             clip, condition = item if isinstance(item, tuple | list) else (item, None)
-            self._check(index, clip)
-            return Sample(clip, condition, bad)
-        raise VideoReadError(f"{_TRIES} videos in a row cannot be read, the last: {bad[-1]}")
+            self._check(chosen, clip)
+            return Sample(clip, _condition(condition), bad)
+        raise VideoReadError(f"{len(bad)} videos in a row cannot be read, the last: {bad[-1]}")
+
+    def _candidates(self, index: int, where: tuple[int, ...]) -> Iterator[int]:
+        """The item itself, then others, none twice: all of a small data set."""
+        yield index
+        count = len(self.keys)
+        generator = torch.Generator().manual_seed(stream_seed(*where, _TRIES))
+        drawn = {index}
+        while len(drawn) < min(count, _TRIES):
+            other = int(torch.randint(count, (), generator=generator))
+            if other not in drawn:
+                drawn.add(other)
+                yield other
 
     def _check(self, index: int, clip: Any) -> None:
         if not isinstance(clip, Tensor) or not clip.is_floating_point():
@@ -216,15 +230,37 @@ class Batches:
             first = self.samples.after(first, self.batch * self.world)
 
 
-class Part(Dataset):
-    """Some items of a data set, with what it says of them."""
+class View(Dataset):
+    """A data set, or some items of it, with what it says of them.
 
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-        for name in ("identities", "conditions"):
-            values = getattr(dataset, name, None)
-            setattr(self, name, None if values is None else [values[i] for i in indices])
-        self.classes = getattr(dataset, "classes", None)
+    Args:
+        classes: names whose places are the numbers of the classes, in place of the data set's own.
+    Raises:
+        ValueError: a class that is none of these.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        indices: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.indices = range(len(dataset)) if indices is None else indices
+        own = getattr(dataset, "classes", None)
+        self.classes = tuple(own or ()) if classes is None else tuple(classes)
+        unknown = sorted(set(own or ()) - set(self.classes))
+        if unknown:
+            raise ValueError(
+                f"the videos have a class {unknown[0]!r}, but the network knows only "
+                f"{', '.join(self.classes)}"
+            )
+        self._number = [self.classes.index(name) for name in own or ()]
+        named, known = (getattr(dataset, name, None) for name in ("identities", "conditions"))
+        self.identities = None if named is None else [named[i] for i in self.indices]
+        self.conditions = None if known is None else [known[i] for i in self.indices]
+        if self.conditions is not None and self._number:
+            self.conditions = [self._number[c] for c in self.conditions]
         if hasattr(dataset, "frame"):
             self.frame = self._frame
 
@@ -232,7 +268,11 @@ class Part(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
+        item = self.dataset[self.indices[index]]
+        if not self._number:
+            return item
+        clip, number = item
+        return clip, self._number[_condition(number)]
 
     def _frame(self, index: int) -> Tensor:
         return self.dataset.frame(self.indices[index])
@@ -244,15 +284,54 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     Raises:
         ValueError: one of the two would be empty.
     """
-    chance = _mix(identities(dataset), stream_seed(seed, HELD)).astype(np.float64) / 2.0**64
-    held = chance < share
+    place = _mix(identities(dataset, sizes=False), stream_seed(seed, HELD))
+    held = place.astype(np.float64) / 2.0**64 < share
     if held.all() or not held.any():
         raise ValueError(f"holdout={share} of {len(held)} videos leaves one side without any")
-    return tuple(Part(dataset, np.flatnonzero(side).tolist()) for side in (~held, held))  # type: ignore[return-value]
+    return tuple(View(dataset, np.flatnonzero(side).tolist()) for side in (~held, held))  # type: ignore[return-value]
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, list[Any] | None, list[str]]:
-    """(B, C, F, H, W), the conditions or None, the errors."""
+def _condition(value: Any) -> Any:
+    """A caption, a class number, a vector, or a list of them, as plain Python and torch have it.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, list | tuple):
+        return [_condition(v) for v in value]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return value.float()
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point():
+        return int(value)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise TypeError(f"a condition is a caption, the number of a class or a vector, got {what}")
+
+
+class Told(Dataset):
+    """The samples, or the error instead: raised in a process that reads, it would come with that
+    process's traceback."""
+
+    def __init__(self, samples: OrderedSamples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, place: Place) -> Sample | Exception:
+        try:
+            return self.samples[place]
+        except (ValueError, TypeError, OSError) as error:
+            return error
+
+
+def collate(samples: list[Any]) -> Any:
+    """(B, C, F, H, W), the conditions or None, the errors of skipped clips; or an error."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
     conditions = [s.condition for s in samples]
     bad = [error for s in samples for error in s.bad]
     none = conditions[0] is None

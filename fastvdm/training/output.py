@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from fastvdm.bundle import atomic_directory, checkpoints, remove_unfinished
 from fastvdm.training.config import TrainConfig
 from fastvdm.training.log import write_text
+from fastvdm.unet.folder import read_json
 
 
 class Output:
@@ -36,7 +38,7 @@ class Output:
         if self.found and not resume:
             raise FileExistsError(f"{self.path} holds a run: resume it or choose another output")
         if self.found and stored.is_file():  # a run that has no checkpoint has nothing to lose
-            config.check_resumable(json.loads(stored.read_text(encoding="utf-8")))
+            config.check_resumable(read_json(stored))
         _check_writable(self.path)
 
     def check_space(self, size: int) -> None:
@@ -56,11 +58,7 @@ class Output:
         if not self.found:  # of a run that failed before its first checkpoint
             for name in ("validation.csv", "bad-clips.csv"):
                 (self.path / name).unlink(missing_ok=True)
-        values = asdict(self.config)
-        for name in ("data", "validation"):  # a run is resumed from any directory
-            if values[name]:
-                values[name] = str(Path(values[name]).absolute())
-        write_text(self.path / "config.json", json.dumps(values, indent=2))
+        write_text(self.path / "config.json", json.dumps(asdict(self.config), indent=2))
 
     @property
     def last(self) -> Path | None:
@@ -97,20 +95,20 @@ class Output:
     # -- clips that could not be read -------------------------------------------------------------
 
     def known_bad(self) -> set[str]:
+        return {row[1] for row in self._bad_rows() if len(row) == 2} if self.found else set()
+
+    def _bad_rows(self) -> list[list[str]]:
         file = self.path / "bad-clips.csv"
         if not file.is_file():
-            return set()
+            return [["step", "error"]]
         with open(file, encoding="utf-8", newline="") as lines:
-            return {row["error"] for row in csv.DictReader(lines)}
+            return list(csv.reader(lines))
 
     def add_bad(self, step: int, errors: list[str]) -> None:
-        file = self.path / "bad-clips.csv"
-        new = not file.is_file()
-        with open(file, "a", encoding="utf-8", newline="") as lines:
-            rows = csv.writer(lines, lineterminator="\n")
-            if new:
-                rows.writerow(("step", "error"))
-            rows.writerows((step, error) for error in errors)
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerows([*self._bad_rows(), *((step, error) for error in errors)])
+        write_text(self.path / "bad-clips.csv", text.getvalue())
 
 
 def _existing(path: Path) -> Path:

@@ -22,11 +22,13 @@ class Requests:
 
     def __init__(self, world: int) -> None:
         self.name: str | None = None  # of the signal that asked to stop, where it came here
-        self._asked, self._before = GO_ON, {}  # type: tuple[int, dict[int, Any]]
+        self._asked, self._kept = GO_ON, GO_ON
+        self._before: dict[int, Any] = {}
         self._group = dist.new_group(backend="gloo") if world > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> Requests:
+        self.name, self._asked, self._kept, self._pending = None, GO_ON, GO_ON, None
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._receive) for s in _MEANING}
         return self
@@ -47,6 +49,16 @@ class Requests:
 
     def agreed(self) -> int:
         """The most that any process was asked for: GO_ON, SAVE or STOP. A SAVE is told once."""
+        asked, self._kept = max(self._exchange(), self._kept), GO_ON
+        return asked
+
+    def must_stop(self) -> bool:
+        """The same in the middle of something: a SAVE is left for the next ``agreed``."""
+        asked = self._exchange()
+        self._kept = max(self._kept, asked)
+        return asked == STOP
+
+    def _exchange(self) -> int:
         asked = self._asked
         if asked == SAVE:
             self._asked = GO_ON
@@ -76,6 +88,6 @@ if hasattr(signal, "SIGUSR1"):
 
 def leave_signals_to_the_trainer(_: int) -> None:
     """In a process that reads videos: a scheduler signals all processes of a job, and one that died
-    of it would end the run before it is saved. It ends with the trainer."""
+    of it would end the run before it is saved. The trainer ends it without a signal."""
     for number in _MEANING:
         signal.signal(number, signal.SIG_IGN)

@@ -9,39 +9,30 @@ losses as a run that was not; weights, averaged weights and optimizer come from 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from fastvdm.diffusion.joint import JointDataset
 from fastvdm.runtime.optional import require
 from fastvdm.training import banner
 from fastvdm.training.config import TrainConfig
+from fastvdm.training.data import Data, next_batch
 from fastvdm.training.engine import Engine
 from fastvdm.training.learner import build
 from fastvdm.training.log import TrainLog
-from fastvdm.training.order import (
-    STEP,
-    Batches,
-    OrderedSamples,
-    Place,
-    collate,
-    hold_out,
-    stream_seed,
-)
+from fastvdm.training.order import STEP, Place, stream_seed
 from fastvdm.training.output import Output
-from fastvdm.training.stopping import GO_ON, STOP, Requests, leave_signals_to_the_trainer
+from fastvdm.training.stopping import GO_ON, STOP, Requests
 from fastvdm.training.watch import Abandoned, Trackers, Watch, tracker_names
 from fastvdm.unet.checkpoint import read_source
-from fastvdm.video import VideoFolder, video_fps
+from fastvdm.unet.folder import read_settings
 
 
 class Trainer:
@@ -90,6 +81,7 @@ class Trainer:
     ) -> None:
         accelerate = require("accelerate", "train")
         self.config, self.progress, self.on_step = config, progress, on_step
+        self.fetch = fetch
         # Everything that can be wrong is found before anything is written.
         self.output = Output(config, resume)
         self.accelerator = accelerate.Accelerator(
@@ -102,17 +94,19 @@ class Trainer:
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        self._read_data(dataset, validation)
-        first = self.samples[Place(0, 0)]
-        self._check_condition(first.condition)
-        self.engine = Engine(lambda: build(config, self.data, self.fps), config, self.accelerator)
+        stored = self.output.found and read_settings(self.output.found[-1] / "model")
+        known = tuple((stored or {}).get("classes") or ())
+        self.data = Data(config, dataset, validation, known)
+        self.samples, self.held = self.data.samples, self.data.held
+        self.engine = Engine(self._make, config, self.accelerator)
         self.output.check_space(self.engine.size())
         self.step, self.place = 0, Place(0, 0)
         if self.output.found:
             self._load(self.output.found[-1])
         self.engine.start()
         self.requests = Requests(self.world)
-        self.watch = Watch(self.engine, self.samples, self.held, self.output.path, self._must_stop)
+        stop = self.requests.must_stop
+        self.watch = Watch(self.engine, self.samples, self.held, self.output.path, stop)
         self.stopped_by: str | None = None
         self._bad: dict[str, None] = dict.fromkeys(self.output.known_bad())
         self._new_bad: list[str] = []
@@ -123,44 +117,9 @@ class Trainer:
         """The network, its text conditioner and its settings."""
         return self.engine.bundle
 
-    def _read_data(self, dataset: Any, validation: Any) -> None:
-        c = self.config
-        if dataset is None:
-            dataset = VideoFolder(**c.folder_arguments())
-        if validation is None and c.validation:
-            validation = VideoFolder(**c.folder_arguments(c.validation))
-        paths = getattr(dataset, "paths", None)
-        self.fps = 8.0 if c.fps or not paths else _first_rate(paths)
-        if c.holdout:
-            dataset, validation = hold_out(dataset, c.holdout, c.seed)
-        joint = c.num_images and c.image_source == "dataset"
-
-        def ordered(data: Any) -> OrderedSamples:
-            return OrderedSamples(
-                JointDataset(data, c.num_images) if joint else data,
-                c.seed,
-                c.sample_shape(),
-                bounded=c.value_range is not None,
-                bad_clips=c.bad_clips,
-            )
-
-        self.data, self.samples = dataset, ordered(dataset)
-        self.held = None if validation is None else ordered(validation)
-
-    def _check_condition(self, condition: Any) -> None:
-        one = condition[0] if isinstance(condition, list) else condition
-        wanted, encoder = isinstance(one, str), self.config.text_encoder
-        if wanted != (encoder is not None):
-            have = "have captions" if wanted else "have no captions"
-            raise ValueError(f"text_encoder={encoder!r}, but the data {have}")
-        if isinstance(one, int) and not getattr(self.data, "classes", None):
-            raise ValueError("the data have class numbers, but no classes that name them")
-        dim = self.config.network().cond_dim
-        if one is None and dim is not None:
-            raise ValueError(
-                f"a network with cond_dim={dim} needs conditions: captions and a text_encoder, "
-                "classes or vectors (conditioning)"
-            )
+    def _make(self) -> Any:
+        d = self.data
+        return build(self.config, d.classes or None, d.cond_dim, d.fps, fetch=self.fetch)
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -186,6 +145,8 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         state = read_source(folder / "state.pt")
+        if not {"step", "order", "optimizer", "scaler", "processes"} <= state.keys():
+            raise ValueError(f"{folder / 'state.pt'} is of another version: it cannot be resumed")
         if state["processes"] != self.world:
             raise ValueError(
                 f"{folder} was trained with {state['processes']} processes, now {self.world}: the "
@@ -211,11 +172,12 @@ class Trainer:
         self._say(banner.render(self))
         self.log = TrainLog(self.output.path / c.log, self.step) if self.is_main else None
         self.trackers = Trackers(c, self.accelerator, self.output.path)
-        batches, rows = iter(self._loader()), []  # type: tuple[Iterator[Any], list[Any]]
+        rows: list[Any] = []
         self.engine.learner.train()
+        self.stopped_by = None
         self._started = time.perf_counter()
         try:
-            with self.requests, self._bar() as self.bar:
+            with self.requests, self._batches() as batches, self._bar() as self.bar:
                 while self.step < c.steps:
                     rows.append(self._step(batches))
                     self.bar.update(1)
@@ -227,7 +189,8 @@ class Trainer:
                         self._read(rows)
                         self.save()
                     if asked == STOP or not self._look():
-                        self.stopped_by = self.requests.name or "a signal"
+                        if self.step < c.steps:
+                            self.stopped_by = self.requests.name or "a signal"
                         break
                 self._read(rows)
                 self.save()
@@ -244,34 +207,21 @@ class Trainer:
         self._say(banner.render(self))
         self.engine.learner.train()
         self._started = time.perf_counter()
-        row = self._step(iter(self._loader()))
-        (done,) = self._numbers([row])
+        with self._batches() as batches:
+            (done,) = self._numbers([self._step(batches)])
         if self.accelerator.device.type == "cuda":
             done["peak_memory"] = torch.cuda.max_memory_allocated()
         return done
 
-    def _loader(self) -> DataLoader:
-        c, device = self.config, self.accelerator.device.type
-        workers = c.num_workers
-        if workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(8, (os.cpu_count() or 1) // local) if device == "cuda" else 0
-        return DataLoader(
-            self.samples,
-            batch_sampler=Batches(self.samples, self.place, c.batch_size, self.rank, self.world),
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=device == "cuda",
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=leave_signals_to_the_trainer,
-        )
+    def _batches(self) -> AbstractContextManager[Iterator[Any]]:
+        return self.data.batches(self.place, self.rank, self.world, self.accelerator.device.type)
 
     def _step(self, batches: Iterator[Any]) -> dict[str, Any]:
         c, device = self.config, self.accelerator.device
         lr = learning_rate(c, self.step)
         total = torch.zeros((), device=device)
         for micro in range(c.accumulate):
-            video, conditions, bad = next(batches)
+            video, conditions, bad = next_batch(batches)
             self._new_bad += bad
             video = video.to(device, non_blocking=True)
             torch.manual_seed(stream_seed(c.seed, STEP, self.step, micro, self.rank))
@@ -323,6 +273,8 @@ class Trainer:
         try:
             if self.held is not None and c.validate_every and self.step % c.validate_every == 0:
                 loss = self.watch.validate(self.step)
+                self._new_bad += self.watch.bad
+                self.watch.bad = []
                 self._say(f"step {self.step}: loss of held-out clips {loss:.4f}")
                 self.trackers.log({"validation_loss": loss}, self.step)
             if c.sample_every and c.num_samples and self.step % c.sample_every == 0:
@@ -336,9 +288,6 @@ class Trainer:
                 self.trackers.picture(picture, self.step)
         self._started = time.perf_counter()
         return True
-
-    def _must_stop(self) -> bool:
-        return self.requests.agreed() == STOP
 
     # -- what is said ---------------------------------------------------------------------------
 
@@ -379,16 +328,6 @@ def learning_rate(c: TrainConfig, step: int) -> float:
         done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
         rate *= 0.5 * (1 + math.cos(math.pi * done))
     return rate
-
-
-def _first_rate(paths: list[Path]) -> float:
-    """Of the first video that can be read: what samples are played at."""
-    for path in paths[:8]:
-        try:
-            return video_fps(path)
-        except (ValueError, OSError):
-            continue
-    return 8.0
 
 
 def train(config: TrainConfig, **options: Any) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastvdm import video as files
 from fastvdm.diffusion import Ancestral, sample
 from fastvdm.training.config import TrainConfig
 from fastvdm.training.engine import Engine
+from fastvdm.training.log import write_text
 from fastvdm.training.order import LOOK, OrderedSamples, Place, collate, stream_seed
 
 _FRAMES = 8  # of a video in the picture that a tracker gets
@@ -30,13 +32,13 @@ def tracker_names(config: TrainConfig) -> list[str]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     have = [str(getattr(t, "value", t)) for t in get_available_trackers()]
-    if config.trackers is None:
+    if config.trackers == ("auto",):
         return ["tensorboard"] if "tensorboard" in have else []
     names = [t for t in config.trackers if t != "none"]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
-            raise ValueError(f"trackers must be of {known} or none, got {name!r}")
+            raise ValueError(f"trackers must be auto, none, or of {known}, got {name!r}")
         if name not in have:
             raise ImportError(f"the tracker {name} needs its package: pip install {name}")
     return names
@@ -84,6 +86,8 @@ class Watch:
         samples: the clips that are trained on, for the conditions of the sheet.
         held: clips that are not, or None.
         stop: whether to break off; asked equally often on every process.
+    Attributes:
+        bad: errors of held-out clips that could not be read.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Watch:
     ) -> None:
         self.engine, self.config, self.held = engine, engine.config, held
         self.output, self.stop = output, stop
+        self.bad: list[str] = []
         accelerator = engine.accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self._conditions = self._of_sheet(held or samples)
@@ -129,19 +134,20 @@ class Watch:
         share = -(-c.num_samples // self.world)  # equal on all, as sharded weights need
         mine = [(self.rank * share + i) % c.num_samples for i in range(share)]
         cond = None
+        most = getattr(engine.bundle.schedule, "timesteps", c.sample_steps)  # of a discrete one
         channels = engine.bundle.unet.channels
         engine.learner.eval()
         try:
             with torch.no_grad(), engine.averaged.swapped(), engine.autocast():
                 if self._conditions is not None:
-                    cond = engine.learner.encode([self._conditions[i] for i in mine])
+                    cond = engine.learner(None, [self._conditions[i] for i in mine])
                 videos = sample(
                     engine.bundle.unet,
                     (share, channels, c.num_frames, *c.size),
                     schedule=engine.bundle.schedule,
                     prediction=c.prediction,
                     sampler=Ancestral(engine.bundle.settings.gamma),
-                    num_steps=c.sample_steps,
+                    num_steps=min(c.sample_steps, most),
                     cond=cond,
                     guidance_scale=1.0 if cond is None else c.guidance_scale,
                     seed=[c.seed + i for i in mine],
@@ -207,8 +213,9 @@ class Watch:
                     self._break_off()
                     first = (i * self.world + self.rank) * c.batch_size
                     numbers = [n for n in range(first, first + c.batch_size) if n < count]
-                    places = [Place(0, n) for n in numbers or [0] * min(2, c.batch_size)]
-                    video, conditions, _ = collate([self.held[p] for p in places])
+                    places = [Place(0, n) for n in numbers or [0]]
+                    video, conditions, bad = collate([self.held[p] for p in places])
+                    self.bad += bad
                     torch.manual_seed(stream_seed(c.seed, LOOK, i, self.rank))
                     loss = engine.learner(video.to(engine.device), conditions)
                     total += torch.stack([loss.float(), torch.ones_like(loss)]) * len(numbers)
@@ -227,7 +234,8 @@ class Watch:
         if file.is_file():
             with open(file, encoding="utf-8", newline="") as lines:
                 rows = [r for r in csv.reader(lines) if r and r[0].isdigit() and int(r[0]) < step]
-        with open(file, "w", encoding="utf-8", newline="") as lines:
-            writer = csv.writer(lines, lineterminator="\n")
-            writer.writerow(("step", "loss", "clips"))
-            writer.writerows([*rows, (step, loss, count)])
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("step", "loss", "clips"))
+        writer.writerows([*rows, (step, loss, count)])
+        write_text(file, text.getvalue())

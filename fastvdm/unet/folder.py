@@ -29,7 +29,9 @@ _PLACES = ("", "ema/", "model/", "checkpoints/step-*/ema/", "checkpoints/step-*/
 
 def checkpoints(output: str | os.PathLike[str]) -> list[Path]:
     """The complete checkpoints of a training run, oldest first."""
-    return sorted(p for p in Path(output).glob("checkpoints/step-*") if p.is_dir())
+    found = Path(output).glob("checkpoints/step-*")
+    steps = {p: p.name.removeprefix("step-") for p in found if p.is_dir()}
+    return sorted((p for p in steps if steps[p].isdigit()), key=lambda p: int(steps[p]))
 
 
 def find_folder(source: str | os.PathLike[str], *, ema: bool, **download: Any) -> Path:

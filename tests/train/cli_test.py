@@ -423,7 +423,7 @@ BAD = {
                       "log must be the name of a .csv"),
     "train nowhere": (["train", "/proc/run", "--data", "{broken}"], "/proc/run cannot be written"),
     "tracker": (["train", "{out}", "--data", "{clips}", "--trackers", "abacus"],
-                "trackers must be of"),
+                "trackers must be auto, none, or of"),
     "fsdp": (["train", "{out}", "--data", "{clips}", "--parallel", "fsdp", *TRAIN],
              "needs several processes"),
     "no classes": (["sample", "{model}", "{out}", "--label", "cat"],

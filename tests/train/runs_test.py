@@ -77,7 +77,7 @@ def test_tensorboard_has_the_numbers_and_a_picture(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     watched = {"sample_every": 4, "num_samples": 2, "sample_steps": 2, "validate_every": 2}
-    train(config(tmp_path, trackers=None, **watched), dataset=noise(), validation=noise())
+    train(config(tmp_path, trackers="auto", **watched), dataset=noise(), validation=noise())
     events = EventAccumulator(str(next((tmp_path / "tracking").rglob("events.*")).parent))
     events.Reload()
     logged = events.Scalars("loss")
