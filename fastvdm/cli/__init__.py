@@ -1,4 +1,5 @@
-"""The command ``fastvdm``.
+"""The command ``fastvdm``: info, train, check, config, push, sample, extend, interpolate, upscale,
+export.
 
 ``info`` needs no optional package; the other commands need the extra ``cli``.
 """
@@ -64,7 +65,13 @@ def _one_line(show: Any) -> Any:
 def _typer(arguments: list[str]) -> int:
     from fastvdm.runtime.optional import require
 
-    require("typer", "cli")
+    try:
+        require("typer", "cli")
+    except ImportError as error:
+        if arguments in ([], ["-h"], ["--help"]):
+            print(f"{__doc__}\n{error}")
+            return 0
+        raise
     from fastvdm.cli import commands, training  # noqa: F401  they register themselves
     from fastvdm.cli.app import app
 

@@ -521,3 +521,7 @@ def test_missing_extra_is_named():
     )
     assert done.returncode == 1
     assert "pip install 'fastvdm[cli]'" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(main(['--help']))"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "interpolate" in done.stdout and "fastvdm[cli]" in done.stdout

@@ -51,14 +51,15 @@ def clips(count: int = 5) -> torch.Tensor:
     return torch.rand(count, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def trainer_of(rank: int, world: int, c: TrainConfig, **options) -> Trainer:
+def trainer_of(rank: int, world: int, c: TrainConfig, data=None, held=None, **options) -> Trainer:
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", LOCAL_WORLD_SIZE=str(world))
-    trainer = Trainer(c, dataset=list(clips()), validation=list(clips(3)), **options)
+    data, held = data or list(clips()), held or list(clips(3))
+    trainer = Trainer(c, dataset=data, validation=held, **options)
     assert trainer.world == world and trainer.rank == rank
     return trainer
 
@@ -117,6 +118,55 @@ def test_shares_are_the_same_training(ranks, tmp_path):
     assert (tmp_path / "fsdp" / "samples" / "step-00000008.gif").is_file()
     state = torch.load(checkpoints(tmp_path / "fsdp")[-1] / "state.pt", weights_only=True)
     assert state["step"] == 8 and "unet.stem.weight" in state["optimizer"]["state"]
+
+
+class Words:
+    """A text encoder of one layer, the same in every process."""
+
+    dim = 8
+
+    def __call__(self, captions):
+        g = torch.Generator().manual_seed(0)
+        table = torch.randn(256, self.dim, generator=g)
+        tokens = torch.stack([table[[ord(c) for c in caption[:3]]] for caption in captions])
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool)
+
+
+def run_captions(rank, world, output, changes):
+    from fastvdm.text import TextConditioner
+    from fastvdm.training import learner
+
+    learner.make_text = lambda settings, dim, fetch: TextConditioner(Words(), 6)
+    changes = {"text_encoder": "words", "model": TINY | {"cond_dim": 6}, "lr": 1e-2} | changes
+    names = ["red", "green", "blue", "cyan", "pink"]
+    data = list(zip(clips(), names))
+    trainer_of(rank, world, config(output, **changes), data, data[:3]).run()
+
+
+def test_looks_change_nothing_of_shared_text_pooling(ranks, tmp_path):
+    """The pooling is in the root of FSDP, which keeps what it gathers unless told."""
+    looks = {"validate_every": 2, "sample_every": 3, "save_every": 2, "parallel": "fsdp"}
+    blind = looks | {"validate_every": 0, "sample_every": 0}
+    ranks.run(run_captions, 2, place(tmp_path), tmp_path / "looks", looks)
+    ranks.run(run_captions, 2, place(tmp_path), tmp_path / "blind", blind)
+    ranks.run(run_captions, 2, place(tmp_path), tmp_path / "ddp", looks | {"parallel": "ddp"})
+    assert losses(tmp_path / "looks") == losses(tmp_path / "blind")
+    one, two = (torch.tensor(losses(tmp_path / p)) for p in ("looks", "ddp"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+def run_classes(rank, world, output):
+    class Data(list):
+        classes = ("a", "b")
+
+    data = Data((clip, i % 2) for i, clip in enumerate(clips()))
+    trainer_of(rank, world, config(output, cond_drop_prob=0.0), data, data).run()
+
+
+def test_a_condition_that_is_never_dropped(ranks, tmp_path):
+    """The vector for no condition has no gradient, which DDP would wait for."""
+    ranks.run(run_classes, 2, place(tmp_path), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 8
 
 
 def fail_to_write(rank, world, output):

@@ -18,9 +18,9 @@ for _name in ("accelerate", "av", "typer"):
 
 from fastvdm.bundle import Bundle, checkpoints  # noqa: E402
 from fastvdm.cli import main  # noqa: E402
-from fastvdm.cli.training import read_config  # noqa: E402
+from fastvdm.cli.training import parse, read_config  # noqa: E402
 from fastvdm.diffusion import sample  # noqa: E402
-from fastvdm.training import TrainConfig, Trainer, train  # noqa: E402
+from fastvdm.training import Place, TrainConfig, Trainer, train  # noqa: E402
 from fastvdm.training.log import read_log  # noqa: E402
 from fastvdm.training.trainer import learning_rate  # noqa: E402
 from fastvdm.video import grid, read_video, write_video  # noqa: E402
@@ -409,3 +409,214 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert "stopped by Ctrl-C at step 5 of 60" in done.stdout
     assert f"go on with: fastvdm train {tmp_path / 'run'} --resume" in done.stdout
+
+
+# -- found by trying to break it ---------------------------------------------------------------
+
+
+def folder_of(path: Path, classes: str, count: int = 2) -> Path:
+    for name in classes:
+        for i in range(count):
+            write_video(path / name / f"{i}.mp4", torch.rand(3, 3, 8, 8))
+    return path
+
+
+def test_processes_that_read_end_with_an_error(tmp_path):
+    """They ignore SIGTERM, so that the interpreter could not end them: it waited for ever."""
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    write_video(tmp_path / "b.mp4", torch.rand(3, 3, 8, 8))
+    command = [sys.executable, "-m", "fastvdm", "train", str(tmp_path / "run"), "--data",
+               str(tmp_path), "--size", "8", "--num-frames", "2", "--device", "cpu", "--quiet",
+               "--model", json.dumps(TINY), "--bad-clips", "error", "--num-workers", "1",
+               "--batch-size", "1", "--steps", "9"]  # fmt: skip
+    order = Trainer(TrainConfig.create({"output": "x", "data": str(tmp_path), "size": 8,
+                                        "num_frames": 2, "model": TINY, "device": "cpu",
+                                        "bad_clips": "skip"})).samples  # fmt: skip
+    first = order.dataset.names[order.index(Place(0, 0))]
+    if first == "a.mp4":  # the check before the run must find a good one
+        (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("is not a readable video") == 1
+    assert "Traceback" not in done.stderr and "DataLoader" not in done.stderr
+
+
+def test_classes_keep_their_numbers(tmp_path):
+    data, run = folder_of(tmp_path / "data", "abc"), tmp_path / "run"
+    options = {"data": str(data), "conditioning": "classes", "steps": 2}
+    train(config(run, **options))
+    (data / "a").rename(data / "zz")
+    with pytest.raises(ValueError, match="a class 'zz', but the network knows only a, b, c"):
+        train(config(run, **options | {"steps": 3}), resume=True)
+    for path in (data / "zz").iterdir():
+        path.unlink()
+    (data / "zz").rmdir()
+    with pytest.warns(UserWarning, match="2 gone or changed"):
+        trainer = Trainer(config(run, **options | {"steps": 3}), resume=True)
+    names = {trainer.samples.dataset.identities[i][0][0]: trainer.samples.dataset[i][1]
+             for i in range(4)}  # fmt: skip
+    assert names == {"b": 1, "c": 2} and trainer.bundle.settings.classes == ("a", "b", "c")
+    assert trainer.samples.dataset.conditions == [1, 1, 2, 2]
+    trainer.run()
+
+
+def test_held_out_clips_have_the_same_classes(tmp_path):
+    data = folder_of(tmp_path / "data", "abc")
+    options = {"data": str(data), "conditioning": "classes", "validate_every": 1}
+    other = folder_of(tmp_path / "other", "c")
+    trainer = Trainer(config(tmp_path / "run", validation=str(other), **options))
+    assert trainer.held.dataset[0][1] == 2
+    folder_of(other, "d")
+    with pytest.raises(ValueError, match="a class 'd', but"):
+        Trainer(config(tmp_path / "x", validation=str(other), **options))
+    with pytest.raises(ValueError, match="come with vectors of 4 numbers, the others with vectors"):
+        pairs = [[(clip, torch.rand(n)) for clip in noise()] for n in (5, 4)]
+        train(config(tmp_path / "x"), dataset=pairs[0], validation=pairs[1])
+
+
+def test_validation_of_few_clips_with_images_of_the_batch(tmp_path):
+    c = config(tmp_path, num_images=1, image_source="batch", validate_every=2)
+    train(c, dataset=noise(), validation=noise(3))
+    assert len((tmp_path / "validation.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy"])
+def test_vectors_and_labels_of_other_types(tmp_path, kind):
+    vectors = np.random.default_rng(0).random((5, 4)).astype(np.float32)
+    numbers = np.arange(5) % 2
+    if kind == "tensor":
+        vectors, numbers = torch.from_numpy(vectors), torch.from_numpy(numbers)
+    train(config(tmp_path / "v", holdout=0.4), dataset=list(zip(noise(), vectors)))
+
+    class Data(list):
+        classes = ("no", "yes")
+
+    train(config(tmp_path / "c", cond_drop_prob=0.0), dataset=Data(zip(noise(), numbers)))
+    assert Bundle.load(tmp_path / "c").settings.classes == ("no", "yes")
+    with pytest.raises(TypeError, match="a condition is a caption, the number of a class or a vec"):
+        train(config(tmp_path / "x"), dataset=[(clip, {"a": 1}) for clip in noise()])
+
+
+def test_nothing_is_written_outside_the_folder(tmp_path):
+    for values in ({"project": "../../evil"}, {"project": "/tmp/evil"}, {"project": "a/b"},
+                   {"log": "validation.csv"}, {"log": "bad-clips.csv"}, {"log": "*.csv"},
+                   {"log": "a\0.csv"}, {"log": "x" * 300 + ".csv"}):  # fmt: skip
+        with pytest.raises(ValueError, match="must be"):
+            config(tmp_path, **values)
+    victim = tmp_path / "victim.csv"
+    victim.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("validation.csv", "log.csv", "config.json"):
+        (run / name).symlink_to(victim)
+    (run / "config.json").unlink()
+    train(config(run, validate_every=2), dataset=noise(), validation=noise())
+    assert victim.read_text() == "precious"
+
+
+def test_no_tracker_where_none_is_asked_for(tmp_path):
+    data = folder_of(tmp_path / "data", "a")
+    arguments = ["train", str(tmp_path / "run"), "--data", str(data), "--size", "8", "--quiet"]
+    arguments += ["--num-frames", "2", "--model", json.dumps(TINY), "--device", "cpu"]
+    assert main([*arguments, "--steps", "1", "--trackers", "none", "--batch-size", "1"]) == 0
+    assert not (tmp_path / "run" / "tracking").exists()
+
+
+def test_a_save_that_is_asked_for_during_samples_is_not_lost(tmp_path):
+    c = config(tmp_path, save_every=100, sample_every=2, sample_steps=9, steps=5, keep=9)
+    trainer = Trainer(c, dataset=noise())
+    real, asked = trainer.watch.stop, []
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real()
+
+    trainer.watch.stop = stop
+    trainer.run()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003", "step-00000005"]
+
+
+def test_bad_held_out_clips_are_named(tmp_path):
+    data = folder_of(tmp_path / "data", "a", 3)
+    held = folder_of(tmp_path / "held", "a", 2)
+    (held / "broken.mp4").write_bytes(b"no video")
+    (held / "caf\udce9.mp4").write_bytes(b"no video")  # a name that is no UTF-8
+    c = config(tmp_path / "run", data=str(data), validation=str(held), validate_every=2)
+    with pytest.warns(UserWarning, match="skipped: .*broken.mp4"):
+        train(c)
+    assert "broken.mp4" in (tmp_path / "run" / "bad-clips.csv").read_text()
+    with pytest.raises(ValueError, match="4 videos in a row cannot be read"):
+        for path in (held / "a").iterdir():
+            path.write_bytes(b"no video")
+        train(config(tmp_path / "x", data=str(data), validation=str(held)))
+
+
+def test_starting_over_names_bad_clips_again(tmp_path):
+    data = folder_of(tmp_path / "data", "a", 3)
+    (data / "broken.mp4").write_bytes(b"no video")
+
+    def fail(trainer, row):
+        if row["step"] == 3:
+            raise RuntimeError("stop")
+
+    options = {"data": str(data), "save_every": 100, "steps": 4}
+    with pytest.raises(RuntimeError), pytest.warns(UserWarning, match="skipped"):
+        train(config(tmp_path / "run", **options), on_step=fail)
+    with pytest.warns(UserWarning, match="skipped"):
+        train(config(tmp_path / "run", **options))
+    assert "broken.mp4" in (tmp_path / "run" / "bad-clips.csv").read_text()
+
+
+def test_values_of_other_sources(tmp_path):
+    (tmp_path / "c.yaml").write_text("mixed_precision: no\ntrackers: none\nflip: true\nfps: null\n")
+    c = TrainConfig.create(read_config(tmp_path / "c.yaml") | {"output": "x"})
+    assert (c.mixed_precision, c.trackers, c.flip, c.fps) == ("no", ("none",), True, None)
+    for values, message in (({"image_weight": -1.0}, "image_weight must be at least 0"),
+                            ({"value_range": (0, float("inf"))}, "value_range must be 2 numbers"),
+                            ({"lr": float("nan")}, "lr must be a number")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            TrainConfig.create({"output": "x"} | values)
+    assert parse("fps", "none") is None and parse("num_workers", "3") == 3
+    with pytest.raises(ValueError, match="--num-workers takes a number or none, got 'few'"):
+        parse("num_workers", "few")
+
+
+def test_only_steps_are_checkpoints(tmp_path):
+    train(config(tmp_path), dataset=noise())
+    (tmp_path / "checkpoints" / "step-best").mkdir()
+    assert checkpoints(tmp_path)[-1].name == "step-00000004"
+    assert train(config(tmp_path, steps=5), dataset=noise(), resume=True).name == "step-00000005"
+
+
+def test_a_trainer_that_stopped_can_go_on(tmp_path):
+    def ask(trainer, row):
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(config(tmp_path, steps=5), dataset=noise(), on_step=ask)
+    trainer.run()
+    assert trainer.stopped_by == "SIGTERM" and trainer.step == 2
+    trainer.on_step = None
+    trainer.run()
+    assert trainer.stopped_by is None and len(losses(tmp_path)) == 5
+    last = Trainer(config(tmp_path, steps=6), dataset=noise(), resume=True, on_step=lambda t, r:
+                   os.kill(os.getpid(), signal.SIGTERM))  # fmt: skip
+    last.run()
+    assert last.step == 6 and last.stopped_by is None  # it is done
+
+
+def test_a_state_of_another_version_is_told(tmp_path):
+    train(config(tmp_path), dataset=noise())
+    file = checkpoints(tmp_path)[-1] / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["order"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="state.pt is of another version"):
+        train(config(tmp_path, steps=5), dataset=noise(), resume=True)
+
+
+def test_a_discrete_schedule_shorter_than_the_samples(tmp_path):
+    c = config(tmp_path, model=TINY | {"time_input": "index"}, timesteps=4, sample_every=4)
+    train(c, dataset=noise())
+    assert (tmp_path / "samples" / "step-00000004.gif").is_file()
