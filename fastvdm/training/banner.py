@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from fastvdm.training.trainer import Trainer
 
-
-def render(run: Trainer) -> str:
-    """Some lines: network, data, batch, steps, output."""
+def render(run: Any) -> str:
+    """Some lines of a ``Trainer``: network, data, batch, steps, output."""
     c, engine = run.config, run.engine
     unet, device = engine.bundle.unet, engine.device
     count = sum(p.numel() for p in unet.parameters())
