@@ -386,7 +386,7 @@ BAD = {
         "guidance_weight=9.0 is of method='reconstruction'",
     ),
     "limit": (["interpolate", "{broken}x", "{clip}", "{out}", "--guidance-limit", "some"],
-              "guidance_limit must be stable"),
+              "guidance_limit must be one of stable"),
     "no model": (["sample", "{broken}x", "{out}"], "no model at"),
     "not a model": (["sample", "{broken}", "{out}"], "not a readable checkpoint"),
     "suffix": (["sample", "{model}", "{out}.avi"], "must end in"),
