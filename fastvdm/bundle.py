@@ -244,8 +244,9 @@ def make_text(settings: Settings, cond_dim: int | None, *, fetch: bool = True) -
     from fastvdm.text import TextConditioner, TextEncoder
 
     name = str(settings.text_encoder)
+    place: dict[str, Any] = {} if fetch else {"local_files_only": True}
     try:
-        encoder = TextEncoder(name, max_length=settings.text_max_length, local_files_only=not fetch)
+        encoder = TextEncoder(name, max_length=settings.text_max_length, **place)
     except ValueError as error:
         if fetch:
             raise
