@@ -19,6 +19,7 @@ from fastvdm.cli.options import Weights
 from fastvdm.cli.run import check_positive
 from fastvdm.runtime.optional import require
 from fastvdm.training.config import TYPES, TrainConfig, choices_of, default_of, kinds_of
+from fastvdm.unet.folder import json_object, read_json
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", dict: "JSON", bool: None}
 
@@ -80,7 +81,7 @@ def parse(name: str, value: Any) -> Any:
     (kind,) = kinds_of(name)
     origin, flag = get_origin(kind) or kind, f"--{name.replace('_', '-')}"
     if origin is dict:
-        return read_object(flag, value)
+        return json_object(flag, value)
     if origin in (int, float):
         try:
             return origin(value)
@@ -99,17 +100,6 @@ def parse(name: str, value: Any) -> Any:
     return numbers * 2 if name == "size" and len(numbers) == 1 else numbers
 
 
-def read_object(name: str, text: str) -> dict[str, Any]:
-    """Raises ValueError for what is not one JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The fields in a .yaml or .json file.
 
@@ -118,9 +108,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} for --config")
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        return read_object(str(path), text)
+        return read_json(path)
+    text = path.read_text(encoding="utf-8")
     yaml = require("yaml", "train")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]

@@ -76,11 +76,20 @@ def _from_hub(name: str, download: dict[str, Any]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is not one JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    return json_object(str(path), text)
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """Raises ValueError for a text that is not one JSON object; ``name`` says what it is."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
     return value
 
 
