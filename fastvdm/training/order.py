@@ -78,11 +78,11 @@ class Place(NamedTuple):
 
 @dataclass
 class Sample:
-    """A clip (C, F, H, W), its condition(s), and the errors of those that were drawn before it."""
+    """A clip (C, F, H, W), its condition(s), and (video, error) of those that were drawn before."""
 
     clip: Tensor
     condition: Any
-    bad: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 class OrderedSamples(Dataset):
@@ -132,7 +132,7 @@ class OrderedSamples(Dataset):
     def __getitem__(self, place: Place) -> Sample:
         index = self.index(place)
         where = (self.seed, SAMPLE, place.epoch, int(self.keys[index]))
-        bad: list[str] = []
+        bad: list[tuple[str, str]] = []
         for attempt, chosen in enumerate(self._candidates(index, where)):
             try:
                 with seeded(stream_seed(*where, attempt)):
@@ -140,13 +140,13 @@ class OrderedSamples(Dataset):
             except (VideoReadError, OSError) as error:
                 if self.bad_clips == "error":
                     raise
-                words = " ".join(str(error).split())
-                bad.append(words.encode(errors="backslashreplace").decode())
+                words = getattr(error, "video", f"item {chosen}"), " ".join(str(error).split())
+                bad.append(tuple(w.encode(errors="backslashreplace").decode() for w in words))  # type: ignore[arg-type]
                 continue
             clip, condition = item if isinstance(item, tuple | list) else (item, None)
             self._check(chosen, clip)
             return Sample(clip, _condition(condition), bad)
-        raise VideoReadError(f"{len(bad)} videos in a row cannot be read, the last: {bad[-1]}")
+        raise VideoReadError(f"{len(bad)} videos in a row cannot be read, the last: {bad[-1][1]}")
 
     def _candidates(self, index: int, where: tuple[int, ...]) -> Iterator[int]:
         """The item itself, then others, none twice: all of a small data set."""

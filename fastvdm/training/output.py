@@ -95,19 +95,21 @@ class Output:
     # -- clips that could not be read -------------------------------------------------------------
 
     def known_bad(self) -> set[str]:
-        return {row[1] for row in self._bad_rows() if len(row) == 2} if self.found else set()
+        """The videos that ``bad-clips.csv`` names."""
+        return {row[1] for row in self._bad_rows() if len(row) == 3} if self.found else set()
 
     def _bad_rows(self) -> list[list[str]]:
         file = self.path / "bad-clips.csv"
         if not file.is_file():
-            return [["step", "error"]]
+            return [["step", "video", "error"]]
         with open(file, encoding="utf-8", newline="") as lines:
             return list(csv.reader(lines))
 
-    def add_bad(self, step: int, errors: list[str]) -> None:
+    def add_bad(self, step: int, errors: dict[str, str]) -> None:
+        """Videos with the error of each."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerows([*self._bad_rows(), *((step, error) for error in errors)])
+        rows.writerows([*self._bad_rows(), *((step, *error) for error in errors.items())])
         write_text(self.path / "bad-clips.csv", text.getvalue())
 
 

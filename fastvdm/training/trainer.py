@@ -108,8 +108,8 @@ class Trainer:
         stop = self.requests.must_stop
         self.watch = Watch(self.engine, self.samples, self.held, self.output.path, stop)
         self.stopped_by: str | None = None
-        self._bad: dict[str, None] = dict.fromkeys(self.output.known_bad())
-        self._new_bad: list[str] = []
+        self._bad = self.output.known_bad()
+        self._new_bad: list[tuple[str, str]] = []
         self.skipped = 0
 
     @property
@@ -299,14 +299,14 @@ class Trainer:
         if self.world > 1:
             found = [[] for _ in range(self.world)]
             dist.all_gather_object(found, self._new_bad)
-        errors = [error for some in found for error in some]
-        self.skipped += len(errors)
-        new = [error for error in dict.fromkeys(errors) if error not in self._bad]
-        self._bad |= dict.fromkeys(new)
+        bad = [one for some in found for one in some]
+        self.skipped += len(bad)
+        new = {video: error for video, error in reversed(bad) if video not in self._bad}
+        self._bad |= new.keys()
         self._new_bad = []
         if self.is_main and new:
             self.output.add_bad(self.step, new)
-        for error in new:
+        for error in new.values():
             self._say(f"skipped: {error}")
             if not self.progress and self.is_main:
                 warnings.warn(f"skipped: {error}", stacklevel=2)

@@ -87,7 +87,7 @@ class Watch:
         held: clips that are not, or None.
         stop: whether to break off; asked equally often on every process.
     Attributes:
-        bad: errors of held-out clips that could not be read.
+        bad: (video, error) of held-out clips that could not be read.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Watch:
     ) -> None:
         self.engine, self.config, self.held = engine, engine.config, held
         self.output, self.stop = output, stop
-        self.bad: list[str] = []
+        self.bad: list[tuple[str, str]] = []
         accelerator = engine.accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self._conditions = self._of_sheet(held or samples)

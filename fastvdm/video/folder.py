@@ -43,8 +43,9 @@ class VideoFolder(Dataset):
         classes: the labels, sorted; empty unless ``conditioning`` is "classes".
     Raises:
         ValueError, FileNotFoundError: at once for the folder, the arguments and missing conditions;
-            when an item is read for a video that is unreadable or too short. One that stops
-            decoding in the middle counts as long as what decodes from its start.
+            when an item is read for a video that is unreadable or too short; the error's ``video``
+            is its name. One that stops decoding in the middle counts as long as what decodes from
+            its start.
     """
 
     def __init__(
@@ -99,12 +100,19 @@ class VideoFolder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | tuple[Tensor, Any]:
-        clip = self._flipped(self._clip(self.paths[index], self.num_frames))
+        clip = self._flipped(self._read(index, self.num_frames))
         return clip if self.conditions is None else (clip, self.conditions[index])
 
     def frame(self, index: int) -> Tensor:
         """One random frame (C, H, W) of a video, for joint image-video training."""
-        return self._flipped(self._clip(self.paths[index], 1)[:, 0])
+        return self._flipped(self._read(index, 1)[:, 0])
+
+    def _read(self, index: int, num_frames: int) -> Tensor:
+        try:
+            return self._clip(self.paths[index], num_frames)
+        except (VideoReadError, OSError) as error:
+            error.video = self.names[index]  # type: ignore[union-attr]
+            raise
 
     def _flipped(self, x: Tensor) -> Tensor:
         return x.flip(-1) if self.flip and torch.rand(()) < 0.5 else x
