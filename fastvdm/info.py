@@ -24,9 +24,9 @@ from fastvdm.runtime import config, dispatch, extension
 
 _EXTRAS = {
     "triton": ("triton",),
-    "video": ("av",),
+    "video": ("av", "pillow"),
     "cli": ("typer", "tqdm"),
-    "train": ("accelerate", "tqdm"),
+    "train": ("accelerate", "pyyaml", "tqdm"),
     "text": ("transformers",),
     "metrics": ("torchmetrics", "scipy"),
 }

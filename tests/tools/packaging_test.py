@@ -380,8 +380,10 @@ def test_extras_are_those_that_the_messages_name():
     assert {"all", "cli", "train"} <= named <= extras.keys()
     required = re.findall(r'\brequire\("(\w+)[\w.]*", "(\w+)"\)', text)
     assert len(required) > 5
+    packages = {"PIL": "pillow", "yaml": "pyyaml"}
     for module, extra in [*required, *((p, e) for e, names in _EXTRAS.items() for p in names)]:
-        assert module in brings[extra], f"fastvdm[{extra}] does not bring {module}"
+        package = packages.get(module, module)
+        assert package in brings[extra], f"fastvdm[{extra}] does not bring {package}"
     # A build of xformers is for one release of torch.
     every = extras.keys() - {"all", "xformers"}
     assert set(re.findall(r"\w+", extras["all"][0].split("[")[1])) == every
