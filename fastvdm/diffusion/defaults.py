@@ -112,7 +112,7 @@ def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...
     Raises:
         ValueError, TypeError: no five extents, or a network that does not say them.
     """
-    if isinstance(asked, Integral) or asked is None:
+    if (isinstance(asked, Integral) and not isinstance(asked, bool)) or asked is None:
         told, channels = told_by(model), getattr(unwrap(model), "channels", None)
         if not isinstance(channels, int) or not {"num_frames", "image_size"} <= told.keys():
             raise ValueError(
@@ -123,7 +123,9 @@ def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...
                  *told["image_size"])  # fmt: skip
     if not isinstance(asked, Sequence):
         raise TypeError(f"shape must be (B, C, F, H, W), a number of videos or None, got {asked!r}")
-    if len(asked) != 5 or any(not isinstance(n, Integral) or n < 1 for n in asked):
+    if len(asked) != 5 or any(
+        not isinstance(n, Integral) or isinstance(n, bool) or n < 1 for n in asked
+    ):
         raise ValueError(f"shape must be five positive extents (B, C, F, H, W), got {tuple(asked)}")
     return tuple(asked)
 

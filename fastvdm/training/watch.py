@@ -176,7 +176,7 @@ class Watch:
         else:
             path = folder / f"step-{step:08d}{'.webp' if channels == 4 else '.gif'}"
             sheet = files.grid((videos + 1) / 2)
-        files.write_video(path, sheet, fps)
+        files.write_video(path, sheet, min(fps, 50) if path.suffix == ".gif" else fps)
         if self._conditions is not None and not isinstance(self._conditions[0], Tensor):
             names = self.engine.bundle.settings.classes
             lines = [names[c] if names else c for c in self._conditions]

@@ -2,6 +2,9 @@
 
 PAPER = "https://arxiv.org/abs/2204.03458"  # Ho et al. 2022
 
+MARK = "written by the Python package `fastvdm`"  # a card that may be written anew
+OUTPUT = {True: "sample.mp4", False: "sample.npy"}  # of pixels, of latents
+
 CARD = """---
 {{ card_data }}
 ---
@@ -21,7 +24,7 @@ from fastvdm.video import write_video
 
 model = UNet3D.from_pretrained("{{ repo_id | default("this folder", true) }}")
 video = {{ call }}
-write_video("sample.mp4", video[0], fps={{ fps }})
+write_video("{{ file }}", video[0], fps={{ fps }})
 ```
 {% if told %}
 | setting | |

@@ -179,6 +179,8 @@ class UNetConfig:
         return min(32, self.attn_dim_head) if self.position == "rotary+t5" else None
 
 
+# What may be set on a network, too: no weight depends on it.
+SETTABLE = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "pad", "causal")
 _CHOICES = {k: t for k, t in get_type_hints(UNetConfig).items() if choices.choices_of(t)}
 
 

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 
 from fastvdm.unet import checkpoint as files
+from fastvdm.unet.card import MARK, OUTPUT
+from fastvdm.unet.config import SETTABLE
 from fastvdm.unet.peer import warn_caller
 from fastvdm.unet.settings import Settings, settings_of
 
@@ -86,7 +88,7 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     """Raises ValueError for a text that is not one JSON object; ``name`` says what it is."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
@@ -121,8 +123,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def arguments_of(network: Any) -> dict[str, Any]:
     """The constructor arguments of a UNet3D, as they are now: these may be set on it, too."""
-    settable = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "pad")
-    return network._hub_mixin_config | {name: getattr(network, name) for name in settable}
+    return network._hub_mixin_config | {name: getattr(network, name) for name in SETTABLE}
 
 
 def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | None:
@@ -156,6 +157,8 @@ def check_assumed(
             "resnet_groups and stem_skip to choose, and norm_per_frame, norm_eps, position and "
             "causal if they were no defaults"
         )
+    if arguments["norm"] == "rms" and "causal" not in given:
+        warn_caller("causal=False is assumed: weights do not tell; pass causal to choose")
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -233,7 +236,9 @@ class Pretrained(PyTorchModelHubMixin):
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
         self._hub_mixin_config = arguments_of(self)  # what the mixin writes next
-        for name in LEFT:  # of a network that was saved here before
+        card = save_directory / "README.md"
+        own = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+        for name in (*LEFT, *("README.md",) * own):  # of a network that was saved here before
             (save_directory / name).unlink(missing_ok=True)
         if self.settings:
             text = json.dumps(dict(self.settings), indent=2)
@@ -258,7 +263,9 @@ class Pretrained(PyTorchModelHubMixin):
             shape = f", (1, {self.channels}, num_frames, height, width)"
         if self.cond_dim is not None:
             cond = f", cond=torch.zeros(1, {self.cond_dim})"
+        pixels = told.get("value_range", (0, 1)) is not None
+        scaled = ", value_range=(0, 1)" if pixels else ""
         return super().generate_model_card(
-            call=f"sample(model{shape}{cond}, value_range=(0, 1))", told=dict(told),
+            call=f"sample(model{shape}{cond}{scaled})", told=dict(told), file=OUTPUT[pixels],
             conditional=bool(cond), fps=told.get("fps", 8), **facts,
         )  # fmt: skip

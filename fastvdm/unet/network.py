@@ -19,7 +19,7 @@ from fastvdm.layers.resnet import Films, films
 from fastvdm.layers.shards import FrameShards
 from fastvdm.unet.blocks import Level, Unit, attend, film_layers
 from fastvdm.unet.build import paper_parts, peer_parts
-from fastvdm.unet.config import UNetConfig, built_from, changed, check_choice
+from fastvdm.unet.config import SETTABLE, UNetConfig, built_from, changed, check_choice
 from fastvdm.unet.padding import crop, pad_edges
 
 
@@ -78,6 +78,8 @@ class FactorizedUNet(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set afterwards, to what the constructor takes for them."""
         check_choice(name, value)
+        if name in SETTABLE and "_config" in self.__dict__:
+            replace(self._config, **{name: value})  # raises for what the constructor refuses
         super().__setattr__(name, value)
         if name == "checkpointing":
             for module in self.modules():
@@ -334,7 +336,7 @@ class FactorizedUNet(nn.Module):
             warnings.warn(f"this network takes {message}", stacklevel=6)
 
     def extra_repr(self) -> str:
-        names = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "checkpointing", "pad")
+        names = (*SETTABLE, "checkpointing")
         config = replace(self._config, **{name: getattr(self, name) for name in names})
         count = sum(p.numel() for p in self.parameters())
         return f"{changed(config)}; {count:,} parameters"

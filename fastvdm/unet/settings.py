@@ -80,8 +80,19 @@ class Settings:
             low, high = self.value_range if len(self.value_range) == 2 else (0, 0)
             if not (_is_number(low) and _is_number(high) and low < high):
                 raise ValueError(f"value_range must be (low, high), got {self.value_range!r}")
-        if self.classes is not None and not all(isinstance(c, str) for c in self.classes):
-            raise ValueError(f"classes must be names, got {self.classes!r}")
+        names = self.classes
+        if names is not None and not (
+            isinstance(names, tuple)
+            and all(isinstance(c, str) for c in names)
+            and len(set(names)) == len(names)
+        ):
+            raise ValueError(f"classes must be different names, got {names!r}")
+        if self.text_encoder is not None and not isinstance(self.text_encoder, str):
+            raise TypeError(f"text_encoder must be a name or None, got {self.text_encoder!r}")
+        if self.betas is not None and not (
+            isinstance(self.betas, tuple) and all(_is_number(b) and 0 < b < 1 for b in self.betas)
+        ):
+            raise ValueError("betas must be numbers between 0 and 1")
         if not (_is_number(self.gamma) and 0 <= self.gamma <= 1):
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma!r}")
         if not isinstance(self.langevin, bool):
@@ -93,7 +104,8 @@ class Settings:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """One that a float can hold."""
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e300
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from fastvdm.video.index import Timeline, VideoReadError
 from fastvdm.video.pixels import resize_crop, resize_picture, sides
 
 ARRAYS = (".npy", ".npz")
+# What NumPy raises for files that are no arrays.
+BROKEN = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, TokenError)
 _NAMES = ("video", "frames", "latents")
 
 
@@ -33,7 +37,7 @@ class ArraySource:
     ) -> None:
         self.path, self.size, self.value_range = Path(path), size, value_range
         array = _load(self.path)
-        kind = array.dtype.kind
+        kind = array.dtype.kind if array.dtype.itemsize <= 8 else "long"
         if kind != "f" and (array.dtype != np.uint8 or value_range is None):
             raise VideoReadError(
                 f"{path} holds {array.dtype}: "
@@ -69,7 +73,8 @@ class ArraySource:
         return [self._frame(number) for number in numbers]
 
     def _frame(self, number: int) -> Tensor:
-        frame = torch.from_numpy(np.array(self.array[:, number]))
+        values = np.array(self.array[:, number])
+        frame = torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
         if frame.dtype == torch.uint8:
             return frame if self.size is None else resize_picture(frame, self.size)
         frame = frame.float()
@@ -106,5 +111,5 @@ def _load(path: Path) -> np.ndarray:
             return arrays[names[0]]
     except VideoReadError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise VideoReadError(f"{path} is not a readable array: {error}") from error

@@ -106,6 +106,7 @@ def _check_file(path: Path) -> VideoReport:
     fps = frame_index(path).line.fps
     frames, angle, sizes = 0, 0, []
     with opened(path, threads=1) as (container, stream, decoder):
+        decoder.options = {"err_detect": "crccheck+explode"}  # no error is concealed
         packets = _Counted(container.demux(stream))
         decoding = decode_all(packets, decoder)
         while True:
@@ -121,11 +122,15 @@ def _check_file(path: Path) -> VideoReport:
         packets.drain()
         codec, expected = decoder.name, max(packets.total, stream.frames) - packets.hidden
         is_whole = is_whole and packets.total >= stream.frames
+        index = frame_index(path)
+        told = index.line.length if index.by_packet else frames
     problem = None
     if not frames:
         problem = f"{path} is not a readable video: no frame of it decodes"
     elif not is_whole:
         problem = f"decodes up to frame {frames} of {expected}"
+    elif frames < told:
+        problem = f"is damaged: {frames} of {told} frames decode"
     elif len(sizes) > 1:
         problem = f"has frames of several sizes: {', '.join(f'{w} x {h}' for w, h in sizes)}"
     width, height = sizes[0] if sizes else (0, 0)

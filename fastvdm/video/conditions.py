@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvdm.video.arrays import BROKEN
 from fastvdm.video.listing import beside
 
 
@@ -108,7 +108,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             return {"": arrays}
         with arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is not a readable array: {error}") from error
 
 

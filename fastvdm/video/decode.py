@@ -39,8 +39,12 @@ class FileSource:
         return frame_index(self.path).line
 
     def decodable(self) -> int:
-        """How many frames decode from the start."""
-        return decoded_index(self.path).line.length
+        """How many frames decode from the start, up to the first that does not."""
+        told, found = frame_index(self.path).line.times, decoded_index(self.path).line
+        if told is None or found.times is None:
+            return found.length
+        lost = (i for i, pair in enumerate(zip(told, found.times)) if pair[0] != pair[1])
+        return next(lost, min(len(told), found.length))
 
     def read(self, numbers: Sequence[int]) -> list[Tensor]:
         """These frames (ascending, without repeats); only the first of them where others fail.
@@ -54,8 +58,11 @@ class FileSource:
 
     def _from_start(self, numbers: Sequence[int]) -> list[Tensor]:
         wanted, found, take = set(numbers), [], self._picture()
+        times = frame_index(self.path).line.times
         with opened(self.path, threads=1) as (container, stream, decoder):
             for number, frame in enumerate(decode_all(container.demux(stream), decoder)):
+                if times is not None and (number >= len(times) or frame.pts != times[number]):
+                    break  # a frame was lost: what comes later has other numbers
                 if number in wanted:
                     found.append(take(frame))
                     if len(found) == len(numbers):

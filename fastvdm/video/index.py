@@ -28,30 +28,46 @@ class VideoReadError(ValueError):
 
 
 class Timeline(NamedTuple):
-    """When the frames of a video are shown; without ``times`` only how many there are."""
+    """When the frames of a video are shown; without ``times`` a constant ``rate``, or neither."""
 
     length: int
     times: Sequence[int] | None = None  # ascending, in ticks
     end: int = 0  # when the last frame ends
     tick: Fraction = Fraction(1)  # in seconds
+    rate: float | None = None  # frames a second that the file says
 
     def frames(self, fps: float | None) -> Sequence[int]:
         """The frame shown at ``t0 + j / fps`` for j = 0, 1, ... to the end of the video.
 
-        Times in files are rounded to ticks, so a frame counts as shown half a tick before.
+        Raises:
+            VideoReadError: times so far apart that there would be more than 10 million.
         """
-        if fps is None or self.times is None or not self.length:
+        if fps is None or not self.length or (self.times is None and self.rate is None):
             return range(self.length)
-        step = 1 / (float(self.tick) * fps)
-        count = max(1, math.ceil((self.end - self.times[0] - 0.5) / step))
-        at = self.times[0] + 0.5 + step * np.arange(count)
-        return (np.searchsorted(np.asarray(self.times), at, side="right") - 1).tolist()
+        times, end, tick = self.times, self.end, float(self.tick)
+        if times is None:
+            assert self.rate is not None
+            times, end, tick = range(self.length), self.length, 1 / self.rate
+        step, early = 1 / (tick * fps), self._early(times)
+        length = end - times[0] - early
+        if length / step > 1e7:
+            raise VideoReadError(f"its times span {length * tick:.4g} seconds")
+        at = times[0] + early + step * np.arange(max(1, math.ceil(length / step)))
+        return (np.searchsorted(np.asarray(times), at, side="right") - 1).tolist()
+
+    @staticmethod
+    def _early(times: Sequence[int]) -> float:
+        """By how many ticks a frame may count as shown before its time: by half a one, as files
+        round, unless frames are evenly spaced (nothing was rounded) or a tick is a frame."""
+        if isinstance(times, range) or len(times) < 2:
+            return 1e-6
+        return 0.5 if int(np.diff(np.asarray(times)).min()) > 1 else 1e-6
 
     @property
     def fps(self) -> float | None:
         """Average frames per second, None where there are no times."""
         if self.times is None or not self.length:
-            return None
+            return self.rate
         return float(self.length / ((self.end - self.times[0]) * self.tick))
 
 
@@ -89,12 +105,15 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
         raise FileNotFoundError(f"no video file at {path}")
     try:
         # Tags in an old encoding are no reason to refuse a file.
-        with av.open(str(path), metadata_errors="replace") as container:
+        # An absolute path, as FFmpeg takes a name with a colon for a protocol.
+        with av.open(str(path.absolute()), metadata_errors="replace") as container:
             cover = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & cover), None)
             if stream is None:
                 raise VideoReadError(f"{path} has no video stream")
             decoder = stream.codec_context
+            if decoder is None:
+                raise VideoReadError(f"{path} has a codec that is not known here")
             name = decoder.name if stream.metadata.get("alpha_mode") == "1" else None
             if name in _ALPHA_DECODERS:
                 decoder = av.CodecContext.create(_ALPHA_DECODERS[name], "r")
@@ -117,12 +136,14 @@ def decoded_index(path: str | os.PathLike[str]) -> Index:
 
 
 def state(path: str | os.PathLike[str]) -> tuple[str, int, int]:
-    """What a cache of things about a file goes by: path, size, time of the last change."""
+    """What a cache of things about a file goes by: path, size, and a number that changes with the
+    file: one copied over it may bring size and time of change along."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no video file at {path}")
     found = path.stat()
-    return str(path.absolute()), found.st_size, found.st_mtime_ns
+    changed = hash((found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    return str(path.absolute()), found.st_size, changed
 
 
 @lru_cache(maxsize=1 << 16)  # an index of a file of constant rate is below a kilobyte
@@ -250,7 +271,8 @@ def _decoded_index(path: str, size: int, changed: int) -> Index:
             duration = frame.duration or 0
         pts = [t for t in times if t is not None]
         if len(pts) < len(times) or not pts or any(b <= a for a, b in zip(pts, pts[1:])):
-            return Index(Timeline(len(times)), (), (), False, False)
+            rate = float(stream.average_rate or stream.guessed_rate or 0) or None
+            return Index(Timeline(len(times), rate=rate), (), (), False, False)
         keys = keys if seekable else keys[:1]
         return _index(pts, pts[-1] + duration, stream, keys, by_packet=False, skips=False)
 

@@ -31,9 +31,14 @@ def list_videos(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    files, folders_of_frames = [], []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    files, folders_of_frames, seen = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
         videos = (Path(place, name) for name in names if _is_video(name))
         files += [path for path in videos if path.is_file()]
         if any(Path(name).suffix.lower() in PICTURES for name in names) and frame_files(place):

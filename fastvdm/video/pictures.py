@@ -67,8 +67,14 @@ class FolderSource:
     def _size(self) -> tuple[int, int]:
         """(H, W) of the first frame as it is shown, from its header."""
         with _image(self.files[0]) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # the tag of the orientation
-            return image.size if turned else image.size[::-1]
+            try:
+                # A png may have its EXIF behind the picture: Pillow would decode it to look there.
+                exif = image.getexif() if image.format == "JPEG" or "exif" in image.info else {}
+            except (OSError, SyntaxError, ValueError):
+                exif = {}
+            if exif.get(0x0112, 1) >= 5:  # the tag of the orientation
+                return image.size
+            return image.size[::-1]
 
     def _picture(self, number: int) -> np.ndarray:
         path = self.files[number]

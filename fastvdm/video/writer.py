@@ -90,6 +90,7 @@ def write_video(
     check_output(path, video.shape[0] if video.ndim == 4 else 3)
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be positive, got {fps}")
+    _check_fps(fps, suffix)
     check_range(value_range)
     if video.ndim != 4 or 0 in video.shape:
         raise ValueError(f"expected a video (C, F, H, W), got {tuple(video.shape)}")
@@ -111,6 +112,13 @@ def write_video(
     else:
         encoder = _encoder(suffix)
         _write(path, lambda file: _encode(file, frames, _rate(fps), suffix[1:], encoder, quality))
+
+
+def _check_fps(fps: float, suffix: str) -> None:
+    """Raises ValueError for a rate that files of this kind do not have."""
+    most = 100 if suffix == ".gif" else 1000
+    if suffix != ".npy" and not 0.01 <= fps <= most:
+        raise ValueError(f"fps of a {suffix} must be in [0.01, {most}], got {fps}")
 
 
 def _rate(fps: float) -> Fraction:

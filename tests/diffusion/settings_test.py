@@ -284,3 +284,51 @@ def test_a_model_does_not_choose_what_is_fetched(tmp_path, monkeypatch):
         Bundle.load(tmp_path / "model.safetensors")
     places = ("nobody/nothing", True), ("nobody/nothing", False), ("my/own", False)
     assert asked == [(*p, False) for p in (*places, places[0])]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"classes": "cat"}, {"classes": {"a": 1}}, {"classes": ["a", "a"]}, {"text_encoder": 5},
+        {"betas": "x" * 1000}, {"betas": [2.0] * 1000}, {"betas": [float("nan")] * 1000},
+        {"value_range": [float("-inf"), 1]}, {"data_fps": 10**400}, {"fps": 10**400},
+        {"value_range": [1, 0]}, {"data_fps": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_folder_that_are_none(tmp_path, told):
+    network().save_pretrained(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps(told))
+    with pytest.raises((ValueError, TypeError), match=next(iter(told))):
+        UNet3D.from_pretrained(tmp_path)
+
+
+def test_json_that_is_too_deep(tmp_path):
+    network().save_pretrained(tmp_path)
+    (tmp_path / "settings.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="settings.json is not JSON"):
+        UNet3D.from_pretrained(tmp_path)
+
+
+def test_the_card_is_of_what_was_saved_last(tmp_path):
+    model = network()
+    for frames in (2, 7):
+        model.settings = Settings(num_frames=frames)
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| num_frames | 7 |" in card and "| num_frames | 2 |" not in card
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    model.settings = Settings(value_range=None)
+    model.save_pretrained(tmp_path / "latents")
+    card = (tmp_path / "latents" / "README.md").read_text()
+    assert "video = sample(model)\n" in card and '"sample.npy"' in card
+
+
+def test_a_bool_is_no_number_of_videos():
+    model = network()
+    model.settings = Settings(num_frames=2, image_size=(8, 8))
+    for shape in (True, (1, 3, 3, 8, True)):
+        with pytest.raises((ValueError, TypeError), match="shape must be"):
+            sample(model, shape, num_steps=1)

@@ -278,3 +278,18 @@ def test_what_a_network_says_of_itself():
     )
     assert "checkpointing='level'" in repr(network(checkpointing="level")).splitlines()[1]
     assert "arguments" in UNet3D.__init__.__doc__
+
+
+def test_options_that_are_set_later_are_checked_saved_and_shown(tmp_path):
+    model = network("rms").eval()
+    model.causal = True
+    assert "causal=True" in repr(model).splitlines()[1]
+    model.save_pretrained(tmp_path)
+    assert UNet3D.from_pretrained(tmp_path).causal
+    with pytest.warns(UserWarning, match="causal=False is assumed"):
+        assert not UNet3D.from_unet3d(model.state_dict(), time_input="index").causal
+    assert UNet3D.from_unet3d(model.state_dict(), time_input="index", causal=True).causal
+    with pytest.raises(ValueError, match="causal=True needs norm_per_frame"):
+        UNet3D(8, dim_mults=(1, 2), attn_heads=2).causal = True
+    with pytest.raises(TypeError, match="pad must be a bool"):
+        model.pad = "no"
