@@ -262,7 +262,8 @@ def check(
         rate = f"{r.fps:.4g}" if r.fps else ""
         turned = f"{r.rotation}" if r.rotation else ""
         name = str(Path(r.path).relative_to(folder))
-        table.add_row(name, str(r.frames), rate, size, turned, r.codec or "", r.problem or "")
+        problem = (r.problem or "").removeprefix(f"{r.path} ")  # the row has the name
+        table.add_row(name, str(r.frames), rate, size, turned, r.codec or "", problem)
     if table.row_count:
         Console().print(table)
     frames = sum(r.frames for r in reports)

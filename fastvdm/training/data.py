@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastvdm.diffusion.joint import JointDataset
 from fastvdm.training.config import TrainConfig
 from fastvdm.training.order import Batches, OrderedSamples, Place, Told, View, collate, hold_out
 from fastvdm.training.stopping import leave_signals_to_the_trainer
-from fastvdm.video import VideoFolder, video_fps
+from fastvdm.video import VideoFolder, VideoReadError, video_fps
 
 
 class Data:
@@ -51,6 +52,9 @@ class Data:
             dataset, validation = hold_out(dataset, c.holdout, c.seed)
         self.samples = self._ordered(dataset)
         self.held = None if validation is None else self._ordered(validation)
+        if c.holdout and self.held is not None and not _has_any(self.held):
+            warnings.warn("no video that is held out can be read: nothing to look at", stacklevel=2)
+            self.held = None
         self.cond_dim = self._check_conditions()
 
     def _ordered(self, data: Any) -> OrderedSamples:
@@ -133,6 +137,15 @@ def next_batch(batches: Iterator[Any]) -> Any:
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _has_any(samples: OrderedSamples) -> bool:
+    """Whether a clip can be read."""
+    try:
+        samples[Place(0, 0)]
+    except (VideoReadError, OSError):
+        return False
+    return True
 
 
 def _first_condition(samples: OrderedSamples) -> Any:

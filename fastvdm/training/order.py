@@ -146,7 +146,9 @@ class OrderedSamples(Dataset):
             clip, condition = item if isinstance(item, tuple | list) else (item, None)
             self._check(chosen, clip)
             return Sample(clip, _condition(condition), bad)
-        raise VideoReadError(f"{len(bad)} videos in a row cannot be read, the last: {bad[-1][1]}")
+        count = len(self.keys)
+        which = f"none of {count} videos" if len(bad) == count else f"not one of {len(bad)} videos"
+        raise VideoReadError(f"{which} can be read, the last: {bad[-1][1]}")
 
     def _candidates(self, index: int, where: tuple[int, ...]) -> Iterator[int]:
         """The item itself, then others, none twice: all of a small data set."""

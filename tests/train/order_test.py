@@ -128,7 +128,7 @@ def test_a_bad_item_is_replaced_in_the_same_way_everywhere():
     assert all(torch.equal(again[Place(1, i)].clip, first[i].clip) for i in reversed(range(8)))
     assert sum(bool(s.bad) for s in first) == 2
     assert all("is not a readable video" in error for s in first for _, error in s.bad)
-    with pytest.raises(VideoReadError, match="in a row cannot be read, the last: "):
+    with pytest.raises(VideoReadError, match="none of 2 videos can be read, the last: "):
         ordered(Named("ab", bad="ab"))[Place(0, 0)]
     strict = OrderedSamples(data, 7, (3, 1, 2, 2), bad_clips="error")
     with pytest.raises(VideoReadError):
@@ -245,4 +245,22 @@ def test_images_of_other_videos_may_be_bad_too(tmp_path, clips):
     assert len(folder) == 7
     with pytest.warns(UserWarning, match="skipped"):
         train(config(tmp_path / "run", data, num_images=3))
+    assert len(read_log(tmp_path / "run" / "log.csv")) == 8
+
+
+def test_a_held_out_video_that_is_broken_ends_no_run(tmp_path, clips):
+    data = tmp_path / "data"
+    shutil.copytree(clips, data)
+    names = [p.name for p in sorted(data.iterdir())]
+    for share in (0.1, 0.2, 0.3, 0.4):
+        try:
+            held = hold_out(VideoFolder(data, 2, 8), share, 0)[1]
+        except ValueError:
+            continue
+        break
+    assert 0 < len(held) < len(names)
+    for name, _ in held.identities:
+        (data / name).write_bytes(b"no video")
+    with pytest.warns(UserWarning, match="no video that is held out can be read"):
+        train(config(tmp_path / "run", data, holdout=share, validate_every=2))
     assert len(read_log(tmp_path / "run" / "log.csv")) == 8
