@@ -262,7 +262,7 @@ def check(
         rate = f"{r.fps:.4g}" if r.fps else ""
         turned = f"{r.rotation}" if r.rotation else ""
         name = str(Path(r.path).relative_to(folder))
-        problem = (r.problem or "").removeprefix(f"{r.path} ")  # the row has the name
+        problem = (r.problem or "").removeprefix(f"{Path(r.path).absolute()} ")
         table.add_row(name, str(r.frames), rate, size, turned, r.codec or "", problem)
     if table.row_count:
         Console().print(table)

@@ -122,7 +122,9 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             decoder.thread_type = "AUTO" if decoder.thread_count > 1 else "NONE"
             yield container, stream, decoder
     except av.error.FFmpegError as error:
-        raise VideoReadError(f"{path} is not a readable video: {error}") from error
+        raise VideoReadError(
+            f"{path} is not a readable video: {error.strerror or error}"
+        ) from error
 
 
 def frame_index(path: str | os.PathLike[str]) -> Index:
