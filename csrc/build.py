@@ -1,7 +1,8 @@
 """Arguments for ``setup()`` that build ``fastvdm/_C``: libtorch stable ABI, one object per ISA.
 
 ``csrc/cpu/**/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set
-of the machine's family, for AMX where it has products on tiles, with its own ``-m`` flags and
+of the machine's family, for those that multiply bf16 where it has such products, with its own
+``-m`` flags and
 ``FASTVDM_ISA`` as its namespace; which of them runs is decided at run time
 (``csrc/cpu/common/isa.h``). Every other source is compiled once, for the baseline of the platform,
 so that the library loads on any CPU. No ``-march=native`` anywhere.
@@ -74,16 +75,20 @@ ISA_FLAGS = {
         "-mtune=skylake-avx512",
     ],
 }
-ISA_FLAGS["amx"] = ISA_FLAGS["avx512"]  # tiles.h writes the tile instructions in assembly
-TILED = ("temporal_block", "linear_attention_block")  # whose kernels have products on tiles
-ISA_MACROS = {"amx": [("FASTVDM_TILES", "1")]}
+# Kernels with bf16 products, and who has them; tiles.h writes the tile instructions in assembly.
+BF16 = ("temporal_block", "linear_attention_block")
+ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+ISA_MACROS = {
+    "avx512_bf16": [("FASTVDM_BF16", "1")],
+    "amx": [("FASTVDM_BF16", "1"), ("FASTVDM_TILES", "1")],
+}
 
-# For tests on a machine without AMX (make emulate-amx): the same kernels on AVX2, tile instructions
-# in plain C++.
-EMULATE_AMX = os.environ.get("FASTVDM_EMULATE_AMX", "0") == "1"
-if EMULATE_AMX:
-    ISA_FLAGS["amx"] = ISA_FLAGS["avx2"]
-    ISA_MACROS["amx"].append(("FASTVDM_EMULATE_AMX", "1"))
+# For tests on a machine without them (make emulate-bf16): the same kernels on AVX2, bf16 and tile
+# instructions in plain C++.
+EMULATE_BF16 = os.environ.get("FASTVDM_EMULATE_BF16", "0") == "1"
+if EMULATE_BF16:
+    ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = ISA_FLAGS["avx2"]
+    ISA_MACROS["amx"].append(("FASTVDM_EMULATE_TILES", "1"))
 
 SANITIZE = os.environ.get("FASTVDM_SANITIZE", "")  # "address,undefined"; see .ci/variant.py
 if SANITIZE:
@@ -96,8 +101,8 @@ def isas(kernel: str) -> list[str]:
     """The instruction sets that a file of kernels is compiled for on this platform."""
     if not X86:
         return ["portable"]
-    tiled = Path(kernel).name.startswith(TILED)
-    return [isa for isa in ISA_FLAGS if isa != "amx" or tiled]
+    products = Path(kernel).name.startswith(BF16)
+    return [isa for isa in ISA_FLAGS if isa not in ISA_MACROS or products]
 
 
 def compiler() -> str | None:
@@ -171,7 +176,7 @@ class BuildPerISA(build_ext):
         kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
         rest = [s for s in ext.sources if s not in kernels]
         ext.depends = [*ext.depends, *kernels]
-        variant = bool(SANITIZE) or EMULATE_AMX  # whose flags no time stamp shows
+        variant = bool(SANITIZE) or EMULATE_BF16  # whose flags no time stamp shows
         if not (self.force or variant) and not newer_group(
             [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
         ):
@@ -207,7 +212,7 @@ def build_arguments(sources: list[str]) -> dict[str, Any]:
     macros = [
         ("TORCH_TARGET_VERSION", TARGET_VERSION),
         ("FASTVDM_X86", "1" if X86 else "0"),
-        ("FASTVDM_EMULATE_AMX", "1" if EMULATE_AMX else "0"),
+        ("FASTVDM_EMULATE_BF16", "1" if EMULATE_BF16 else "0"),
     ]
     extension = Extension(
         "fastvdm._C",

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fastvdm.runtime import extension
+from fastvdm.runtime.config import CPU_ISAS
 
 # Smallest error that counts, relative to the largest reference value: a few ulps of the dtype, so
 # that a baseline which happens to be exact does not ask for the impossible.
@@ -263,7 +264,7 @@ def cpu_isas() -> list[str]:
     if extension.reason_off() is not None:
         return []
     found, before = [], torch.ops.fastvdm_C.cpu_isa()
-    for name in ("amx", "avx512", "avx2", "portable"):
+    for name in CPU_ISAS[1:]:
         try:
             found.append(extension.set_cpu_isa(name))
         except RuntimeError:

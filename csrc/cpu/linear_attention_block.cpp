@@ -125,7 +125,7 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.out = plan.out.data();
   a.v_t = plan.v_t.data();
   a.out_t = plan.out_t.data();
-  if (isa() == Isa::amx && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
+  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
 
   // One buffer for the matrices of as many frames as the bound allows.
   const int64_t rows = heads * dp, wide = heads * panel, split = a.splits;
@@ -211,8 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor n
   Tensor g = empty(x, {b, f, heads, d, x.size(4)}, ScalarType::Float);
   Tensor lse = empty(x, {b, f, heads, d}, ScalarType::Float);
   if (x.numel() == 0) return {y, g, lse};
-  const auto sum = FASTVDM_PICK_TILED(linear_block_sum), fold = FASTVDM_PICK_TILED(linear_block_fold);
-  const auto apply = FASTVDM_PICK_TILED(linear_block_apply);
+  const auto sum = FASTVDM_PICK_BF16(linear_block_sum), fold = FASTVDM_PICK_BF16(linear_block_fold);
+  const auto apply = FASTVDM_PICK_BF16(linear_block_apply);
   each_chunk(plan, x, nullptr, y, g, lse, [&](const LinearBlockArgs& a) {
     run(a, a.frames * a.splits, sum);
     run(a, a.frames, fold);
@@ -247,10 +247,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bloc
   for (int64_t i = 0; i < p.parts; ++i)
     grads[i] = {dnw.part(i), dnb.part(i), dob.part(i), dqk.part(i), dv.part(i), dout.part(i)};
   p.grads = grads.data();
-  const auto unfold = FASTVDM_PICK_TILED(linear_block_unfold);
-  const auto bwd_q = FASTVDM_PICK_TILED(linear_block_bwd_q);
-  const auto fold = FASTVDM_PICK_TILED(linear_block_bwd_fold);
-  const auto bwd_k = FASTVDM_PICK_TILED(linear_block_bwd_k);
+  const auto unfold = FASTVDM_PICK_BF16(linear_block_unfold);
+  const auto bwd_q = FASTVDM_PICK_BF16(linear_block_bwd_q);
+  const auto fold = FASTVDM_PICK_BF16(linear_block_bwd_fold);
+  const auto bwd_k = FASTVDM_PICK_BF16(linear_block_bwd_k);
   if (items > 0)
     each_chunk(plan, x, gradient, dx, g, lse, [&](const LinearBlockArgs& a) {
       run(a, a.frames, unfold);

@@ -40,7 +40,7 @@ struct LinearBlockArgs {
   float* dxn;  // (frames, pixels, cp)
   int64_t parts;
   LinearBlockGrads* grads;
-  // For bf16 on tile registers (tiles.h), else null. kp, dk: C and dp rounded up to 32.
+  // For bf16 where the CPU multiplies it (products.h), else null. kp, dk: C and dp rounded up to 32.
   int kp, dk;
   const uint16_t* qk_tiles;            // left operands (2, heads) of (dp, kp)
   const uint16_t *q_up, *k_up;         // backward: left operands (cp, heads dk)
@@ -69,14 +69,14 @@ inline int64_t linear_block_scratch(const LinearBlockArgs& a) {
 }
 
 // Forward: Σ exp(k - max) x̂ of a split; the frame's ctx and m; out of a split.
-FASTVDM_TILED(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_TILED(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_TILED(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
 // Backward: m again from g; what passes through q, by parts; dctx and dg; what passes through k.
-FASTVDM_TILED(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_TILED(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_TILED(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
+FASTVDM_DECLARE_BF16(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
                                            float*))
-FASTVDM_TILED(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
 
 }  // namespace fastvdm

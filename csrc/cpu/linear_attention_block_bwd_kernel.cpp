@@ -35,8 +35,8 @@ template <class T>
 void bwd_q(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) {
   const int64_t panel = linear_block_panel(a), items = a.frames * a.splits;
   const Scratch s = scratch_of<T>(a, memory);
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t part = begin; part < end; ++part) {
     const LinearBlockGrads grads = a.grads[part];
@@ -123,8 +123,8 @@ void bwd_k(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) 
   const int64_t panel = linear_block_panel(a), items = a.frames * a.splits;
   const Scratch s = scratch_of<T>(a, memory);
   const LayerNorm norm{a.channels, a.cp, a.eps, a.norm_weight, a.norm_bias};
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t part = begin; part < end; ++part) {
     const LinearBlockGrads grads = a.grads[part];

@@ -41,8 +41,8 @@ template <class T>
 void sum_k(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) {
   const int64_t panel = linear_block_panel(a);
   const Scratch s = scratch_of<T>(a, memory);
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t item = begin; item < end; ++item) {
     const Part p = part_of(a, item);
@@ -105,8 +105,8 @@ void apply(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) 
   const int64_t panel = linear_block_panel(a);
   const Scratch s = scratch_of<T>(a, memory);
   float* y = s.dy.rows;
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t item = begin; item < end; ++item) {
     const Part p = part_of(a, item);

@@ -9,7 +9,7 @@
 #include "common/gemm.h"
 #include "common/layer_norm.h"
 #include "linear_attention_block.h"
-#include "common/tiles.h"
+#include "common/products.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
@@ -34,7 +34,7 @@ template <class T>
 FASTVDM_INLINE Scratch scratch_of(const LinearBlockArgs& a, float* memory) {
   const int64_t rows = a.rows, wide = rows * a.cp, head = rows * a.dp;
   Scratch s{};
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (sizeof(T) == 2 && a.qk_tiles != nullptr) {
     const int64_t deep = rows * a.kp, heads = rows * a.heads * a.dk;
     s.x.rows_tiles = (bf16*)memory;
@@ -82,7 +82,7 @@ FASTVDM_INLINE void transpose(const float* from, int rows, int columns, int64_t 
 FASTVDM_INLINE void finish(const LinearBlockArgs& a, const Operand& o, int n) {
   memset(o.rows + (int64_t)n * a.cp, 0, sizeof(float) * (a.rows - n) * a.cp);
   transpose(o.rows, a.rows, a.cp, a.cp, o.across, a.rows);
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (o.rows_tiles == nullptr) return;
   pack_pairs(o.rows, a.cp, a.rows, a.rows, a.cp, o.rows_tiles, (int64_t)16 * a.rows);
   pack_pairs(o.across, a.rows, a.cp, a.kp, a.rows, o.across_tiles, (int64_t)16 * a.kp);
@@ -115,9 +115,9 @@ FASTVDM_INLINE void load_dy(const LinearBlockArgs& a, const Scratch& s, int64_t 
 // t (dp, rows) = w oᵀ, w a panel.
 FASTVDM_INLINE void down(const LinearBlockArgs& a, const float* w, const uint16_t* w_tiles,
                          const Operand& o, float* t) {
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (o.across_tiles != nullptr) {
-    tile_gemm(a.dp, a.rows, a.channels, (const bf16*)w_tiles, a.kp, o.across_tiles, t, a.rows);
+    bf16_gemm(a.dp, a.rows, a.channels, (const bf16*)w_tiles, a.kp, o.across_tiles, t, a.rows);
     return;
   }
 #endif
@@ -127,10 +127,10 @@ FASTVDM_INLINE void down(const LinearBlockArgs& a, const float* w, const uint16_
 // panel += t o over n pixels; o is zero beyond them.
 FASTVDM_INLINE void outer(const LinearBlockArgs& a, const Scratch& s, const float* t, int n,
                           const Operand& o, float* panel) {
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (o.rows_tiles != nullptr) {
     round_rows(t, a.dp, a.rows, s.left, a.rows, a.rows);
-    tile_gemm(a.dp, a.cp, a.rows, s.left, a.rows, o.rows_tiles, panel, a.cp, true);
+    bf16_gemm(a.dp, a.cp, a.rows, s.left, a.rows, o.rows_tiles, panel, a.cp, true);
     return;
   }
 #endif
@@ -141,7 +141,7 @@ FASTVDM_INLINE void outer(const LinearBlockArgs& a, const Scratch& s, const floa
 // behind the heads, multiplies.
 FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n, const float* w,
                        float* y, bool accumulate, bf16* all) {
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (all != nullptr) {
     pack_pairs(t, a.rows, a.d, a.dk, a.rows, all + (int64_t)16 * head * a.dk,
                (int64_t)16 * a.heads * a.dk);
@@ -156,12 +156,12 @@ FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n
 FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* left,
                            const bf16* all2, const uint16_t* left2, int n, float* work,
                            float* transposed, float* y, bool accumulate) {
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (all == nullptr) return;
   const int depth = a.heads * a.dk;
-  tile_gemm(a.cp, a.rows, depth, (const bf16*)left, depth, all, work, a.rows);
+  bf16_gemm(a.cp, a.rows, depth, (const bf16*)left, depth, all, work, a.rows);
   if (all2 != nullptr)
-    tile_gemm(a.cp, a.rows, depth, (const bf16*)left2, depth, all2, work, a.rows, true);
+    bf16_gemm(a.cp, a.rows, depth, (const bf16*)left2, depth, all2, work, a.rows, true);
   transpose(work, a.cp, a.rows, a.rows, transposed, a.cp);
   for (int64_t i = 0; i < (int64_t)n * a.cp; i += VL)
     store(y + i, accumulate ? load(y + i) + load(transposed + i) : load(transposed + i));
@@ -193,7 +193,7 @@ FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
 // (cp, heads dk).
 FASTVDM_INLINE void make_left(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
                               uint16_t* transposed) {
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   const int64_t panel = linear_block_panel(a), depth = (int64_t)a.heads * a.dk;
   memset(transposed, 0, sizeof(bf16) * a.cp * depth);
   for (int h = 0; h < a.heads; ++h) {

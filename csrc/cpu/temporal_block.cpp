@@ -152,7 +152,7 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.out_t = plan.out_t.data();
   a.qkv = plan.qkv.data();
   a.out = plan.out.data();
-  if (isa() == Isa::amx && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
+  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
 }
 
 }  // namespace
@@ -170,7 +170,7 @@ Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Ten
   if (x.numel() == 0) return y;
   a.parts = a.tiles;
   const int64_t words = block_scratch(a, false);
-  const auto kernel = FASTVDM_PICK_TILED(temporal_block_fwd);
+  const auto kernel = FASTVDM_PICK_BF16(temporal_block_fwd);
   torch::stable::parallel_for(0, a.parts, 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(words * sizeof(float))));
   });
@@ -210,7 +210,7 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
                 dout.part(i), dob.part(i), attn.part(i)};
   a.grads = grads.data();
   const int64_t scratch_words = block_scratch(a, true);
-  const auto kernel = FASTVDM_PICK_TILED(temporal_block_bwd);
+  const auto kernel = FASTVDM_PICK_BF16(temporal_block_bwd);
   torch::stable::parallel_for(0, a.parts, 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(scratch_words * sizeof(float))));
   });

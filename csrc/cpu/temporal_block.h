@@ -2,6 +2,8 @@
 // is `pixels` neighbouring pixels of one video with all their frames, rows ordered [pixel][frame].
 #pragma once
 
+#include <algorithm>
+
 #include "common/attention.h"
 #include "common/isa.h"
 
@@ -37,7 +39,7 @@ struct BlockArgs {
   const float* qkv;                      // backward: (heads, 3, dp, cp)
   const float* out;                      // backward: (heads, channels, dp)
   BlockGrads* grads;                     // backward: one set per part
-  // For bf16 on tile registers (tiles.h), else null: the same weights packed as B of
+  // For bf16 where the CPU multiplies it (products.h), else null: the same weights packed as B of
   int kp, dk;                  // products of depth kp and dk: channels and dp rounded up to 32
   const uint16_t* qkv_tiles;   // xn -> q, k or v: (heads, 3) of (kp, dp)
   const uint16_t* out_tiles;   // o -> y: (heads dk, cp)
@@ -61,10 +63,11 @@ inline int64_t block_tile_scratch(const BlockArgs& a, bool backward) {
 inline int64_t block_scratch(const BlockArgs& a, bool backward) {
   const int64_t rows = block_rows(a), wide = rows * a.cp, head = rows * a.t.dp;
   return block_tile_scratch(a, backward) +
-         (backward ? 4 * wide + 8 * head + 2 * rows : 2 * wide + 4 * head) + attention_work(a.t);
+         (backward ? 4 * wide + 8 * head + 2 * rows : 2 * wide + 4 * head) +
+         std::max(attention_work(a.t), attention_dots_work(a.t));
 }
 
-FASTVDM_TILED(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_TILED(void temporal_block_bwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void temporal_block_fwd(const BlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void temporal_block_bwd(const BlockArgs&, int64_t begin, int64_t end, float*))
 
 }  // namespace fastvdm

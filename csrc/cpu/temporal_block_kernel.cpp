@@ -2,9 +2,9 @@
 // residual stay in L1/L2, only x is read and y written. The backward recomputes all of it from x.
 #include "temporal_block.h"
 
-#include "common/attention_kernel.h"
+#include "common/attention_dots.h"
 #include "common/layer_norm.h"
-#include "common/tiles.h"
+#include "common/products.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
@@ -45,7 +45,7 @@ FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, floa
   }
 }
 
-// The bf16 operands of tile products, or nothing where they run in fp32: rows of the normalised x
+// The bf16 operands of products, or nothing where they run in fp32: rows of the normalised x
 // and of dy (rows, kp), and of what all heads give, o (rows, heads dk) or dq, dk, dv (rows, 3 heads
 // dk).
 struct Operands {
@@ -57,7 +57,7 @@ struct Operands {
 template <class T>
 FASTVDM_INLINE Operands operands(const BlockArgs& a, float* scratch, bool backward) {
   Operands m;
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (sizeof(T) == 2 && a.qkv_tiles != nullptr) {
     const int64_t wide = block_rows(a) * a.kp;
     m.xn = (bf16*)scratch;
@@ -74,9 +74,9 @@ FASTVDM_INLINE void project(const BlockArgs& a, const Operands& m, int rows, con
                             int head, int which, float* to) {
   const int dp = a.t.dp;
   const int64_t at = (int64_t)head * 3 + which;
-#if FASTVDM_TILES
+#if FASTVDM_BF16
   if (m.xn != nullptr)
-    tile_gemm(rows, dp, a.channels, m.xn, a.kp, (const bf16*)a.qkv_tiles + at * a.kp * dp, to, dp);
+    bf16_gemm(rows, dp, a.channels, m.xn, a.kp, (const bf16*)a.qkv_tiles + at * a.kp * dp, to, dp);
   else
 #endif
     gemm<false>(rows, dp, a.channels, xn, a.cp, a.qkv_t + at * a.channels * dp, dp, to, dp, false);
@@ -115,13 +115,19 @@ FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int fi
       }
 }
 
-FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Tile& t, int head, int attending,
-                                const float* q, const float* k, const float* v, float* o,
+FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Operands& m, const Tile& t, int head,
+                                int attending, const float* q, const float* k, const float* v, float* o,
                                 float* work) {
   if (attending < a.frames) identity(a, t, head, attending, v, o);
   if (attending == 0) return;
   for (int p = 0; p < t.pixels; ++p) {
     const int64_t at = (int64_t)p * a.frames * a.t.dp;
+#if FASTVDM_BF16
+    if (m.xn != nullptr && has_dots(a.t)) {
+      attend_dots(a.t, head, q + at, k + at, v + at, o + at, work);
+      continue;
+    }
+#endif
     attend(a.t, head, q + at, q + at, k + at, v + at, o + at, work, nullptr);
   }
 }
@@ -133,8 +139,8 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   float *xn = scratch + block_tile_scratch(a, false), *y = xn + rows * cp, *q = y + rows * cp;
   float *k = q + rows * dp, *v = k + rows * dp, *o = v + rows * dp, *work = o + rows * dp;
   const Operands m = operands<T>(a, scratch, false);
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t i = a.tiles * begin / a.parts; i < a.tiles * end / a.parts; ++i) {
     const Tile t = tile_of(a, i);
@@ -149,15 +155,15 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
         rotate_rows(a, t, k);
       }
       project(a, m, t.rows, xn, h, 2, v);
-      attend_tile(a, t, h, attending, q, k, v, o, work);
+      attend_tile(a, m, t, h, attending, q, k, v, o, work);
       if (m.xn != nullptr)
         round_rows(o, t.rows, dp, m.heads + h * a.dk, m.width, a.dk);
       else
         gemm<false>(t.rows, cp, a.t.d, o, dp, a.out_t + (int64_t)h * dp * cp, cp, y, cp, h > 0);
     }
-#if FASTVDM_TILES
+#if FASTVDM_BF16
     if (m.xn != nullptr)
-      tile_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.out_tiles, y, cp);
+      bf16_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.out_tiles, y, cp);
 #endif
     for (int r = 0; r < t.rows; ++r) {
       const int64_t at = row_at(a, t, r);
@@ -175,8 +181,8 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
   float *dout = o + head, *dq = dout + head, *dk = dq + head, *dv = dk + head, *rstd = dv + head;
   float* work = rstd + 2 * rows;
   const Operands m = operands<T>(a, scratch, true);
-#if FASTVDM_TILES
-  const TileScope scope;
+#if FASTVDM_BF16
+  const ProductScope scope;
 #endif
   for (int64_t part = begin; part < end; ++part) {
     const BlockGrads g = a.grads[part];
@@ -199,15 +205,15 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
           rotate_rows(a, t, k);
         }
         project(a, m, t.rows, xn, h, 2, v);
-#if FASTVDM_TILES
+#if FASTVDM_BF16
         if (m.xn != nullptr)
-          tile_gemm(t.rows, dp, C, m.dy, a.kp, (const bf16*)a.dout_tiles + (int64_t)h * a.kp * dp,
+          bf16_gemm(t.rows, dp, C, m.dy, a.kp, (const bf16*)a.dout_tiles + (int64_t)h * a.kp * dp,
                     dout, dp);
         else
 #endif
           gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
         if (g.out != nullptr) {
-          attend_tile(a, t, h, attending, q, k, v, o, work);
+          attend_tile(a, m, t, h, attending, q, k, v, o, work);
           gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
         }
         if (attending < a.frames) {
@@ -225,6 +231,13 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
         if (attending > 0)
           for (int p = 0; p < t.pixels; ++p) {
             const int64_t at = (int64_t)p * a.frames * dp;
+#if FASTVDM_BF16
+            if (m.xn != nullptr && has_dots(a.t)) {
+              attend_bwd_dots(a.t, g.attn, h, q + at, k + at, v + at, dout + at, dq + at, dk + at,
+                              dv + at, work);
+              continue;
+            }
+#endif
             attend_bwd(a.t, g.attn, h, q + at, q + at, k + at, v + at, dout + at, dq + at, dk + at,
                        dv + at, work);
           }
@@ -241,9 +254,9 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
           if (g.qkv_bias != nullptr) add_columns(parts[w], t.rows, dp, g.qkv_bias + at * dp);
         }
       }
-#if FASTVDM_TILES
+#if FASTVDM_BF16
       if (m.xn != nullptr)
-        tile_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.dqkv_tiles, dxn, cp);
+        bf16_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.dqkv_tiles, dxn, cp);
 #endif
       const LayerNorm norm{C, cp, a.eps, a.norm_weight, a.norm_bias};
       for (int r = 0; r < t.rows; ++r) {

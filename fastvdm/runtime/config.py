@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 BACKENDS = ("auto", "reference", "triton", "cpu")
-CPU_ISAS = ("auto", "amx", "avx512", "avx2", "portable")
+CPU_ISAS = ("auto", "amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 def _choice(name: str, allowed: tuple[str, ...]) -> str:

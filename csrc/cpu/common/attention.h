@@ -26,6 +26,12 @@ inline int64_t attention_work(const AttnTables& t) {
          3 * rel * lanes + 4 * lanes;
 }
 
+// The same of the core with bf16 products.
+inline int64_t attention_dots_work(const AttnTables& t) {
+  const int64_t lanes = 16, np = t.np, dp = t.dp;
+  return 3 * np * dp + 2 * dp * lanes + 3 * np * lanes;
+}
+
 // Gradients that are summed over sequences, as the kernels accumulate them; null where not wanted.
 struct AttnGrads {
   float* bias_t;  // (heads, n, np)

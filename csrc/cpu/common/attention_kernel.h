@@ -49,19 +49,11 @@ FASTVDM_NOINLINE void bucket(const float* p, float* w, int n, int i0, int lanes,
     for (int l = 0; l < lanes; ++l) w[rel_row(j, i0 + l, length) * VL + l] += p[j * VL + l];
 }
 
-// Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
-// (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
-FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
-                                  const float* qt_plain, const float* k, float* p, float* g,
-                                  float* lse) {
+// Logits p (n, VL), of VL queries in the lanes from i0 on, to normalised probabilities, in place. Scales
+// and adds the bias first. Returns log Σ exp in lse where wanted.
+template <int DEGREE>
+FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* p, float* lse) {
   const int n = t.n;
-  gemm<false>(n, VL, t.d, k, t.dp, qt, VL, p, VL, false);
-  if (t.rel_k != nullptr) {
-    const float* table =
-        t.rel_k + (t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * t.dp : 0);
-    gemm<false>(t.rel_k_length, VL, t.d, table, t.dp, qt_plain, VL, g, VL, false);
-    add_relative(p, g, n, i0, t.rel_k_length);
-  }
   const vf lowest = splat(-3.0e38f);
   vf m = lowest;
   if (t.bias_t != nullptr) {
@@ -80,7 +72,7 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
   }
   vf sum = {};
   if (t.bias_t == nullptr) {
-    sum = vexp_rows(p, VL, n, m);
+    sum = vexp_rows<DEGREE>(p, VL, n, m);
   } else {  // a bias of -inf masks exactly
     constexpr int U = 4;
     for (int j = 0; j < n; j += U) {
@@ -90,7 +82,7 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
         s[i] = load(p + (j + i < n ? j + i : n - 1) * VL);
         e[i] = s[i] - m;
       }
-      vexp_each(e);
+      vexp_each<U, DEGREE>(e);
       for (int i = 0; i < U && j + i < n; ++i) {
         const vf kept = s[i] < lowest ? vf{} : e[i];
         sum += kept;
@@ -106,6 +98,22 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
     store(ss, sum);
     for (int l = 0; l < VL && i0 + l < n; ++l) lse[i0 + l] = ms[l] + __builtin_logf(ss[l]);
   }
+}
+
+// Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
+// (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
+FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
+                                  const float* qt_plain, const float* k, float* p, float* g,
+                                  float* lse) {
+  const int n = t.n;
+  gemm<false>(n, VL, t.d, k, t.dp, qt, VL, p, VL, false);
+  if (t.rel_k != nullptr) {
+    const float* table =
+        t.rel_k + (t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * t.dp : 0);
+    gemm<false>(t.rel_k_length, VL, t.d, table, t.dp, qt_plain, VL, g, VL, false);
+    add_relative(p, g, n, i0, t.rel_k_length);
+  }
+  softmax_lanes<5>(t, head, i0, p, lse);
 }
 
 // out (n, dp) of one head; q, k are rotated, q_plain is not (the same pointer without rotary). All
@@ -131,6 +139,17 @@ FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, cons
       gemm<true>(lanes, dp, t.rel_v_length, g, VL, table, dp, out + (int64_t)i0 * dp, dp, true);
     }
   }
+}
+
+// Turns the gradients of rows [first, last) of a rotated operand back.
+FASTVDM_INLINE void turn_back(const AttnTables& t, float* x, int first, int last) {
+  if (t.cos == nullptr) return;
+  for (int64_t i = first * (int64_t)t.dp; i < last * (int64_t)t.dp; i += t.dp)
+    rotate_row(x + i, x + i, t.cos + i, t.sin + i, t.dp, -1.f);
+}
+
+FASTVDM_INLINE void scale_rows(const AttnTables& t, float* x) {
+  for (int64_t i = 0; i < (int64_t)t.n * t.dp; i += VL) store(x + i, load(x + i) * t.scale);
 }
 
 // Gradients of one head. dq, dk, dv (n, dp) are written, with respect to the unrotated q and k;
@@ -176,10 +195,7 @@ FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, in
         FASTVDM_STORE(at, 0, FASTVDM_LOAD(at, 0, lanes) + load(ds + j * VL), lanes);
       }
     }
-    for (int i = i0; i < i0 + lanes; ++i) {
-      float* r = dq + (int64_t)i * dp;
-      if (t.cos != nullptr) rotate_row(r, r, t.cos + i * dp, t.sin + i * dp, dp, -1.f);
-    }
+    turn_back(t, dq, i0, i0 + lanes);
     if (t.rel_k != nullptr) {
       bucket(ds, w, n, i0, lanes, t.rel_k_length);
       gemm<true>(lanes, dp, t.rel_k_length, w, VL, t.rel_k + rk, dp, dq + row, dp, true);
@@ -192,14 +208,9 @@ FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, in
       gemm<false>(t.rel_v_length, dp, lanes, w, VL, dout + row, dp, grads.rel_v + rv, dp, true);
     }
   }
-  for (int i = 0; i < n; ++i) {
-    float *a = dq + (int64_t)i * dp, *b = dk + (int64_t)i * dp;
-    if (t.cos != nullptr) rotate_row(b, b, t.cos + i * dp, t.sin + i * dp, dp, -1.f);
-    for (int c = 0; c < dp; c += VL) {
-      store(a + c, load(a + c) * t.scale);
-      store(b + c, load(b + c) * t.scale);
-    }
-  }
+  turn_back(t, dk, 0, n);
+  scale_rows(t, dq);
+  scale_rows(t, dk);
 }
 
 }  // namespace

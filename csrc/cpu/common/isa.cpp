@@ -41,8 +41,9 @@ Isa best() {
     return Isa::portable;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
     static const bool amx = has_amx();
-    return amx ? Isa::amx : Isa::avx512;
+    return amx ? Isa::amx : Isa::avx512_bf16;
   }
   return Isa::avx2;
 #else
@@ -52,11 +53,11 @@ Isa best() {
 
 std::atomic<int> current{-1};
 
-const char* const kNames[] = {"portable", "avx2", "avx512", "amx"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 bool allowed(Isa isa) {
-#if FASTVDM_EMULATE_AMX
-  if (isa == Isa::amx) return best() >= Isa::avx2;  // built for it
+#if FASTVDM_EMULATE_BF16
+  if (isa >= Isa::avx512_bf16) return best() >= Isa::avx2;  // built for it
 #endif
   return isa <= best();
 }
@@ -83,7 +84,7 @@ std::string set_cpu_isa(std::string name) {
     current.store(static_cast<int>(best()), std::memory_order_relaxed);
     return kNames[static_cast<int>(isa())];
   }
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 5; ++i) {
     if (name != kNames[i]) continue;
     if (!allowed(static_cast<Isa>(i)))
       throw std::runtime_error("this machine or build has no " + name + " path, only " +
@@ -91,7 +92,7 @@ std::string set_cpu_isa(std::string name) {
     current.store(i, std::memory_order_relaxed);
     return name;
   }
-  throw std::runtime_error("cpu isa must be auto, amx, avx512, avx2 or portable, got '" + name + "'");
+  throw std::runtime_error("cpu isa must be auto, amx, avx512_bf16, avx512, avx2 or portable, got '" + name + "'");
 }
 
 std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }

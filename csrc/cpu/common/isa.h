@@ -6,12 +6,12 @@
 
 namespace fastvdm {
 
-// amx: avx512 with bf16 products on tile registers.
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+// avx512_bf16: avx512 with bf16 products; amx: the larger of them on tile registers.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The set in force: the best that the CPU and its operating system allow, or the one asked for.
 Isa isa();
-// name: auto | amx | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
+// name: auto | amx | avx512_bf16 | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
 // or this build lacks it.
 std::string set_cpu_isa(std::string name);
 std::string cpu_isa();
@@ -27,9 +27,9 @@ void* scratch(int64_t bytes);
 
 }  // namespace fastvdm
 
-// Declares a kernel in the namespace of each instruction set, and picks the one in force. Only where
-// products run on tiles has AMX an object of its own (TILED in csrc/build.py), declared by
-// FASTVDM_TILED; elsewhere it would repeat that of AVX-512.
+// Declares a kernel in the namespace of each instruction set, and picks the one in force. Only kernels
+// with bf16 products have objects of avx512_bf16 and amx (BF16 in csrc/build.py), declared by
+// FASTVDM_DECLARE_BF16; of the others these would repeat that of AVX-512.
 #define FASTVDM_DECLARE_IN(isa, signature) \
   namespace isa {                          \
   signature;                               \
@@ -39,24 +39,26 @@ void* scratch(int64_t bytes);
   FASTVDM_DECLARE_IN(portable, signature) \
   FASTVDM_DECLARE_IN(avx2, signature)     \
   FASTVDM_DECLARE_IN(avx512, signature)
-#define FASTVDM_TILED(signature) \
-  FASTVDM_DECLARE(signature)     \
+#define FASTVDM_DECLARE_BF16(signature)      \
+  FASTVDM_DECLARE(signature)                 \
+  FASTVDM_DECLARE_IN(avx512_bf16, signature) \
   FASTVDM_DECLARE_IN(amx, signature)
-#if FASTVDM_EMULATE_AMX  // the CPU may have no AVX-512
-#define FASTVDM_BESIDE_TILES(fn) avx2::fn
+#if FASTVDM_EMULATE_BF16  // the CPU may have no AVX-512
+#define FASTVDM_BESIDE_BF16(fn) avx2::fn
 #else
-#define FASTVDM_BESIDE_TILES(fn) avx512::fn
+#define FASTVDM_BESIDE_BF16(fn) avx512::fn
 #endif
-#define FASTVDM_PICK_WITH(amx_fn, fn)                    \
-  (::fastvdm::isa() == ::fastvdm::Isa::amx      ? amx_fn     \
-   : ::fastvdm::isa() == ::fastvdm::Isa::avx512 ? avx512::fn \
-   : ::fastvdm::isa() == ::fastvdm::Isa::avx2   ? avx2::fn   \
-                                                : portable::fn)
-#define FASTVDM_PICK(fn) FASTVDM_PICK_WITH(FASTVDM_BESIDE_TILES(fn), fn)
-#define FASTVDM_PICK_TILED(fn) FASTVDM_PICK_WITH(amx::fn, fn)
+#define FASTVDM_PICK_WITH(amx_fn, bf16_fn, fn)                   \
+  (::fastvdm::isa() == ::fastvdm::Isa::amx           ? amx_fn     \
+   : ::fastvdm::isa() == ::fastvdm::Isa::avx512_bf16 ? bf16_fn    \
+   : ::fastvdm::isa() == ::fastvdm::Isa::avx512      ? avx512::fn \
+   : ::fastvdm::isa() == ::fastvdm::Isa::avx2        ? avx2::fn   \
+                                                     : portable::fn)
+#define FASTVDM_PICK(fn) FASTVDM_PICK_WITH(FASTVDM_BESIDE_BF16(fn), FASTVDM_BESIDE_BF16(fn), fn)
+#define FASTVDM_PICK_BF16(fn) FASTVDM_PICK_WITH(amx::fn, avx512_bf16::fn, fn)
 #else
 #define FASTVDM_DECLARE(signature) FASTVDM_DECLARE_IN(portable, signature)
-#define FASTVDM_TILED FASTVDM_DECLARE
+#define FASTVDM_DECLARE_BF16 FASTVDM_DECLARE
 #define FASTVDM_PICK(fn) (portable::fn)
-#define FASTVDM_PICK_TILED FASTVDM_PICK
+#define FASTVDM_PICK_BF16 FASTVDM_PICK
 #endif

@@ -1,11 +1,11 @@
 // Products of bf16 matrices on the tile registers of AMX, for operands in L1 or L2. Only compiled
-// into objects whose instruction set has them (FASTVDM_TILES); with FASTVDM_EMULATE_AMX the five
+// into objects whose instruction set has them (FASTVDM_TILES); with FASTVDM_EMULATE_TILES the five
 // instructions are plain C++, so that any machine can run the tests.
 //
 // A tile holds 16 rows of 64 bytes: A 16 x 32 bf16, B 16 pairs of k x 16 columns, C 16 x 16 fp32.
 #pragma once
 
-#include "vec.h"
+#include "dots.h"
 
 #if FASTVDM_TILES
 
@@ -16,7 +16,7 @@ namespace {
 constexpr int kTileK = 32;        // depth of one tile product
 constexpr int kTileWords = 512;   // bf16 of a tile
 
-#if FASTVDM_EMULATE_AMX
+#if FASTVDM_EMULATE_TILES
 
 thread_local float tile_memory[8][16][16];
 
@@ -90,21 +90,6 @@ struct TileScope {
 };
 
 #endif
-
-// Packs `rows` rows of fp32 (zero from there to `depth`, a multiple of 32) and their n columns as B:
-// panels of 16 columns, `panel` elements apart, of pairs of rows.
-FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int depth, int n, bf16* to,
-                               int64_t panel) {
-  for (int column = 0; column < n; column += 16)
-    for (int r = 0; r < depth; r += 2)
-      for (int c = 0; c < 16; c += VL) {
-        const float* at = from + r * ld + column + c;
-        vu bits = {};
-        if (r < rows) bits = bf16_bits(load(at));
-        if (r + 1 < rows) bits |= bf16_bits(load(at + ld)) << 16;
-        memcpy(to + column / 16 * panel + 16 * r + 2 * c, &bits, sizeof(bits));
-      }
-}
 
 // One block of 16 MT x 16 NT of C = A B over `steps` tiles of k.
 template <int MT, int NT>

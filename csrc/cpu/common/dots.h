@@ -1,0 +1,152 @@
+// Products of bf16 matrices with fp32 sums, for operands in L1 or L2: vdpbf16ps, which adds two
+// products to every lane, at twice the rate of fp32. Only compiled into objects whose instruction set
+// multiplies bf16 (FASTVDM_BF16); where the compiler has no such instruction, two fp32 products stand
+// for it, so that any machine can run the tests.
+//
+// A pair is two values that follow each other along k, in one 32-bit word. A is (M, K) row-major in
+// pairs, or k-major (word k * lda + m); B has the pairs of 16 columns side by side.
+#pragma once
+
+#include "gemm.h"
+
+#if FASTVDM_BF16
+
+namespace fastvdm {
+namespace FASTVDM_ISA {
+namespace {
+
+FASTVDM_INLINE vu load_words(const uint32_t* p) {
+  vu v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+FASTVDM_INLINE void store_words(uint32_t* p, vu v) { memcpy(p, &v, sizeof(v)); }
+
+// c + a₀b₀ + a₁b₁ for the pairs of each lane.
+FASTVDM_INLINE vf dot(vf c, vu a, vu b) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  const vu high = ((vu){} + 0xffff0000u);
+  c += (vf)(a << 16) * (vf)(b << 16);
+  return c + (vf)(a & high) * (vf)(b & high);
+#endif
+}
+
+FASTVDM_INLINE vu splat_word(uint32_t x) { return (vu){} + x; }
+
+// The pairs (low, high) of each lane.
+FASTVDM_INLINE vu pairs_of(vf low, vf high) {
+#if defined(__AVX512BF16__)
+  vh order[2];  // 0, 16, 1, 17, ...
+  for (int i = 0; i < 16; ++i)
+    for (int h = 0; h < 2; ++h) order[(2 * i + h) / 16][(2 * i + h) % 16] = (uint16_t)(i + 16 * h);
+  __m512i lanes;
+  memcpy(&lanes, order, sizeof(lanes));
+  return (vu)_mm512_permutexvar_epi16(lanes,
+                                      (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  return bf16_bits(low) | bf16_bits(high) << 16;
+#endif
+}
+
+// Packs `rows` rows of fp32 (zero from there to `depth`, which is even) and their n columns as B:
+// panels of 16 columns, `panel` elements apart, of pairs of rows.
+FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int depth, int n, bf16* to,
+                               int64_t panel) {
+  for (int column = 0; column < n; column += 16)
+    for (int r = 0; r < depth; r += 2)
+      for (int c = 0; c < 16; c += VL) {
+        const float* at = from + r * ld + column + c;
+        const vf low = r < rows ? load(at) : vf{}, high = r + 1 < rows ? load(at + ld) : vf{};
+        store_words((uint32_t*)(to + column / 16 * panel + 16 * r + 2 * c), pairs_of(low, high));
+      }
+}
+
+// Pairs along the columns, transposed: word (c, r) of `to` is columns 2c, 2c + 1 of row r, for VL rows
+// of dp columns. The rows from `rows` on are zero. tmp: VL * dp bf16.
+FASTVDM_INLINE void pairs_to_lanes(const float* from, int64_t ld, int rows, int dp, uint32_t* to,
+                                   bf16* tmp) {
+  for (int r = 0; r < VL; ++r)
+    for (int c = 0; c < dp; c += VL)
+      store(tmp + r * dp + c, r < rows ? load(from + r * ld + c) : vf{});
+  const float* words = (const float*)tmp;  // moved, never computed with
+  int c = 0;
+  for (; c + VL <= dp / 2; c += VL)
+    transpose_block(words + c, dp / 2, (float*)to + c * VL, VL);
+  for (; c < dp / 2; ++c)
+    for (int r = 0; r < VL; ++r) memcpy(to + c * VL + r, words + r * (dp / 2) + c, 4);
+}
+
+// B of a product: the first pair of column n of step k is at `data` + k step + n / 16 panel + n % 16.
+struct Pairs {
+  const uint32_t* data;
+  int64_t step, panel;
+};
+
+template <int MR, int NR, bool KM>
+FASTVDM_INLINE void dot_tile(int K, const uint32_t* A, int64_t lda, const Pairs& B, int n, float* C,
+                             int64_t ldc, bool accumulate) {
+  vf c[MR][NR];
+  const uint32_t* b[NR];
+#pragma GCC unroll 4
+  for (int j = 0; j < NR; ++j)
+    b[j] = B.data + (n + j * VL) / 16 * B.panel + (n + j * VL) % 16;
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) c[m][j] = vf{};
+  for (int k = 0; k < K; ++k) {
+    vu right[NR];
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) right[j] = load_words(b[j] + k * B.step);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const vu left = splat_word(KM ? A[m] : A[m * lda]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NR; ++j) c[m][j] = dot(c[m][j], left, right[j]);
+    }
+    A += KM ? lda : 1;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int j = 0; j < NR; ++j) {
+      float* to = C + m * ldc + j * VL;
+      store(to, accumulate ? load(to) + c[m][j] : c[m][j]);
+    }
+}
+
+template <int NR, bool KM, int MR>
+FASTVDM_NOINLINE void dot_panel(int M, int K, const uint32_t* A, int64_t lda, const Pairs& B, int n,
+                                float* C, int64_t ldc, bool accumulate) {
+  const int64_t step = KM ? 1 : lda;
+  int m = 0;
+  for (; m + MR <= M; m += MR)
+    dot_tile<MR, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+  for (; MR > 4 && m + 4 <= M; m += 4)
+    dot_tile<4, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+  for (; m + 2 <= M; m += 2)
+    dot_tile<2, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+  if (m < M) dot_tile<1, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+}
+
+// C (M, N) = or += A B over K pairs, N a multiple of 16; lda in words.
+template <bool KM>
+FASTVDM_INLINE void dot_gemm(int M, int N, int K, const uint32_t* A, int64_t lda, const Pairs& B,
+                             float* C, int64_t ldc, bool accumulate) {
+  int n = 0;
+  for (; N % (4 * VL) == 0 && n < N; n += 4 * VL)
+    dot_panel<4, KM, 6>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+  for (; n + 3 * VL <= N && N - n != 4 * VL; n += 3 * VL)
+    dot_panel<3, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+  for (; n + 2 * VL <= N; n += 2 * VL)
+    dot_panel<2, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+  if (n < N) dot_panel<1, KM, 16>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+}
+
+}  // namespace
+}  // namespace FASTVDM_ISA
+}  // namespace fastvdm
+
+#endif
