@@ -38,12 +38,13 @@ How to write ``bench/<stem>_bench.py``::
 interleaved, and gives each test its own rounds. Backward: a second function whose runs come from
 ``grads_of(fn, inputs, dy)``. The provider names of a function must be those of its contest.
 
-Options: ``--full`` (all cases, more rounds), ``--budget`` (seconds of timing per case),
-``--device``. A bench refuses to time while its op's tests are known to be red.
+Options: ``--full`` (all cases, more rounds; ``-k`` chooses among them), ``--budget`` (seconds of
+timing per case), ``--device``. A bench refuses to time while its op's tests are known to be red.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -73,7 +74,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.benchmark = True  # the baselines get the best algorithm of each shape
-    config.addinivalue_line("markers", "full: a case that runs only with --full")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -172,10 +172,15 @@ def machine_info(device: str) -> dict[str, Any]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
+    try:
+        openvino_version = importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        openvino_version = None
     info: dict[str, Any] = {
         "device": device,
         "torch": torch.__version__,
         "triton": triton_version,
+        "openvino": openvino_version,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -1,13 +1,18 @@
 """The whole network: the peer, plain torch in its best form, fastvdm. Forward and training step.
 
 "torch" is ``UNet3D`` on its reference backend: channels last, every convolution a 2-D one, nothing
-of ours but the layout. Compiled in bf16 it is the best that plain torch does.
+of ours but the layout. Compiled in bf16 it is the best that plain torch does. "peer-openvino" is
+the peer as OpenVINO compiles it for a CPU, where it is installed (``pip install ".[openvino]"``).
+
+"tiny" shows what Python and the dispatch cost. Networks of seconds run with --full, and -k chooses
+among them: ``pytest bench/unet_bench.py --full -k readme-24``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +26,14 @@ from torch import Tensor, nn
 from fastvdm import UNet3D, use_backend
 from fastvdm.ops._cost import Cost
 from fastvdm.runtime.extension import emulated
+from fastvdm.runtime.optional import require
 
 PROVIDERS = (
     "peer",
     "peer-bf16",
     "peer-compiled",
+    "peer-openvino",
+    "peer-openvino-bf16",
     "torch",
     "torch-compiled",
     "torch-bf16",
@@ -41,24 +49,31 @@ SLOW_TO_COMPILE = ("peer-compiled", "torch-compiled", "torch-bf16-compiled", "to
 
 @dataclass(frozen=True)
 class Net:
-    """A network and its input; batch on a GPU."""
+    """A network and its input."""
 
     dim: int
     dim_mults: tuple[int, ...]
     frames: int
     size: int
+    batch: int = 1  # on a CPU
     gpu_batch: int = 8
     preset: str = ""  # one of the paper's models instead, which the peer cannot be
 
 
 CASES = {
+    "tiny": Net(16, (1, 2), 4, 16, gpu_batch=1),
     "small": Net(32, (1, 2, 4), 8, 32),
     "readme": Net(64, (1, 2, 4, 8), 16, 64),  # the peer's README; about 4 s on two cores
+    "readme-32": Net(64, (1, 2, 4, 8), 16, 32),
+    "readme-9": Net(64, (1, 2, 4, 8), 9, 64),
+    "readme-24": Net(64, (1, 2, 4, 8), 24, 64),
+    "readme-batch-4": Net(64, (1, 2, 4, 8), 16, 64, batch=4, gpu_batch=4),
+    "dim-128": Net(128, (1, 2, 4, 8), 16, 64),
 }
+QUICK = ("tiny", "small")  # the others need --full
 # Of make gpu alone.
 LARGE = {
     "readme-1": Net(64, (1, 2, 4, 8), 16, 64, gpu_batch=1),
-    "dim-128": Net(128, (1, 2, 4, 8), 16, 64),
     "dim-256": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1),
     "ucf101": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1, preset="ucf101"),  # as the preset is
 }
@@ -86,7 +101,7 @@ class Setup:
         self.ours = ours.to(device)
         if device.startswith("cuda"):
             self.ours.to(memory_format=torch.channels_last)  # as docs/tools.md says
-        batch = net.gpu_batch if device.startswith("cuda") else 1
+        batch = net.gpu_batch if device.startswith("cuda") else net.batch
         shape = (batch, 3, net.frames, net.size, net.size)
         self.x = torch.randn(shape, device=device)
         self.target = torch.randn(shape, device=device)
@@ -122,6 +137,34 @@ def train(
     loss.backward()
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     return loss.detach(), x.grad, torch.nn.utils.get_total_norm(grads)
+
+
+def by_openvino(net: nn.Module, x: Tensor, time: Tensor, precision: str) -> Callable[[], Tensor]:
+    """``net(x, time)`` compiled by OpenVINO for these shapes, on as many threads as torch has."""
+    # Its telemetry sends from a thread, which would run while others are timed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    openvino = require("openvino", "openvino")
+    core = openvino.Core()
+    # The hint is no more than that: without bf16 something else would run under its name.
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Unavailable("OpenVINO has no bf16 on this CPU")
+    with torch.no_grad():
+        traced = torch.jit.trace(net.eval(), (x, time), check_trace=False)
+        model = openvino.convert_model(
+            traced, example_input=(x, time), input=[list(x.shape), list(time.shape)]
+        )
+    how = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(model, "CPU", how).create_infer_request()
+    given = {0: x.numpy(), 1: time.numpy()}
+
+    def run() -> Tensor:  # no copies at either end; a call overwrites the last one's result
+        return torch.from_numpy(request.infer(given, share_inputs=True, share_outputs=True)[0])
+
+    return run
 
 
 def contest(case: str, device: str, step: Step = forward) -> Contest:
@@ -166,6 +209,14 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
 
         return lambda: step(net, call, setup.x, setup.time, setup.target)
 
+    def theirs_in_openvino(name: str, precision: str) -> Callable[[], Any]:
+        if step is train:
+            raise Unavailable("OpenVINO has no backward pass")
+        if device != "cpu":
+            raise Unavailable("OpenVINO takes part on a CPU")
+        infos[name]["peak_mib"] = None  # it keeps its memory between calls: none would be seen
+        return by_openvino(setup.need_peer(), setup.x, setup.time, precision)
+
     def ours(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
         need_kernel("norm_act", device)
         return runner(lambda: copy.deepcopy(setup.ours), name, dtype, "auto", compile)
@@ -208,6 +259,8 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
             lambda: runner(setup.need_peer, "peer-compiled", fp32, compile=True),
             fp32,
         ),
+        "peer-openvino": (lambda: theirs_in_openvino("peer-openvino", "f32"), fp32),
+        "peer-openvino-bf16": (lambda: theirs_in_openvino("peer-openvino-bf16", "bf16"), bf16),
         "torch": (lambda: plain("torch", fp32), fp32),
         "torch-compiled": (lambda: plain("torch-compiled", fp32, True), fp32),
         "torch-bf16": (lambda: plain("torch-bf16", bf16), bf16),
@@ -239,24 +292,20 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
     )
 
 
-def providers(slow: tuple[str, ...]) -> list:
+def some(names: Iterable[str], slow: Container[str]) -> list:
     """All of them; those in ``slow`` only with --full."""
-    full = pytest.mark.full
-    return [pytest.param(p, marks=full) if p in slow else p for p in PROVIDERS]
-
-
-NETS = ["small", pytest.param("readme", marks=pytest.mark.full)]
+    return [pytest.param(n, marks=pytest.mark.full) if n in slow else n for n in names]
 
 
 # The peer compiles into 60 graphs, minutes on a slow core.
-@pytest.mark.parametrize("provider", providers(SLOW_TO_COMPILE[::2] + SLOW_TO_COMPILE[3:]))
-@pytest.mark.parametrize("case", NETS)
+@pytest.mark.parametrize("provider", some(PROVIDERS, SLOW_TO_COMPILE[::2] + SLOW_TO_COMPILE[3:]))
+@pytest.mark.parametrize("case", some(CASES, CASES.keys() - QUICK))
 def test_forward(race, case, provider):
     race(contest, case, provider)
 
 
 # Compiling a backward pass takes minutes on two cores.
-@pytest.mark.parametrize("provider", providers((*SLOW_TO_COMPILE, "fastvdm-bf16-compiled")))
-@pytest.mark.parametrize("case", NETS)
+@pytest.mark.parametrize("provider", some(PROVIDERS, (*SLOW_TO_COMPILE, "fastvdm-bf16-compiled")))
+@pytest.mark.parametrize("case", some(("small", "readme"), ("readme",)))
 def test_train(race, case, provider):
     race(contest, case, provider, step=train)

@@ -78,7 +78,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _machine_lines(machine: dict[str, Any]) -> list[str]:
     name = machine.get("gpu") or machine.get("cpu") or "an unnamed machine"
-    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton") if machine.get(k))
+    packages = ("torch", "triton", "openvino")
+    versions = ", ".join(f"{k} {machine[k]}" for k in packages if machine.get(k))
     lines = [
         f"## {name} ({machine.get('device', '?')})",
         "",

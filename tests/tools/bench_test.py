@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import unet_bench
 import waterfall
 from floor import network_costs
 from harness import (
@@ -21,6 +22,7 @@ from harness import (
     run_contest,
     summary,
 )
+from peer import peer_or_skip
 
 from fastvdm import UNet3D
 from fastvdm.ops._cost import Cost
@@ -144,7 +146,7 @@ def test_results_page(tmp_path: Path) -> None:
     }  # fmt: skip
     ours = row | {"provider": "fastvdm", "median_ms": 300.0, "ratio": 4.1, "fallbacks": ["why"]}
     benchmarks = [{"group": "unet-forward-small", "extra_info": r} for r in (row, ours)]
-    machine = {"device": "cpu", "torch": "2", "threads": 2, "commit": "abc"}
+    machine = {"device": "cpu", "torch": "2", "openvino": "3", "threads": 2, "commit": "abc"}
     data = {
         "machine_info": {"fastvdm": machine},
         "benchmarks": benchmarks,
@@ -155,6 +157,7 @@ def test_results_page(tmp_path: Path) -> None:
     page = waterfall.render(waterfall.load([source]), None)
     assert "| peer | float32 | 1234 | 1x | 0.01 | 2 | 12 | 1.0e-07 | 5 |  |" in page
     assert "**4.1x**" in page and "falls back: why" in page and "2026-01-02, commit abc" in page
+    assert "torch 2, openvino 3, 2 threads" in page
 
 
 def test_benches_collect_on_this_machine() -> None:
@@ -163,3 +166,18 @@ def test_benches_collect_on_this_machine() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "unet_bench.py::test_forward[small-fastvdm]" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (unet_bench.forward, "pip install 'fastvdm[openvino]'"),
+        (unet_bench.train, "OpenVINO has no backward pass"),
+    ],
+)
+def test_openvino_is_optional(step, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer_or_skip()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    names = ("peer-openvino", "peer-openvino-bf16")
+    results = run_contest(unet_bench.contest("tiny", "cpu", step), names=names, budget=0.0)
+    assert [why in results[n].skipped for n in names] == [True, True]
