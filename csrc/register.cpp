@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def("cpu_has_native(bool bf16) -> bool");
   m.def("set_packed_weights_limit(int bytes) -> int");
   m.def("packed_weights_state() -> (int, int, int, int)");
+  m.def("set_output_pool_limit(int bytes) -> int");
+  m.def("output_pool_bytes() -> int");
   m.def("linear_fwd_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_dx_cpu(Tensor dy, Tensor weight) -> Tensor");
   m.def(
@@ -77,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_has_native", TORCH_BOX(&fastvdm::cpu_has_native));
   m.impl("set_packed_weights_limit", TORCH_BOX(&fastvdm::set_packed_weights_limit));
   m.impl("packed_weights_state", TORCH_BOX(&fastvdm::packed_weights_state));
+  m.impl("set_output_pool_limit", TORCH_BOX(&fastvdm::set_output_pool_limit));
+  m.impl("output_pool_bytes", TORCH_BOX(&fastvdm::output_pool_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {

@@ -14,6 +14,9 @@ int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the limit b
 // Bytes kept, entries kept, weights known, calls served.
 std::tuple<int64_t, int64_t, int64_t, int64_t> packed_weights_state();
 
+int64_t set_output_pool_limit(int64_t bytes);  // of free memory kept; 0: off. Returns the limit before
+int64_t output_pool_bytes();
+
 std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTensor x_bias,
                                                 Tensor weight, OptTensor bias, OptTensor scale,
                                                 OptTensor shift, OptTensor residual,

@@ -40,6 +40,7 @@ class Config:
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
     cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
     packed_weights_mb: int = 1024  # FASTVDM_PACKED_WEIGHTS_MB: the C++ backend's weight cache
+    output_pool_mb: int = 512  # FASTVDM_OUTPUT_POOL_MB: freed memory it keeps for new outputs
 
     @staticmethod
     def from_env() -> Config:
@@ -48,6 +49,7 @@ class Config:
             strict=_flag("FASTVDM_STRICT"),
             cpu_isa=_choice("FASTVDM_CPU_ISA", CPU_ISAS),
             packed_weights_mb=_count("FASTVDM_PACKED_WEIGHTS_MB", 1024),
+            output_pool_mb=_count("FASTVDM_OUTPUT_POOL_MB", 512),
         )
 
 

@@ -36,6 +36,7 @@ def _load() -> str | None:
     # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
     torch.ops.fastvdm_C.set_cpu_isa(config.active.cpu_isa)
     torch.ops.fastvdm_C.set_packed_weights_limit(config.active.packed_weights_mb << 20)
+    torch.ops.fastvdm_C.set_output_pool_limit(config.active.output_pool_mb << 20)
     return None
 
 
@@ -47,8 +48,8 @@ def reason_off() -> str | None:
 
 
 def set_cpu_isa(name: str) -> str:
-    """Run the C++ backend on the given instruction set: "auto", "amx", "avx512", "avx2" or
-    "portable".
+    """Run the C++ backend on the given instruction set: "auto", "amx", "avx512_bf16", "avx512",
+    "avx2" or "portable".
 
     Returns:
         The instruction set now in force.

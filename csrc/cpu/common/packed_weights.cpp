@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <list>
 #include <map>
 #include <mutex>
-#include <string>
 #include <utility>
 
 #include "../launchers.h"
@@ -49,22 +47,11 @@ struct Cache {
   }
 };
 
-int64_t limit_from_environment() {
-  constexpr int64_t mib = 1 << 20;
-  const char* value = std::getenv("FASTVDM_PACKED_WEIGHTS_MB");
-  if (value == nullptr || *value == '\0') return 1024 * mib;
-  char* end = nullptr;
-  const long long given = std::strtoll(value, &end, 10);
-  STD_TORCH_CHECK(*end == '\0' && given >= 0 && given < (1LL << 40),
-                  "FASTVDM_PACKED_WEIGHTS_MB must be a number of MiB, got '", value, "'");
-  return given * mib;
-}
-
 // Never destroyed: at exit torch's allocator may be gone before a static of this library.
 Cache& cache() {
   static Cache& found = []() -> Cache& {
     auto* made = new Cache;
-    made->limit = limit_from_environment();
+    made->limit = megabytes_from_environment("FASTVDM_PACKED_WEIGHTS_MB", 1024);
 #if defined(__unix__) || defined(__APPLE__)
     // A fork while another thread holds the mutex would leave it locked in the child.
     pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },

@@ -1,31 +1,10 @@
 // Checks and small conversions that every launcher shares.
 #include "torch.h"
 
+#include <cstdlib>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastvdm {
-namespace {
-
-// A tensor of tens of megabytes is new memory at every call, and taking it page by page costs as
-// much as filling it. Where the system gives huge pages on request, this asks for them.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const auto from = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (from + page - 1) / page * page, last = (from + bytes) / page * page;
-  if (last >= first + 2 * page)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-}  // namespace
-
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -46,13 +25,6 @@ const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t n
   STD_TORCH_CHECK(t.numel() == numel, "fastvdm_C: ", name, " must have ", numel, " elements, got ",
                   t.numel());
   return t.const_data_ptr();
-}
-
-Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(
-      x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
 }
 
 std::vector<int64_t> sizes_of(const Tensor& x) {
@@ -118,6 +90,17 @@ Tensor from_doubles(const std::vector<double>& values, const Tensor& like) {
       STD_TORCH_CHECK(false, "fastvdm_C: a gradient must be floating");
   }
   return out;
+}
+
+int64_t megabytes_from_environment(const char* name, int64_t otherwise) {
+  constexpr int64_t mib = 1 << 20;
+  const char* value = std::getenv(name);
+  if (value == nullptr || *value == '\0') return otherwise * mib;
+  char* end = nullptr;
+  const long long given = std::strtoll(value, &end, 10);
+  STD_TORCH_CHECK(*end == '\0' && given >= 0 && given < (1LL << 40), name,
+                  " must be a number of MiB, got '", value, "'");
+  return given * mib;
 }
 
 }  // namespace fastvdm

@@ -22,7 +22,8 @@ using OptTensor = std::optional<Tensor>;
 DType dtype_of(const Tensor& x);
 // Throws unless t is a contiguous CPU tensor of `dtype` and `numel` elements.
 const void* input(const Tensor& t, const char* name, ScalarType dtype, int64_t numel);
-// New uninitialised tensor beside x.
+// New uninitialised tensor beside x, dense and of a floating type; a large one out of memory that is
+// kept between calls (outputs.cpp).
 Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype);
 std::vector<int64_t> sizes_of(const Tensor& x);
 // Values of a small tensor of any floating type and strides, in fp32; throws unless it has `numel`
@@ -32,6 +33,9 @@ std::vector<float> floats(const Tensor& given, const char* name, int64_t numel);
 std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, int64_t size);
 // Writes fp32 (or fp64) values into a new tensor shaped and typed as `like`.
 Tensor from_doubles(const std::vector<double>& values, const Tensor& like);
+
+// A number of MiB in the environment, in bytes; throws for what is none.
+int64_t megabytes_from_environment(const char* name, int64_t otherwise);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }

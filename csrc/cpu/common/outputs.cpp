@@ -1,0 +1,130 @@
+// Memory of large tensors, kept between calls: from the system it comes page by page, each of them
+// cleared, and a network frees it as fast as it asks for it. One pass over 8 MB of new memory took 9
+// to 11 ms where over used memory it took 2 (two threads of an EPYC Zen 4 in a virtual machine).
+#include <atomic>
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "torch.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace fastvdm {
+namespace {
+
+constexpr int64_t kLarge = 1 << 20;      // smaller ones the system's allocator keeps itself
+constexpr int64_t kHugePage = 1 << 21;
+
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::list<Block> free;  // the one given back last in front
+  std::atomic<int64_t> limit{0};
+  int64_t bytes = 0;
+};
+
+Pool& pool() {  // never destroyed: tensors may outlive every static
+  static Pool& found = []() -> Pool& {
+    auto* made = new Pool;
+    made->limit = megabytes_from_environment("FASTVDM_OUTPUT_POOL_MB", 512);
+#if defined(__unix__) || defined(__APPLE__)
+    // A fork while another thread holds the mutex would leave it locked in the child.
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                   [] { pool().mutex.unlock(); });
+#endif
+    return *made;
+  }();
+  return found;
+}
+
+// Eight sizes between powers of two, so that nearly equal tensors share blocks.
+int64_t size_class(int64_t bytes) {
+  int64_t step = kLarge / 8;
+  while (bytes > 16 * step) step *= 2;
+  return round_up(bytes, step);
+}
+
+void* take(int64_t bytes) {
+  Pool& p = pool();
+  {
+    const std::lock_guard lock(p.mutex);
+    for (auto it = p.free.begin(); it != p.free.end(); ++it) {
+      if (it->bytes != bytes) continue;
+      void* data = it->data;
+      p.free.erase(it);
+      p.bytes -= bytes;
+      return data;
+    }
+  }
+  void* data = std::aligned_alloc(bytes < kHugePage ? 64 : kHugePage, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+  return data;
+}
+
+void give_back(void* data, int64_t bytes) {
+  Pool& p = pool();
+  std::list<Block> out;
+  {
+    const std::lock_guard lock(p.mutex);
+    p.free.push_front({data, bytes});
+    p.bytes += bytes;
+    while (p.bytes > p.limit) {  // the oldest first
+      p.bytes -= p.free.back().bytes;
+      out.splice(out.end(), p.free, std::prev(p.free.end()));
+    }
+  }
+  for (const Block& block : out) std::free(block.data);
+}
+
+}  // namespace
+
+Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (int64_t size : sizes) bytes *= size;
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
+  if (bytes < kLarge || pool().limit == 0) return torch::stable::new_empty(x, shape, dtype);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  bytes = size_class(bytes);
+  return torch::stable::from_blob(take(bytes), shape, {strides.data(), strides.size()}, x.device(),
+                                  dtype, [bytes](void* data) { give_back(data, bytes); });
+}
+
+int64_t set_output_pool_limit(int64_t bytes) {
+  STD_TORCH_CHECK(bytes >= 0, "the limit of the output pool must be >= 0 bytes, got ", bytes);
+  Pool& p = pool();
+  std::list<Block> out;
+  int64_t before;
+  {
+    const std::lock_guard lock(p.mutex);
+    before = p.limit.exchange(bytes);
+    if (p.bytes > bytes) {
+      out.swap(p.free);
+      p.bytes = 0;
+    }
+  }
+  for (const Block& block : out) std::free(block.data);
+  return before;
+}
+
+int64_t output_pool_bytes() {
+  const std::lock_guard lock(pool().mutex);
+  return pool().bytes;
+}
+
+}  // namespace fastvdm
