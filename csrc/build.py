@@ -56,7 +56,8 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
     "-Wall",
-    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 header
+    "-Wno-maybe-uninitialized",  # GCC 12 reports its own AVX-512 headers
+    "-Wno-uninitialized",
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
@@ -76,8 +77,8 @@ ISA_FLAGS = {
     ],
 }
 # Kernels with bf16 products, and who has them; tiles.h writes the tile instructions in assembly.
-BF16 = ("temporal_block", "linear_attention_block")
-ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+BF16 = ("temporal_block", "linear_attention_block", "space_conv")
+ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mavx512vnni"]
 ISA_MACROS = {
     "avx512_bf16": [("FASTVDM_BF16", "1")],
     "amx": [("FASTVDM_BF16", "1"), ("FASTVDM_TILES", "1")],

@@ -62,6 +62,7 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   a.h = x.size(last - 2);
   a.w = x.size(last - 1);
   a.images = a.h * a.w > 0 ? pixels / (a.h * a.w) : 0;
+  a.fixed = isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
   a.tiles_w = ceil_div(a.w, tile);
   a.tiles_image = a.tiles_w * ceil_div(a.h, tile);
   a.tiles = a.images * a.tiles_image;
@@ -86,31 +87,42 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   const int64_t points = (tile + 2) * (tile + 2);
   // The points are a line more than a power of two apart: a step touches one line of each, and all
   // of them would share few sets of the L1.
-  a.u_point = cin * a.outp + 16;
-  const Tensor u = packed_weights(weight, 2 * tile + turned, [&] {
-    Tensor made = empty(x, {points, a.u_point}, ScalarType::Float);
+  const int64_t depth = a.fixed ? ceil_div(cin, 2) : cin;
+  a.u_point = depth * a.outp + 16;
+  const Tensor u = packed_weights(weight, 2 * tile + turned + (a.fixed ? 1 << 8 : 0), [&] {
+    Tensor made = empty(x, {points * a.u_point + a.outp}, ScalarType::Float);
     WinogradArgs to = a;
     to.u = static_cast<float*>(made.mutable_data_ptr());
-    const auto prepare = FASTVDM_PICK(winograd_weights);
-    torch::stable::parallel_for(0, cin, 16, [&](int64_t begin, int64_t end) {
-      prepare(to, begin, end);
-    });
+    to.u_scale = to.u + points * a.u_point;
+    if (a.fixed) {
+      const auto prepare = FASTVDM_PICK_BF16(winograd_fixed_weights);
+      const int64_t bytes = winograd_fixed_scratch(a) * sizeof(float);
+      torch::stable::parallel_for(0, a.outp / 16, 1, [&](int64_t begin, int64_t end) {
+        prepare(to, begin, end, static_cast<float*>(scratch(bytes)));
+      });
+    } else {
+      const auto prepare = FASTVDM_PICK_BF16(winograd_weights);
+      torch::stable::parallel_for(0, cin, 16, [&](int64_t begin, int64_t end) {
+        prepare(to, begin, end);
+      });
+    }
     return made;
   });
   a.u = static_cast<float*>(u.mutable_data_ptr());
+  a.u_scale = a.u + points * a.u_point;
   // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
   // stream past once per block, so the block is as large as the threads leave it. The result does
   // not depend on it: every tile is summed in the same order.
-  const int64_t tile_bytes = 4 * points * (a.cinp + a.outp);
+  const int64_t tile_bytes = points * ((a.fixed ? 2 : 4) * a.cinp + 4 * a.outp);
   int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
-  if (4 * points * cin * a.outp > (3 << 19)) {
+  if (4 * points * depth * a.outp > (3 << 19)) {
     const int64_t share = ceil_div(a.tiles, torch::stable::get_num_threads());
     block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
   }
   a.block = static_cast<int>(block);
-  a.v_point = block * a.cinp + 16;
+  a.v_point = block * a.cinp + (a.fixed ? 32 : 16);
   a.m_point = block * a.outp + 16;
-  const auto kernel = FASTVDM_PICK(winograd_conv);
+  const auto kernel = FASTVDM_PICK_BF16(winograd_conv);
   torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));
   });

@@ -1,5 +1,6 @@
 // What the launcher of the 3x3 convolution hands to its kernels: Winograd's minimal filtering
-// (Lavin & Gray 2016, arXiv 1509.09308), in fp32 whatever the storage.
+// (Lavin & Gray 2016, arXiv 1509.09308), in fp32 or, for bf16 where the CPU has dot products of
+// 16 bits, in fixed point.
 #pragma once
 
 #include <algorithm>
@@ -23,16 +24,26 @@ struct WinogradArgs {
   void* y;
   const float* bias;  // (outp), or null
   float* u;           // ((m + 2)², c1 + c2, outp): the transformed weights, in gemm.h's panels
+  bool fixed;         // integers instead (winograd_fixed.h): u has those of dots.h, and
+  float* u_scale;     // (outp): what an integer of an output channel is worth
 };
 
 inline int64_t winograd_scratch(const WinogradArgs& a) {
   const int64_t points = static_cast<int64_t>(a.m + 2) * (a.m + 2);
+  if (a.fixed)
+    return points * (a.cinp + 16 + a.block + a.v_point / 2 + a.m_point) + 64;
   return points * (a.v_point + a.m_point) + 64;
 }
 
 // Of input channels [begin, end).
-FASTVDM_DECLARE(void winograd_weights(const WinogradArgs&, int64_t begin, int64_t end))
+FASTVDM_DECLARE_BF16(void winograd_weights(const WinogradArgs&, int64_t begin, int64_t end))
+inline int64_t winograd_fixed_scratch(const WinogradArgs& a) {
+  return static_cast<int64_t>(a.m + 2) * (a.m + 2) * (a.c1 + a.c2 + 1) * 16;
+}
+// Of groups of 16 output channels, in fixed point.
+FASTVDM_DECLARE_BF16(void winograd_fixed_weights(const WinogradArgs&, int64_t begin, int64_t end,
+                                                 float*))
 // Of tile blocks [begin, end).
-FASTVDM_DECLARE(void winograd_conv(const WinogradArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void winograd_conv(const WinogradArgs&, int64_t begin, int64_t end, float*))
 
 }  // namespace fastvdm

@@ -33,6 +33,16 @@ FASTVDM_INLINE vf dot(vf c, vu a, vu b) {
 #endif
 }
 
+// The same of integers of 16 bits.
+FASTVDM_INLINE vi dot(vi c, vu a, vu b) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+  const vi x = (vi)a, y = (vi)b;
+  return c + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
 FASTVDM_INLINE vu splat_word(uint32_t x) { return (vu){} + x; }
 
 // The pairs (low, high) of each lane.
@@ -84,10 +94,10 @@ struct Pairs {
   int64_t step, panel;
 };
 
-template <int MR, int NR, bool KM>
+template <class Sum, int MR, int NR, bool KM>
 FASTVDM_INLINE void dot_tile(int K, const uint32_t* A, int64_t lda, const Pairs& B, int n, float* C,
                              int64_t ldc, bool accumulate) {
-  vf c[MR][NR];
+  Sum c[MR][NR];
   const uint32_t* b[NR];
 #pragma GCC unroll 4
   for (int j = 0; j < NR; ++j)
@@ -95,7 +105,7 @@ FASTVDM_INLINE void dot_tile(int K, const uint32_t* A, int64_t lda, const Pairs&
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int j = 0; j < NR; ++j) c[m][j] = vf{};
+    for (int j = 0; j < NR; ++j) c[m][j] = Sum{};
   for (int k = 0; k < K; ++k) {
     vu right[NR];
 #pragma GCC unroll 4
@@ -113,36 +123,40 @@ FASTVDM_INLINE void dot_tile(int K, const uint32_t* A, int64_t lda, const Pairs&
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) {
       float* to = C + m * ldc + j * VL;
-      store(to, accumulate ? load(to) + c[m][j] : c[m][j]);
+      Sum before = {};
+      if (accumulate) memcpy(&before, to, sizeof(before));
+      before += c[m][j];
+      memcpy(to, &before, sizeof(before));
     }
 }
 
-template <int NR, bool KM, int MR>
+template <class Sum, int NR, bool KM, int MR>
 FASTVDM_NOINLINE void dot_panel(int M, int K, const uint32_t* A, int64_t lda, const Pairs& B, int n,
                                 float* C, int64_t ldc, bool accumulate) {
   const int64_t step = KM ? 1 : lda;
   int m = 0;
   for (; m + MR <= M; m += MR)
-    dot_tile<MR, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+    dot_tile<Sum, MR, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
   for (; MR > 4 && m + 4 <= M; m += 4)
-    dot_tile<4, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+    dot_tile<Sum, 4, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
   for (; m + 2 <= M; m += 2)
-    dot_tile<2, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
-  if (m < M) dot_tile<1, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+    dot_tile<Sum, 2, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
+  if (m < M) dot_tile<Sum, 1, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
 }
 
-// C (M, N) = or += A B over K pairs, N a multiple of 16; lda in words.
-template <bool KM>
+// C (M, N) = or += A B over K pairs, N a multiple of 16; lda in words. Sum: vf of bf16, vi of integers,
+// whose C holds integers of 32 bits.
+template <bool KM, class Sum = vf>
 FASTVDM_INLINE void dot_gemm(int M, int N, int K, const uint32_t* A, int64_t lda, const Pairs& B,
                              float* C, int64_t ldc, bool accumulate) {
   int n = 0;
   for (; N % (4 * VL) == 0 && n < N; n += 4 * VL)
-    dot_panel<4, KM, 6>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+    dot_panel<Sum, 4, KM, 6>(M, K, A, lda, B, n, C + n, ldc, accumulate);
   for (; n + 3 * VL <= N && N - n != 4 * VL; n += 3 * VL)
-    dot_panel<3, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+    dot_panel<Sum, 3, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
   for (; n + 2 * VL <= N; n += 2 * VL)
-    dot_panel<2, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
-  if (n < N) dot_panel<1, KM, 16>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+    dot_panel<Sum, 2, KM, 8>(M, K, A, lda, B, n, C + n, ldc, accumulate);
+  if (n < N) dot_panel<Sum, 1, KM, 16>(M, K, A, lda, B, n, C + n, ldc, accumulate);
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ Isa best() {
     return Isa::portable;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni"))
+      return Isa::avx512;
     static const bool amx = has_amx();
     return amx ? Isa::amx : Isa::avx512_bf16;
   }
