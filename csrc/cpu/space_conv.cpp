@@ -90,7 +90,7 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   const int64_t depth = a.fixed ? ceil_div(cin, 2) : cin;
   a.u_point = depth * a.outp + 16;
   const Tensor u = packed_weights(weight, 2 * tile + turned + (a.fixed ? 1 << 8 : 0), [&] {
-    Tensor made = empty(x, {points * a.u_point + a.outp}, ScalarType::Float);
+    Tensor made = empty(x, {points * a.u_point + (a.fixed ? a.outp : 0)}, ScalarType::Float);
     WinogradArgs to = a;
     to.u = static_cast<float*>(made.mutable_data_ptr());
     to.u_scale = to.u + points * a.u_point;
