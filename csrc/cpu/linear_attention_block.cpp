@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "common/buffers.h"
-#include "launchers.h"
+#include "common/packed_form.h"
 
 namespace fastvdm {
 namespace {
@@ -20,38 +20,94 @@ struct Plan {
   LinearBlockArgs a{};
   int64_t inner = 0, all_frames = 0;
   std::vector<float> norm_weight, norm_bias, out_bias;
-  Buffer<float> qk, v, out, v_t, out_t;
-  Buffer<uint16_t> qk_tiles, q_up, k_up;
+  std::optional<PackedForms> forms;
   std::optional<Tensor> frames;  // the matrices of a chunk of frames
 };
 
 uint16_t bits(float x) { return c10::BFloat16(x).x; }
 
-// The projections of q and k as left operands of tile products; `plan` has them in fp32.
-void make_tiles(Plan& plan, bool backward) {
+// Weights in fp32, panels of one head.
+void make_panels(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, bool backward) {
+  LinearBlockArgs& a = plan.a;
+  const int64_t heads = a.heads, d = a.d, dp = a.dp, C = a.channels, cp = a.cp;
+  const int64_t inner = plan.inner, panel = linear_block_panel(a);
+  const auto each = [&](const auto& body) {  // body(head, feature of it)
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h)
+        for (int64_t c = 0; c < d; ++c) body(h, c);
+    });
+  };
+  const auto qkv_weights = [&] { return floats(qkv_weight, "qkv_weight", 3 * inner * C); };
+  const auto out_weights = [&] { return floats(out_weight, "out_weight", inner * C); };
+  PackedForms& forms = *plan.forms;
+  a.qk = forms.get<float>(qkv_weight, kLinearQk, 2 * heads * panel, [&](float* to) {
+    const std::vector<float> raw = qkv_weights();
+    each([&](int64_t h, int64_t c) {
+      for (int64_t which = 0; which < 2; ++which)
+        std::copy_n(raw.data() + (which * inner + h * d + c) * C, C,
+                    to + ((which * heads + h) * dp + c) * cp);
+    });
+  });
+  a.v_t = forms.get<float>(qkv_weight, kLinearVT, heads * C * dp, [&](float* to) {
+    const std::vector<float> raw = qkv_weights();
+    each([&](int64_t h, int64_t c) {
+      const float* from = raw.data() + (2 * inner + h * d + c) * C;
+      for (int64_t k = 0; k < C; ++k) to[(h * C + k) * dp + c] = from[k];
+    });
+  });
+  a.out = forms.get<float>(out_weight, kLinearOut, heads * panel, [&](float* to) {
+    const std::vector<float> raw = out_weights();
+    each([&](int64_t h, int64_t c) {
+      for (int64_t k = 0; k < C; ++k) to[(h * dp + c) * cp + k] = raw[k * inner + h * d + c];
+    });
+  });
+  if (!backward) return;
+  a.v = forms.get<float>(qkv_weight, kLinearV, heads * panel, [&](float* to) {
+    const std::vector<float> raw = qkv_weights();
+    each([&](int64_t h, int64_t c) {
+      std::copy_n(raw.data() + (2 * inner + h * d + c) * C, C, to + (h * dp + c) * cp);
+    });
+  });
+  a.out_t = forms.get<float>(out_weight, kLinearOutT, heads * C * dp, [&](float* to) {
+    const std::vector<float> raw = out_weights();
+    each([&](int64_t h, int64_t c) {
+      for (int64_t k = 0; k < C; ++k) to[(h * C + k) * dp + c] = raw[k * inner + h * d + c];
+    });
+  });
+}
+
+// The projections of q and k as operands of bf16 products; `plan` has them in fp32.
+void make_tiles(Plan& plan, const Tensor& qkv_weight, bool backward) {
   LinearBlockArgs& a = plan.a;
   const int64_t kp = round_up(a.channels, 32), dk = round_up(a.dp, 32), depth = a.heads * dk;
   a.kp = static_cast<int>(kp);
   a.dk = static_cast<int>(dk);
-  plan.qk_tiles.assign(2 * a.heads * a.dp * kp, 0);
-  if (backward) {
-    plan.q_up.assign(a.cp * depth, 0);
-    plan.k_up.assign(a.cp * depth, 0);
-  }
-  torch::stable::parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t which = 0; which < 2; ++which)
-      for (int64_t h = begin; h < end; ++h)
-        for (int64_t c = 0; c < a.d; ++c)
-          for (int64_t k = 0; k < a.channels; ++k) {
-            const int64_t row = (which * a.heads + h) * a.dp + c;
-            const uint16_t value = bits(plan.qk[row * a.cp + k]);
-            plan.qk_tiles[row * kp + k] = value;
-            if (backward) (which == 0 ? plan.q_up : plan.k_up)[k * depth + h * dk + c] = value;
-          }
-  });
-  a.qk_tiles = plan.qk_tiles.data();
-  a.q_up = plan.q_up.data();
-  a.k_up = plan.k_up.data();
+  const auto each = [&](const auto& put) {  // put(which, head, feature, channel, value)
+    torch::stable::parallel_for(0, a.heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t h = begin; h < end; ++h)
+          for (int64_t c = 0; c < a.d; ++c)
+            for (int64_t k = 0; k < a.channels; ++k)
+              put(which, h, c, k, bits(a.qk[((which * a.heads + h) * a.dp + c) * a.cp + k]));
+    });
+  };
+  a.qk_tiles = plan.forms->get<uint16_t>(
+      qkv_weight, kLinearQkTiles, 2 * a.heads * a.dp * kp, [&](uint16_t* to) {
+        each([&](int64_t which, int64_t h, int64_t c, int64_t k, uint16_t value) {
+          to[((which * a.heads + h) * a.dp + c) * kp + k] = value;
+        });
+      });
+  if (!backward) return;
+  const bool tiles = isa() == Isa::amx;
+  a.q_up = plan.forms->get<uint16_t>(
+      qkv_weight, kLinearUp, 2 * a.cp * depth, [&](uint16_t* to) {
+        each([&](int64_t which, int64_t h, int64_t c, int64_t k, uint16_t value) {
+          const int64_t row = h * dk + c, at = tiles ? k * depth + row
+                                                     : (row / 2 * a.cp + k) * 2 + row % 2;
+          to[which * a.cp * depth + at] = value;
+        });
+      });
+  a.k_up = a.q_up + a.cp * depth;
 }
 
 void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
@@ -94,38 +150,12 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
     plan.out_bias = padded(*out_bias, "out_bias", C, cp);
     a.out_bias = plan.out_bias.data();
   }
-  const std::vector<float> wq = floats(qkv_weight, "qkv_weight", 3 * inner * C);
-  const std::vector<float> wo = floats(out_weight, "out_weight", inner * C);
-  plan.qk.assign(2 * heads * panel, 0.f);
-  plan.v.assign(heads * panel, 0.f);
-  plan.out.assign(heads * panel, 0.f);
-  plan.v_t.assign(heads * C * dp, 0.f);
-  if (backward) plan.out_t.assign(heads * C * dp, 0.f);
-  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h)
-      for (int64_t c = 0; c < d; ++c) {
-        const int64_t feature = h * d + c, row = (h * dp + c) * cp;
-        std::copy_n(wq.data() + feature * C, C, plan.qk.data() + row);
-        std::copy_n(wq.data() + (inner + feature) * C, C, plan.qk.data() + heads * panel + row);
-        std::copy_n(wq.data() + (2 * inner + feature) * C, C, plan.v.data() + row);
-      }
-    for (int64_t h = begin; h < end; ++h)
-      for (int64_t k = 0; k < C; ++k) {
-        const float* out = wo.data() + k * inner + h * d;
-        if (backward) std::copy_n(out, d, plan.out_t.data() + (h * C + k) * dp);
-        for (int64_t c = 0; c < d; ++c) {
-          const int64_t row = (h * dp + c) * cp;
-          plan.v_t[(h * C + k) * dp + c] = plan.v[row + k];
-          plan.out[row + k] = out[c];
-        }
-      }
-  });
-  a.qk = plan.qk.data();
-  a.v = plan.v.data();
-  a.out = plan.out.data();
-  a.v_t = plan.v_t.data();
-  a.out_t = plan.out_t.data();
-  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
+  STD_TORCH_CHECK(qkv_weight.size(1) == C && out_weight.size(0) == C && out_weight.size(1) == inner,
+                  "linear_attention_block: the weights do not fit x");
+  plan.forms.emplace(heads);
+  make_panels(plan, qkv_weight, out_weight, backward);
+  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16)
+    make_tiles(plan, qkv_weight, backward);
 
   // One buffer for the matrices of as many frames as the bound allows.
   const int64_t rows = heads * dp, wide = heads * panel, split = a.splits;

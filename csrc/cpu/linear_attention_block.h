@@ -43,8 +43,9 @@ struct LinearBlockArgs {
   // For bf16 where the CPU multiplies it (products.h), else null. kp, dk: C and dp rounded up to 32.
   int kp, dk;
   const uint16_t* qk_tiles;            // left operands (2, heads) of (dp, kp)
-  const uint16_t *q_up, *k_up;         // backward: left operands (cp, heads dk)
-  uint16_t *m_tiles, *m_up;            // of m: (frames, heads) of (dp, kp); (frames) of (cp, heads dk)
+  // Operands of `up_all`: (cp, heads dk) on tiles, else pairs of features, (heads dk / 2, cp) words.
+  const uint16_t *q_up, *k_up;         // backward
+  uint16_t *m_tiles, *m_up;            // of m: (frames, heads) of (dp, kp); (frames) as q_up
   uint16_t *dg_tiles, *dg_up;          // backward, likewise of dg
 };
 

@@ -21,7 +21,7 @@ void unfold(const LinearBlockArgs& a, int64_t begin, int64_t end) {
       fold_head(a, h, g + h * panel, a.ctx + head * square, m + h * panel);
     }
     if (a.m_tiles != nullptr)
-      make_left(a, m, a.m_tiles + frame * a.heads * a.dp * a.kp,
+      make_operands(a, m, a.m_tiles + frame * a.heads * a.dp * a.kp,
                 a.m_up + frame * a.cp * a.heads * a.dk);
   }
 }
@@ -112,7 +112,7 @@ void bwd_fold(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memor
           gemm<true>(a.d, a.cp, a.d, dctx, a.dp, g, a.cp, grads.v + h * panel, a.cp, true);
       }
       if (a.dg_tiles != nullptr)
-        make_left(a, dg, a.dg_tiles + frame * a.heads * a.dp * a.kp,
+        make_operands(a, dg, a.dg_tiles + frame * a.heads * a.dp * a.kp,
                   a.dg_up + frame * a.cp * a.heads * a.dk);
     }
   }

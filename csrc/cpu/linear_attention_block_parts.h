@@ -1,5 +1,5 @@
 // What the forward and the backward kernels of linear_attention_block share: a chunk of pixels and
-// the three products that everything is made of, in fp32 or, for bf16, on tile registers.
+// the three products that everything is made of, in fp32 or, for bf16, in bf16.
 //
 // Per head, features run down and pixels across, (dp, rows): a projection is then W x̂ᵀ with the
 // weight as it lies, and both softmaxes, over the features of q and over the pixels of k, need no
@@ -8,8 +8,8 @@
 
 #include "common/gemm.h"
 #include "common/layer_norm.h"
-#include "linear_attention_block.h"
 #include "common/products.h"
+#include "linear_attention_block.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
@@ -78,15 +78,22 @@ FASTVDM_INLINE void transpose(const float* from, int rows, int columns, int64_t 
       transpose_block(from + r * ldf + c, ldf, to + c * ldt + r, ldt);
 }
 
-// Completes an operand of n pixels: zero rows up to the chunk's, the transpose, the tiles.
+// Completes an operand of n pixels: zero rows up to the chunk's; then its transpose, or both forms in
+// bf16.
 FASTVDM_INLINE void finish(const LinearBlockArgs& a, const Operand& o, int n) {
   memset(o.rows + (int64_t)n * a.cp, 0, sizeof(float) * (a.rows - n) * a.cp);
-  transpose(o.rows, a.rows, a.cp, a.cp, o.across, a.rows);
 #if FASTVDM_BF16
-  if (o.rows_tiles == nullptr) return;
-  pack_pairs(o.rows, a.cp, a.rows, a.rows, a.cp, o.rows_tiles, (int64_t)16 * a.rows);
-  pack_pairs(o.across, a.rows, a.cp, a.kp, a.rows, o.across_tiles, (int64_t)16 * a.kp);
+  if (o.rows_tiles != nullptr) {
+    pack_pairs(o.rows, a.cp, a.rows, a.rows, a.cp, o.rows_tiles, (int64_t)16 * a.rows);
+    for (int r = 0; r < a.rows; r += VL) {
+      uint32_t* to = (uint32_t*)o.across_tiles + (int64_t)r / 16 * 8 * a.kp + r % 16;
+      pairs_to_lanes(o.rows + (int64_t)r * a.cp, a.cp, VL, a.cp, to, 16, (bf16*)o.across);
+      for (int c = a.cp / 2; c < a.kp / 2; ++c) store_words(to + 16 * c, vu{});
+    }
+    return;
+  }
 #endif
+  transpose(o.rows, a.rows, a.cp, a.cp, o.across, a.rows);
 }
 
 // The normalised x of n pixels from `row` on; `hat` and `inv` for the backward where asked for.
@@ -137,34 +144,58 @@ FASTVDM_INLINE void outer(const LinearBlockArgs& a, const Scratch& s, const floa
   gemm<false>(a.d, a.cp, n, t, a.rows, o.rows, a.cp, panel, a.cp, true);
 }
 
-// y (n, cp) = or += tᵀ w of one head, w a panel. On tiles it only notes t in `all`; `up_all`, once
-// behind the heads, multiplies.
+#if FASTVDM_BF16
+// Pairs of features: t (d, width) to (dk / 2, width) words, zero beyond d.
+FASTVDM_INLINE void pair_features(const LinearBlockArgs& a, const float* t, int width,
+                                  uint32_t* to) {
+  for (int c = 0; c < a.dk; c += 2, to += width)
+    for (int i = 0; i < width; i += VL) {
+      const float* at = t + (int64_t)c * width + i;
+      store_words(to + i, c >= a.d ? vu{} : pairs_of(load(at), c + 1 < a.d ? load(at + width) : vf{}));
+    }
+}
+#endif
+
+// y (n, cp) = or += tᵀ w of one head, w a panel. In bf16 it only notes t in `all`; `up_all`, once behind
+// the heads, multiplies.
 FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n, const float* w,
                        float* y, bool accumulate, bf16* all) {
 #if FASTVDM_BF16
   if (all != nullptr) {
+#if FASTVDM_TILES
     pack_pairs(t, a.rows, a.d, a.dk, a.rows, all + (int64_t)16 * head * a.dk,
                (int64_t)16 * a.heads * a.dk);
+#else
+    pair_features(a, t, a.rows, (uint32_t*)all + (int64_t)head * (a.dk / 2) * a.rows);
+#endif
     return;
   }
 #endif
   gemm<true>(n, a.cp, a.d, t, a.rows, w, a.cp, y, a.cp, accumulate);
 }
 
-// On tiles: y (n, cp) = or += the product of `all` with left operands (cp, heads dk), and `all2`
-// with left2 where given. work: (cp, rows) and (rows, cp).
-FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* left,
-                           const bf16* all2, const uint16_t* left2, int n, float* work,
+// In bf16: y (n, cp) = or += the product of `all` with the panels `w` of all heads, and of `all2` with
+// `w2` where given. work: (cp, rows) and (rows, cp), for tiles.
+FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* w,
+                           const bf16* all2, const uint16_t* w2, int n, float* work,
                            float* transposed, float* y, bool accumulate) {
-#if FASTVDM_BF16
+#if FASTVDM_TILES
   if (all == nullptr) return;
   const int depth = a.heads * a.dk;
-  bf16_gemm(a.cp, a.rows, depth, (const bf16*)left, depth, all, work, a.rows);
+  tile_gemm(a.cp, a.rows, depth, (const bf16*)w, depth, all, work, a.rows);
   if (all2 != nullptr)
-    bf16_gemm(a.cp, a.rows, depth, (const bf16*)left2, depth, all2, work, a.rows, true);
+    tile_gemm(a.cp, a.rows, depth, (const bf16*)w2, depth, all2, work, a.rows, true);
   transpose(work, a.cp, a.rows, a.rows, transposed, a.cp);
   for (int64_t i = 0; i < (int64_t)n * a.cp; i += VL)
     store(y + i, accumulate ? load(y + i) + load(transposed + i) : load(transposed + i));
+#elif FASTVDM_BF16
+  if (all == nullptr) return;
+  const int pairs = a.heads * a.dk / 2;
+  dot_gemm<true>(n, a.cp, pairs, (const uint32_t*)all, a.rows, {(const uint32_t*)w, a.cp, 16}, y,
+                 a.cp, accumulate);
+  if (all2 != nullptr)
+    dot_gemm<true>(n, a.cp, pairs, (const uint32_t*)all2, a.rows, {(const uint32_t*)w2, a.cp, 16},
+                   y, a.cp, true);
 #endif
 }
 
@@ -189,19 +220,25 @@ FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
   memset(t + (int64_t)a.d * a.rows, 0, sizeof(float) * (a.dp - a.d) * a.rows);
 }
 
-// The two forms in which a frame's panels are left operands: as they are, and transposed,
-// (cp, heads dk).
-FASTVDM_INLINE void make_left(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
-                              uint16_t* transposed) {
+// The two forms in which a frame's panels are operands in bf16: left ones as they are, and those of
+// `up_all`: on tiles left ones of the transpose, (cp, heads dk), else pairs of features.
+FASTVDM_INLINE void make_operands(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
+                                  uint16_t* transposed) {
 #if FASTVDM_BF16
   const int64_t panel = linear_block_panel(a), depth = (int64_t)a.heads * a.dk;
+  #if FASTVDM_TILES
   memset(transposed, 0, sizeof(bf16) * a.cp * depth);
+#endif
   for (int h = 0; h < a.heads; ++h) {
-    round_rows(panels + h * panel, a.dp, a.cp, (bf16*)tiles + (int64_t)h * a.dp * a.kp, a.kp, a.kp);
+    const float* from = panels + h * panel;
+    round_rows(from, a.dp, a.cp, (bf16*)tiles + (int64_t)h * a.dp * a.kp, a.kp, a.kp);
+#if FASTVDM_TILES
     for (int c = 0; c < a.d; ++c)
       for (int k = 0; k < a.cp; ++k)
-        put((bf16*)transposed + k * depth + (int64_t)h * a.dk + c,
-            panels[h * panel + c * a.cp + k]);
+        put((bf16*)transposed + k * depth + (int64_t)h * a.dk + c, from[c * a.cp + k]);
+#else
+    pair_features(a, from, a.cp, (uint32_t*)transposed + (int64_t)h * (a.dk / 2) * a.cp);
+#endif
   }
 #endif
 }

@@ -6,8 +6,8 @@
 
 #include "common/attention_options.h"
 #include "common/buffers.h"
-#include "launchers.h"
 #include "common/pack_tiles.h"
+#include "common/packed_form.h"
 
 namespace fastvdm {
 namespace {
@@ -19,50 +19,110 @@ struct Plan {
   AttnOptions options;
   int64_t heads = 0, d = 0;
   std::vector<float> norm_weight, norm_bias, qkv_bias, out_bias;
-  Buffer<float> qkv_t, out_t, qkv, out;
-  Buffer<uint16_t> qkv_tiles, out_tiles, dout_tiles, dqkv_tiles;
+  std::optional<PackedForms> forms;
 };
 
-// The same weights for bf16 products on tile registers; `plan` has them in fp32.
-void make_tiles(Plan& plan, bool backward) {
+// Weights in fp32, one panel per head.
+void make_panels(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, bool backward) {
   BlockArgs& a = plan.a;
   const int64_t heads = plan.heads, d = plan.d, C = a.channels, cp = a.cp, dp = a.t.dp;
-  const int64_t kp = round_up(C, 32), dk = round_up(dp, 32), panel = kp * dp;
-  a.kp = static_cast<int>(kp);
-  a.dk = static_cast<int>(dk);
-  plan.qkv_tiles.resize(heads * 3 * panel);
-  plan.out_tiles.resize(heads * dk * cp);
-  if (backward) {
-    plan.dout_tiles.resize(heads * panel);
-    plan.dqkv_tiles.resize(heads * 3 * dk * cp);
-  }
-  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 3 * begin; i < 3 * end; ++i) {
-      const float* from = plan.qkv_t.data() + i * C * dp;
-      pack_tiles(kp, dp, plan.qkv_tiles.data() + i * panel,
-                 [&](int64_t k, int64_t n) { return k < C ? from[k * dp + n] : 0.f; });
-    }
-    for (int64_t h = begin; backward && h < end; ++h) {
-      const float* from = plan.out.data() + h * C * dp;
-      pack_tiles(kp, dp, plan.dout_tiles.data() + h * panel,
-                 [&](int64_t k, int64_t n) { return k < C ? from[k * dp + n] : 0.f; });
-    }
-  });
-  // k runs over all heads (and q, k, v) here, so the columns are shared out.
-  const auto deep = [&](int64_t parts, const float* from, Buffer<uint16_t>& to) {
-    torch::stable::parallel_for(0, cp / 16, 1, [&](int64_t begin, int64_t end) {
+  const int64_t inner = heads * d;
+  const auto of_qkv = [&](const auto& copy) {  // copy(panel, its rows of the weight)
+    const std::vector<float> raw = floats(qkv_weight, "qkv_weight", 3 * inner * C);
+    torch::stable::parallel_for(0, 3 * heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        pack_tiles(parts * dk, 16, to.data() + i * parts * dk * 16, [&](int64_t k, int64_t n) {
-          return k % dk < d ? from[(k / dk * dp + k % dk) * cp + i * 16 + n] : 0.f;
-        });
+        copy(i, raw.data() + (i % 3 * heads + i / 3) * d * C);
     });
   };
-  deep(heads, plan.out_t.data(), plan.out_tiles);
-  if (backward) deep(3 * heads, plan.qkv.data(), plan.dqkv_tiles);
-  a.qkv_tiles = plan.qkv_tiles.data();
-  a.out_tiles = plan.out_tiles.data();
-  a.dout_tiles = plan.dout_tiles.data();
-  a.dqkv_tiles = plan.dqkv_tiles.data();
+  const auto of_out = [&](const auto& copy) {  // copy(head, channel, its features)
+    const std::vector<float> raw = floats(out_weight, "out_weight", inner * C);
+    torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h)
+        for (int64_t k = 0; k < C; ++k) copy(h, k, raw.data() + k * inner + h * d);
+    });
+  };
+  a.qkv_t = plan.forms->get<float>(qkv_weight, kTemporalQkvT, heads * 3 * C * dp, [&](float* to) {
+    of_qkv([&](int64_t i, const float* from) {
+      for (int64_t k = 0; k < C; ++k)
+        for (int64_t c = 0; c < d; ++c) to[(i * C + k) * dp + c] = from[c * C + k];
+    });
+  });
+  a.out_t = plan.forms->get<float>(out_weight, kTemporalOutT, heads * dp * cp, [&](float* to) {
+    of_out([&](int64_t h, int64_t k, const float* from) {
+      for (int64_t c = 0; c < d; ++c) to[(h * dp + c) * cp + k] = from[c];
+    });
+  });
+  if (!backward) return;
+  a.qkv = plan.forms->get<float>(qkv_weight, kTemporalQkv, heads * 3 * dp * cp, [&](float* to) {
+    of_qkv([&](int64_t i, const float* from) {
+      for (int64_t c = 0; c < d; ++c) std::copy_n(from + c * C, C, to + (i * dp + c) * cp);
+    });
+  });
+  a.out = plan.forms->get<float>(out_weight, kTemporalOut, heads * C * dp, [&](float* to) {
+    of_out([&](int64_t h, int64_t k, const float* from) {
+      std::copy_n(from, d, to + (h * C + k) * dp);
+    });
+  });
+}
+
+// The same weights for bf16 products.
+void make_tiles(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, bool backward) {
+  BlockArgs& a = plan.a;
+  const int64_t heads = plan.heads, d = plan.d, C = a.channels, cp = a.cp, dp = a.t.dp;
+  const int64_t kp = round_up(C, 32), dk = round_up(dp, 32), panel = kp * dp, inner = heads * d;
+  a.kp = static_cast<int>(kp);
+  a.dk = static_cast<int>(dk);
+  // value(w, h, k, n): feature n of head h of q, k or v (w) of channel k.
+  const auto qkv = [&](const std::vector<float>& raw, int64_t w, int64_t h, int64_t c, int64_t k) {
+    return c < d && k < C ? raw[((w * heads + h) * d + c) * C + k] : 0.f;
+  };
+  const auto out = [&](const std::vector<float>& raw, int64_t h, int64_t c, int64_t k) {
+    return c < d && k < C ? raw[k * inner + h * d + c] : 0.f;
+  };
+  const auto each = [](int64_t count, const auto& body) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  };
+  const auto qkv_weights = [&] { return floats(qkv_weight, "qkv_weight", 3 * inner * C); };
+  const auto out_weights = [&] { return floats(out_weight, "out_weight", inner * C); };
+  a.qkv_tiles = plan.forms->get<uint16_t>(
+      qkv_weight, kTemporalQkvTiles, heads * 3 * panel, [&](uint16_t* to) {
+        const std::vector<float> raw = qkv_weights();
+        each(3 * heads, [&](int64_t i) {
+          pack_tiles(kp, dp, to + i * panel,
+                     [&](int64_t k, int64_t n) { return qkv(raw, i % 3, i / 3, n, k); });
+        });
+      });
+  // k runs over all heads (and q, k, v) here, so the columns are shared out.
+  a.out_tiles = plan.forms->get<uint16_t>(
+      out_weight, kTemporalOutTiles, heads * dk * cp, [&](uint16_t* to) {
+        const std::vector<float> raw = out_weights();
+        each(cp / 16, [&](int64_t i) {
+          pack_tiles(heads * dk, 16, to + i * heads * dk * 16, [&](int64_t k, int64_t n) {
+            return out(raw, k / dk, k % dk, i * 16 + n);
+          });
+        });
+      });
+  if (!backward) return;
+  a.dout_tiles = plan.forms->get<uint16_t>(
+      out_weight, kTemporalDoutTiles, heads * panel, [&](uint16_t* to) {
+        const std::vector<float> raw = out_weights();
+        each(heads, [&](int64_t h) {
+          pack_tiles(kp, dp, to + h * panel,
+                     [&](int64_t k, int64_t n) { return out(raw, h, n, k); });
+        });
+      });
+  a.dqkv_tiles = plan.forms->get<uint16_t>(
+      qkv_weight, kTemporalDqkvTiles, heads * 3 * dk * cp, [&](uint16_t* to) {
+        const std::vector<float> raw = qkv_weights();
+        each(cp / 16, [&](int64_t i) {
+          pack_tiles(3 * heads * dk, 16, to + i * 3 * heads * dk * 16, [&](int64_t k, int64_t n) {
+            const int64_t part = k / dk;
+            return qkv(raw, part % 3, part / 3, k % dk, i * 16 + n);
+          });
+        });
+      });
 }
 
 void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const OptTensor& norm_bias,
@@ -121,38 +181,13 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
     a.qkv_bias = plan.qkv_bias.data();
   }
 
-  // Weights in fp32, one panel per head.
-  const std::vector<float> wq = floats(qkv_weight, "qkv_weight", 3 * inner * C);
-  const std::vector<float> wo = floats(out_weight, "out_weight", inner * C);
-  plan.qkv_t.assign(heads * 3 * C * dp, 0.f);
-  plan.out_t.assign(heads * dp * cp, 0.f);
-  if (backward) {
-    plan.qkv.assign(heads * 3 * dp * cp, 0.f);
-    plan.out.assign(heads * C * dp, 0.f);
-  }
-  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      for (int64_t w = 0; w < 3; ++w) {
-        const float* from = wq.data() + (w * heads + h) * d * C;
-        float* to = plan.qkv_t.data() + (h * 3 + w) * C * dp;
-        for (int64_t k = 0; k < C; ++k)
-          for (int64_t c = 0; c < d; ++c) to[k * dp + c] = from[c * C + k];
-        if (backward)
-          for (int64_t c = 0; c < d; ++c)
-            std::copy_n(from + c * C, C, plan.qkv.data() + ((h * 3 + w) * dp + c) * cp);
-      }
-      for (int64_t k = 0; k < C; ++k) {
-        const float* from = wo.data() + k * inner + h * d;
-        for (int64_t c = 0; c < d; ++c) plan.out_t[(h * dp + c) * cp + k] = from[c];
-        if (backward) std::copy_n(from, d, plan.out.data() + (h * C + k) * dp);
-      }
-    }
-  });
-  a.qkv_t = plan.qkv_t.data();
-  a.out_t = plan.out_t.data();
-  a.qkv = plan.qkv.data();
-  a.out = plan.out.data();
-  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16) make_tiles(plan, backward);
+  plan.forms.emplace(heads);
+  STD_TORCH_CHECK(qkv_weight.size(1) == C && out_weight.size(0) == C && out_weight.size(1) == inner,
+                  "temporal_block: the weights do not fit x");
+  if (isa() >= Isa::avx512_bf16 && x.scalar_type() == ScalarType::BFloat16)
+    make_tiles(plan, qkv_weight, out_weight, backward);
+  else
+    make_panels(plan, qkv_weight, out_weight, backward);
 }
 
 }  // namespace

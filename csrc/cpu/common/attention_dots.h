@@ -69,7 +69,7 @@ FASTVDM_INLINE DotsHead dots_head(const AttnTables& t, float* work) {
 FASTVDM_INLINE void dots_probabilities(const AttnTables& t, int head, int i0, const float* q,
                                        const DotsHead& m) {
   const int lanes = t.n - i0 < VL ? t.n - i0 : VL;
-  pairs_to_lanes(q + (int64_t)i0 * t.dp, t.dp, lanes, t.dp, m.q_lanes, m.tmp);
+  pairs_to_lanes(q + (int64_t)i0 * t.dp, t.dp, lanes, t.dp, m.q_lanes, VL, m.tmp);
   dot_gemm<false>(t.n, VL, t.dp / 2, m.k_rows, t.dp / 2, {m.q_lanes, VL, 0}, m.p, VL, false);
   softmax_lanes<4>(t, head, i0, m.p, nullptr);
 }
@@ -103,7 +103,7 @@ FASTVDM_NOINLINE void attend_bwd_dots(const AttnTables& t, const AttnGrads& grad
     const int lanes = n - i0 < VL ? n - i0 : VL;
     const int64_t row = (int64_t)i0 * dp;
     dots_probabilities(t, head, i0, q, m);
-    pairs_to_lanes(dout + row, dp, lanes, dp, m.g_lanes, m.tmp);
+    pairs_to_lanes(dout + row, dp, lanes, dp, m.g_lanes, VL, m.tmp);
     dot_gemm<false>(n, VL, half, m.v_rows, half, {m.g_lanes, VL, 0}, m.ds, VL, false);  // dP
     vf delta = {};
     for (int j = 0; j < n; ++j) delta += load(m.p + j * VL) * load(m.ds + j * VL);

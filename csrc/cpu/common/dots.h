@@ -73,19 +73,19 @@ FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int dept
       }
 }
 
-// Pairs along the columns, transposed: word (c, r) of `to` is columns 2c, 2c + 1 of row r, for VL rows
-// of dp columns. The rows from `rows` on are zero. tmp: VL * dp bf16.
+// Pairs along the columns, transposed: word r of row c at `to`, rows `ldt` apart, is columns 2c, 2c + 1
+// of row r, for VL rows of dp columns. The rows from `rows` on are zero. tmp: VL * dp bf16.
 FASTVDM_INLINE void pairs_to_lanes(const float* from, int64_t ld, int rows, int dp, uint32_t* to,
-                                   bf16* tmp) {
+                                   int64_t ldt, bf16* tmp) {
   for (int r = 0; r < VL; ++r)
     for (int c = 0; c < dp; c += VL)
       store(tmp + r * dp + c, r < rows ? load(from + r * ld + c) : vf{});
   const float* words = (const float*)tmp;  // moved, never computed with
   int c = 0;
   for (; c + VL <= dp / 2; c += VL)
-    transpose_block(words + c, dp / 2, (float*)to + c * VL, VL);
+    transpose_block(words + c, dp / 2, (float*)to + c * ldt, ldt);
   for (; c < dp / 2; ++c)
-    for (int r = 0; r < VL; ++r) memcpy(to + c * VL + r, words + r * (dp / 2) + c, 4);
+    for (int r = 0; r < VL; ++r) memcpy(to + c * ldt + r, words + r * (dp / 2) + c, 4);
 }
 
 // B of a product: the first pair of column n of step k is at `data` + k step + n / 16 panel + n % 16.

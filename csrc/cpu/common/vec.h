@@ -255,12 +255,33 @@ FASTVDM_INLINE float hmax(vf v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// exp of N vectors for 16-bit results, by the instructions that split and scale by powers of two: two
+// thirds of the time of what follows. No clamp: what leaves fp32's range becomes 0 or infinity.
+template <int N>
+FASTVDM_INLINE void vexp_short(vf (&x)[N]) {
+  vf t[N], f[N], p[N];
+#define FASTVDM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+  FASTVDM_EACH t[i] = x[i] * 1.44269502162933349609375f;
+  FASTVDM_EACH f[i] = (vf)_mm512_reduce_ps((__m512)t[i], 8);  // from the nearest integer
+  FASTVDM_EACH p[i] = f[i] * 0.009570101791612535f + 0.05591786031000737f;
+  FASTVDM_EACH p[i] = p[i] * f[i] + 0.24024744830815806f;
+  FASTVDM_EACH p[i] = p[i] * f[i] + 0.693121814738437f;
+  FASTVDM_EACH p[i] = p[i] * f[i] + 0.9999992614448233f;
+  FASTVDM_EACH x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)(t[i] - f[i]));
+#undef FASTVDM_EACH
+}
+#endif
+
 // exp of N vectors, x clamped to [-87.3, 88.3]. Two-part log2(e), then 2^f on [-1/2, 1/2] by a
 // minimax polynomial: relative error 1.2e-7 (DEGREE 5, for fp32 results) or 2.6e-6 (4, for 16-bit
 // ones). One vector is a chain of 45 cycles, and a core holds three or four chains at a time: step by
 // step through four vectors it has always some step to do, and needs half the time.
 template <int N, int DEGREE = 5>
 FASTVDM_INLINE void vexp_each(vf (&x)[N]) {
+#if defined(__AVX512F__)
+  if constexpr (DEGREE == 4) return vexp_short(x);
+#endif
   // 1.5 * 2^23 + 127: adding it rounds to an integer, and leaves it biased in the low bits.
   const vf magic = splat(12583039.f);
   constexpr float LOG2E = 1.44269502162933349609375f;
@@ -310,7 +331,14 @@ FASTVDM_INLINE vf vexp_rows(float* x, int64_t step, int count, vf m) {
     for (int i = 0; i < 4; ++i) store(x + (c + i) * step, e[i]);
     sum += (e[0] + e[1]) + (e[2] + e[3]);
   }
-  for (; c < count; ++c) {
+  for (; c + 2 <= count; c += 2) {
+    vf e[2] = {load(x + c * step) - m, load(x + (c + 1) * step) - m};
+    vexp_each<2, DEGREE>(e);
+    store(x + c * step, e[0]);
+    store(x + (c + 1) * step, e[1]);
+    sum += e[0] + e[1];
+  }
+  if (c < count) {
     const vf e = vexp<DEGREE>(load(x + c * step) - m);
     store(x + c * step, e);
     sum += e;
@@ -331,7 +359,9 @@ FASTVDM_INLINE vf vrecip(vf d) {
 template <int DEGREE = 5>
 FASTVDM_INLINE vf vsigmoid(vf x) {
   // exp(-x) is clamped at 2.2e38, so far below zero the result is 4.5e-39 or zero.
-  return vrecip(1.f + vexp<DEGREE>(-x));
+  vf y = -x;
+  if constexpr (DEGREE == 4) y = vmin(splat(88.3f), y);
+  return vrecip(1.f + vexp<DEGREE>(y));
 }
 
 // The degree of exp's polynomial that a storage type deserves.
