@@ -76,6 +76,9 @@ Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, Opt
 Tensor space_conv_dx(Tensor dy, Tensor weight);
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool turned, int64_t tile);
+Tensor direct_conv(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+                   int64_t stride);
+Tensor direct_conv_transpose(Tensor x, Tensor weight, OptTensor bias, OptTensor residual);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
 Tensor linear_dx(Tensor dy, Tensor weight);
 

@@ -131,7 +131,8 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
 
 Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                       int64_t stride) {
-  STD_TORCH_CHECK(stride == 1, "space_conv: the CPU's kernel has stride 1");
+  if (stride != 1 || weight.size(2) != 3)
+    return direct_conv(x, x2, weight, bias, residual, stride);
   return conv3x3(x, x2, weight, bias, residual, false, tile_of(x, weight));
 }
 

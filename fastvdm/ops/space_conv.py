@@ -21,7 +21,7 @@ from fastvdm.ops.space_conv_ends import bias_residual, fold_upsample_weight
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime.device import INTERPRETED
 from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, Implementations, implementations
-from fastvdm.runtime.extension import AMX, emulated
+from fastvdm.runtime.extension import AMX, BF16_PRODUCTS, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
 
@@ -37,8 +37,9 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """The C++ kernel has the gradient of x alone; that of the weight is the library's."""
     *given, backend = args
-    if backend == "cpu":
+    if backend == "cpu" and given[3].shape[-1] == 3:
         given.append(launcher("space_conv", "space_conv_dx", "cpu"))
+    if backend == "cpu":
         return library.space_conv_bwd(*given)
     return launcher("space_conv", "space_conv_bwd", backend)(*given)
 
@@ -96,6 +97,14 @@ def space_conv_stats_fwd(
     return y, x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
+def _transpose_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The C++ kernel has no gradients: they are convolutions of the library's."""
+    *given, backend = args
+    if backend == "cpu":
+        return library.space_conv_transpose_bwd(*given)
+    return launcher("space_conv", "space_conv_transpose_bwd", backend)(*given)
+
+
 @op(
     "space_conv",
     backward="dy x weight",
@@ -103,6 +112,7 @@ def space_conv_stats_fwd(
     residual="residual",
     strided="weight",
     laid_out="weight",
+    backward_body=_transpose_backward,
 )
 def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
@@ -145,10 +155,10 @@ def _(x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype) -> Im
     A pair of sources: no concatenated copy is kept for the backward; 0.95-1.1x the time of one call
     (forward, 16 frames of 8x8 to 32x32; Xeon with AVX-512, one thread, torch 2.13, November 2026).
     """
-    if kernel != 3 or stride != 1:
-        yield "cpu", ByDesign("Winograd's kernel is for 3x3 at stride 1")
+    if stride != 1 or kernel not in (1, 3) or (kernel == 1 and not pair):
+        yield "cpu", ByDesign("its kernels are for 3x3 at stride 1 and a 1x1 of two sources")
     elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        yield "cpu", ByDefault(f"{dtype} is not a type of its kernel")
+        yield "cpu", ByDefault(f"{dtype} is not a type of its kernels")
     elif AMX and dtype == torch.bfloat16:
         # Its tiles multiply bf16 sixteen times as fast as fp32: a direct sum has less to do.
         yield "cpu", ByDesign("oneDNN multiplies bf16 in AMX")
@@ -166,12 +176,15 @@ def _transpose_examples(device: torch.device) -> dict[str, tuple]:
 
 
 @implementations(
-    "space_conv_transpose", "space_conv_transpose_fwd", "space_conv_transpose_bwd",
-    backends=("triton",), examples=_transpose_examples,
-)  # fmt: skip
+    "space_conv_transpose", "space_conv_transpose_fwd", examples=_transpose_examples,
+)
 def _(x: Tensor, dtype: torch.dtype) -> Implementations:
     """Four phases against one call of oneDNN: in bf16 0.36x the time at 64 channels, 0.6x at 128,
     1.06x at 256 (without AMX; with it not measured), else 1.1-3.7x. Machine and sizes as above."""
+    if dtype != torch.bfloat16 or not BF16_PRODUCTS:
+        yield "cpu", ByDesign("its kernel is for bf16 where the CPU multiplies pairs of it")
+    else:
+        yield "cpu", None
     yield "triton", by_triton(x, 4, dtype)
     phases = x.device.type == "cpu" and dtype == torch.bfloat16 and not AMX
     yield "library", None if phases or emulated(x.device, dtype) else _ONE_CALL
