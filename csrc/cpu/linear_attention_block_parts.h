@@ -225,8 +225,9 @@ FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
 FASTVDM_INLINE void make_operands(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
                                   uint16_t* transposed) {
 #if FASTVDM_BF16
-  const int64_t panel = linear_block_panel(a), depth = (int64_t)a.heads * a.dk;
-  #if FASTVDM_TILES
+  const int64_t panel = linear_block_panel(a);
+#if FASTVDM_TILES
+  const int64_t depth = (int64_t)a.heads * a.dk;
   memset(transposed, 0, sizeof(bf16) * a.cp * depth);
 #endif
   for (int h = 0; h < a.heads; ++h) {

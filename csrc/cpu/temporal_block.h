@@ -56,7 +56,7 @@ inline int64_t block_rows(const BlockArgs& a) {
 inline int64_t block_tile_scratch(const BlockArgs& a, bool backward) {
   if (a.qkv_tiles == nullptr) return 0;
   const int64_t wide = a.kp, heads = static_cast<int64_t>(a.t.heads) * a.dk;
-  return block_rows(a) * (backward ? 2 * wide + 3 * heads : wide + heads) / 2;
+  return block_rows(a) * (backward ? 4 * wide + 8 * heads : wide + heads) / 2;
 }
 
 // fp32 words of scratch of one thread.

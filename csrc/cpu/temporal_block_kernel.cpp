@@ -45,12 +45,13 @@ FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, floa
   }
 }
 
-// The bf16 operands of products, or nothing where they run in fp32: rows of the normalised x
-// and of dy (rows, kp), and of what all heads give, o (rows, heads dk) or dq, dk, dv (rows, 3 heads
-// dk).
+// The bf16 operands of products, or nothing where they run in fp32: rows of the normalised x and of dy
+// (rows, kp), and of what all heads give: o (rows, heads dk); backward also dq, dk, dv (rows, 3 heads
+// dk). pairs: memory for pairs of rows of all of them.
 struct Operands {
-  bf16 *xn = nullptr, *dy = nullptr, *heads = nullptr;
-  int64_t width = 0;  // of `heads`
+  bf16 *xn = nullptr, *dy = nullptr, *o = nullptr, *grads = nullptr;
+  uint32_t* pairs = nullptr;
+  int64_t heads = 0;  // width of o
 };
 
 // From the start of the scratch memory on.
@@ -59,15 +60,33 @@ FASTVDM_INLINE Operands operands(const BlockArgs& a, float* scratch, bool backwa
   Operands m;
 #if FASTVDM_BF16
   if (sizeof(T) == 2 && a.qkv_tiles != nullptr) {
-    const int64_t wide = block_rows(a) * a.kp;
+    const int64_t rows = block_rows(a);
+    m.heads = (int64_t)a.t.heads * a.dk;
     m.xn = (bf16*)scratch;
-    m.dy = m.xn + (backward ? wide : 0);
-    m.heads = m.dy + wide;
-    m.width = (int64_t)a.t.heads * a.dk * (backward ? 3 : 1);
+    m.o = m.xn + rows * a.kp;
+    if (backward) {
+      m.dy = m.o + rows * m.heads;
+      m.grads = m.dy + rows * a.kp;
+      m.pairs = (uint32_t*)(m.grads + 3 * rows * m.heads);
+    }
   }
 #endif
   return m;
 }
+
+#if FASTVDM_BF16
+// Gradients of `parts` weights (dp, cp) += left (rows, parts dk)ᵀ right (rows, kp), of bf16 rows.
+FASTVDM_INLINE void weight_gradients(const BlockArgs& a, int rows, int parts, const bf16* left,
+                                     const bf16* right, uint32_t* pairs, float* to) {
+  const int64_t width = (int64_t)parts * a.dk;
+  uint32_t* others = pairs + (rows + 1) / 2 * width;
+  interleave_rows(left, rows, width, pairs);
+  interleave_rows(right, rows, a.kp, others);
+  for (int i = 0; i < parts; ++i)
+    dot_gemm<true>(a.t.dp, a.cp, (rows + 1) / 2, pairs + (int64_t)i * a.dk, width,
+                   {others, a.kp, 16}, to + (int64_t)i * a.t.dp * a.cp, a.cp, true);
+}
+#endif
 
 // One of q, k, v (which = 0, 1, 2) of a head: (rows, dp).
 FASTVDM_INLINE void project(const BlockArgs& a, const Operands& m, int rows, const float* xn,
@@ -157,13 +176,13 @@ void fwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
       project(a, m, t.rows, xn, h, 2, v);
       attend_tile(a, m, t, h, attending, q, k, v, o, work);
       if (m.xn != nullptr)
-        round_rows(o, t.rows, dp, m.heads + h * a.dk, m.width, a.dk);
+        round_rows(o, t.rows, dp, m.o + h * a.dk, m.heads, a.dk);
       else
         gemm<false>(t.rows, cp, a.t.d, o, dp, a.out_t + (int64_t)h * dp * cp, cp, y, cp, h > 0);
     }
 #if FASTVDM_BF16
     if (m.xn != nullptr)
-      bf16_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.out_tiles, y, cp);
+      bf16_gemm(t.rows, cp, (int)m.heads, m.o, m.heads, (const bf16*)a.out_tiles, y, cp);
 #endif
     for (int r = 0; r < t.rows; ++r) {
       const int64_t at = row_at(a, t, r);
@@ -214,7 +233,10 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
           gemm<false>(t.rows, dp, C, dy, cp, a.out + (int64_t)h * C * dp, dp, dout, dp, false);
         if (g.out != nullptr) {
           attend_tile(a, m, t, h, attending, q, k, v, o, work);
-          gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
+          if (m.xn != nullptr)
+            round_rows(o, t.rows, dp, m.o + h * a.dk, m.heads, a.dk);
+          else
+            gemm<true>(dp, cp, t.rows, o, dp, dy, cp, g.out + (int64_t)h * dp * cp, cp, true);
         }
         if (attending < a.frames) {
           memset(dq, 0, sizeof(float) * (int64_t)t.rows * dp);
@@ -246,17 +268,23 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
           const int64_t at = (int64_t)h * 3 + w;
           const bool first = h == 0 && w == (attending > 0 ? 0 : 2);
           if (m.xn != nullptr)
-            round_rows(parts[w], t.rows, dp, m.heads + at * a.dk, m.width, a.dk);
+            round_rows(parts[w], t.rows, dp, m.grads + at * a.dk, 3 * m.heads, a.dk);
           else
             gemm<false>(t.rows, cp, a.t.d, parts[w], dp, a.qkv + at * dp * cp, cp, dxn, cp, !first);
-          if (g.qkv != nullptr)
+          if (g.qkv != nullptr && m.xn == nullptr)
             gemm<true>(dp, cp, t.rows, parts[w], dp, xn, cp, g.qkv + at * dp * cp, cp, true);
           if (g.qkv_bias != nullptr) add_columns(parts[w], t.rows, dp, g.qkv_bias + at * dp);
         }
       }
 #if FASTVDM_BF16
-      if (m.xn != nullptr)
-        bf16_gemm(t.rows, cp, (int)m.width, m.heads, m.width, (const bf16*)a.dqkv_tiles, dxn, cp);
+      if (m.xn != nullptr) {
+        const int64_t width = 3 * m.heads;
+        bf16_gemm(t.rows, cp, (int)width, m.grads, width, (const bf16*)a.dqkv_tiles, dxn, cp);
+        if (g.qkv != nullptr)
+          weight_gradients(a, t.rows, 3 * a.t.heads, m.grads, m.xn, m.pairs, g.qkv);
+        if (g.out != nullptr)
+          weight_gradients(a, t.rows, a.t.heads, m.o, m.dy, m.pairs, g.out);
+      }
 #endif
       const LayerNorm norm{C, cp, a.eps, a.norm_weight, a.norm_bias};
       for (int r = 0; r < t.rows; ++r) {

@@ -73,6 +73,18 @@ FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int dept
       }
 }
 
+// Pairs of rows of bf16: B of a product that sums over the rows, or a k-major A, (rows / 2, width)
+// words; width a multiple of 32.
+FASTVDM_INLINE void interleave_rows(const bf16* from, int rows, int64_t width, uint32_t* to) {
+  for (int r = 0; r < rows; r += 2, to += width)
+    for (int64_t c = 0; c < width; c += VL) {
+      vh low, high = {};
+      memcpy(&low, from + r * width + c, sizeof(low));
+      if (r + 1 < rows) memcpy(&high, from + (r + 1) * width + c, sizeof(high));
+      store_words(to + c, __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+    }
+}
+
 // Pairs along the columns, transposed: word r of row c at `to`, rows `ldt` apart, is columns 2c, 2c + 1
 // of row r, for VL rows of dp columns. The rows from `rows` on are zero. tmp: VL * dp bf16.
 FASTVDM_INLINE void pairs_to_lanes(const float* from, int64_t ld, int rows, int dp, uint32_t* to,
