@@ -9,7 +9,7 @@
 # make gpu-pack   what such a machine need not compile or download, as one file to carry along
 #              (make gpu-cache: the compiled kernels alone)
 # make sanitize   the C++ ops' tests under the address and undefined-behaviour sanitizers
-# make emulate-amx   the same on the AMX path, its tile instructions in plain C++
+# make emulate-bf16  the same on the paths that multiply bf16, their instructions in plain C++
 # make emulate-gpu   every Triton kernel as compiled for sm_80, 90 and 100, executed on the CPU
 # make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
@@ -47,7 +47,7 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize \
-	emulate-amx emulate-gpu static fuzz lint info paper-tables peer clean
+	emulate-bf16 emulate-gpu static fuzz lint info paper-tables peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -76,8 +76,8 @@ fuzz: $(STAMPS)/dev.stamp
 sanitize: $(STAMPS)/dev.stamp
 	$(PY) .ci/variant.py sanitize $(ARGS)
 
-emulate-amx: $(STAMPS)/dev.stamp
-	$(PY) .ci/variant.py amx $(ARGS)
+emulate-bf16: $(STAMPS)/dev.stamp
+	$(PY) .ci/variant.py bf16 $(ARGS)
 
 emulate-gpu: $(STAMPS)/dev.stamp
 	rm -rf build/ptxemu

@@ -1,10 +1,10 @@
-"""The tests of the C++ ops on a build of their own: ``make sanitize``, ``make emulate-amx``.
+"""The tests of the C++ ops on a build of their own: ``make sanitize``, ``make emulate-bf16``.
 
 The variant is a copy of the package with its own extension under ``build/<variant>``; the build in
 ``fastvdm/`` is not touched. ``sanitize`` instruments it with the address and undefined-behaviour
 sanitizers: a report aborts the run, so the exit status is 0 only if there was none and the tests
-passed. ``amx`` replaces the tile instructions by plain C++ on top of AVX2, so that a machine
-without AMX runs that path's own code.
+passed. ``bf16`` replaces the instructions that multiply bf16, in vectors and on tiles, by plain C++
+on top of AVX2, so that a machine without them runs those paths' own code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ TESTS = {
         "guidance_test.py",
         "fuzz_test.py",
     ),
-    "amx": ("suite_test.py", "extension_test.py", "linear_attention_block_test.py", "fuzz_test.py"),
+    "bf16": (
+        "suite_test.py",
+        "extension_test.py",
+        "fixed_point_test.py",
+        "linear_attention_block_test.py",
+        "fuzz_test.py",
+    ),
 }
 PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
@@ -43,8 +49,8 @@ def _runtime(name: str) -> str:
 
 def _environment(variant: str) -> tuple[dict[str, str], dict[str, str]]:
     """(while building, while testing)"""
-    if variant == "amx":
-        return {"FASTVDM_EMULATE_AMX": "1"}, {}
+    if variant == "bf16":
+        return {"FASTVDM_EMULATE_BF16": "1"}, {}
     # libstdc++ beside it: the runtime looks for __cxa_throw before Python has loaded any C++.
     preload = [_runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     return {"FASTVDM_SANITIZE": CHECKS}, {
@@ -73,8 +79,8 @@ def run(variant: str, extra: list[str]) -> int:
     options += [*(str(ROOT / "tests" / "ops" / t) for t in TESTS[variant]), *extra]
     found = "from fastvdm.runtime import extension as e; print('extension:', e.__file__)"
     found += "; assert not e.reason_off()"
-    if variant == "amx":
-        found += "; print('path:', e.set_cpu_isa('amx'))"
+    if variant == "bf16":
+        found += "; print('path:', e.set_cpu_isa('avx512_bf16'), e.set_cpu_isa('amx'))"
     check = subprocess.run([sys.executable, "-c", found], cwd=lib, env=environment)
     if check.returncode:
         return check.returncode

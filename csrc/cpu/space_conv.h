@@ -31,7 +31,7 @@ struct WinogradArgs {
 inline int64_t winograd_scratch(const WinogradArgs& a) {
   const int64_t points = static_cast<int64_t>(a.m + 2) * (a.m + 2);
   if (a.fixed)
-    return points * (a.cinp + 16 + a.block + a.v_point / 2 + a.m_point) + 64;
+    return points * (a.cinp + 16 + a.v_point / 2 + a.m_point) + (points + 15) * a.block + 64;
   return points * (a.v_point + a.m_point) + 64;
 }
 

@@ -34,6 +34,26 @@ FASTVDM_INLINE void point_norms(float* norms) {
   for (int p = 0; p < N * N; ++p) norms[p] = __builtin_sqrtf(sum[p / N] * sum[p % N]);
 }
 
+FASTVDM_INLINE vf vsqrt(vf v) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int i = 0; i < VL; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+FASTVDM_INLINE bool all_within(vf v, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)v;
+  return (_mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_GT_OQ) &
+          _mm512_cmp_ps_mask(x, _mm512_set1_ps(high), _CMP_LT_OQ)) == 0xffff;
+#else
+  bool all = true;
+  for (int i = 0; i < VL; ++i) all &= v[i] > low && v[i] < high;
+  return all;
+#endif
+}
+
 // The nearest integers of numbers below 2^22.
 FASTVDM_INLINE vi nearest(vf v) {
 #if defined(__AVX512F__)
@@ -126,32 +146,27 @@ FASTVDM_NOINLINE float wide_norm(const float* v, int n) {
 // Rounds the transformed tile (points, channels) to integers; back[p] undoes the scales.
 template <int P>
 FASTVDM_INLINE void round_tile(const WinogradArgs& a, const float* tile, int64_t stride,
-                               const float* norms, int16_t* v, int64_t v_point, float* back) {
-  alignas(64) float scale[(P + 15) / 16 * 16] = {};
+                               const float* worth, int16_t* v, int64_t v_point, float* back) {
+  alignas(64) float scale[(P + 15) / 16 * 16];
+  for (int p = P; p < (P + 15) / 16 * 16; ++p) scale[p] = 1.f;
   for (int p = 0; p < P; ++p) {
     const float* from = tile + p * stride;
     vf sum = {};
     for (int c = 0; c < a.cinp; c += VL) sum += load(from + c) * load(from + c);
     scale[p] = hsum(sum);
   }
-  for (int p = 0; p < P; p += VL) {
+  bool plain = true;
+  for (int p = 0; p < (P + 15) / 16 * 16; p += VL) {
     const vf squares = load(scale + p);
-    vf norm;
-#if defined(__AVX512F__)
-    norm = (vf)_mm512_sqrt_ps((__m512)squares);
-#else
-    for (int i = 0; i < VL; ++i) norm[i] = __builtin_sqrtf(squares[i]);
-#endif
-    const vf inverse = kFixedNorm / norm;
-    for (int i = 0; i < VL && p + i < P; ++i) {
-      float own = norm[i], by = inverse[i];
-      if (!(squares[i] > 1e-25f && squares[i] < 1e30f)) {
-        own = wide_norm(tile + (p + i) * stride, a.cinp);
-        by = own > 1e-30f ? kFixedNorm / own : 0.f;
-      }
-      scale[p + i] = by;
-      back[p + i] = (own > 1e-30f || own != own ? own : 0.f) * norms[p + i] / kFixedNorm;
-    }
+    plain &= all_within(squares, 1e-25f, 1e30f);
+    const vf norm = vsqrt(squares);
+    store(scale + p, kFixedNorm / norm);
+    store(back + p, norm * load(worth + p));
+  }
+  for (int p = 0; !plain && p < P; ++p) {
+    const float norm = wide_norm(tile + p * stride, a.cinp);
+    scale[p] = norm > 1e-30f ? kFixedNorm / norm : 0.f;
+    back[p] = norm > 1e-30f || norm != norm ? norm * worth[p] : 0.f;
   }
   for (int p = 0; p < P; ++p) {
     const float* from = tile + p * stride;
@@ -163,13 +178,14 @@ FASTVDM_INLINE void round_tile(const WinogradArgs& a, const float* tile, int64_t
 
 template <int M>
 void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratch) {
-  constexpr int N = M + 2, P = N * N;
+  constexpr int N = M + 2, P = N * N, PP = (P + 15) / 16 * 16;
   const int depth = (a.c1 + a.c2 + 1) / 2;
   const int64_t stride = a.cinp + 16, vs = a.v_point, ms = a.m_point;
-  float *tile = scratch, *back = tile + P * stride, *m = back + a.block * P;
+  float *tile = scratch, *back = tile + P * stride, *m = back + a.block * PP;
   int16_t* v = (int16_t*)(m + P * ms);
-  float norms[P];
-  point_norms<M>(norms);
+  float worth[PP] = {};  // what scaling by the filters left, and the integers' norm
+  point_norms<M>(worth);
+  for (int p = 0; p < P; ++p) worth[p] /= kFixedNorm;
   memset(tile, 0, sizeof(float) * P * stride);  // beyond the channels it stays so
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * a.block;
@@ -182,7 +198,7 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
       if (a.c2 > 0)
         input_tile<bf16, M>((const bf16*)a.x2 + pixels * a.c2, a.h, a.w, a.c2, y0, x0,
                             tile + a.c1, stride);
-      round_tile<P>(a, tile, stride, norms, v + (int64_t)i * a.cinp, vs, back + i * P);
+      round_tile<P>(a, tile, stride, worth, v + (int64_t)i * a.cinp, vs, back + i * PP);
     }
     for (int p = 0; p < P; ++p)
       dot_gemm<false, vi>(count, a.outp, depth, (const uint32_t*)(v + p * vs), a.cinp / 2,
@@ -197,7 +213,7 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
 #pragma GCC unroll 6
           for (int r = 0; r < N; ++r) {
             const vi sum = as_int(load(from + (r * N + j) * ms));
-            line[r] = __builtin_convertvector(sum, vf) * back[i * P + r * N + j];
+            line[r] = __builtin_convertvector(sum, vf) * back[i * PP + r * N + j];
           }
           output_1d<M>(line, 1, half + j, N);
         }

@@ -7,7 +7,7 @@
 #include "common/pack_tiles.h"
 #include "common/tiles.h"
 
-#if !FASTVDM_EMULATE_AMX
+#if !FASTVDM_EMULATE_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -45,7 +45,7 @@ int check(int M, int N, int K) {
 }  // namespace fastvdm
 
 int main() {
-#if !FASTVDM_EMULATE_AMX
+#if !FASTVDM_EMULATE_TILES
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
     printf("no AMX\n");
     return 77;

@@ -1,5 +1,5 @@
 """The tile products of the AMX path, alone: see tests/ops/tiles_test.cpp. The whole path runs in
-``make emulate-amx``."""
+``make emulate-bf16``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 def build(out: Path, *flags: str) -> Path:
     include = [f"-I{ROOT / 'csrc' / 'cpu'}", f"-I{Path(torch.__file__).parent / 'include'}"]
-    macros = ["-DFASTVDM_ISA=amx", "-DFASTVDM_TILES=1"]
+    macros = ["-DFASTVDM_ISA=amx", "-DFASTVDM_BF16=1", "-DFASTVDM_TILES=1"]
     source = str(ROOT / "tests" / "ops" / "tiles_test.cpp")
     command = [str(COMPILER), "-std=c++20", "-O2", *macros, *flags, *include, source, "-o"]
     subprocess.run([*command, str(out)], check=True, timeout=1800)
@@ -29,7 +29,7 @@ def build(out: Path, *flags: str) -> Path:
 
 
 def test_emulated(tmp_path):
-    program = build(tmp_path / "emulated", "-DFASTVDM_EMULATE_AMX=1")
+    program = build(tmp_path / "emulated", "-DFASTVDM_EMULATE_TILES=1")
     assert subprocess.run([program], capture_output=True, text=True).stdout == "equal\n"
 
 

@@ -69,7 +69,7 @@ def test_every_op_has_a_test():
 )
 def test_lists_of_test_files_name_files(file, pattern):
     (listed,) = re.findall(pattern, (ROOT / file).read_text(), re.M | re.S)
-    names = set(re.findall(r"\w+", re.sub(r'"(sanitize|amx)"|_test\.py|#.*', "", listed)))
+    names = set(re.findall(r"\w+", re.sub(r'"(sanitize|bf16)"|_test\.py|#.*', "", listed)))
     assert len(names) > 2
     assert not {n for n in names - FOLDERS if not files(f"tests/*/{n}_test.py")}
 
