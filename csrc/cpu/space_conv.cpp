@@ -114,8 +114,9 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   // stream past once per block, so the block is as large as the threads leave it. The result does
   // not depend on it: every tile is summed in the same order.
   const int64_t tile_bytes = points * ((a.fixed ? 2 : 4) * a.cinp + 4 * a.outp);
-  int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
-  if (4 * points * depth * a.outp > (3 << 19)) {
+  const int64_t weight_bytes = 4 * points * depth * a.outp;
+  int64_t block = a.fixed ? 30 : std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
+  if (weight_bytes > (a.fixed ? 8 << 20 : 3 << 19)) {
     const int64_t share = ceil_div(a.tiles, torch::stable::get_num_threads());
     block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
   }
