@@ -76,6 +76,8 @@ Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, Opt
 Tensor space_conv_dx(Tensor dy, Tensor weight);
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool turned, int64_t tile);
+Tensor space_conv_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight);
+Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
 Tensor linear_dx(Tensor dy, Tensor weight);
 
