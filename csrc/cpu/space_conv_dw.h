@@ -52,7 +52,7 @@ inline int64_t wgrad_transform_scratch(const WgradArgs& a) {
   return a.fixed ? wgrad_points(a) * (a.depth * 16 + 16) : 16;
 }
 inline int64_t wgrad_multiply_scratch(const WgradArgs& a) {
-  return wgrad_points(a) * wgrad_sums_point(a) + kWgradPanel * kWgradPanel;
+  return wgrad_points(a) * wgrad_sums_point(a) + 2 * kWgradPanel * kWgradPanel;
 }
 
 // Of items [begin, end): 16 channels of x, x2 or dy in the tiles of a product.

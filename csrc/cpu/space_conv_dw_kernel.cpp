@@ -170,6 +170,10 @@ void transform(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
+// Tiles that are added up one after another. Those sums are added up in their turn within a pass, and
+// the passes' sums at last: what fp32 loses grows with the square root of each of the three numbers.
+constexpr int kChunk = 32;
+
 // The filters of one unit, from its sums to dw.
 template <class W, int M>
 FASTVDM_NOINLINE void filters(const WgradArgs& a, int64_t unit, const float* sums) {
@@ -248,25 +252,31 @@ void wgrad_multiply(const WgradArgs& a, int64_t begin, int64_t end, float* scrat
     const int panel = row / kWgradPanel * kWgradPanel;
     const int lde = a.outp - panel < kWgradPanel ? a.outp - panel : kWgradPanel;
     float* sums = a.sums != nullptr ? a.sums + unit * points * stride : scratch;
-    for (int64_t p = part * points / a.parts; p < (part + 1) * points / a.parts; ++p)
+    float *found = scratch + points * stride, *pass = found + kWgradPanel * kWgradPanel;
+    for (int64_t p = part * points / a.parts; p < (part + 1) * points / a.parts; ++p) {
+      float* to = a.first > 0 ? pass : sums + p * stride;
       for (int64_t k = 0; k < products; ++k) {
         const int64_t left = a.count - k * a.depth, at = k * points + p;
         const int count = left < a.depth ? (int)left : a.depth;
         const float* v = a.v + at * a.v_point + column * lines;
         const float* e = a.e + at * a.e_point + panel * lines + (row - panel);
-        const bool accumulate = k > 0 || a.first > 0;
 #if FASTVDM_BF16
         if (a.fixed) {
-          float* found = scratch + points * stride;
           dot_gemm<true, vi>(rows, n, (count + 1) / 2, (const uint32_t*)e, lde,
                              {(const uint32_t*)v, n, 16}, found, n, false);
           add_scaled(found, rows, n, a.e_scale + at * a.outp + row, a.v_scale + at * a.cinp + column,
-                     sums + p * stride, accumulate);
+                     to, k > 0);
           continue;
         }
 #endif
-        gemm<true>(rows, n, count, e, lde, v, n, sums + p * stride, n, accumulate);
+        for (int i = 0; i < count; i += kChunk)
+          gemm<true>(rows, n, count - i < kChunk ? count - i : kChunk, e + i * lde, lde, v + i * n,
+                     n, to, n, k > 0 || i > 0);
       }
+      if (a.first > 0)
+        for (int i = 0; i < rows * n; i += VL)
+          store(sums + p * stride + i, load(sums + p * stride + i) + load(pass + i));
+    }
     if (a.parts == 1 && a.last) unit_filters(a, unit, sums);
   }
 }
