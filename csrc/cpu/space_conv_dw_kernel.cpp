@@ -57,28 +57,31 @@ FASTVDM_INLINE void spread_1d(const vf* d, int ds, vf* v, int vs) {
     input_1d<M>(d, ds, v, vs);
 }
 
-// Transforms the patch at (y0, x0), zero outside of the image, of the first n <= VL channels at
-// `image`, whose pixels are c apart: m x m of dy or (m + 2)² of x, to points `stride` apart.
-template <class T, int M, bool GRADIENT>
+// Transforms the patch at (y0, x0), zero outside of the image, of the first n channels at `image`,
+// whose pixels are c apart: m x m of dy or (m + 2)² of x, to points `stride` apart. WHOLE: the patch is
+// inside of the image, and n = VL.
+template <class T, int M, bool GRADIENT, bool WHOLE>
 FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y0, int64_t x0, int n,
                           float* to, int64_t stride) {
   constexpr int N = M + 2, S = GRADIENT ? M : N;
   static const T zeros[VL] = {};
-  const bool inside = y0 >= 0 && x0 >= 0 && y0 + S <= h && x0 + S <= w;
-  const T* from[S];
+  const T* from = image + (y0 * w + x0) * c;
+  const int64_t line_step = w * c;
   bool row[S];
-  for (int i = 0; i < S; ++i) {
-    row[i] = y0 + i >= 0 && y0 + i < h;
-    from[i] = row[i] ? image + ((y0 + i) * w + x0) * c : zeros;
-  }
+  for (int i = 0; i < S; ++i) row[i] = y0 + i >= 0 && y0 + i < h;
   vf half[N * S], line[N];
 #pragma GCC unroll 6
   for (int j = 0; j < S; ++j) {  // columns first
-    const bool column = inside || (x0 + j >= 0 && x0 + j < w);
+    const bool column = x0 + j >= 0 && x0 + j < w;
 #pragma GCC unroll 6
     for (int i = 0; i < S; ++i) {
-      const T* at = inside || (row[i] & column) ? from[i] + (int64_t)j * c : zeros;
-      line[i] = FASTVDM_LOAD(at, 0, n);
+      const T* at = from + i * line_step + (int64_t)j * c;
+      if constexpr (WHOLE) {
+        line[i] = load(at);
+      } else {
+        at = row[i] & column ? at : zeros;
+        line[i] = FASTVDM_LOAD(at, 0, n);
+      }
     }
     spread_1d<M, GRADIENT>(line, 1, half + j, S);
   }
@@ -120,13 +123,18 @@ template <class T, int M, bool GRADIENT>
 FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int64_t first, int count,
                                       float* to, int64_t step, int64_t stride) {
   const int64_t per_image = a.tiles_w * a.tiles_h, margin = GRADIENT ? 0 : 1;
+  constexpr int S = GRADIENT ? M : M + 2;
   int64_t image = first / per_image, y = first % per_image / a.tiles_w, x = first % a.tiles_w;
   for (int i = 0; i < count; ++i, to += step) {
     const T* from = g.data + image * a.h * a.w * g.c;
+    const int64_t y0 = y * M - margin, x0 = x * M - margin;
+    const bool inside = y0 >= 0 && x0 >= 0 && y0 + S <= a.h && x0 + S <= a.w;
     for (int o = 0; o < 16; o += VL) {
       const int n = g.n - o < 0 ? 0 : g.n - o < VL ? g.n - o : VL;
-      patch<T, M, GRADIENT>(from + o, a.h, a.w, g.c, y * M - margin, x * M - margin, n, to + o,
-                            stride);
+      if (inside && n == VL)
+        patch<T, M, GRADIENT, true>(from + o, a.h, a.w, g.c, y0, x0, n, to + o, stride);
+      else
+        patch<T, M, GRADIENT, false>(from + o, a.h, a.w, g.c, y0, x0, n, to + o, stride);
     }
     if (++x < a.tiles_w) continue;
     x = 0;
