@@ -82,7 +82,7 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.e_point = lines * a.outp + 16;
   const int64_t product = points * (a.v_point + a.e_point);  // floats
   const int64_t most = ceil_div(a.tiles, a.depth);
-  const int64_t products = std::clamp<int64_t>((2 << 20) / product, 1, most);
+  const int64_t products = std::clamp<int64_t>((1 << 20) / product, 1, most);
   a.rows = kWgradPanel;
   while (a.rows > 16 && wgrad_units(a) < 2 * threads) a.rows /= 2;
   const int64_t units = wgrad_units(a);

@@ -49,8 +49,6 @@ FASTVDM_NOINLINE void round_pairs(const float* from, int count, uint32_t* to, in
     vf sum[4] = {};
     int i = 0;
     for (; i + 4 <= count; i += 4) {
-      __builtin_prefetch(to + i / 2 * ld, 1);
-      __builtin_prefetch(to + (i / 2 + 1) * ld, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const vf x = load(from + 16 * (i + j));

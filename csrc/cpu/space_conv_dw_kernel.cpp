@@ -129,9 +129,6 @@ FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int
     const T* from = g.data + image * a.h * a.w * g.c;
     const int64_t y0 = y * M - margin, x0 = x * M - margin;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + S <= a.h && x0 + S <= a.w;
-    const T* ahead = from + (y0 * a.w + x0 + S + M) * g.c;  // what the tile after the next adds
-    for (int i = 0; i < S; ++i, ahead += a.w * g.c)
-      for (int j = 0; j < M; ++j) __builtin_prefetch(ahead + j * g.c);
     for (int o = 0; o < 16; o += VL) {
       const int n = g.n - o < 0 ? 0 : g.n - o < VL ? g.n - o : VL;
       if (inside && n == VL)
