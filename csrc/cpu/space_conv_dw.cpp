@@ -73,8 +73,9 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.tiles = pixels / (a.h * a.w) * a.tiles_h * a.tiles_w;
   a.fixed = isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
 
-  // A product reads 128 tiles of a panel, 32 KB or half of it, over and over. A pass has as many of
-  // them as share the outer cache. Neither the passes nor the units change a sum's order.
+  // A product reads 128 tiles of a panel, 32 KB or half of it, over and over. One pass, whose sums
+  // need not be kept, if 16 MB hold its tiles; else passes of 4 MB, which the outer cache holds. All
+  // this follows from the sizes alone, as a sum's order does; the units do not change it.
   const int64_t points = wgrad_points(a), threads = torch::stable::get_num_threads();
   a.depth = static_cast<int>(std::min<int64_t>(128, round_up(a.tiles, 2)));
   const int64_t lines = a.fixed ? a.depth / 2 : a.depth;
@@ -82,7 +83,8 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.e_point = lines * a.outp + 16;
   const int64_t product = points * (a.v_point + a.e_point);  // floats
   const int64_t most = ceil_div(a.tiles, a.depth);
-  const int64_t products = std::clamp<int64_t>((1 << 20) / product, 1, most);
+  const int64_t products =
+      most * product <= (4 << 20) ? most : std::clamp<int64_t>((1 << 20) / product, 1, most);
   a.rows = kWgradPanel;
   while (a.rows > 16 && wgrad_units(a) < 2 * threads) a.rows /= 2;
   const int64_t units = wgrad_units(a);

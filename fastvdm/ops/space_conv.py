@@ -36,7 +36,7 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """In C++ Winograd's kernels. Of few input channels the gradient of the weight is the library's,
-    which takes 0.4-0.7x their time for 4, 0.6-1.2x for 8, 1.0-2.2x for 16, 1.9-3.9x for 64 and more
+    which takes 0.4-0.7x their time for 4, 0.6-1.2x for 8, 0.9-2.2x for 16, 1.6-3.9x for 64 and more
     (one thread of an EPYC Zen 4, fp32 and bf16, torch 2.13, November 2026)."""
     *given, backend = args
     if backend == "cpu":
