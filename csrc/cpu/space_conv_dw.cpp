@@ -12,8 +12,8 @@ namespace {
 // against F(2x2) 0.6 to 0.65 of the time in fp32 and 0.6 to 0.7 in bf16 for 16 images of 8x8 to
 // 64x64, 1.05 and 1.3 for one of 8x8 with 512 channels (one thread of an EPYC Zen 4, 2026-11).
 //
-// The largest error relative to max |dw| of F(4x4) in fp32 is 1.0e-6 to 1.2e-6, of F(2x2) 3e-7, of
-// oneDNN 4e-7 to 2e-6 (64 to 512 channels, 16 images of 64x64 to 8x8, normal x and dy; less where
+// The largest error relative to max |dw| of F(4x4) in fp32 is 0.9e-6 to 1.5e-6, of F(2x2) 4e-7, of
+// oneDNN 2e-7 to 2e-6 (64 to 512 channels, 16 images of 64x64 to 4x4, normal x and dy; less where
 // they are smooth or have a mean).
 int64_t tile_of(const Tensor& x) {
   const int64_t pixels = x.numel() / std::max<int64_t>(x.size(x.dim() - 1), 1);
