@@ -74,8 +74,8 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.fixed = isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
 
   // A product reads 128 tiles of a panel, 32 KB or half of it, over and over. One pass, whose sums
-  // need not be kept, if 16 MB hold its tiles; else passes of 4 MB, which the outer cache holds. All
-  // this follows from the sizes alone, as a sum's order does; the units do not change it.
+  // need not be kept, if 16 MB hold its tiles; else passes of 4 MB, for the outer cache. All of
+  // it follows from the sizes alone, as a sum's order does; the units do not change it.
   const int64_t points = wgrad_points(a), threads = torch::stable::get_num_threads();
   a.depth = static_cast<int>(std::min<int64_t>(128, round_up(a.tiles, 2)));
   const int64_t lines = a.fixed ? a.depth / 2 : a.depth;

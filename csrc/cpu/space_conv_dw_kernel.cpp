@@ -1,8 +1,8 @@
 // Weight gradient of the 3x3 convolution, stride 1, padding 1, channels last, by Winograd's minimal
 // filtering. The forward is Aᵀ[(G g Gᵀ) ∘ (Bᵀ d B)]A of every tile d, so the gradient of g is
-// Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G over all tiles: each of the (m + 2)² points is one matrix product whose
-// depth is the tiles, and only the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times fewer
-// multiplications than the direct sum.
+// Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G over all tiles: each of the (m + 2)² points is one matrix product
+// whose depth is the tiles, and only the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times
+// fewer multiplications than the direct sum.
 #include "space_conv_dw.h"
 #include "space_conv_dw_fixed.h"
 #include "winograd.h"
