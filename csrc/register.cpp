@@ -74,6 +74,8 @@ STABLE_TORCH_LIBRARY(fastvdm_C, m) {
   m.def(
       "space_conv_transpose_fwd_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) "
       "-> Tensor");
+  m.def("space_conv_dw_cpu(Tensor dy, Tensor x, Tensor? x2, Tensor weight) -> Tensor");
+  m.def("conv3x3_dw_cpu(Tensor dy, Tensor x, Tensor? x2, Tensor weight, int tile) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CompositeExplicitAutograd, m) {
@@ -103,6 +105,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastvdm_C, CPU, m) {
   m.impl("space_conv_dx_cpu", TORCH_BOX(&fastvdm::space_conv_dx));
   m.impl("conv3x3_cpu", TORCH_BOX(&fastvdm::conv3x3));
   m.impl("space_conv_transpose_fwd_cpu", TORCH_BOX(&fastvdm::direct_conv_transpose));
+  m.impl("space_conv_dw_cpu", TORCH_BOX(&fastvdm::space_conv_dw));
+  m.impl("conv3x3_dw_cpu", TORCH_BOX(&fastvdm::conv3x3_dw));
   m.impl("linear_fwd_cpu", TORCH_BOX(&fastvdm::linear_fwd));
   m.impl("linear_dx_cpu", TORCH_BOX(&fastvdm::linear_dx));
 }

@@ -151,23 +151,28 @@ def space_conv_bwd(
     need_dw: bool,
     need_db: bool,
     dx_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    dw_of: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each source against its own slice of the weight: no concatenation, contiguous gradients.
-    ``dx_of(dy, weight)`` may be another backend's gradient of a source."""
+    ``dx_of(dy, weight)`` may be another backend's gradient of a source, and
+    ``dw_of(dy, x, x2, weight)`` that of the weight."""
     c1 = x.shape[-1]
+    whole = dw_of(dy, x, x2, weight) if dw_of is not None and need_dw else None
+    by_source = need_dw and whole is None
 
     def grads(
         source: Tensor, part: Tensor, need_source: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         if dx_of is None or not need_source:
-            return _source_grads(dy, source, part, stride, need_source, need_dw)
-        return dx_of(dy, part), _source_grads(dy, source, part, stride, False, need_dw)[1]
+            return _source_grads(dy, source, part, stride, need_source, by_source)
+        return dx_of(dy, part), _source_grads(dy, source, part, stride, False, by_source)[1]
 
     dx, dw = grads(x, weight[:, :c1], need_dx)
     dx2 = None
     if x2 is not None:
         dx2, dw2 = grads(x2, weight[:, c1:], need_dx2)
         dw = torch.cat([dw, dw2], dim=1) if dw is not None and dw2 is not None else None
+    dw = whole if whole is not None else dw
     return (
         dy.new_empty(0) if dx is None else dx,
         dy.new_empty(0) if dx2 is None else dx2,

@@ -79,6 +79,8 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
 Tensor direct_conv(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                    int64_t stride);
 Tensor direct_conv_transpose(Tensor x, Tensor weight, OptTensor bias, OptTensor residual);
+Tensor space_conv_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight);
+Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile);
 Tensor linear_fwd(Tensor x, Tensor weight, OptTensor bias);
 Tensor linear_dx(Tensor dy, Tensor weight);
 

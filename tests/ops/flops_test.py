@@ -81,6 +81,9 @@ def test_every_launcher_has_one():
     assert counted(call, x, x2, weight, None, None, False, 2) == 5 * product
     assert counted(call, y, None, weight, None, None, True, 2) == 5 * product
     assert counted(torch.ops.fastvdm_C.space_conv_dx_cpu, y[None], weight) == 5 * product
+    call, videos = torch.ops.fastvdm_C.space_conv_dw_cpu, [t[None] for t in (y, x, x2)]
+    assert counted(call, *videos, weight) == 5 * product
+    assert counted(torch.ops.fastvdm_C.conv3x3_dw_cpu, y, x, x2, weight, 2) == 5 * product
     call = torch.ops.fastvdm_C.linear_dx_cpu
     assert counted(call, torch.zeros(3, 5, 7), torch.zeros(7, 11)) == 2 * 15 * 7 * 11
 

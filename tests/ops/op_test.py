@@ -132,7 +132,8 @@ def test_cpp_launchers_have_the_schemas_of_their_ops():
     # way to ask for a tile.
     launchers = {n.removeprefix("fastvdm_C::") for n in schemas if n.startswith("fastvdm_C::")}
     beside = {n.removesuffix("_cpu") for n in launchers if n.endswith("_cpu")} - compared
-    assert beside == {"linear_dx", "space_conv_dx", "conv3x3"} and len(compared) > 12
+    pieces = {"linear_dx", "space_conv_dx", "space_conv_dw", "conv3x3", "conv3x3_dw"}
+    assert beside == pieces and len(compared) > 12
 
 
 @op("toy", backward="dy x weight gain k", grads="x! weight:w gain:w", residual="beside",

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvdm.ops import _call
 from fastvdm.ops import space_conv as ops
 from fastvdm.ops._call import select
-from fastvdm.ops.space_conv import space_conv, space_conv_stats, space_conv_transpose
+from fastvdm.ops.space_conv import choose, space_conv, space_conv_stats, space_conv_transpose
 from fastvdm.reference.space_conv import (
     group_stats_ref,
     space_conv_ref,
@@ -207,6 +207,102 @@ def test_conv3x3(isa, shape, dtype, m):
     assert_close3(dx, ref[0].to(dtype), ref[1], floor=floor, name="dx")
 
 
+def weight_gradient(dy, both, weight, dtype):
+    """Of torch's own convolution, from (N, H, W, C)."""
+    dy, both = (t.to(dtype).permute(0, 3, 1, 2) for t in (dy, both))
+    return torch.ops.aten.convolution_backward(
+        *(dy, both, weight.to(dtype), None, [1, 1], [1, 1], [1, 1]),
+        *(False, [0, 0], 1, [False, True, False]),
+    )[1]
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((3, 9, 7, 20, 0, 24), (2, 8, 8, 16, 5, 33), (1, 1, 1, 3, 0, 5), (1, 2, 17, 64, 64, 48)),
+        *((2, 3, 5, 70, 24, 130), (2, 131, 127, 16, 0, 5)),  # several panels; several passes
+    ],
+)
+def test_conv3x3_dw(isa, shape, dtype, m):
+    """In any layout of the weight, in its dtype."""
+    n, h, w, c, c2, out = shape
+    x, dy = torch.randn(n, h, w, c).to(dtype), torch.randn(n, h, w, out).to(dtype)
+    x2 = torch.randn(n, h, w, c2).to(dtype) if c2 else None
+    both = x if x2 is None else torch.cat([x, x2], -1)
+    weight = torch.empty(out, c + c2, 3, 3, dtype=dtype)
+    base, wide = (weight_gradient(dy, both, weight, t) for t in (torch.float32, torch.float64))
+    turned = weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    for given in (weight, weight.contiguous(memory_format=torch.channels_last), turned):
+        dw = torch.ops.fastvdm_C.conv3x3_dw_cpu(dy, x, x2, given, m)
+        assert dw.stride() == given.stride()
+        assert_close3(dw, base.to(dtype), wide, factor=3.0)
+    if dtype == torch.bfloat16:  # unrounded: the error of the integers stays well below bf16's
+        dw = torch.ops.fastvdm_C.conv3x3_dw_cpu(dy, x, x2, weight.float(), m)
+        assert_close3(dw, base, wide, floor=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv3x3_dw_whatever_the_threads(isa, dtype):
+    """With more threads than units of channels, the points are divided, too."""
+    before = torch.get_num_threads()
+    for shape, out in (((2, 131, 67, 16), 16), ((3, 9, 7, 70), 130)):
+        x, dy = torch.randn(shape).to(dtype), torch.randn(*shape[:3], out).to(dtype)
+        weight, found = torch.empty(out, shape[-1], 3, 3, dtype=dtype), []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(torch.ops.fastvdm_C.conv3x3_dw_cpu(dy, x, None, weight, 4))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv3x3_dw_not_a_number(isa, dtype, value):
+    """In the filters of its channel, and in no other."""
+    x, dy = torch.randn(2, 9, 7, 20).to(dtype), torch.randn(2, 9, 7, 24).to(dtype)
+    weight = torch.empty(24, 20, 3, 3, dtype=dtype)
+    for t, channel, bad in ((x, 17, (slice(None), 17)), (dy, 3, (3,))):
+        given = t.clone()
+        given[1, 4, 2, channel] = value
+        both = (dy, given) if t is x else (given, x)
+        dw = torch.ops.fastvdm_C.conv3x3_dw_cpu(*both, None, weight, 4)
+        assert dw[bad].isnan().all()
+        dw[bad] = 0
+        assert dw.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv3x3_dw_of_any_range(isa, dtype):
+    """Channels of very different size, and one of zeros: each filter keeps its digits."""
+    sizes = 2.0 ** torch.arange(-90, 60, 10)
+    sizes[-1] = 0
+    x, dy = torch.randn(2, 9, 7, 15) * sizes, torch.randn(2, 9, 7, 17) * 2.0**-20
+    x, dy, weight = x.to(dtype), dy.to(dtype), torch.empty(17, 15, 3, 3, dtype=dtype)
+    dw = torch.ops.fastvdm_C.conv3x3_dw_cpu(dy, x, None, weight, 4)
+    base, wide = (weight_gradient(dy, x, weight, t) for t in (torch.float32, torch.float64))
+    for c in range(15):
+        assert_close3(dw[:, c], base[:, c].to(dtype), wide[:, c], factor=3.0)
+
+
+def test_who_makes_the_gradient_of_the_weight(monkeypatch):
+    """The library that of few input channels."""
+    asked = []
+    launch = ops.launcher
+    monkeypatch.setattr(ops, "launcher", lambda *a: asked.append(a[1]) or launch(*a))
+    for channels in (15, 16):
+        x = randn(1, 2, 3, 5, channels)
+        weight = randn(8, channels, 3, 3).requires_grad_()
+        if choose(x, weight) != "cpu":
+            pytest.skip("the C++ kernels do not take it")
+        asked.clear()
+        space_conv(x, weight).sum().backward()
+        assert ("space_conv_dw" in asked) == (channels == 16)
+
+
 # --- upsampling ----------------------------------------------------------------------------------
 
 
@@ -269,7 +365,9 @@ def test_pair_is_never_kept_concatenated(monkeypatch):
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda *a, **k: joined.append(cat(*a, **k)) or joined[-1])
     y.sum().backward()
-    assert [t.shape for t in joined] == [weight.shape]  # the halves of the weight's gradient
+    # The halves of the weight's gradient; our kernel writes it whole.
+    halves = [] if choose(x, weight, x2=x2) == "cpu" else [weight.shape]
+    assert [t.shape for t in joined] == halves
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])

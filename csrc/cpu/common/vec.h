@@ -62,9 +62,15 @@ FASTVDM_INLINE vf load(const float* p) {
 FASTVDM_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
 
 FASTVDM_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)  // one instruction widens; of convertvector GCC 12 makes four
+  return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   vh h;
   memcpy(&h, p, sizeof(h));
   return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 // The bits of the nearest bf16 (ties to even) in the low half; a NaN keeps its sign, becomes quiet.
 FASTVDM_INLINE vu bf16_bits(vf v) {
