@@ -24,7 +24,7 @@ struct WinogradArgs {
   void* y;
   const float* bias;  // (outp), or null
   float* u;           // ((m + 2)², c1 + c2, outp): the transformed weights, in gemm.h's panels
-  bool fixed;         // integers instead (winograd_fixed.h): u has those of dots.h, and
+  bool fixed;         // integers instead (space_conv_fixed.h): u has those of dots.h, and
   float* u_scale;     // (outp): what an integer of an output channel is worth
 };
 

@@ -8,7 +8,7 @@
 // 512 channels, products of up to 128 tiles). The sums of products are fp32.
 #pragma once
 
-#include "winograd_fixed.h"
+#include "space_conv_fixed.h"
 
 #if FASTVDM_BF16
 

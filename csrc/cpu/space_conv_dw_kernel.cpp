@@ -5,7 +5,7 @@
 // fewer multiplications than the direct sum.
 #include "space_conv_dw.h"
 #include "space_conv_dw_fixed.h"
-#include "winograd.h"
+#include "space_conv_winograd.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

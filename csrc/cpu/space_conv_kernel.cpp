@@ -6,7 +6,7 @@
 // Points 0, ±1, ∞ for m = 2: as accurate as the direct sum. 0, ±3/4, ±5/4, ∞ for m = 4: an error of
 // 1.4e-6 at 64 channels and 2.8e-6 at 256 relative to max |y|, a third of that of 0, ±1, ±2, and far
 // below the rounding of a 16-bit result.
-#include "winograd_fixed.h"
+#include "space_conv_fixed.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "common/dots.h"
-#include "winograd.h"
+#include "space_conv_winograd.h"
 
 #if FASTVDM_BF16
 

@@ -1,6 +1,6 @@
 // The direct convolution: small products whose rows are pixels of the input, in fp32 or in pairs of
 // bf16, where the CPU multiplies these. A block of sums stays in registers over all taps and both sources.
-#include "direct_conv.h"
+#include "space_conv_direct.h"
 
 #include "common/dots.h"
 #include "common/gemm.h"

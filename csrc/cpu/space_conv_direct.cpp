@@ -1,5 +1,5 @@
 // Launchers of the direct convolution; the contracts are in fastvdm/ops/space_conv.py.
-#include "direct_conv.h"
+#include "space_conv_direct.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
