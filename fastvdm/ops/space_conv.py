@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select, wrong_form
+from fastvdm.ops._call import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    launcher,
+    run,
+    select,
+    wrong_form,
+)
 from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
@@ -204,11 +212,11 @@ def check_conv(
     out, takes, kernel, _ = weight.shape
     if transposed:
         out, takes = takes, out
-    channels = x.shape[-1]
+    *video, height, width, channels = x.shape
     if x2 is not None:
         if getattr(x2, "ndim", 0) != 5:
             check_video(x2, "x2")
-        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
+        check_tensors(x, ("x2", x2, (*video, height, width, x2.shape[-1])), same=("x2",))
         channels += x2.shape[-1]
     if takes != channels:
         raise ValueError(
@@ -222,10 +230,10 @@ def check_conv(
         raise ValueError(f'upsample must be None or "nearest", got {upsample!r}')
     if upsample is not None and (kernel != 3 or stride != 1 or x2 is not None):
         raise ValueError("upsample takes a 3x3 kernel, stride 1 and one source")
-    if min(x.shape[2:4]) < (2 if kernel == 4 and not transposed else 1):
+    if min(height, width) < (2 if kernel == 4 and not transposed else 1):
         raise ValueError(f"x {tuple(x.shape)} is too small for {kernel}x{kernel}, stride {stride}")
     check_tensors(
-        x, ("x", x, tuple(x.shape)), ("weight", weight, tuple(weight.shape)),
+        x, ("x", x, x.shape), ("weight", weight, weight.shape),
         ("bias", bias, (out,)), same=("weight", "bias"),
     )  # fmt: skip
     if residual is not None:
@@ -241,16 +249,18 @@ def choose(
     stride: int = 1,
     x2: Tensor | None = None,
     upsample: str | None = None,
-) -> str:
-    """The implementation that takes this call."""
+) -> tuple[str, torch.dtype]:
+    """The implementation that takes this call, and the dtype that it computes in."""
     dtype = autocast_dtype(x)
     if upsample is not None:
-        return select("space_conv_transpose", x.device, x, dtype)
-    return select("space_conv", x.device, x, weight.shape[-1], stride, x2 is not None, dtype)
+        return select("space_conv_transpose", x.device, x, dtype), dtype
+    pair = x2 is not None
+    return select("space_conv", x.device, x, weight.shape[-1], stride, pair, dtype), dtype
 
 
 def convolve(
     which: str,
+    dtype: torch.dtype,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -259,31 +269,21 @@ def convolve(
     residual: Tensor | None = None,
     upsample: str | None = None,
 ) -> Tensor:
-    """``space_conv`` of checked arguments by the implementation ``which``."""
+    """``space_conv`` of checked arguments as ``choose`` says."""
     if which == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual, upsample)
     if x.is_cuda and which != "triton":  # what cuDNN leaves over is one pass
         outside = bias if library.adds_bias_apart(x, weight.shape[-1]) else None
         if outside is not None or residual is not None:
             inside = None if outside is not None else bias
-            y = convolve(which, x, weight, inside, x2, stride, None, upsample)
+            y = convolve(which, dtype, x, weight, inside, x2, stride, None, upsample)
             return bias_residual(y, outside, residual)
     if upsample is not None:
-        return _transpose(which, x, fold_upsample_weight(weight), bias, residual)
+        return _transpose(which, dtype, x, fold_upsample_weight(weight), bias, residual)
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
-    return run(space_conv_fwd, x, x2, weight, bias, residual, stride, which)
-
-
-def cast(x: Tensor, *others: Tensor | None) -> list:
-    """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
-    tensors, dtype = [x, *others], autocast_dtype(x)
-    for i, t in enumerate(tensors):
-        if t is not None and t.dtype != dtype:
-            tensors[i] = t.to(dtype)
-    return tensors
+    return run(space_conv_fwd, *cast(dtype, x, x2, weight, bias, residual), stride, which)
 
 
 def space_conv(
@@ -316,8 +316,8 @@ def space_conv(
         ValueError, TypeError: a shape, dtype or option that does not fit, before any launch.
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
-    which = choose(x, weight, stride, x2, upsample)
-    return convolve(which, x, weight, bias, x2, stride, residual, upsample)
+    which, dtype = choose(x, weight, stride, x2, upsample)
+    return convolve(which, dtype, x, weight, bias, x2, stride, residual, upsample)
 
 
 def space_conv_stats(
@@ -345,26 +345,29 @@ def space_conv_stats(
     check_conv(x, x2, weight, bias, stride, residual, None)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
-    which = choose(x, weight, stride, x2)
+    which, dtype = choose(x, weight, stride, x2)
     if which == "triton":
-        x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
         return run(
-            space_conv_stats_fwd, x, x2, weight, bias, residual, stride,
+            space_conv_stats_fwd, *cast(dtype, x, x2, weight, bias, residual), stride,
             groups, per_frame, eps, which,
         )  # fmt: skip
-    y = convolve(which, x, weight, bias, x2, stride, residual)
+    y = convolve(which, dtype, x, weight, bias, x2, stride, residual)
     return y, *group_stats_ref(y.detach(), groups, per_frame, eps)
 
 
 def _transpose(
-    which: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    which: str,
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     if which in ("reference", "torch"):
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    x, weight, bias, residual = cast(x, weight, bias, residual)
-    return run(space_conv_transpose_fwd, x, weight, bias, residual, which)
+    return run(space_conv_transpose_fwd, *cast(dtype, x, weight, bias, residual), which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -384,10 +387,11 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     check_conv(x, None, weight, bias, 2, transposed=True)
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
-    which = select("space_conv_transpose", x.device, x, autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    which = select("space_conv_transpose", x.device, x, dtype)
     if x.is_cuda and bias is not None and which in ("library", "torch"):
-        return bias_residual(_transpose(which, x, weight, None, None), bias)
-    return _transpose(which, x, weight, bias, None)
+        return bias_residual(_transpose(which, dtype, x, weight, None, None), bias)
+    return _transpose(which, dtype, x, weight, bias, None)
 
 
 # --- costs ---------------------------------------------------------------------------------------
