@@ -42,7 +42,8 @@ def weights_of(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     own = module.__dict__
     found = own if "weight" in own else own["_parameters"]  # a replica has plain attributes
     weight, bias = found["weight"], found.get("bias")
-    for p in (weight, bias):
-        if type(p) is not nn.Parameter and p is not None and is_traceable_wrapper_subclass(p):
-            return None
+    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+        return None
+    if type(bias) is not nn.Parameter and is_traceable_wrapper_subclass(bias):
+        return None
     return weight, bias

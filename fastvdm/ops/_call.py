@@ -213,7 +213,7 @@ _traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_re
 # --- run -----------------------------------------------------------------------------------------
 
 BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
-NODES: dict[str, Any] = {}  # autograd functions, by the same
+NODES: dict[str, Callable[..., Any]] = {}  # what puts them into autograd's graph, by the same
 TENSORS: dict[str, tuple[int, ...]] = {}  # places of their tensors
 DENSE: dict[str, tuple[int, ...]] = {}  # of those that launchers take contiguous
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
@@ -238,7 +238,7 @@ def run(op: OpOverload, *args: Any) -> Any:
     if torch.compiler.is_compiling() or observed(name, given):
         return op(*given)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
-        return NODES[name].apply(*given)
+        return NODES[name](*given)
     return BODIES[name](*given)
 
 
