@@ -44,6 +44,6 @@ def weights_of(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     weight, bias = found["weight"], found.get("bias")
     if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
         return None
-    if type(bias) is not nn.Parameter and is_traceable_wrapper_subclass(bias):
+    if bias is not None and type(bias) is not nn.Parameter and is_traceable_wrapper_subclass(bias):
         return None
     return weight, bias

@@ -16,6 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _dispatch_tls_is_dispatch_key_included,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import get_dynamic_layer_stack_depth as transforms
 from torch._ops import OpOverload
 
 from fastvdm.runtime import config
@@ -136,7 +144,7 @@ def backend_in_force() -> str:
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
     # Dynamo folds it into a constant, behind a guard.
-    if torch._C._functorch.get_dynamic_layer_stack_depth():
+    if transforms():
         return "reference"
     return config.active.backend
 
@@ -246,12 +254,12 @@ def observed(name: str, args: Sequence[Any]) -> bool:
     """Whether the dispatcher would do more with this call of an op than run it: for a mode, a
     transform, a profiler, a tracer, a subclass of Tensor or a view of -x among ``args``."""
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.get_dynamic_layer_stack_depth()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._is_tracing()
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or transforms()
+        or _dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
+        or _profiler_enabled()
+        or _is_tracing()
         or not _PLAIN.issuperset(map(type, args))
     ):
         return True
@@ -292,14 +300,19 @@ def _of_extension(name: str) -> Any:
     return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default._op  # a frame less
 
 
+@functools.cache
+def _kernels(file: str) -> Any:
+    return importlib.import_module(f"fastvdm.kernels.{file}")
+
+
 def launcher(stem: str, name: str, backend: str) -> Any:
     """A backend's launcher, in the file ``stem``: ``norm_act_fwd`` of Triton, in C++ registered as
     ``norm_act_fwd_cpu``. Only called inside opaque op bodies."""
     if backend == "cpu":
         return _of_extension(name)
     if backend == "library":
-        return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
-    launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
+        return getattr(_kernels(f"{stem}_library"), name)
+    launch = getattr(_kernels(stem), name)
     return launch if INTERPRETED else _on_device(launch)
 
 
