@@ -284,7 +284,7 @@ def _connect(
     rest = [n for n in kept if n in plain]
     # (name, place among the inputs, place among the outputs), None where it is not among them.
     sources = [(n, index.get(n), outputs.index(n) if n in outputs else None) for n in tensors]
-    others, backend = [index[n] for n in rest], index["backend"]
+    places, backend = [index[n] for n in rest], index["backend"]
     order = [(n in plain, (rest if n in plain else tensors).index(n)) for n in kept]
     into = [index[g.argument] for g in wanted]
     flags = [[index[g.argument] for g in wanted if g.group == group] for group in _groups(wanted)]
@@ -301,7 +301,7 @@ def _connect(
         if unsaved is not None:
             values = unsaved(values)
         ctx.save_for_backward(*values.values())
-        ctx.rest, ctx.backend = [inputs[i] for i in others], inputs[backend]
+        ctx.rest, ctx.backend = [inputs[i] for i in places], inputs[backend]
         if len(made) > 1:
             ctx.mark_non_differentiable(*made[1:])
             ctx.set_materialize_grads(False)  # else zeros are made for those
@@ -311,12 +311,13 @@ def _connect(
         if dy is None:
             return tuple(found)
         need = ctx.needs_input_grad
+        needed = need.__getitem__
         for i in through:
             found[i] = dy if need[i] else None
-        if any([need[i] for i in into]):
+        if any(map(needed, into)):
             saved, others = ctx.saved_tensors, ctx.rest
             given = [others[i] if is_plain else saved[i] for is_plain, i in order]
-            asked = [any([need[i] for i in group]) for group in flags]
+            asked = [any(map(needed, group)) for group in flags]
             got = run(backward, seed(dy), *given, *asked, ctx.backend)
             for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
                 found[i] = t if need[i] else None
