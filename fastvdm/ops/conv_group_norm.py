@@ -62,7 +62,7 @@ def conv_group_norm(
         ValueError, TypeError: as ``space_conv`` and ``norm_act``.
     """
     check_conv(x, x2, weight, bias, 1, None, upsample)
-    which, dtype = choose(x, weight, 1, x2, upsample)
+    which = choose(x, weight, 1, x2, upsample)
     x_bias, stats = None, None
     if bias is not None and which in ("library", "torch") and adds_bias_apart(x, weight.shape[-1]):
         x_bias, bias = bias, None
@@ -73,7 +73,7 @@ def conv_group_norm(
             eps=1e-5 if eps is None else eps,
         )  # fmt: skip
     else:
-        y = convolve(which, dtype, x, weight, bias, x2, upsample=upsample)
+        y = convolve(which, x, weight, bias, x2, upsample=upsample)
     return norm_act(
         y, norm_weight, norm_bias, kind=kind, groups=groups, per_frame=per_frame, eps=eps,
         scale=scale, shift=shift, act=act, residual=residual, dropout_mask=dropout_mask,

@@ -249,18 +249,16 @@ def choose(
     stride: int = 1,
     x2: Tensor | None = None,
     upsample: str | None = None,
-) -> tuple[str, torch.dtype]:
-    """The implementation that takes this call, and the dtype that it computes in."""
+) -> str:
+    """The implementation that takes this call."""
     dtype = autocast_dtype(x)
     if upsample is not None:
-        return select("space_conv_transpose", x.device, x, dtype), dtype
-    pair = x2 is not None
-    return select("space_conv", x.device, x, weight.shape[-1], stride, pair, dtype), dtype
+        return select("space_conv_transpose", x.device, x, dtype)
+    return select("space_conv", x.device, x, weight.shape[-1], stride, x2 is not None, dtype)
 
 
 def convolve(
     which: str,
-    dtype: torch.dtype,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -269,21 +267,22 @@ def convolve(
     residual: Tensor | None = None,
     upsample: str | None = None,
 ) -> Tensor:
-    """``space_conv`` of checked arguments as ``choose`` says."""
+    """``space_conv`` of checked arguments by the implementation ``which``."""
     if which == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual, upsample)
     if x.is_cuda and which != "triton":  # what cuDNN leaves over is one pass
         outside = bias if library.adds_bias_apart(x, weight.shape[-1]) else None
         if outside is not None or residual is not None:
             inside = None if outside is not None else bias
-            y = convolve(which, dtype, x, weight, inside, x2, stride, None, upsample)
+            y = convolve(which, x, weight, inside, x2, stride, None, upsample)
             return bias_residual(y, outside, residual)
     if upsample is not None:
-        return _transpose(which, dtype, x, fold_upsample_weight(weight), bias, residual)
+        return _transpose(which, x, fold_upsample_weight(weight), bias, residual)
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    return run(space_conv_fwd, *cast(dtype, x, x2, weight, bias, residual), stride, which)
+    tensors = cast(autocast_dtype(x), x, x2, weight, bias, residual)
+    return run(space_conv_fwd, *tensors, stride, which)
 
 
 def space_conv(
@@ -316,8 +315,8 @@ def space_conv(
         ValueError, TypeError: a shape, dtype or option that does not fit, before any launch.
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
-    which, dtype = choose(x, weight, stride, x2, upsample)
-    return convolve(which, dtype, x, weight, bias, x2, stride, residual, upsample)
+    which = choose(x, weight, stride, x2, upsample)
+    return convolve(which, x, weight, bias, x2, stride, residual, upsample)
 
 
 def space_conv_stats(
@@ -345,29 +344,23 @@ def space_conv_stats(
     check_conv(x, x2, weight, bias, stride, residual, None)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
-    which, dtype = choose(x, weight, stride, x2)
+    which = choose(x, weight, stride, x2)
     if which == "triton":
-        return run(
-            space_conv_stats_fwd, *cast(dtype, x, x2, weight, bias, residual), stride,
-            groups, per_frame, eps, which,
-        )  # fmt: skip
-    y = convolve(which, dtype, x, weight, bias, x2, stride, residual)
+        tensors = cast(autocast_dtype(x), x, x2, weight, bias, residual)
+        return run(space_conv_stats_fwd, *tensors, stride, groups, per_frame, eps, which)
+    y = convolve(which, x, weight, bias, x2, stride, residual)
     return y, *group_stats_ref(y.detach(), groups, per_frame, eps)
 
 
 def _transpose(
-    which: str,
-    dtype: torch.dtype,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    which: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     if which in ("reference", "torch"):
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    return run(space_conv_transpose_fwd, *cast(dtype, x, weight, bias, residual), which)
+    tensors = cast(autocast_dtype(x), x, weight, bias, residual)
+    return run(space_conv_transpose_fwd, *tensors, which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -387,11 +380,10 @@ def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     check_conv(x, None, weight, bias, 2, transposed=True)
     if weight.shape[-1] != 4:
         raise ValueError(f"the transposed kernel must be 4x4, got {tuple(weight.shape)}")
-    dtype = autocast_dtype(x)
-    which = select("space_conv_transpose", x.device, x, dtype)
+    which = select("space_conv_transpose", x.device, x, autocast_dtype(x))
     if x.is_cuda and bias is not None and which in ("library", "torch"):
-        return bias_residual(_transpose(which, dtype, x, weight, None, None), bias)
-    return _transpose(which, dtype, x, weight, bias, None)
+        return bias_residual(_transpose(which, x, weight, None, None), bias)
+    return _transpose(which, x, weight, bias, None)
 
 
 # --- costs ---------------------------------------------------------------------------------------
