@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fastvdm.layers.norm import Norm
-from fastvdm.layers.plain import is_plain
+from fastvdm.layers.plain import weights_of
 from fastvdm.layers.position import ShawTable
 from fastvdm.ops.attention_block import NO_OPTIONS, AttentionOptions, attention, attention_block
 from fastvdm.ops.linear import Linear
@@ -63,28 +63,28 @@ class Attention(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, x: Tensor, time: TimeContext | None = None) -> Tensor:
-        norm, qkv, out, options = self.norm, self.qkv, self.out, self._options(time)
+        own: dict[str, Any] = self._modules
+        options = self._options(time)
+        norm, qkv, out = own["norm"], own["qkv"], own["out"]
+        # Not those of a module that something hangs on or stands in the place of.
+        first, last = weights_of(qkv, Linear), weights_of(out, Linear)
         shards = self.shards if self.core == "time" else None
-        if shards is None and self._is_plain():
-            return attention_block(
-                x, norm.weight, qkv.weight, out.weight, core=self.core, heads=self.heads,
-                norm_bias=norm.bias, qkv_bias=qkv.bias, out_bias=out.bias,
-                eps=1e-5 if norm.eps is None else norm.eps, options=options,
-            )  # fmt: skip
+        if shards is None and first is not None and last is not None:
+            normed = weights_of(norm, Norm)
+            if normed is not None and norm.kind == "layer":
+                return attention_block(
+                    x, normed[0], first[0], last[0], core=self.core, heads=self.heads,
+                    norm_bias=normed[1], qkv_bias=first[1], out_bias=last[1],
+                    eps=1e-5 if norm.eps is None else norm.eps, options=options,
+                )  # fmt: skip
         h = norm(x)  # whose statistics need the frames' layout, where sequences need the pixels'
         if shards is not None:
             h = out(attention(qkv(shards.to_pixels(h)), self.core, self.heads, options))
             return x + shards.to_frames(h, *x.shape[2:4])
         h = attention(qkv(h), self.core, self.heads, options)
-        if is_plain(out, Linear) and is_plain(qkv, Linear):
-            return linear_residual(x, h, out.weight, out.bias)
+        if first is not None and last is not None:
+            return linear_residual(x, h, *last)
         return x + out(h)
-
-    def _is_plain(self) -> bool:
-        """Whether ``attention_block`` describes the layer: a LayerNorm and two projections, and
-        nothing that hangs on one of them or stands in its place, which it would not call."""
-        projections = is_plain(self.qkv, Linear) and is_plain(self.out, Linear)
-        return projections and is_plain(self.norm, Norm) and self.norm.kind == "layer"
 
     def _options(self, time: TimeContext | None) -> AttentionOptions:
         if self.core != "time":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvdm.layers.plain import is_plain
+from fastvdm.layers.plain import weights_of
 from fastvdm.ops.conv_group_norm import space_conv, space_conv_transpose
 
 Size = int | tuple[int, ...]
@@ -154,12 +154,12 @@ def convolve(
     Raises:
         ValueError: DoRA, whose convolution takes channels on axis 1 of whatever comes.
     """
-    if is_plain(conv, SpaceConv):
+    weights = weights_of(conv, SpaceConv)
+    if weights is not None:
         assert isinstance(conv, SpaceConv)
         return space_conv(
             x,
-            conv.weight,
-            conv.bias,
+            *weights,
             x2=x2,
             stride=conv.stride[0],
             residual=residual,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvdm.layers.conv import join
-from fastvdm.layers.plain import is_plain
+from fastvdm.layers.plain import weights_of
 from fastvdm.ops.conv_group_norm import norm_act
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _finish(
 def normalise(norm: nn.Module, x: Tensor, x2: Tensor | None = None, **options: Any) -> Tensor:
     """norm([x, x2]), then ``options`` as in ``Norm.forward``: one op of a plain ``Norm``; anything
     else is called on the one tensor, and the options follow, in fp32 at least."""
-    if is_plain(norm, Norm):
+    if weights_of(norm, Norm) is not None:
         return norm(x, x2=x2, **options)
     y = norm(join(x, x2))
     return _finish(y.to(torch.promote_types(y.dtype, torch.float32)), **options).to(y.dtype)

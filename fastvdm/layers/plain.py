@@ -7,9 +7,11 @@ tensor, and does the rest of the fused op around it.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Weights = tuple[Tensor, Tensor | None]
 
 
 def hangs_on(module: nn.Module) -> bool:
@@ -25,8 +27,9 @@ def hangs_on(module: nn.Module) -> bool:
     )
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` is what ``kind`` does with its parameters, and no more.
+def weights_of(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
+    """The weight and bias of ``module`` where a call of it is what ``kind`` does with them, and no
+    more; else None.
 
     It is of that very class (adapters and parametrizations put another in its place), no hook is on
     it or on all modules, ``forward`` is not replaced on the instance (as offloading does), and its
@@ -34,9 +37,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     torch's own ops).
     """
     if type(module) is not kind or hangs_on(module) or _has_any_global_hook():
-        return False
+        return None
     # __getattr__ of a module costs more than all that is asked here
-    for p in module.__dict__["_parameters"].values():
-        if type(p) is not nn.Parameter and p is not None and is_traceable_wrapper_subclass(p):
-            return False
-    return True
+    own = module.__dict__
+    found = own if "weight" in own else own["_parameters"]  # a replica has plain attributes
+    weight, bias = found["weight"], found.get("bias")
+    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+        return None
+    if bias is not None and type(bias) is not nn.Parameter and is_traceable_wrapper_subclass(bias):
+        return None
+    return weight, bias

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvdm.layers.kept import kept
-from fastvdm.layers.plain import is_plain
+from fastvdm.layers.plain import weights_of
 
 
 def t5_bucket(relative: Tensor, num_buckets: int = 32, max_distance: int = 32) -> Tensor:
@@ -52,9 +52,10 @@ class T5RelativeBias(nn.Module):
         bucket = _t5_buckets(n, self.num_buckets, self.max_distance, device)
         table = self.relative_attention_bias
         # Contiguous, as kernels read it: each attention of a forward would copy it.
-        if torch.is_grad_enabled() or not is_plain(table, nn.Embedding):
+        weights = None if torch.is_grad_enabled() else weights_of(table, nn.Embedding)
+        if weights is None:
             return table(bucket).permute(2, 0, 1).contiguous()
-        return table.weight.t().index_select(1, bucket.flatten()).view(-1, n, n)
+        return weights[0].t().index_select(1, bucket.flatten()).view(-1, n, n)
 
 
 class ShawTable(nn.Module):

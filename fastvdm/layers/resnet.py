@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvdm.layers.conv import SpaceConv, convolve, join, nearest_up
 from fastvdm.layers.norm import Norm, normalise
-from fastvdm.layers.plain import is_plain
+from fastvdm.layers.plain import weights_of
 from fastvdm.ops.conv_group_norm import conv_group_norm
 
 MakeNorm = Callable[[int], Norm]
@@ -44,7 +44,7 @@ def films(emb: Tensor | Films, layers: Sequence[nn.Module]) -> Tensor | Films:
     it. Without the gradient of a weight: it would have to be cut into those of all."""
     if torch.compiler.is_compiling() or not layers or isinstance(emb, Films):
         return emb
-    plain = [layer for layer in layers if is_plain(layer, nn.Linear)]
+    plain = [layer for layer in layers if weights_of(layer, nn.Linear) is not None]
     weights = (p for layer in plain for p in layer.parameters())
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in weights)
     if trained or len(plain) < len(layers) or any(layer.bias is None for layer in plain):
@@ -55,8 +55,11 @@ def films(emb: Tensor | Films, layers: Sequence[nn.Module]) -> Tensor | Films:
 def _project(layer: nn.Module, emb: Tensor | Films) -> Tensor:
     if isinstance(emb, Films):
         found = emb.made.get(layer)  # type: ignore[call-overload]
-        return layer(emb.emb) if found is None else found
-    return layer(emb)
+        if found is not None:
+            return found
+        emb = emb.emb
+    weights = weights_of(layer, nn.Linear)
+    return layer(emb) if weights is None else F.linear(emb, *weights)
 
 
 def _film(
@@ -70,7 +73,6 @@ def _film(
 
 
 def _conv_norm(
-    fused: bool,
     conv: SpaceConv,
     norm: Norm,
     x: Tensor,
@@ -80,15 +82,14 @@ def _conv_norm(
     **options: Any,
 ) -> Tensor:
     """conv → norm → FiLM → SiLU → dropout → + residual; the statistics come with the convolution
-    where its kernel has them. Without ``fused`` each module is called."""
-    if not fused:
+    where its kernel has them, but for statistics that come from all ranks."""
+    first, last = weights_of(conv, SpaceConv), weights_of(norm, Norm)
+    if first is None or last is None or norm.shards is not None:  # each module is called
         return normalise(norm, convolve(conv, x, x2, upsample=upsample), act=True, **options)
     return conv_group_norm(
         x,
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.bias,
+        *first,
+        *last,
         kind=norm.kind,
         groups=norm.groups,
         per_frame=norm.per_frame,
@@ -97,11 +98,6 @@ def _conv_norm(
         upsample="nearest" if upsample else None,
         **options,
     )
-
-
-def _plain(conv: SpaceConv, norm: Norm) -> bool:
-    """Whether one op may stand for the two; not where the statistics come from all ranks."""
-    return is_plain(conv, SpaceConv) and is_plain(norm, Norm) and norm.shards is None
 
 
 class ResnetBlock(nn.Module):
@@ -132,17 +128,16 @@ class ResnetBlock(nn.Module):
         self.out_channels, self.dropout = out_channels, dropout
 
     def forward(self, x: Tensor, emb: Tensor | Films | None, x2: Tensor | None = None) -> Tensor:
-        scale, shift = _film(self.film, emb)
+        own: dict[str, Any] = self._modules
+        scale, shift = _film(own.get("film"), emb)
         if x2 is not None and x.is_cuda and not torch.is_grad_enabled():
             # cuDNN wants them joined, and then the skip is one product; a backward would keep it.
             x, x2 = join(x, x2), None
         mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
-        first, second = _plain(self.conv1, self.norm1), _plain(self.conv2, self.norm2)
-        h = _conv_norm(
-            first, self.conv1, self.norm1, x, x2, scale=scale, shift=shift, dropout_mask=mask
-        )
-        residual = join(x, x2) if self.skip is None else convolve(self.skip, x, x2)
-        return _conv_norm(second, self.conv2, self.norm2, h, residual=residual)
+        conv, norm, skip = own["conv1"], own["norm1"], own.get("skip")
+        h = _conv_norm(conv, norm, x, x2, scale=scale, shift=shift, dropout_mask=mask)
+        residual = join(x, x2) if skip is None else convolve(skip, x, x2)
+        return _conv_norm(own["conv2"], own["norm2"], h, residual=residual)
 
 
 class PreNormResnetBlock(nn.Module):
@@ -197,7 +192,6 @@ class PreNormResnetBlock(nn.Module):
         else:
             scale, shift = _film(None if self.additive else self.film, emb)
             h = _conv_norm(
-                _plain(self.conv1, self.norm2),
                 self.conv1,
                 self.norm2,
                 h,

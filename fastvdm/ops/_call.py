@@ -16,6 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _dispatch_tls_is_dispatch_key_included,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import get_dynamic_layer_stack_depth as transforms
 from torch._ops import OpOverload
 
 from fastvdm.runtime import config
@@ -51,13 +59,16 @@ def check_tensors(
         TypeError: a dtype does not fit, or it is no tensor.
     """
     device, dtype = x.device, x.dtype
+    usual = dtype if dtype in dtypes else None
     for name, t, shape in wanted:
         if t is None and not name.endswith(_NEVER_NONE):
             continue
-        if not isinstance(t, Tensor) or tuple(t.shape) != shape:
+        if not isinstance(t, Tensor) or t.shape != shape:
             raise wrong_form(name, t, str(shape))
         if t.device != device:
             raise ValueError(f"{name} must be on {device} like {beside}, got {t.device}")
+        if t.dtype is usual:
+            continue
         if t.dtype not in dtypes:
             raise TypeError(f"{name} must be {listed(dtypes)}, got {t.dtype}")
         if t.dtype != dtype and name in same and not mix(t, x):
@@ -85,18 +96,11 @@ def mix(a: Tensor, b: Tensor) -> bool:
     return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
 
 
-_AUTOCAST = {d: torch.amp.is_autocast_available(d) for d in ("cpu", "cuda", "meta")}
-
-
-def _has_autocast(device: str) -> bool:
-    """Devices such as meta have none. To ask torch takes a microsecond, in every op."""
-    found = _AUTOCAST.get(device)
-    return torch.amp.is_autocast_available(device) if found is None else found
-
-
 def autocast_on(device: str) -> bool:
-    """Whether autocast is on for this type of device."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for this type of device. Some have none, such as meta; to ask torch
+    for that takes a microsecond, in every op."""
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -104,10 +108,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
     As torch's autocast does, fp64 is left alone.
     """
-    device, dtype = x.device.type, x.dtype
-    if dtype == torch.float64 or not _has_autocast(device):
+    dtype = x.dtype
+    # ``device.type`` would make a string.
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    if dtype == torch.float64 or not autocast_on(device):
         return dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    return torch.get_autocast_dtype(device)
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
+    """``tensors`` in ``dtype``, as autocast brings the inputs of its own ops. ``to`` would take a
+    microsecond to find that there is nothing to do."""
+    found: list = [*tensors]
+    for i, t in enumerate(tensors):
+        if t is not None and t.dtype != dtype:
+            found[i] = t.to(dtype)
+    return found
 
 
 # --- choose --------------------------------------------------------------------------------------
@@ -128,7 +144,7 @@ def backend_in_force() -> str:
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
     # Dynamo folds it into a constant, behind a guard.
-    if torch._C._functorch.get_dynamic_layer_stack_depth():
+    if transforms():
         return "reference"
     return config.active.backend
 
@@ -139,8 +155,8 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
     backend = backend_in_force()
     if backend == "reference":
         return backend, None
-    forced = backend != "auto"
-    kernel = backend if forced else _AUTO.get(device.type)
+    forced, kind = backend != "auto", device.type
+    kernel = backend if forced else _AUTO.get(kind)
     entry = OPS[op]
     lost: tuple | None = None
     for name, why_not in entry.implementations(*call):
@@ -150,7 +166,7 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
                 return name, lost
         elif name == kernel:
             if can:
-                off = entry.off[name] if name == device.type else off_on(op, name, device)
+                off = entry.off[name] if name == kind else off_on(op, name, device)
                 if off is None:
                     return name, None
                 lost = name, off, None
@@ -205,7 +221,7 @@ _traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_re
 # --- run -----------------------------------------------------------------------------------------
 
 BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
-NODES: dict[str, Any] = {}  # autograd functions, by the same
+NODES: dict[str, Callable[..., Any]] = {}  # what puts them into autograd's graph, by the same
 TENSORS: dict[str, tuple[int, ...]] = {}  # places of their tensors
 DENSE: dict[str, tuple[int, ...]] = {}  # of those that launchers take contiguous
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
@@ -230,7 +246,7 @@ def run(op: OpOverload, *args: Any) -> Any:
     if torch.compiler.is_compiling() or observed(name, given):
         return op(*given)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
-        return NODES[name].apply(*given)
+        return NODES[name](*given)
     return BODIES[name](*given)
 
 
@@ -238,12 +254,12 @@ def observed(name: str, args: Sequence[Any]) -> bool:
     """Whether the dispatcher would do more with this call of an op than run it: for a mode, a
     transform, a profiler, a tracer, a subclass of Tensor or a view of -x among ``args``."""
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.get_dynamic_layer_stack_depth()
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._is_tracing()
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or transforms()
+        or _dispatch_tls_is_dispatch_key_included(_VMAP)  # is_grads_batched
+        or _profiler_enabled()
+        or _is_tracing()
         or not _PLAIN.issuperset(map(type, args))
     ):
         return True
@@ -281,7 +297,12 @@ def body_of(stem: str, name: str, value: tuple[int, Any] | None = None) -> Calla
 
 @functools.cache
 def _of_extension(name: str) -> Any:
-    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default
+    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default._op  # a frame less
+
+
+@functools.cache
+def _kernels(file: str) -> Any:
+    return importlib.import_module(f"fastvdm.kernels.{file}")
 
 
 def launcher(stem: str, name: str, backend: str) -> Any:
@@ -290,8 +311,8 @@ def launcher(stem: str, name: str, backend: str) -> Any:
     if backend == "cpu":
         return _of_extension(name)
     if backend == "library":
-        return getattr(importlib.import_module(f"fastvdm.kernels.{stem}_library"), name)
-    launch = getattr(importlib.import_module(f"fastvdm.kernels.{stem}"), name)
+        return getattr(_kernels(f"{stem}_library"), name)
+    launch = getattr(_kernels(stem), name)
     return launch if INTERPRETED else _on_device(launch)
 
 

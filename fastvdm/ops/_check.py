@@ -70,7 +70,7 @@ def check_block(
     features = qkv_weight.shape[0]
     check_tensors(
         x,
-        ("x", x, tuple(x.shape)),
+        ("x", x, x.shape),
         ("norm_weight", norm_weight, (channels,)),
         ("norm_bias", norm_bias, (channels,)),
         ("qkv_weight", qkv_weight, (features, channels)),

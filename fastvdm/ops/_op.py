@@ -63,26 +63,32 @@ def autograd(
     # The dispatcher takes off trailing arguments that equal their default.
     defaults = tuple(a.default_value for a in op._schema.arguments)
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = op(*inputs) if observed(op._opname, inputs) else BODIES[op._opname](*inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, out)
-        return out
+    name = op._opname
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    # A profile shows this name with Backward behind it.
-    node: Any = type(op._opname + "_", (torch.autograd.Function,), methods)
+    def node(heard: bool) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = (op if heard else BODIES[name])(*inputs)
+            if setup_context is not None:
+                setup_context(ctx, inputs, out)
+            return out
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        # A profile shows this name with Backward behind it.
+        return type(name + "_", (torch.autograd.Function,), methods)
+
+    heard, unheard = node(True), node(False)
 
     def through_dispatcher(*args: Any) -> Any:
         args += defaults[len(args) :]
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return node.apply(*args)
+            return (heard if observed(name, args) else unheard).apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    NODES[op._opname] = node
-    _LIBRARY.impl(op._opname, through_dispatcher, "Autograd")
+    # What Function.apply does before this is for the transforms of torch.func, which ``run`` sees.
+    NODES[name] = super(torch.autograd.Function, unheard).apply
+    _LIBRARY.impl(name, through_dispatcher, "Autograd")
 
 
 def no_double_backward(op: OpOverload) -> None:
@@ -276,6 +282,9 @@ def _connect(
     # Tensors are saved apart from the rest; the backward takes both mixed.
     tensors = [n for n in kept if n not in plain]
     rest = [n for n in kept if n in plain]
+    # (name, place among the inputs, place among the outputs), None where it is not among them.
+    sources = [(n, index.get(n), outputs.index(n) if n in outputs else None) for n in tensors]
+    places, backend = [index[n] for n in rest], index["backend"]
     order = [(n in plain, (rest if n in plain else tensors).index(n)) for n in kept]
     into = [index[g.argument] for g in wanted]
     flags = [[index[g.argument] for g in wanted if g.group == group] for group in _groups(wanted)]
@@ -283,14 +292,16 @@ def _connect(
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
         made = output if isinstance(output, tuple) else (output,)
-        values = dict(zip(names, inputs))
-        for n, t in zip(outputs, made):
-            if n not in index or (values[n] is None and t.numel()):
-                values[n] = t
+        values: dict[str, Any] = {}
+        for n, i, j in sources:
+            given = None if i is None else inputs[i]
+            if j is not None and (i is None or (given is None and made[j].numel())):
+                given = made[j]
+            values[n] = given
         if unsaved is not None:
             values = unsaved(values)
-        ctx.save_for_backward(*(values[n] for n in tensors))
-        ctx.rest, ctx.backend = [values[n] for n in rest], values["backend"]
+        ctx.save_for_backward(*values.values())
+        ctx.rest, ctx.backend = [inputs[i] for i in places], inputs[backend]
         if len(made) > 1:
             ctx.mark_non_differentiable(*made[1:])
             ctx.set_materialize_grads(False)  # else zeros are made for those
@@ -300,12 +311,13 @@ def _connect(
         if dy is None:
             return tuple(found)
         need = ctx.needs_input_grad
+        needed = need.__getitem__
         for i in through:
             found[i] = dy if need[i] else None
-        if any([need[i] for i in into]):
+        if any(map(needed, into)):
             saved, others = ctx.saved_tensors, ctx.rest
             given = [others[i] if is_plain else saved[i] for is_plain, i in order]
-            asked = [any([need[i] for i in group]) for group in flags]
+            asked = [any(map(needed, group)) for group in flags]
             got = run(backward, seed(dy), *given, *asked, ctx.backend)
             for i, t in zip(into, got if isinstance(got, tuple | list) else (got,)):
                 found[i] = t if need[i] else None

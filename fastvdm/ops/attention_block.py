@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels.attention_options import AttentionOptions
-from fastvdm.ops._call import autocast_dtype, autocast_on, run, select
+from fastvdm.ops._call import autocast_dtype, autocast_on, cast, run, select
 from fastvdm.ops._check import check_block, check_options
 from fastvdm.ops.axis_attention import attend
 from fastvdm.ops.linear import linear
@@ -119,9 +119,9 @@ def attention_block(
         raise ValueError(f"core {core!r} takes no options, got {_given(options)}")
     elif core == "linear" and qkv_bias is not None:
         raise ValueError("core 'linear' takes no qkv_bias")
-    qkv_weight, out_weight = qkv_weight.to(low), out_weight.to(low)
-    qkv_bias = None if qkv_bias is None else qkv_bias.to(low)
-    out_bias = None if out_bias is None else out_bias.to(low)
+    qkv_weight, qkv_bias, out_weight, out_bias = cast(
+        low, qkv_weight, qkv_bias, out_weight, out_bias
+    )
     which = select("attention_block", x.device, core, x, qkv_weight, heads, options)
     if which == "parts":  # each chooses its own backend
         normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)

@@ -167,7 +167,7 @@ def attend(
         raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
     if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
         raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
-    check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
+    check_tensors(qkv, ("qkv", qkv, qkv.shape))
     low = autocast_dtype(qkv)
     options = check_options(qkv, tuple(qkv.shape), axis, options, low, "qkv")
     qkv = qkv.to(low)

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select, wrong_form
+from fastvdm.ops._call import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    launcher,
+    run,
+    select,
+    wrong_form,
+)
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
 from fastvdm.runtime.dispatch import ByDefault, ByName, Implementations, implementations
@@ -89,15 +97,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if getattr(x, "ndim", 0) < 1 or x.shape[-1] != k:
         raise wrong_form("x", x, f"(..., {k})")
     check_tensors(
-        x, ("x", x, tuple(x.shape)), ("weight", weight, (n, k)), ("bias", bias, (n,)),
+        x, ("x", x, x.shape), ("weight", weight, (n, k)), ("bias", bias, (n,)),
         same=("weight", "bias"),
     )  # fmt: skip
     dtype = autocast_dtype(x)
     which = select("linear", x.device, dtype)
     if which in ("torch", "reference"):
         return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.to(dtype)
-    return run(linear_fwd, x.to(dtype), weight.to(dtype), bias, which)
+    return run(linear_fwd, *cast(dtype, x, weight, bias), which)
 
 
 class Linear(nn.Linear):

@@ -76,7 +76,7 @@ def linear_attention(qkv: Tensor, *, sm_scale: float | None = None) -> Tensor:
     """
     if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
         raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
-    check_tensors(qkv, ("qkv", qkv, tuple(qkv.shape)))
+    check_tensors(qkv, ("qkv", qkv, qkv.shape))
     qkv = qkv.to(autocast_dtype(qkv))
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     which = select("linear_attention", qkv.device, qkv)

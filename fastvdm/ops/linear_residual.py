@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastvdm.ops._call import autocast_dtype, check_tensors, run, select, wrong_form
+from fastvdm.ops._call import autocast_dtype, cast, check_tensors, run, select, wrong_form
 from fastvdm.ops._check import check_projection
 from fastvdm.ops._cost import Cost, flops
 from fastvdm.ops._op import backward_of, op
@@ -87,16 +87,14 @@ def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = 
     if getattr(o, "shape", None) != (*x.shape[:-1], k):
         raise wrong_form("o", o, str((*x.shape[:-1], k)))
     check_tensors(
-        x, ("x", x, tuple(x.shape)), ("o", o, tuple(o.shape)), ("weight", weight, (n, k)),
+        x, ("x", x, x.shape), ("o", o, o.shape), ("weight", weight, (n, k)),
         ("bias", bias, (n,)),
     )  # fmt: skip
     check_projection(x, "weight", weight, ("o", o), ("bias", bias))
     which = select("linear_residual", x.device, x, weight)
     if which != "triton":
         return (x + linear(o, weight, bias)).to(x.dtype)
-    low = autocast_dtype(weight)
-    o, weight, bias = o.to(low), weight.to(low), None if bias is None else bias.to(low)
-    return run(linear_residual_fwd, x, o, weight, bias, which)
+    return run(linear_residual_fwd, x, *cast(autocast_dtype(weight), o, weight, bias), which)
 
 
 def linear_residual_cost(

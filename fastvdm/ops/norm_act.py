@@ -162,7 +162,7 @@ def norm_act(
     if min(*extents, c) < 1:
         raise ValueError(f"x must not be empty but for the batch, got {tuple(x.shape)}")
     check_tensors(
-        x, ("x", x, tuple(x.shape)), ("weight", weight, (c,)), ("bias", bias, (c,)),
+        x, ("x", x, x.shape), ("weight", weight, (c,)), ("bias", bias, (c,)),
         ("x_bias", x_bias, (c,)), ("scale", scale, (b, c)), ("shift", shift, (b, c)),
         ("residual", residual, (*video, c)), same=("residual",),
     )  # fmt: skip

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops._call import autocast_dtype, check_tensors, launcher, run, select, wrong_form
+from fastvdm.ops._call import (
+    autocast_dtype,
+    cast,
+    check_tensors,
+    launcher,
+    run,
+    select,
+    wrong_form,
+)
 from fastvdm.ops._check import check_video
 from fastvdm.ops._cost import Cost, flops, flops_of_launcher
 from fastvdm.ops._op import backward_of, op
@@ -226,11 +234,11 @@ def check_conv(
     out, takes, kernel, _ = weight.shape
     if transposed:
         out, takes = takes, out
-    channels = x.shape[-1]
+    *video, height, width, channels = x.shape
     if x2 is not None:
         if getattr(x2, "ndim", 0) != 5:
             check_video(x2, "x2")
-        check_tensors(x, ("x2", x2, (*x.shape[:-1], x2.shape[-1])), same=("x2",))
+        check_tensors(x, ("x2", x2, (*video, height, width, x2.shape[-1])), same=("x2",))
         channels += x2.shape[-1]
     if takes != channels:
         raise ValueError(
@@ -244,10 +252,10 @@ def check_conv(
         raise ValueError(f'upsample must be None or "nearest", got {upsample!r}')
     if upsample is not None and (kernel != 3 or stride != 1 or x2 is not None):
         raise ValueError("upsample takes a 3x3 kernel, stride 1 and one source")
-    if min(x.shape[2:4]) < (2 if kernel == 4 and not transposed else 1):
+    if min(height, width) < (2 if kernel == 4 and not transposed else 1):
         raise ValueError(f"x {tuple(x.shape)} is too small for {kernel}x{kernel}, stride {stride}")
     check_tensors(
-        x, ("x", x, tuple(x.shape)), ("weight", weight, tuple(weight.shape)),
+        x, ("x", x, x.shape), ("weight", weight, weight.shape),
         ("bias", bias, (out,)), same=("weight", "bias"),
     )  # fmt: skip
     if residual is not None:
@@ -295,17 +303,8 @@ def convolve(
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
-    return run(space_conv_fwd, x, x2, weight, bias, residual, stride, which)
-
-
-def cast(x: Tensor, *others: Tensor | None) -> list:
-    """To the dtype that autocast asks for, as torch does to the inputs of its own convolutions."""
-    tensors, dtype = [x, *others], autocast_dtype(x)
-    for i, t in enumerate(tensors):
-        if t is not None and t.dtype != dtype:
-            tensors[i] = t.to(dtype)
-    return tensors
+    tensors = cast(autocast_dtype(x), x, x2, weight, bias, residual)
+    return run(space_conv_fwd, *tensors, stride, which)
 
 
 def space_conv(
@@ -369,11 +368,8 @@ def space_conv_stats(
         raise ValueError(f"groups must divide the {weight.shape[0]} channels, got {groups}")
     which = choose(x, weight, stride, x2)
     if which == "triton":
-        x, x2, weight, bias, residual = cast(x, x2, weight, bias, residual)
-        return run(
-            space_conv_stats_fwd, x, x2, weight, bias, residual, stride,
-            groups, per_frame, eps, which,
-        )  # fmt: skip
+        tensors = cast(autocast_dtype(x), x, x2, weight, bias, residual)
+        return run(space_conv_stats_fwd, *tensors, stride, groups, per_frame, eps, which)
     y = convolve(which, x, weight, bias, x2, stride, residual)
     return y, *group_stats_ref(y.detach(), groups, per_frame, eps)
 
@@ -385,8 +381,8 @@ def _transpose(
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    x, weight, bias, residual = cast(x, weight, bias, residual)
-    return run(space_conv_transpose_fwd, x, weight, bias, residual, which)
+    tensors = cast(autocast_dtype(x), x, weight, bias, residual)
+    return run(space_conv_transpose_fwd, *tensors, which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -120,7 +120,7 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     """
     if getattr(weight, "ndim", 0) != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise wrong_form("weight", weight, "(Cout, Cin, 3, 3)")
-    check_tensors(weight, ("weight", weight, tuple(weight.shape)))
+    check_tensors(weight, ("weight", weight, weight.shape))
     if select("fold_upsample_weight", weight.device) == "triton":
         return run(fold_upsample_weight_fwd, weight, "triton")
     wide = weight if weight.dtype == torch.float64 else weight.float()

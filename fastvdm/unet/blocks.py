@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,13 @@ class Unit(nn.Module):
     def _forward(
         self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None
     ) -> Tensor:
-        for block in self.blocks:
+        own: dict[str, Any] = self._modules  # an attribute that is a module costs more
+        for block in own["blocks"]:
             x, skip = residual(block, x, emb, skip), None
-        if self.spatial is not None:
-            x = self.spatial(x)
-        if self.temporal is not None:
-            x = attend(self.temporal, x, time)
-        return x
+        spatial, temporal = own.get("spatial"), own.get("temporal")
+        if spatial is not None:
+            x = spatial(x)
+        return x if temporal is None else attend(temporal, x, time)
 
 
 class Level(nn.Module):
@@ -103,10 +104,11 @@ class Level(nn.Module):
         return x if self.resample is None else self._change_resolution(x, emb)
 
     def _change_resolution(self, x: Tensor, emb: Tensor | Films) -> Tensor:
-        assert self.resample is not None
+        resample = self.resample
+        assert resample is not None
         if self.resample_takes_emb:
-            return residual(self.resample, x, emb)
-        return convolve(self.resample, x, upsample=self.upsample)
+            return residual(resample, x, emb)
+        return convolve(resample, x, upsample=self.upsample)
 
 
 def film_layers(levels: Iterable[nn.Module], middle: Iterable[nn.Module]) -> list[nn.Module]:

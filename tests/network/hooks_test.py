@@ -62,6 +62,18 @@ def with_forward(model: nn.Module) -> set[str]:
     return {n for n, m in model.named_modules() if type(m).forward is not missing}
 
 
+def test_parameters_that_are_plain_attributes():
+    """As DataParallel leaves them on its replicas."""
+    model = UNet3D(**NETWORKS["group"]).eval()
+    want = run(model)
+    for module in model.modules():
+        for name, p in [*module._parameters.items()]:
+            if p is not None:
+                del module._parameters[name]
+                setattr(module, name, p.detach())
+    assert torch.equal(run(model), want)
+
+
 def untrained(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.grad is None}
 
