@@ -115,9 +115,12 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   // not depend on it: every tile is summed in the same order.
   const int64_t tile_bytes = points * ((a.fixed ? 2 : 4) * a.cinp + 4 * a.outp);
   const int64_t weight_bytes = 4 * points * depth * a.outp;
-  int64_t block = a.fixed ? 30 : std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
-  if (weight_bytes > (a.fixed ? 8 << 20 : 3 << 19)) {
-    const int64_t share = ceil_div(a.tiles, torch::stable::get_num_threads());
+  const int64_t threads = torch::stable::get_num_threads(), share = ceil_div(a.tiles, threads);
+  int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
+  if (a.fixed) {  // as many blocks for each thread
+    const int64_t most = weight_bytes > 8 << 20 ? 256 : 32;
+    block = ceil_div(a.tiles, threads * ceil_div(share, most));
+  } else if (weight_bytes > 3 << 19) {
     block = std::max(block, std::min<int64_t>({share, 256, (24 << 20) / tile_bytes}));
   }
   a.block = static_cast<int>(block);
