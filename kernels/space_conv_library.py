@@ -185,28 +185,8 @@ def space_conv_bwd(
 def space_conv_transpose_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """Output pixel (2i+a, 2j+b) sees 2x2 inputs: four plain convolutions, one a phase.
-
-    y[2i+a] = sum_t x[i+a-t] w[1-a+2t] along each axis (t = 0, 1).
-    """
-    batch, frames, height, width, channels = x.shape
-    out = weight.shape[1]
-    y = x.new_empty(batch * frames, 2 * height, 2 * width, out)
-    # As a matrix, which torch transposes in blocks; after that whole rows of channels move.
-    kernels = weight.flatten(1).t().contiguous().view(out, 4, 4, channels)
-    kernels = kernels.flip(1, 2)  # tap 3 first: the lower input row
-    kernels = kernels.view(out, 2, 2, 2, 2, channels).permute(2, 4, 0, 1, 3, 5).contiguous()
-    inside = None if adds_bias_apart(x, weight.shape[-1]) else bias
-    for a in (0, 1):
-        for b in (0, 1):
-            taps = kernels[a, b].permute(0, 3, 1, 2)
-            phase = F.conv2d(images(x), taps, inside, padding=1)
-            phase = phase[:, :, a : a + height, b : b + width]
-            y[:, a::2, b::2] = phase.permute(0, 2, 3, 1)
-    y = y.view(batch, frames, *y.shape[1:])
-    if inside is None and bias is not None:
-        y.add_(bias)
-    return y if residual is None else y.add_(residual)
+    y = conv_transpose2d(x, weight, bias)
+    return y if residual is None else y + residual
 
 
 @_in_fp32

@@ -29,7 +29,7 @@ from fastvdm.ops.space_conv_ends import bias_residual, fold_upsample_weight
 from fastvdm.reference.space_conv import group_stats_ref, space_conv_ref, space_conv_transpose_ref
 from fastvdm.runtime.device import INTERPRETED
 from fastvdm.runtime.dispatch import ByDefault, ByDesign, ByName, Implementations, implementations
-from fastvdm.runtime.extension import AMX, BF16_PRODUCTS, emulated
+from fastvdm.runtime.extension import AMX, emulated
 
 # --- ops -----------------------------------------------------------------------------------------
 
@@ -169,9 +169,13 @@ def _(x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype) -> Im
 
     A pair of sources: no concatenated copy is kept for the backward; 0.95-1.1x the time of one call
     (forward, 16 frames of 8x8 to 32x32; Xeon with AVX-512, one thread, torch 2.13, November 2026).
+    The C++ kernel of a 4x4 needs 0.8-1.05x the time of oneDNN, which copies its weight every time,
+    that of a pair 0.9-1.05x (EPYC Zen 4, AVX2 and AVX-512, fp32 and bf16).
     """
-    if stride != 1 or kernel not in (1, 3) or (kernel == 1 and not pair):
-        yield "cpu", ByDesign("its kernels are for 3x3 at stride 1 and a 1x1 of two sources")
+    if (kernel, stride) not in ((1, 1), (3, 1), (4, 2)) or (kernel == 1 and not pair):
+        yield "cpu", ByDesign("its kernels are for 3x3, for 4x4 at stride 2, for 1x1 of a pair")
+    elif kernel == 4 and dtype not in (torch.float32, torch.bfloat16):
+        yield "cpu", ByDesign(f"oneDNN is faster in {dtype}, in fp32 if need be")
     elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
         yield "cpu", ByDefault(f"{dtype} is not a type of its kernels")
     elif AMX and dtype == torch.bfloat16:
@@ -190,21 +194,19 @@ def _transpose_examples(device: torch.device) -> dict[str, tuple]:
     return {name: (x, dtype) for name, dtype in types.items()}
 
 
-@implementations(
-    "space_conv_transpose",
-    "space_conv_transpose_fwd",
-    examples=_transpose_examples,
-)
+@implementations("space_conv_transpose", "space_conv_transpose_fwd", examples=_transpose_examples)
 def _(x: Tensor, dtype: torch.dtype) -> Implementations:
-    """Four phases against one call of oneDNN: in bf16 0.36x the time at 64 channels, 0.6x at 128,
-    1.06x at 256 (without AMX; with it not measured), else 1.1-3.7x. Machine and sizes as above."""
-    if dtype != torch.bfloat16 or not BF16_PRODUCTS:
-        yield "cpu", ByDesign("its kernel is for bf16 where the CPU multiplies pairs of it")
+    """The C++ kernel against a call of oneDNN in fp32: 0.9-1.15x the time at 64-256 channels, half
+    of it where they are few (one thread of an EPYC Zen 4 with AVX2 or AVX-512, torch 2.13, November
+    2026). New memory for the output, which oneDNN takes at every call, would come on top."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        yield "cpu", ByDesign(f"oneDNN is faster in {dtype}, in fp32 if need be")
+    elif AMX and dtype == torch.bfloat16:
+        yield "cpu", ByDesign("oneDNN multiplies bf16 in AMX")
     else:
         yield "cpu", None
     yield "triton", by_triton(x, 4, dtype)
-    phases = x.device.type == "cpu" and dtype == torch.bfloat16 and not AMX
-    yield "library", None if phases or emulated(x.device, dtype) else _ONE_CALL
+    yield "library", None if emulated(x.device, dtype) else _ONE_CALL
     yield "torch", None
 
 

@@ -69,7 +69,6 @@ def has_launcher(name: str) -> bool:
 
 # Asked once, so that dynamo traces a comparison of constants.
 AMX = _reason is None and torch.ops.fastvdm_C.cpu_isa() == "amx"
-BF16_PRODUCTS = _reason is None and torch.ops.fastvdm_C.cpu_isa() == "avx512_bf16"
 EMULATED = tuple(
     dtype
     for dtype in (torch.bfloat16, torch.float16)

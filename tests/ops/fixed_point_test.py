@@ -1,5 +1,5 @@
-"""The 3x3 convolution of bf16 in fixed point (csrc/cpu/space_conv_fixed.h): what scaling by the norms
-of rows must survive. Shapes and gradients are the suite's."""
+"""The 3x3 convolution of bf16 in fixed point (csrc/cpu/space_conv_fixed.h): what scaling by the
+norms of rows must survive. Shapes and gradients are the suite's."""
 
 from __future__ import annotations
 
