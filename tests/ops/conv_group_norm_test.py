@@ -173,7 +173,7 @@ def cuda_library(monkeypatch):
 
     def of_library(*call):
         which = choose(*call)
-        return which if which != "cpu" else "library" if call[-2] else "torch"  # of a pair
+        return which if which != "cpu" else "library" if call[-2] is True else "torch"  # of a pair
 
     monkeypatch.setattr(conv_ops, "select", of_library)
     monkeypatch.setattr(norm_ops, "select", lambda *a: "triton")
