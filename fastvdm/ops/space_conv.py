@@ -7,6 +7,7 @@ first: folded, the upsampled tensor is never made and 5/9 of the multiplications
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,17 +43,30 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return batch, frames, height, width, weight.shape[0]
 
 
+def _dx_of(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The C++ kernel of the gradient of x, given dy and the weight of its channels."""
+    kernel = weight.shape[-1]
+    if kernel == 3:
+        return launcher("space_conv", "space_conv_dx", "cpu")
+    if kernel == 1:
+        conv = launcher("space_conv", "space_conv_fwd", "cpu")
+        return lambda dy, part: conv(dy, None, part.transpose(0, 1), None, None, 1)
+    if x.shape[2] % 2 or x.shape[3] % 2:  # a last row or column that no output sees
+        return None
+    up = launcher("space_conv_transpose", "space_conv_transpose_fwd", "cpu")
+    return lambda dy, part: up(dy, part, None, None)
+
+
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     """In C++ Winograd's kernels. Of few input channels the gradient of the weight is the library's,
     which takes 0.4-0.7x their time for 4, 0.6-1.2x for 8, 0.9-2.2x for 16, 1.6-3.9x for 64 and more
     (one thread of an EPYC Zen 4, fp32 and bf16, torch 2.13, November 2026)."""
     *given, backend = args
     if backend == "cpu":
-        weight = args[3]
-        if weight.shape[-1] == 3:
-            given.append(launcher("space_conv", "space_conv_dx", "cpu"))
-            if weight.shape[1] >= 16:
-                given.append(launcher("space_conv", "space_conv_dw", "cpu"))
+        x, weight = args[1], args[3]
+        given.append(_dx_of(x, weight))
+        if weight.shape[-1] == 3 and weight.shape[1] >= 16:
+            given.append(launcher("space_conv", "space_conv_dw", "cpu"))
         return library.space_conv_bwd(*given)
     return launcher("space_conv", "space_conv_bwd", backend)(*given)
 
@@ -111,10 +125,13 @@ def space_conv_stats_fwd(
 
 
 def _transpose_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The C++ kernel has no gradients: they are convolutions of the library's."""
+    """In C++ the gradient of x is a convolution of stride 2, that of the weight the library's."""
     *given, backend = args
     if backend == "cpu":
-        return library.space_conv_transpose_bwd(*given)
+        dy, x, weight, need_dx, need_dw, need_db = given
+        _, *others = library.space_conv_transpose_bwd(dy, x, weight, False, need_dw, need_db)
+        conv = launcher("space_conv", "space_conv_fwd", "cpu")
+        return conv(dy, None, weight, None, None, 2) if need_dx else dy.new_empty(0), *others
     return launcher("space_conv", "space_conv_transpose_bwd", backend)(*given)
 
 
