@@ -26,14 +26,9 @@ int64_t tile_of(const Tensor& x, const Tensor& weight) {
   return pixels < std::max(weight.size(0), weight.size(1)) ? 2 : 4;
 }
 
-}  // namespace
-
-// y (..., H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual; x (..., H, W, C), x2 and
-// residual dense, weight (Co, C, 3, 3) of any strides. turned: the gradient with respect to the input
-// instead, where x is dy and weight (C, Co, 3, 3) that of the forward, its filters turned by 180
-// degrees. tile: 2 or 4, the outputs of a Winograd tile along each axis; the ops below choose it.
-Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
-               bool turned, int64_t tile) {
+// fixed: in fixed point if the call can be, and in fp32 after all if its numbers cannot.
+Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, const OptTensor& bias,
+                  const OptTensor& residual, bool turned, int64_t tile, bool fixed) {
   STD_TORCH_CHECK(x.dim() >= 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
                   "conv3x3: x must be (..., H, W, C), weight (Co, C, 3, 3)");
   STD_TORCH_CHECK(tile == 2 || tile == 4, "conv3x3: tile must be 2 or 4");
@@ -62,7 +57,7 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   a.h = x.size(last - 2);
   a.w = x.size(last - 1);
   a.images = a.h * a.w > 0 ? pixels / (a.h * a.w) : 0;
-  a.fixed = isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
+  a.fixed = fixed && isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
   a.tiles_w = ceil_div(a.w, tile);
   a.tiles_image = a.tiles_w * ceil_div(a.h, tile);
   a.tiles = a.images * a.tiles_image;
@@ -90,11 +85,13 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   const int64_t depth = a.fixed ? ceil_div(cin, 2) : cin;
   a.u_point = depth * a.outp + 16;
   const Tensor u = packed_weights(weight, 2 * tile + turned + (a.fixed ? 1 << 8 : 0), [&] {
-    Tensor made = empty(x, {points * a.u_point + (a.fixed ? a.outp : 0)}, ScalarType::Float);
+    Tensor made = empty(x, {points * a.u_point + (a.fixed ? a.outp + 1 : 0)}, ScalarType::Float);
     WinogradArgs to = a;
     to.u = static_cast<float*>(made.mutable_data_ptr());
     to.u_scale = to.u + points * a.u_point;
     if (a.fixed) {
+      to.unfit = reinterpret_cast<int*>(to.u_scale + a.outp);
+      *to.unfit = 0;
       const auto prepare = FASTVDM_PICK_BF16(winograd_fixed_weights);
       const int64_t bytes = winograd_fixed_scratch(a) * sizeof(float);
       torch::stable::parallel_for(0, a.outp / 16, 1, [&](int64_t begin, int64_t end) {
@@ -110,6 +107,9 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   });
   a.u = static_cast<float*>(u.mutable_data_ptr());
   a.u_scale = a.u + points * a.u_point;
+  int unfit = a.fixed ? *reinterpret_cast<const int*>(a.u_scale + a.outp) : 0;
+  if (unfit) return conv3x3_by(x, x2, weight, bias, residual, turned, tile, false);
+  a.unfit = &unfit;
   // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
   // stream past once per block, so the block is as large as the threads leave it. The result does
   // not depend on it: every tile is summed in the same order.
@@ -130,7 +130,19 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
   torch::stable::parallel_for(0, ceil_div(a.tiles, a.block), 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(winograd_scratch(a) * sizeof(float))));
   });
+  if (unfit) return conv3x3_by(x, x2, weight, bias, residual, turned, tile, false);
   return y;
+}
+
+}  // namespace
+
+// y (..., H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual; x (..., H, W, C), x2 and
+// residual dense, weight (Co, C, 3, 3) of any strides. turned: the gradient with respect to the input
+// instead, where x is dy and weight (C, Co, 3, 3) that of the forward, its filters turned by 180
+// degrees. tile: 2 or 4, the outputs of a Winograd tile along each axis; the ops below choose it.
+Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
+               bool turned, int64_t tile) {
+  return conv3x3_by(x, x2, weight, bias, residual, turned, tile, true);
 }
 
 Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,

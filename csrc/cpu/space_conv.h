@@ -26,6 +26,7 @@ struct WinogradArgs {
   float* u;           // ((m + 2)², c1 + c2, outp): the transformed weights, in gemm.h's panels
   bool fixed;         // integers instead (space_conv_fixed.h): u has those of dots.h, and
   float* u_scale;     // (outp): what an integer of an output channel is worth
+  int* unfit;         // set where integers will not do
 };
 
 inline int64_t winograd_scratch(const WinogradArgs& a) {

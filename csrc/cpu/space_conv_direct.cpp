@@ -114,8 +114,10 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
         from[phase][t] = (1 - py + 2 * ty) * 4 + (1 - px + 2 * tx);
       }
   } else {
-    STD_TORCH_CHECK(k.size * k.size <= kMaxTaps && stride >= 1, "direct_conv: kernel too large");
     const int pad = static_cast<int>(k.size % 2 ? k.size / 2 : k.size / 2 - 1);
+    STD_TORCH_CHECK(k.size * k.size <= kMaxTaps && stride >= 1 &&
+                        std::min(x.size(last - 2), x.size(last - 1)) + 2 * pad >= k.size,
+                    "direct_conv: the kernel is too large");
     a.stride = static_cast<int>(stride);
     a.up = 1;
     a.taps = static_cast<int>(k.size * k.size);

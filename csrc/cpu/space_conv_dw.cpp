@@ -71,16 +71,14 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.tiles_w = ceil_div(a.w, tile);
   a.tiles_h = ceil_div(a.h, tile);
   a.tiles = pixels / (a.h * a.w) * a.tiles_h * a.tiles_w;
-  a.fixed = isa() >= Isa::avx512_bf16 && dtype == ScalarType::BFloat16;
 
-  // A product reads 128 tiles of a panel, 32 KB or half of it, over and over. One pass, whose sums
+  // A product reads 128 tiles of a panel, 32 KB, over and over. One pass, whose sums
   // need not be kept, if 16 MB hold its tiles; else passes of 4 MB, for the outer cache. All of
   // it follows from the sizes alone, as a sum's order does; the units do not change it.
   const int64_t points = wgrad_points(a), threads = torch::stable::get_num_threads();
-  a.depth = static_cast<int>(std::min<int64_t>(128, round_up(a.tiles, 2)));
-  const int64_t lines = a.fixed ? a.depth / 2 : a.depth;
-  a.v_point = lines * a.cinp + 16;
-  a.e_point = lines * a.outp + 16;
+  a.depth = static_cast<int>(std::min<int64_t>(128, a.tiles));
+  a.v_point = a.depth * a.cinp + 16;
+  a.e_point = a.depth * a.outp + 16;
   const int64_t product = points * (a.v_point + a.e_point);  // floats
   const int64_t most = ceil_div(a.tiles, a.depth);
   const int64_t products =
@@ -90,24 +88,20 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   const int64_t units = wgrad_units(a);
   a.parts = static_cast<int>(units < threads ? points : 1);
   const bool kept = products < most || a.parts > 1;
-  const int64_t scales = a.fixed ? points * (a.cinp + a.outp) : 0;
   const int64_t sums = kept ? units * points * wgrad_sums_point(a) : 0;
-  Tensor made = empty(x, {products * (product + scales) + sums}, ScalarType::Float);
+  Tensor made = empty(x, {products * product + sums}, ScalarType::Float);
   a.v = static_cast<float*>(made.mutable_data_ptr());
   a.e = a.v + products * points * a.v_point;
-  a.v_scale = a.e + products * points * a.e_point;
-  a.e_scale = a.v_scale + (a.fixed ? products * points * a.cinp : 0);
-  a.sums = kept ? a.v + products * (product + scales) : nullptr;
+  a.sums = kept ? a.v + products * product : nullptr;
 
-  const auto transform = FASTVDM_PICK_BF16(wgrad_transform);
-  const auto multiply = FASTVDM_PICK_BF16(wgrad_multiply);
+  const auto transform = FASTVDM_PICK(wgrad_transform);
+  const auto multiply = FASTVDM_PICK(wgrad_multiply);
   for (a.first = 0; a.first < a.tiles; a.first += a.count) {
     a.count = std::min(products * a.depth, a.tiles - a.first);
     a.last = a.first + a.count == a.tiles;
     const int64_t items = wgrad_groups(a) * wgrad_products(a);
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      const int64_t bytes = wgrad_transform_scratch(a) * sizeof(float);
-      transform(a, begin, end, static_cast<float*>(scratch(bytes)));
+      transform(a, begin, end);
     });
     torch::stable::parallel_for(0, units * a.parts, 1, [&](int64_t begin, int64_t end) {
       const int64_t bytes = wgrad_multiply_scratch(a) * sizeof(float);
@@ -115,7 +109,7 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
     });
   }
   if (a.parts > 1) {
-    const auto filters = FASTVDM_PICK_BF16(wgrad_filters);
+    const auto filters = FASTVDM_PICK(wgrad_filters);
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       filters(a, begin, end);
     });

@@ -17,19 +17,17 @@ struct WgradArgs {
   int c1p, cinp, outp;  // c1, both sources and out, each of the three rounded up to 16
   int64_t h, w;
   int64_t tiles_w, tiles_h, tiles;
-  int depth;            // tiles of one product; even
+  int depth;            // tiles of one product
   int64_t first, count;  // tiles of this pass
   int64_t v_point, e_point;  // words from one point to the next in v and e
   int rows;             // output channels of a unit, a divisor of kWgradPanel
   int parts;            // items of a unit: its points, divided
   bool last;            // the pass that ends the sums
-  bool fixed;           // integers instead of fp32
   const void *dy, *x, *x2;
   void* dw;
   int64_t w_out, w_in, w_row, w_column;  // strides of dw
   // (products, points, panels, tiles, channels of a panel): the transformed tiles of x and of dy.
-  // fixed: pairs of tiles in a word, and what an integer is worth, (products, points, channels).
-  float *v, *e, *v_scale, *e_scale;
+  float *v, *e;
   float* sums;          // those of the units between passes, or null: in scratch
 };
 
@@ -47,19 +45,16 @@ inline int64_t wgrad_units(const WgradArgs& a) {
 // The points are a line more than a power of two apart, as in space_conv.cpp.
 inline int64_t wgrad_sums_point(const WgradArgs& a) { return a.rows * kWgradPanel + 16; }
 
-// In floats, of each kernel.
-inline int64_t wgrad_transform_scratch(const WgradArgs& a) {
-  return a.fixed ? wgrad_points(a) * (a.depth * 16 + 16) : 16;
-}
+// In floats.
 inline int64_t wgrad_multiply_scratch(const WgradArgs& a) {
-  return wgrad_points(a) * wgrad_sums_point(a) + 2 * kWgradPanel * kWgradPanel;
+  return wgrad_points(a) * wgrad_sums_point(a) + kWgradPanel * kWgradPanel;
 }
 
 // Of items [begin, end): 16 channels of x, x2 or dy in the tiles of a product.
-FASTVDM_DECLARE_BF16(void wgrad_transform(const WgradArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE(void wgrad_transform(const WgradArgs&, int64_t begin, int64_t end))
 // Of parts of units.
-FASTVDM_DECLARE_BF16(void wgrad_multiply(const WgradArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE(void wgrad_multiply(const WgradArgs&, int64_t begin, int64_t end, float*))
 // Of units: from the sums to dw. What wgrad_multiply does itself where a unit has one part.
-FASTVDM_DECLARE_BF16(void wgrad_filters(const WgradArgs&, int64_t begin, int64_t end))
+FASTVDM_DECLARE(void wgrad_filters(const WgradArgs&, int64_t begin, int64_t end))
 
 }  // namespace fastvdm

@@ -4,7 +4,6 @@
 // whose depth is the tiles, and only the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times
 // fewer multiplications than the direct sum.
 #include "space_conv_dw.h"
-#include "space_conv_dw_fixed.h"
 #include "space_conv_winograd.h"
 
 namespace fastvdm {
@@ -145,7 +144,7 @@ FASTVDM_NOINLINE void transform_tiles(const WgradArgs& a, const Group<T>& g, int
 }
 
 template <class T, int M>
-void transform(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
+void transform(const WgradArgs& a, int64_t begin, int64_t end) {
   constexpr int P = (M + 2) * (M + 2);
   const int64_t groups = wgrad_groups(a);
   for (int64_t item = begin; item < end; ++item) {
@@ -153,24 +152,8 @@ void transform(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
     const int count = a.count - first < a.depth ? (int)(a.count - first) : a.depth;
     const Group<T> g(a, item % groups);
     const int64_t point = g.gradient ? a.e_point : a.v_point;
-    const int64_t lines = a.fixed ? a.depth / 2 : a.depth;
     float* to = (g.gradient ? a.e : a.v) + product * P * point +
-                g.panel() * kWgradPanel * lines + g.at % kWgradPanel;
-#if FASTVDM_BF16
-    if (a.fixed) {
-      const int64_t stride = a.depth * 16 + 16;
-      if (g.gradient)
-        transform_tiles<T, M, true>(a, g, a.first + first, count, scratch, 16, stride);
-      else
-        transform_tiles<T, M, false>(a, g, a.first + first, count, scratch, 16, stride);
-      float* scale = g.gradient ? a.e_scale : a.v_scale;
-      scale += product * P * g.channels + g.at;
-      for (int p = 0; p < P; ++p)
-        round_pairs(scratch + p * stride, count, (uint32_t*)to + p * point, g.width(),
-                    scale + (int64_t)p * g.channels);
-      continue;
-    }
-#endif
+                g.panel() * kWgradPanel * a.depth + g.at % kWgradPanel;
     if (g.gradient)
       transform_tiles<T, M, true>(a, g, a.first + first, count, to, g.width(), point);
     else
@@ -240,19 +223,19 @@ void unit_filters(const WgradArgs& a, int64_t unit, const float* sums) {
 }
 
 template <class T>
-void transform_m(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
-  a.m == 2 ? transform<T, 2>(a, begin, end, scratch) : transform<T, 4>(a, begin, end, scratch);
+void transform_m(const WgradArgs& a, int64_t begin, int64_t end) {
+  a.m == 2 ? transform<T, 2>(a, begin, end) : transform<T, 4>(a, begin, end);
 }
 
 }  // namespace
 
-void wgrad_transform(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
-  FASTVDM_BY_DTYPE(a.dtype, transform_m, a, begin, end, scratch)
+void wgrad_transform(const WgradArgs& a, int64_t begin, int64_t end) {
+  FASTVDM_BY_DTYPE(a.dtype, transform_m, a, begin, end)
 }
 
 void wgrad_multiply(const WgradArgs& a, int64_t begin, int64_t end, float* scratch) {
   const int64_t points = wgrad_points(a), products = wgrad_products(a), panels = wgrad_panels(a);
-  const int64_t stride = wgrad_sums_point(a), lines = a.fixed ? a.depth / 2 : a.depth;
+  const int64_t stride = wgrad_sums_point(a);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t unit = item / a.parts, part = item % a.parts;
     const int column = (int)(unit % panels) * kWgradPanel, row = (int)(unit / panels) * a.rows;
@@ -261,23 +244,14 @@ void wgrad_multiply(const WgradArgs& a, int64_t begin, int64_t end, float* scrat
     const int panel = row / kWgradPanel * kWgradPanel;
     const int lde = a.outp - panel < kWgradPanel ? a.outp - panel : kWgradPanel;
     float* sums = a.sums != nullptr ? a.sums + unit * points * stride : scratch;
-    float *found = scratch + points * stride, *pass = found + kWgradPanel * kWgradPanel;
+    float* pass = scratch + points * stride;
     for (int64_t p = part * points / a.parts; p < (part + 1) * points / a.parts; ++p) {
       float* to = a.first > 0 ? pass : sums + p * stride;
       for (int64_t k = 0; k < products; ++k) {
         const int64_t left = a.count - k * a.depth, at = k * points + p;
         const int count = left < a.depth ? (int)left : a.depth;
-        const float* v = a.v + at * a.v_point + column * lines;
-        const float* e = a.e + at * a.e_point + panel * lines + (row - panel);
-#if FASTVDM_BF16
-        if (a.fixed) {
-          dot_gemm<true, vi>(rows, n, (count + 1) / 2, (const uint32_t*)e, lde,
-                             {(const uint32_t*)v, n, 16}, found, n, false);
-          add_scaled(found, rows, n, a.e_scale + at * a.outp + row,
-                     a.v_scale + at * a.cinp + column, to, k > 0);
-          continue;
-        }
-#endif
+        const float* v = a.v + at * a.v_point + column * a.depth;
+        const float* e = a.e + at * a.e_point + panel * a.depth + (row - panel);
         for (int i = 0; i < count; i += kChunk)
           gemm<true>(rows, n, count - i < kChunk ? count - i : kChunk, e + i * lde, lde, v + i * n,
                      n, to, n, k > 0 || i > 0);

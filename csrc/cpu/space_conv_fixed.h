@@ -6,6 +6,10 @@
 // 1/32760 of the norm: an error of 6e-4 at 64 channels, 1.2e-3 at 256, 1.7e-3 at 512, root mean
 // square, relative to y, where rounding y to bf16 costs 1.7e-3. bf16 itself in place of the integers
 // costs 1.4e-2.
+//
+// That holds where y is as large as its operands promise, and not where a large channel or pixel meets
+// small weights: so every pixel of y is held against the noise of its tile. Where one drowns, or
+// where squares leave fp32's range, `unfit` is set, and the launcher computes all of it in fp32.
 #pragma once
 
 #include "common/dots.h"
@@ -18,6 +22,8 @@ namespace FASTVDM_ISA {
 namespace {
 
 constexpr float kFixedNorm = 32760.f;
+
+FASTVDM_INLINE void set_flag(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
 // The norm of row r of G: by it the filters of the points differ where the weights are alike, so the
 // product of two of them is taken out of the filters' scale and goes into that of the tiles.
@@ -79,7 +85,7 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
   const auto at = [&](int p, int64_t k) { return scratch + (p * 2 * depth + k) * 16; };
   for (int64_t group = begin; group < end; ++group) {
     const int co = (int)group * 16;
-    float squares[P][16] = {};
+    float squares[P][16] = {}, tops[16] = {};
     for (int p = 0; p < P; ++p) memset(at(p, 2 * depth - 1), 0, sizeof(float) * 16);
     for (int64_t first = 0; first < cin; first += kStep) {
       const int count = cin - first < kStep ? (int)(cin - first) : kStep;
@@ -90,6 +96,7 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
           filter<M>(a, taps + i * 9 * kLanes + l, u);
           for (int p = 0; p < P; ++p) {
             store(at(p, first + i) + l, u[p]);
+            store(tops + l, vmax(load(tops + l), vmax(u[p], -u[p])));
             store(squares[p] + l, load(squares[p] + l) + u[p] * u[p]);
           }
         }
@@ -105,10 +112,11 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
       store(scale, top);
       store(back, all);
       for (int i = 0; i < VL; ++i) {
+        // Squares beyond fp32's range, or no number at all, or too small and yet not zero.
+        if (!(back[i] < 1e30f) || (back[i] < 1e-25f && tops[l + i] > 0.f)) set_flag(a.unfit);
         const float norm = __builtin_sqrtf(scale[i]);
         scale[i] = norm > 0.f ? kFixedNorm / norm : 0.f;
-        // Not a number wherever a weight is none.
-        back[i] = back[i] - back[i] == 0.f ? norm / kFixedNorm : __builtin_nanf("");
+        back[i] = norm / kFixedNorm;
       }
       memcpy(a.u_scale + co + l, back, sizeof(back));
       for (int p = 0; p < P; ++p) {
@@ -124,49 +132,38 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
   }
 }
 
-// Σ v² of a row of n values, to be scaled, and 1 over what they are to be divided by first: rows whose
-// squares leave fp32's range are brought into it.
-FASTVDM_NOINLINE float wide_norm(const float* v, int n) {
-  vf top = {}, bad = {};
-  for (int c = 0; c < n; c += VL) {
-    const vf x = load(v + c);
-    top = vmax(top, vmax(x, -x));
-    bad += x - x;
-  }
-  const float largest = hmax(top) + hsum(bad);  // not a number if any is none, or infinite
-  if (!(largest > 0.f)) return largest;
-  vf sum = {};
-  for (int c = 0; c < n; c += VL) {
-    const vf x = load(v + c) / largest;
-    sum += x * x;
-  }
-  return largest * __builtin_sqrtf(hsum(sum));
+// Whether all of a row are zeros.
+FASTVDM_NOINLINE bool all_zero(const float* v, int n) {
+  bool zero = true;
+  for (int c = 0; c < n; ++c) zero &= v[c] == 0.f;
+  return zero;
 }
 
 // Rounds the transformed tile (points, channels) to integers; back[p] undoes the scales.
 template <int P>
 FASTVDM_INLINE void round_tile(const WinogradArgs& a, const float* tile, int64_t stride,
                                const float* worth, int16_t* v, int64_t v_point, float* back) {
-  alignas(64) float scale[(P + 15) / 16 * 16];
-  for (int p = P; p < (P + 15) / 16 * 16; ++p) scale[p] = 1.f;
+  constexpr int PP = (P + 15) / 16 * 16;
+  float squares[PP], scale[PP];
+  for (int p = P; p < PP; ++p) squares[p] = 1.f;
   for (int p = 0; p < P; ++p) {
     const float* from = tile + p * stride;
     vf sum = {};
     for (int c = 0; c < a.cinp; c += VL) sum += load(from + c) * load(from + c);
-    scale[p] = hsum(sum);
+    squares[p] = hsum(sum);
   }
   bool plain = true;
-  for (int p = 0; p < (P + 15) / 16 * 16; p += VL) {
-    const vf squares = load(scale + p);
-    plain &= all_within(squares, 1e-25f, 1e30f);
-    const vf norm = vsqrt(squares);
+  for (int p = 0; p < PP; p += VL) {
+    const vf all = load(squares + p);
+    plain &= all_within(all, 1e-25f, 1e30f);
+    const vf norm = vsqrt(all);
     store(scale + p, kFixedNorm / norm);
     store(back + p, norm * load(worth + p));
   }
   for (int p = 0; !plain && p < P; ++p) {
-    const float norm = wide_norm(tile + p * stride, a.cinp);
-    scale[p] = norm > 1e-30f ? kFixedNorm / norm : 0.f;
-    back[p] = norm > 1e-30f || norm != norm ? norm * worth[p] : 0.f;
+    if (squares[p] > 1e-25f && squares[p] < 1e30f) continue;
+    if (!all_zero(tile + p * stride, a.cinp)) set_flag(a.unfit);
+    scale[p] = back[p] = 0.f;
   }
   for (int p = 0; p < P; ++p) {
     const float* from = tile + p * stride;
@@ -174,6 +171,38 @@ FASTVDM_INLINE void round_tile(const WinogradArgs& a, const float* tile, int64_t
     const vf by = splat(scale[p]);
     for (int c = 0; c < a.cinp; c += VL) store_short(to + c, nearest(load(from + c) * by));
   }
+}
+
+// The mean over the outputs of a tile of their squared weights: what noise of variance 1 at a point
+// leaves in y.
+template <int M>
+FASTVDM_INLINE void noise_weights(float* weights) {
+  constexpr int N = M + 2;
+  float sum[N];
+  for (int r = 0; r < N; ++r) {
+    vf m[N], y[M];
+    for (int i = 0; i < N; ++i) m[i] = splat(i == r ? 1.f : 0.f);
+    output_1d<M>(m, 1, y, 1);
+    sum[r] = 0.f;
+    for (int i = 0; i < M; ++i) sum[r] += y[i][0] * y[i][0] / M;
+  }
+  for (int p = 0; p < N * N; ++p) weights[p] = sum[p / N] * sum[p % N];
+}
+
+// Rounding two rows of norm 32760 to integers leaves this variance in their product.
+constexpr float kNoise = 2 * kFixedNorm * kFixedNorm / 12;
+constexpr float kMostNoise = 6e-3f;  // of a pixel of y, root mean square over the channels
+
+// Whether a pixel of the tile is smaller, squared and summed, than `least`.
+template <int M>
+FASTVDM_INLINE bool drowned(const WinogradArgs& a, int64_t item, const float (&squares)[M * M][VL],
+                            float least) {
+  const int64_t tile = item % a.tiles_image;
+  const int64_t y0 = tile / a.tiles_w * M, x0 = tile % a.tiles_w * M;
+  bool found = false;
+  for (int r = 0; r < M && y0 + r < a.h; ++r)
+    for (int c = 0; c < M && x0 + c < a.w; ++c) found |= hsum(load(squares[r * M + c])) < least;
+  return found;
 }
 
 template <int M>
@@ -186,8 +215,14 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
   float worth[PP] = {};  // what scaling by the filters left, and the integers' norm
   point_norms<M>(worth);
   for (int p = 0; p < P; ++p) worth[p] /= kFixedNorm;
+  float weights[PP] = {};
+  noise_weights<M>(weights);
+  float all_scales = 0.f;  // Σ of the squares
+  for (int o = 0; o < a.out; ++o) all_scales += a.u_scale[o] * a.u_scale[o];
+  const float limit = all_scales * kNoise / (kMostNoise * kMostNoise);
   memset(tile, 0, sizeof(float) * P * stride);  // beyond the channels it stays so
   for (int64_t item = begin; item < end; ++item) {
+    if (__atomic_load_n(a.unfit, __ATOMIC_RELAXED)) return;
     const int64_t first = item * a.block;
     const int count = a.tiles - first < a.block ? (int)(a.tiles - first) : a.block;
     for (int i = 0; i < count; ++i) {
@@ -204,7 +239,8 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
       dot_gemm<false, vi>(count, a.outp, depth, (const uint32_t*)(v + p * vs), a.cinp / 2,
                           {(const uint32_t*)a.u + p * a.u_point, 16, (int64_t)16 * depth},
                           m + p * ms, a.outp, false);
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < count; ++i) {
+      float squares[M * M][VL] = {};  // of y
       for (int o = 0; o < a.out; o += VL) {
         const float* from = m + (int64_t)i * a.outp + o;
         vf half[M * N], line[N];
@@ -217,8 +253,15 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
           }
           output_1d<M>(line, 1, half + j, N);
         }
-        write_tile<bf16, M>(a, first + i, half, load(a.u_scale + o), o);
+        write_tile<bf16, M>(a, first + i, half, load(a.u_scale + o), o, squares);
       }
+      vf noise = {};
+      for (int p = 0; p < PP; p += VL) {
+        const vf b = load(back + i * PP + p);
+        noise += load(weights + p) * b * b;
+      }
+      if (drowned<M>(a, first + i, squares, hsum(noise) * limit)) set_flag(a.unfit);
+    }
   }
 }
 

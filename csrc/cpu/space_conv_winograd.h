@@ -146,9 +146,11 @@ FASTVDM_INLINE void input_tile(const T* image, int64_t h, int64_t w, int c, int6
   }
 }
 
-// The m x m outputs of a tile: `half` holds (m, m + 2) vectors, the columns transformed already.
+// The m x m outputs of a tile: `half` holds (m, m + 2) vectors, the columns transformed already. Adds
+// the squares of the sums alone where asked for.
 template <class T, int M>
-FASTVDM_INLINE void write_tile(const WinogradArgs& a, int64_t item, const vf* half, vf scale, int o) {
+FASTVDM_INLINE void write_tile(const WinogradArgs& a, int64_t item, const vf* half, vf scale, int o,
+                               float (*squares)[VL] = nullptr) {
   constexpr int N = M + 2;
   const int64_t image = item / a.tiles_image, tile = item % a.tiles_image;
   const int64_t y0 = tile / a.tiles_w * M, x0 = tile % a.tiles_w * M;
@@ -161,7 +163,10 @@ FASTVDM_INLINE void write_tile(const WinogradArgs& a, int64_t item, const vf* ha
     output_1d<M>(half + r * N, 1, y, 1);
     const int64_t at = ((image * a.h + y0 + r) * a.w + x0) * a.out;
     for (int c = 0; c < columns; ++c) {
-      vf s = y[c] * scale + bias;
+      vf s = y[c] * scale;
+      if (squares != nullptr)
+        store(squares[r * M + c], load(squares[r * M + c]) + s * s);
+      s += bias;
       if (a.residual != nullptr) {
         const T* res = (const T*)a.residual + at + (int64_t)c * a.out;
         s = s + FASTVDM_LOAD(res, o, n);

@@ -39,9 +39,12 @@ def weights_of(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
     if type(module) is not kind or hangs_on(module) or _has_any_global_hook():
         return None
     # __getattr__ of a module costs more than all that is asked here
-    own = module.__dict__
-    found = own if "weight" in own else own["_parameters"]  # a replica has plain attributes
-    weight, bias = found["weight"], found.get("bias")
+    own, parameters = module.__dict__, module.__dict__["_parameters"]
+    # a replica has plain attributes
+    weight = own["weight"] if "weight" in own else parameters.get("weight")
+    bias = own["bias"] if "bias" in own else parameters.get("bias")
+    if weight is None or own["_buffers"]:
+        return None
     if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
         return None
     if bias is not None and type(bias) is not nn.Parameter and is_traceable_wrapper_subclass(bias):

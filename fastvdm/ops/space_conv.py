@@ -43,15 +43,16 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
     return batch, frames, height, width, weight.shape[0]
 
 
-def _dx_of(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+def _dx_of(x: Tensor, weight: Tensor, stride: int) -> Callable[[Tensor, Tensor], Tensor] | None:
     """The C++ kernel of the gradient of x, given dy and the weight of its channels."""
     kernel = weight.shape[-1]
-    if kernel == 3:
+    if kernel == 3 and stride == 1:
         return launcher("space_conv", "space_conv_dx", "cpu")
-    if kernel == 1:
+    if kernel == 1 and stride == 1:
         conv = launcher("space_conv", "space_conv_fwd", "cpu")
         return lambda dy, part: conv(dy, None, part.transpose(0, 1), None, None, 1)
-    if x.shape[2] % 2 or x.shape[3] % 2:  # a last row or column that no output sees
+    # Of an odd size there is a last row or column that no output sees.
+    if (kernel, stride) != (4, 2) or x.shape[2] % 2 or x.shape[3] % 2:
         return None
     up = launcher("space_conv_transpose", "space_conv_transpose_fwd", "cpu")
     return lambda dy, part: up(dy, part, None, None)
@@ -63,9 +64,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     (one thread of an EPYC Zen 4, fp32 and bf16, torch 2.13, November 2026)."""
     *given, backend = args
     if backend == "cpu":
-        x, weight = args[1], args[3]
-        given.append(_dx_of(x, weight))
-        if weight.shape[-1] == 3 and weight.shape[1] >= 16:
+        _, x, _, weight, stride, *_ = args
+        given.append(_dx_of(x, weight, stride))
+        if weight.shape[-1] == 3 and stride == 1 and weight.shape[1] >= 16:
             given.append(launcher("space_conv", "space_conv_dw", "cpu"))
         return library.space_conv_bwd(*given)
     return launcher("space_conv", "space_conv_bwd", backend)(*given)

@@ -31,8 +31,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} failed to load ({error}); {_BUILD}"
-    if not hasattr(torch.ops.fastvdm_C, "space_conv_fwd_cpu"):  # the latest addition
-        return lacks("space_conv_fwd_cpu")
+    if not hasattr(torch.ops.fastvdm_C, "set_output_pool_limit"):  # the latest addition
+        return lacks("set_output_pool_limit")
     # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
     torch.ops.fastvdm_C.set_cpu_isa(config.active.cpu_isa)
     torch.ops.fastvdm_C.set_packed_weights_limit(config.active.packed_weights_mb << 20)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm import UNet3D, use_backend
 from fastvdm.layers.attention import Attention
+from fastvdm.layers.conv import SpaceConv, convolve
 from fastvdm.layers.embedding import TimeEmbedding
 from fastvdm.layers.kept import kept
 from fastvdm.layers.norm import Norm
@@ -287,3 +288,13 @@ def test_embeddings_in_fewer_launches_are_the_same(monkeypatch):
             hook.remove()
         assert len(seen) == 1 and torch.equal(listened, found[1])
         assert all(torch.equal(a, b) for a, b in zip(found, fewer)) and fewer[1].is_contiguous()
+
+
+def test_a_weight_that_is_a_buffer():
+    """As weights frozen by hand are: the module is called, as any other."""
+    layer = SpaceConv(8, 8, 3)
+    weight, x = layer.weight.detach().clone(), torch.randn(1, 1, 4, 4, 8)
+    expected = convolve(layer, x)
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    assert torch.equal(convolve(layer, x), expected)

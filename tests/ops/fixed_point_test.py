@@ -47,13 +47,18 @@ def test_error_is_near_that_of_rounding_the_output(channels, bound):
     assert error(conv(x, weight), exact(x, weight)) < bound
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
-def test_any_magnitude(scale):
+@pytest.mark.parametrize("x_scale, scale", [
+    (1e-38, 1), (1e-32, 1), (1e-12, 1), (1e12, 1), (1e25, 1), (1e36, 1e-2),
+    (1e-10, 1e19), (1e-20, 1e20), (1e25, 1e-30),
+])  # fmt: skip
+def test_any_magnitude(x_scale, scale):
     """Of tiles and of weights, though the squares of the smallest and the largest leave fp32."""
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 9, 7, 24) * scale, torch.randn(20, 24, 3, 3)
+    x, weight = torch.randn(1, 9, 7, 24) * x_scale, torch.randn(20, 24, 3, 3) * scale
     x, weight = x.to(BF16), weight.to(BF16)
-    assert error(conv(x, weight), exact(x, weight)) < 3e-3
+    y, expected = conv(x, weight).double(), exact(x, weight)
+    bound = 4e-3 if x_scale > 1e-37 else 0.1  # subnormal: few bits are left
+    assert float((y - expected).norm() / expected.norm()) < bound
 
 
 def test_rows_have_their_own_scales():
@@ -78,6 +83,40 @@ def test_outlier_channels(outlier):
     x[..., 5] *= outlier
     x, weight = x.to(BF16), weight.to(BF16)
     assert error(conv(x, weight), exact(x, weight)) < 3e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e3, 1e5])
+def test_a_large_channel_that_the_weights_suppress(scale):
+    """What is left of the sum is smaller than the rounding of such a row."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 16, 16, 64), torch.randn(64, 64, 3, 3)
+    x[..., 0] *= scale
+    weight[:, 0] /= scale
+    x, weight = x.to(BF16), weight.to(BF16)
+    assert error(conv(x, weight), exact(x, weight)) < 8e-3
+    weight[:, 0] = 0
+    assert error(conv(x, weight), exact(x, weight)) < 8e-3
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+def test_a_large_pixel_does_not_drown_its_neighbours(scale):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 16, 16, 64), torch.randn(64, 64, 3, 3)
+    x[0, 5, 5] *= scale
+    x, weight = x.to(BF16), weight.to(BF16)
+    y, expected = conv(x, weight).double(), exact(x, weight)
+    far = torch.ones(16, 16, dtype=torch.bool)
+    far[4:7, 4:7] = False
+    assert error(y[0, far], expected[0, far]) < 1e-2
+    assert error(y[0, ~far], expected[0, ~far]) < 3e-3
+
+
+@pytest.mark.parametrize("mean", [10.0, 100.0, 1e4])
+def test_weights_that_take_the_mean_out(mean):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 16, 16, 64) + mean, torch.randn(64, 64, 3, 3)
+    x, weight = x.to(BF16), (weight - weight.mean(1, keepdim=True)).to(BF16)
+    assert error(conv(x, weight), exact(x, weight)) < 8e-3
 
 
 def test_no_sum_leaves_32_bits():

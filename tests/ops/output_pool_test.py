@@ -78,6 +78,14 @@ def test_the_limit_holds_and_the_oldest_goes():
         torch.ops.fastvdm_C.set_output_pool_limit(-1)
 
 
+def test_what_is_larger_than_the_limit_takes_nothing_else_along():
+    torch.ops.fastvdm_C.set_output_pool_limit(5 * MIB)
+    small, large = make(2048), make(8192)
+    del small
+    del large
+    assert kept() == 2 * MIB
+
+
 def test_off():
     torch.ops.fastvdm_C.set_output_pool_limit(0)
     y = make(2048)

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <list>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -68,21 +69,27 @@ void* take(int64_t bytes) {
       return data;
     }
   }
-  void* data = std::aligned_alloc(bytes < kHugePage ? 64 : kHugePage, bytes);
+  const bool huge = bytes >= kHugePage;  // whose size must be a multiple of the alignment, too
+  void* data = std::aligned_alloc(huge ? kHugePage : 64, huge ? round_up(bytes, kHugePage) : bytes);
   if (data == nullptr) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: may fail
+  if (huge) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: may fail
 #endif
   return data;
 }
 
-void give_back(void* data, int64_t bytes) {
+// `block`: of one element, made before the tensor was, so that nothing is allocated here.
+void give_back(std::list<Block>& block) {
   Pool& p = pool();
   std::list<Block> out;
   {
     const std::lock_guard lock(p.mutex);
-    p.free.push_front({data, bytes});
-    p.bytes += bytes;
+    if (block.front().bytes > p.limit) {
+      out.splice(out.end(), block);
+    } else {
+      p.bytes += block.front().bytes;
+      p.free.splice(p.free.begin(), block);
+    }
     while (p.bytes > p.limit) {  // the oldest first
       p.bytes -= p.free.back().bytes;
       out.splice(out.end(), p.free, std::prev(p.free.end()));
@@ -90,6 +97,13 @@ void give_back(void* data, int64_t bytes) {
   }
   for (const Block& block : out) std::free(block.data);
 }
+
+struct Owner {
+  std::list<Block> block;
+  ~Owner() {
+    if (!block.empty() && block.front().data != nullptr) give_back(block);
+  }
+};
 
 }  // namespace
 
@@ -101,8 +115,11 @@ Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtyp
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
   bytes = size_class(bytes);
-  return torch::stable::from_blob(take(bytes), shape, {strides.data(), strides.size()}, x.device(),
-                                  dtype, [bytes](void* data) { give_back(data, bytes); });
+  auto owner = std::make_shared<Owner>();
+  owner->block.push_back({nullptr, bytes});
+  void* data = owner->block.front().data = take(bytes);
+  return torch::stable::from_blob(data, shape, {strides.data(), strides.size()}, x.device(), dtype,
+                                  [owner](void*) {});  // which dies with the tensor
 }
 
 int64_t set_output_pool_limit(int64_t bytes) {
