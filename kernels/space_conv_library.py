@@ -128,13 +128,13 @@ def _source_grads(
     if not (need_dx or need_dw):
         return None, None
     if weight.shape[-1] == 1 and stride == 1:
-        rows, flat = dy.flatten(0, -2), weight.flatten(1)
+        rows, flat = dy.flatten(0, -2), weight.flatten(1).to(dy.dtype)
         dx = (dy @ flat) if need_dx else None
         dw = (rows.t() @ x.flatten(0, -2))[:, :, None, None] if need_dw else None
         return dx, dw
     pad = padding_of(weight.shape[-1])
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        *(images(dy), images(x), weight, None, [stride] * 2, [pad] * 2, [1, 1]),
+        *(images(dy), images(x), weight.to(dy.dtype), None, [stride] * 2, [pad] * 2, [1, 1]),
         *(False, [0, 0], 1, [need_dx, need_dw, False]),
     )
     return (video(dx, x) if need_dx else None), dw
@@ -155,7 +155,7 @@ def space_conv_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each source against its own slice of the weight: no concatenation, contiguous gradients.
     ``dx_of(dy, weight)`` may be another backend's gradient of a source, and
-    ``dw_of(dy, x, x2, weight)`` that of the weight."""
+    ``dw_of(dy, x, x2, weight)`` that of the weight, which may be fp32 beside 16-bit tensors."""
     c1 = x.shape[-1]
     whole = dw_of(dy, x, x2, weight) if dw_of is not None and need_dw else None
     by_source = need_dw and whole is None
@@ -201,7 +201,7 @@ def space_conv_transpose_bwd(
     dx = dw = None
     if need_dx or need_dw:
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(images(dy), images(x), weight, None, [2, 2], [1, 1], [1, 1]),
+            *(images(dy), images(x), weight.to(dy.dtype), None, [2, 2], [1, 1], [1, 1]),
             *(True, [0, 0], 1, [need_dx, need_dw, False]),
         )
     return (

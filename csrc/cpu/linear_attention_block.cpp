@@ -8,8 +8,8 @@
 #include <cmath>
 #include <utility>
 
-#include "common/buffers.h"
 #include "common/packed_form.h"
+#include "common/partial_sums.h"
 
 namespace fastvdm {
 namespace {
@@ -215,18 +215,6 @@ void run(const LinearBlockArgs& a, int64_t items, Kernel kernel) {
   });
 }
 
-// Panels (heads) of the sums to rows of the packed weight, or, transposed, to its columns.
-void unpack(const LinearBlockArgs& a, const double* panels, bool transposed, double* to) {
-  const int64_t inner = static_cast<int64_t>(a.heads) * a.d;
-  for (int64_t h = 0; h < a.heads; ++h)
-    for (int64_t c = 0; c < a.d; ++c) {
-      const double* from = panels + (h * a.dp + c) * a.cp;
-      const int64_t feature = h * a.d + c;
-      if (!transposed) std::copy_n(from, a.channels, to + feature * a.channels);
-      for (int64_t k = 0; transposed && k < a.channels; ++k) to[k * inner + feature] = from[k];
-    }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention_block_fwd(Tensor x, Tensor norm_weight,
@@ -265,14 +253,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bloc
   input(lse, "lse", ScalarType::Float, frames * inner);
   Tensor dx = empty(x, sizes_of(x), x.scalar_type());
 
-  // Partial sums: at most some 128 MB, and never as many as would cost more to add than to make.
-  const bool sums = need_norm || need_qkv || need_out;
+  const bool wanted = need_norm || need_qkv || need_out;
   const int64_t words = (need_qkv ? 3 * wide : 0) + (need_out ? wide : 0) + 3 * cp;
   const int64_t items = x.numel() == 0 ? 0 : p.frames * p.splits;
-  p.parts = sums ? std::min<int64_t>({items, 32, std::max<int64_t>(1, (32 << 20) / words)}) : items;
-  Partial dnw(p.parts, cp, need_norm), dnb(p.parts, cp, need_norm && norm_bias.has_value());
-  Partial dqk(p.parts, 2 * wide, need_qkv), dv(p.parts, wide, need_qkv);
-  Partial dout(p.parts, wide, need_out), dob(p.parts, cp, need_out && out_bias.has_value());
+  p.parts = wanted ? parts_of_sums(items, p.frames * p.pixels, words) : items;
+  const auto sums = [&](int64_t size, bool need) { return PartialSums(x, p.parts, size, need); };
+  const PartialSums dnw = sums(cp, need_norm), dnb = sums(cp, need_norm && norm_bias.has_value());
+  const PartialSums dqk = sums(2 * wide, need_qkv), dv = sums(wide, need_qkv);
+  const PartialSums dout = sums(wide, need_out);
+  const PartialSums dob = sums(cp, need_out && out_bias.has_value());
   std::vector<LinearBlockGrads> grads(p.parts);
   for (int64_t i = 0; i < p.parts; ++i)
     grads[i] = {dnw.part(i), dnb.part(i), dob.part(i), dqk.part(i), dv.part(i), dout.part(i)};
@@ -290,26 +279,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bloc
     });
 
   const auto none = [&] { return empty(x, {0}, x.scalar_type()); };
-  const auto channels = [&](const Partial& part, const OptTensor& like, bool need) {
-    if (!need || !like.has_value()) return none();
-    std::vector<double> sum = part.sum();
-    sum.resize(C);
-    return from_doubles(sum, *like);
+  const auto channels = [&](const PartialSums& sums, const OptTensor& like, bool need) {
+    return need && like.has_value() ? sums.sum(*like) : none();
   };
   Tensor dqkv_weight = none(), dout_weight = none();
-  if (need_qkv) {
-    const std::vector<double> qk = dqk.sum(), v = dv.sum();
-    std::vector<double> w(3 * inner * C);
-    unpack(p, qk.data(), false, w.data());
-    unpack(p, qk.data() + wide, false, w.data() + inner * C);
-    unpack(p, v.data(), false, w.data() + 2 * inner * C);
-    dqkv_weight = from_doubles(w, qkv_weight);
+  const int64_t d = p.d, dp = p.dp;
+  if (need_qkv) {  // rows are (q and k or v, head, feature)
+    Values w(qkv_weight);
+    const auto rows_of = [&](const PartialSums& from, int64_t first) {
+      from.each_row(cp, [&](int64_t row, const double* sums) {
+        if (row % dp < d) w.put((first + row / dp * d + row % dp) * C, 1, sums, C);
+      });
+    };
+    rows_of(dqk, 0);
+    rows_of(dv, 2 * inner);
+    dqkv_weight = w.tensor();
   }
   if (need_out) {
-    const std::vector<double> sum = dout.sum();
-    std::vector<double> w(inner * C);
-    unpack(p, sum.data(), true, w.data());
-    dout_weight = from_doubles(w, out_weight);
+    Values w(out_weight);
+    dout.each_row(cp, [&](int64_t row, const double* sums) {
+      if (row % dp < d) w.put(row / dp * d + row % dp, inner, sums, C);
+    });
+    dout_weight = w.tensor();
   }
   return {dx,
           channels(dnw, norm_weight, need_norm),

@@ -5,9 +5,9 @@
 #include <cmath>
 
 #include "common/attention_options.h"
-#include "common/buffers.h"
 #include "common/pack_tiles.h"
 #include "common/packed_form.h"
+#include "common/partial_sums.h"
 
 namespace fastvdm {
 namespace {
@@ -227,16 +227,15 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
   a.y = dx.mutable_data_ptr();
   const int64_t C = a.channels, cp = a.cp, dp = a.t.dp, d = plan.d, inner = heads * d;
 
-  // Partial sums: at most some 128 MB, and never as many as would cost more to add than to make.
   const int64_t panel = heads * dp * cp;
   const int64_t words = (need_qkv ? 3 * panel : 0) + (need_out ? panel : 0) +
-                        heads * static_cast<int64_t>(a.t.n) * a.t.np + cp + 1;
-  const int64_t limit = std::max<int64_t>(1, (32 << 20) / words);
-  a.parts = x.numel() == 0 ? 0 : std::min<int64_t>({a.tiles, 32, limit});
-  Partial dnw(a.parts, cp, need_norm), dnb(a.parts, cp, need_norm && norm_bias.has_value());
-  Partial dqkv(a.parts, 3 * panel, need_qkv);
-  Partial dqb(a.parts, heads * 3 * dp, need_qkv && qkv_bias.has_value());
-  Partial dout(a.parts, panel, need_out), dob(a.parts, cp, need_out && out_bias.has_value());
+                        heads * static_cast<int64_t>(a.t.n) * a.t.np + cp;
+  a.parts = parts_of_sums(x.numel() == 0 ? 0 : a.tiles, a.batch * a.frames * a.hw, words);
+  const auto sums = [&](int64_t size, bool wanted) { return PartialSums(x, a.parts, size, wanted); };
+  const PartialSums dnw = sums(cp, need_norm), dnb = sums(cp, need_norm && norm_bias.has_value());
+  const PartialSums dqkv = sums(3 * panel, need_qkv), dout = sums(panel, need_out);
+  const PartialSums dqb = sums(heads * 3 * dp, need_qkv && qkv_bias.has_value());
+  const PartialSums dob = sums(cp, need_out && out_bias.has_value());
   AttnPartials attn(a.t, a.parts, need_bias && bias.has_value(), need_rel && rel_k.has_value(),
                     need_rel && rel_v.has_value());
   std::vector<BlockGrads> grads(a.parts);
@@ -251,39 +250,30 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
   });
 
   const auto none = [&] { return empty(x, {0}, x.scalar_type()); };
-  const auto channels = [&](const Partial& p, const OptTensor& like, bool need) {
-    if (!need || !like.has_value()) return none();
-    std::vector<double> sum = p.sum();
-    sum.resize(C);
-    return from_doubles(sum, *like);
+  const auto channels = [&](const PartialSums& sums, const OptTensor& like, bool need) {
+    return need && like.has_value() ? sums.sum(*like) : none();
   };
+  // Row (h, which, c) of the sums is row (which, h, c) of the weight.
+  const auto feature = [&](int64_t part, int64_t c) { return (part % 3 * heads + part / 3) * d + c; };
   Tensor dqkv_weight = none(), dqkv_bias = none(), dout_weight = none();
   if (need_qkv) {
-    const std::vector<double> sum = dqkv.sum();
-    std::vector<double> w(3 * inner * C);
-    for (int64_t which = 0; which < 3; ++which)
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t c = 0; c < d; ++c)
-          std::copy_n(sum.data() + ((h * 3 + which) * dp + c) * cp, C,
-                      w.data() + ((which * heads + h) * d + c) * C);
-    dqkv_weight = from_doubles(w, qkv_weight);
-    if (qkv_bias.has_value()) {
-      const std::vector<double> s = dqb.sum();
-      std::vector<double> b(3 * inner);
-      for (int64_t which = 0; which < 3; ++which)
-        for (int64_t h = 0; h < heads; ++h)
-          std::copy_n(s.data() + (h * 3 + which) * dp, d, b.data() + (which * heads + h) * d);
-      dqkv_bias = from_doubles(b, *qkv_bias);
-    }
+    Values w(qkv_weight);
+    dqkv.each_row(cp, [&](int64_t row, const double* sums) {
+      if (row % dp < d) w.put(feature(row / dp, row % dp) * C, 1, sums, C);
+    });
+    dqkv_weight = w.tensor();
+  }
+  if (need_qkv && qkv_bias.has_value()) {
+    Values b(*qkv_bias);
+    dqb.each_row(dp, [&](int64_t part, const double* sums) { b.put(feature(part, 0), 1, sums, d); });
+    dqkv_bias = b.tensor();
   }
   if (need_out) {
-    const std::vector<double> sum = dout.sum();
-    std::vector<double> w(inner * C);
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t c = 0; c < d; ++c)
-        for (int64_t k = 0; k < C; ++k)
-          w[k * inner + h * d + c] = sum[(h * dp + c) * cp + k];
-    dout_weight = from_doubles(w, out_weight);
+    Values w(out_weight);
+    dout.each_row(cp, [&](int64_t row, const double* sums) {
+      if (row % dp < d) w.put(row / dp * d + row % dp, inner, sums, C);
+    });
+    dout_weight = w.tensor();
   }
   const OptTensor no;
   return {dx,

@@ -82,8 +82,9 @@ FASTVDM_INLINE void weight_gradients(const BlockArgs& a, int rows, int parts, co
   uint32_t* others = pairs + (rows + 1) / 2 * width;
   interleave_rows(left, rows, width, pairs);
   interleave_rows(right, rows, a.kp, others);
-  for (int i = 0; i < parts; ++i)
-    dot_gemm<true>(a.t.dp, a.cp, (rows + 1) / 2, pairs + (int64_t)i * a.dk, width,
+  const int whole = a.t.dp == a.dk ? 1 : parts, features = parts / whole * a.t.dp;  // of one product
+  for (int i = 0; i < whole; ++i)
+    dot_gemm<true>(features, a.cp, (rows + 1) / 2, pairs + (int64_t)i * a.dk, width,
                    {others, a.kp, 16}, to + (int64_t)i * a.t.dp * a.cp, a.cp, true);
 }
 #endif

@@ -42,8 +42,15 @@ def _examples(device: torch.device) -> dict[str, tuple]:
     "linear_attention_block_bwd", examples=_examples,
 )  # fmt: skip
 def _(
-    core: str, x: Tensor, qkv_weight: Tensor, heads: int, options: AttentionOptions = NO_OPTIONS
+    core: str,
+    x: Tensor,
+    qkv_weight: Tensor,
+    heads: int,
+    options: AttentionOptions = NO_OPTIONS,
+    low: torch.dtype | None = None,
 ) -> Implementations:
+    """``low``: of the projections, if it is not the dtype in which ``qkv_weight`` is kept."""
+    low = low or qkv_weight.dtype
     fp64 = x.dtype == torch.float64
     shaw = options.rel_k is not None or options.rel_v is not None
     biased = options.rotary is not None or options.bias is not None
@@ -52,7 +59,7 @@ def _(
         yield "parts", None
     elif core == "linear":
         yield "cpu", FP64 if fp64 else None
-        exceeds = exceeds_registers_linear(x, qkv_weight, heads)
+        exceeds = exceeds_registers_linear(x, qkv_weight, heads, low)
         if exceeds is not None:
             yield "triton", ByDesign(exceeds)
             yield "parts", left if x.device.type == "cpu" else None
@@ -66,7 +73,7 @@ def _(
         yield "parts", None
     else:
         yield "cpu", FP64 if fp64 else None
-        exceeds = exceeds_registers(x, qkv_weight, heads, shaw)
+        exceeds = exceeds_registers(x, qkv_weight, heads, shaw, low)
         if exceeds is not None:
             yield "triton", ByDesign(exceeds)
             yield "parts", left if x.device.type == "cpu" else None
@@ -119,10 +126,11 @@ def attention_block(
         raise ValueError(f"core {core!r} takes no options, got {_given(options)}")
     elif core == "linear" and qkv_bias is not None:
         raise ValueError("core 'linear' takes no qkv_bias")
-    qkv_weight, qkv_bias, out_weight, out_bias = cast(
-        low, qkv_weight, qkv_bias, out_weight, out_bias
-    )
-    which = select("attention_block", x.device, core, x, qkv_weight, heads, options)
+    which = select("attention_block", x.device, core, x, qkv_weight, heads, options, low)
+    if which != "cpu":  # whose kernels round the weights as they pack them, and keep that
+        qkv_weight, qkv_bias, out_weight, out_bias = cast(
+            low, qkv_weight, qkv_bias, out_weight, out_bias
+        )
     if which == "parts":  # each chooses its own backend
         normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
         if not autocast_on(x.device.type):

@@ -51,7 +51,7 @@ def linear_attention_block_fwd(
 linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
 
 
-def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
+def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int, low: torch.dtype) -> str | None:
     """Why Triton's kernels would not hold the block in registers, or are not to, or None.
 
     What a frame keeps, G and M, are heads D by C: with fewer pixels than channels they are larger
@@ -61,7 +61,7 @@ def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int) -> str | None:
     """
     pixels, channels = x.shape[2] * x.shape[3], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
-    if qkv_weight.dtype == torch.float32:
+    if low == torch.float32:
         return "fp32 products exceed the registers"
     if channels > 128:
         return f"C = {channels} is above 128"

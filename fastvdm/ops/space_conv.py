@@ -90,7 +90,8 @@ def space_conv_fwd(
     stride: int,
     backend: str,
 ) -> Tensor:
-    """y, contiguous, of contiguous inputs but for the weight, whose gradient has its strides."""
+    """y, contiguous, of contiguous inputs but for the weight, whose gradient has its strides. In
+    C++ the weight may be fp32 beside 16-bit inputs, and its gradient is."""
     return x.new_empty(_out_shape(x, weight, stride))
 
 
@@ -299,6 +300,15 @@ def choose(
     return select("space_conv", x.device, x, weight.shape[-1], stride, x2 is not None, dtype)
 
 
+def _cast(which: str, x: Tensor, x2: Tensor | None, weight: Tensor, *ends: Tensor | None) -> list:
+    """As autocast brings them to one dtype, but for the weight of the C++ kernels: they take it in
+    any, and keep what they make of it as long as it is the same tensor."""
+    tensors = cast(autocast_dtype(x), x, x2, None if which == "cpu" else weight, *ends)
+    if which == "cpu":
+        tensors[2] = weight
+    return tensors
+
+
 def convolve(
     which: str,
     x: Tensor,
@@ -323,7 +333,7 @@ def convolve(
     if which == "torch":
         y = library.conv2d(x, weight, bias, stride)
         return y if residual is None else y + residual.to(y.dtype)
-    tensors = cast(autocast_dtype(x), x, x2, weight, bias, residual)
+    tensors = _cast(which, x, x2, weight, bias, residual)
     return run(space_conv_fwd, *tensors, stride, which)
 
 
@@ -401,8 +411,8 @@ def _transpose(
         by = space_conv_transpose_ref if which == "reference" else library.conv_transpose2d
         y = by(x, weight, bias)
         return y if residual is None else y + residual.to(y.dtype)
-    tensors = cast(autocast_dtype(x), x, weight, bias, residual)
-    return run(space_conv_transpose_fwd, *tensors, which)
+    x, _, weight, bias, residual = _cast(which, x, None, weight, bias, residual)
+    return run(space_conv_transpose_fwd, x, weight, bias, residual, which)
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

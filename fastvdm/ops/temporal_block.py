@@ -44,7 +44,9 @@ def temporal_block_fwd(
 temporal_block_bwd = backward_of(temporal_block_fwd)
 
 
-def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int, tables: bool) -> str | None:
+def exceeds_registers(
+    x: Tensor, qkv_weight: Tensor, heads: int, tables: bool, low: torch.dtype
+) -> str | None:
     """Why Triton's fused kernel would not hold the block in registers, or None.
 
     The program keeps one tile of rows, all C channels wide, and its fp32 accumulator in registers,
@@ -63,7 +65,7 @@ def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int, tables: bool) -
     dim = qkv_weight.shape[0] // (3 * heads)
     if prod(x.shape[:4]) >= 2**31:
         return "2^31 rows or more: the kernels count them in 32 bits"
-    if qkv_weight.dtype == torch.float32:
+    if low == torch.float32:
         return "fp32 products exceed the registers"
     if channels > 256:
         return f"C = {channels} is above 256"

@@ -131,14 +131,14 @@ LIMITS = [  # frames, channels, heads' features, stream, tables; fused?
 def test_limits_of_the_registers(frames, c, dim, dtype, tables, fused):
     x = torch.empty(0, frames, 1, 1, c, dtype=dtype)
     weight = torch.empty(3 * 2 * dim, c, dtype=torch.bfloat16)
-    assert (exceeds_registers(x, weight, 2, tables) is None) == fused
+    assert (exceeds_registers(x, weight, 2, tables, weight.dtype) is None) == fused
 
 
 def test_rows_are_counted_in_32_bits():
     weight = torch.empty(3 * 2 * 32, 64, dtype=torch.bfloat16, device="meta")
     for batch, fused in ((2**17 - 1, True), (2**17, False)):
         x = torch.empty(batch, 16, 32, 32, 64, dtype=torch.bfloat16, device="meta")
-        assert (exceeds_registers(x, weight, 2, False) is None) == fused
+        assert (exceeds_registers(x, weight, 2, False, weight.dtype) is None) == fused
 
 
 def test_fp64_on_a_gpu_is_the_references():

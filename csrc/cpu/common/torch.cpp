@@ -65,31 +65,36 @@ std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, 
   return out;
 }
 
-Tensor from_doubles(const std::vector<double>& values, const Tensor& like) {
-  Tensor out = empty(like, sizes_of(like), like.scalar_type());
-  STD_TORCH_CHECK(out.numel() == static_cast<int64_t>(values.size()), "fastvdm_C: size mismatch");
-  void* data = out.mutable_data_ptr();
-  const size_t n = values.size();
-  switch (like.scalar_type()) {
+Values::Values(const Tensor& like)
+    : tensor_(empty(like, sizes_of(like), like.scalar_type())), data_(tensor_.mutable_data_ptr()) {}
+
+void Values::put(int64_t first, int64_t step, const double* values, int64_t count) {
+  const auto write = [&](auto* to) {
+    for (int64_t i = 0; i < count; ++i)
+      if constexpr (sizeof(*to) == 2)
+        to[i * step] = static_cast<float>(values[i]);
+      else
+        to[i * step] = values[i];
+  };
+  switch (tensor_.scalar_type()) {
     case ScalarType::Float:
-      for (size_t i = 0; i < n; ++i)
-        static_cast<float*>(data)[i] = static_cast<float>(values[i]);
-      break;
+      return write(static_cast<float*>(data_) + first);
     case ScalarType::Double:
-      std::memcpy(data, values.data(), sizeof(double) * n);
-      break;
+      return write(static_cast<double*>(data_) + first);
     case ScalarType::BFloat16:
-      for (size_t i = 0; i < n; ++i)
-        static_cast<c10::BFloat16*>(data)[i] = static_cast<float>(values[i]);
-      break;
+      return write(static_cast<c10::BFloat16*>(data_) + first);
     case ScalarType::Half:
-      for (size_t i = 0; i < n; ++i)
-        static_cast<c10::Half*>(data)[i] = static_cast<float>(values[i]);
-      break;
+      return write(static_cast<c10::Half*>(data_) + first);
     default:
       STD_TORCH_CHECK(false, "fastvdm_C: a gradient must be floating");
   }
-  return out;
+}
+
+Tensor from_doubles(const std::vector<double>& values, const Tensor& like) {
+  Values out(like);
+  STD_TORCH_CHECK(like.numel() == static_cast<int64_t>(values.size()), "fastvdm_C: size mismatch");
+  out.put(0, 1, values.data(), like.numel());
+  return out.tensor();
 }
 
 int64_t megabytes_from_environment(const char* name, int64_t otherwise) {

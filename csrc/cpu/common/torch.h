@@ -31,7 +31,19 @@ std::vector<int64_t> sizes_of(const Tensor& x);
 std::vector<float> floats(const Tensor& given, const char* name, int64_t numel);
 // The same, zero up to `size`.
 std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, int64_t size);
-// Writes fp32 (or fp64) values into a new tensor shaped and typed as `like`.
+// A new tensor shaped and typed as `like`, whose elements are set one by one.
+class Values {
+ public:
+  explicit Values(const Tensor& like);
+  const Tensor& tensor() const { return tensor_; }
+  // `count` of them from `first` on, `step` apart.
+  void put(int64_t first, int64_t step, const double* values, int64_t count);
+
+ private:
+  Tensor tensor_;
+  void* data_;
+};
+// The same of all its values.
 Tensor from_doubles(const std::vector<double>& values, const Tensor& like);
 
 // A number of MiB in the environment, in bytes; throws for what is none.

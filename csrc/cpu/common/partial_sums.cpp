@@ -1,0 +1,29 @@
+#include "partial_sums.h"
+
+#include <cstring>
+
+namespace fastvdm {
+
+int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words) {
+  if (items == 0) return 0;
+  const int64_t memory = (32 << 20) / std::max<int64_t>(1, words);
+  return std::max<int64_t>(1, std::min<int64_t>({items, 32, memory, ceil_div(rows, 512)}));
+}
+
+PartialSums::PartialSums(const Tensor& x, int64_t parts, int64_t size, bool wanted)
+    : parts_(parts), size_(wanted ? size : 0) {
+  if (parts_ * size_ == 0) return;
+  memory_ = empty(x, {parts_ * size_}, ScalarType::Float);
+  data_ = static_cast<float*>(memory_->mutable_data_ptr());
+  torch::stable::parallel_for(0, parts_, 1, [&](int64_t begin, int64_t end) {
+    std::memset(data_ + begin * size_, 0, sizeof(float) * (end - begin) * size_);
+  });
+}
+
+Tensor PartialSums::sum(const Tensor& like) const {
+  Values out(like);
+  each_row(size_, [&](int64_t, const double* sums) { out.put(0, 1, sums, like.numel()); });
+  return out.tensor();
+}
+
+}  // namespace fastvdm

@@ -1,0 +1,47 @@
+// Sums of gradients that threads make apart, added at last in fp64 in the order of the parts: their
+// bits do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "torch.h"
+
+namespace fastvdm {
+
+// In how many parts `rows` rows of `items` items are summed to `words` values: at most 128 MB, and
+// none of fewer rows than clearing and adding its values would be worth.
+int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words);
+
+class PartialSums {
+ public:
+  // `parts` times `size` zeros in memory beside x, or nothing unless wanted.
+  PartialSums(const Tensor& x, int64_t parts, int64_t size, bool wanted);
+  float* part(int64_t i) const { return data_ == nullptr ? nullptr : data_ + i * size_; }
+
+  // body(row, its sums in fp64) for every row of `width` values, on all threads.
+  template <class Body>
+  void each_row(int64_t width, const Body& body) const {
+    const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width * parts_));
+    torch::stable::parallel_for(0, size_ / width, grain, [&](int64_t begin, int64_t end) {
+      std::vector<double> sums(width);
+      for (int64_t row = begin; row < end; ++row) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        for (int64_t p = 0; p < parts_; ++p) {
+          const float* from = data_ + p * size_ + row * width;
+          for (int64_t i = 0; i < width; ++i) sums[i] += from[i];
+        }
+        body(row, sums.data());
+      }
+    });
+  }
+
+  // The first like.numel() sums, shaped and typed as `like`.
+  Tensor sum(const Tensor& like) const;
+
+ private:
+  std::optional<Tensor> memory_;
+  float* data_ = nullptr;
+  int64_t parts_, size_;
+};
+
+}  // namespace fastvdm
