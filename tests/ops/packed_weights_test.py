@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastvdm.ops import space_conv as convolutions
+from fastvdm.ops.attention_block import attention_block
 from fastvdm.runtime import extension
 from fastvdm.testing import cpu_isas, use_cpu_isa
 
@@ -353,3 +355,28 @@ def test_environment_variable():
             assert done.returncode != 0 and "FASTVDM_PACKED_WEIGHTS_MB" in done.stderr
         else:
             assert done.stdout == printed, done.stderr
+
+
+def test_autocast_packs_a_weight_once(monkeypatch):
+    """No copy of it in autocast's dtype stands between, and no gradient is rounded to it."""
+    monkeypatch.setattr(convolutions, "AMX", False)  # where oneDNN takes the convolution
+    conv = torch.nn.Parameter(torch.randn(32, 32, 3, 3))
+    qkv, out = torch.nn.Parameter(torch.randn(96, 32)), torch.nn.Parameter(torch.randn(32, 32))
+    x = torch.randn(1, 2, 4, 4, 32)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = convolutions.space_conv(x, conv)
+            for core in ("time", "linear"):
+                y = attention_block(y, torch.ones(32), qkv, out, core=core, heads=1)
+            return y
+
+    with torch.no_grad():
+        forward()
+        forward()
+        known, hits = state()[2:]
+        forward()
+    assert state()[2] == known and state()[3] - hits == known
+    forward().float().square().sum().backward()
+    for weight in (conv, qkv, out):
+        assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
