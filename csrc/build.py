@@ -77,7 +77,9 @@ ISA_FLAGS = {
     ],
 }
 # Kernels with bf16 products, and who has them; tiles.h writes the tile instructions in assembly.
-BF16 = ("temporal_block", "linear_attention_block", "space_conv_kernel", "space_conv_direct")
+BF16 = (
+    "temporal_block", "linear_attention_block", "space_conv_kernel", "space_conv_direct", "norm_act"
+)  # fmt: skip
 ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mavx512vnni"]
 ISA_MACROS = {
     "avx512_bf16": [("FASTVDM_BF16", "1")],

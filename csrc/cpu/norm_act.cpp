@@ -124,7 +124,7 @@ void compute_stats(Plan& plan, float* mean, float* rstd, double eps) {
   std::vector<float> means(plan.items * groups), m2s(plan.items * groups);
   p.part1 = means.data();
   p.part2 = m2s.data();
-  const auto kernel = FASTVDM_PICK(norm_stats);
+  const auto kernel = FASTVDM_PICK_BF16(norm_stats);
   torch::stable::parallel_for(0, plan.items, 1, [&](int64_t begin, int64_t end) {
     kernel(p, begin, end, static_cast<float*>(scratch(3 * plan.C * sizeof(float))));
   });
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTenso
                   static_cast<float*>(rstd_out.mutable_data_ptr()), eps);
   }
   coefficients(plan, m, r, /*fold_rstd=*/true);
-  const auto kernel = FASTVDM_PICK(norm_apply);
+  const auto kernel = FASTVDM_PICK_BF16(norm_apply);
   torch::stable::parallel_for(0, plan.items, 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {y, mean_out, rstd_out};
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
   std::vector<float> part_g(plan.items * C), part_gx(plan.items * C);
   p.part1 = part_g.data();
   p.part2 = part_gx.data();
-  const auto sums = FASTVDM_PICK(norm_bwd_sums);
+  const auto sums = FASTVDM_PICK_BF16(norm_bwd_sums);
   torch::stable::parallel_for(0, plan.items, 1, [&](int64_t begin, int64_t end) {
     sums(p, begin, end, static_cast<float*>(scratch(2 * C * sizeof(float))));
   });
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     }
     p.s1 = s1.data();
     p.s2 = s2.data();
-    const auto kernel = FASTVDM_PICK(norm_bwd_dx);
+    const auto kernel = FASTVDM_PICK_BF16(norm_bwd_dx);
     torch::stable::parallel_for(0, plan.items, 1,
                                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }

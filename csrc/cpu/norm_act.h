@@ -26,10 +26,10 @@ struct NormArgs {
   float *part1, *part2;
 };
 
-FASTVDM_DECLARE(void norm_stats(const NormArgs&, int64_t begin, int64_t end, float* scratch))
-FASTVDM_DECLARE(void norm_apply(const NormArgs&, int64_t begin, int64_t end))
+FASTVDM_DECLARE_BF16(void norm_stats(const NormArgs&, int64_t begin, int64_t end, float* scratch))
+FASTVDM_DECLARE_BF16(void norm_apply(const NormArgs&, int64_t begin, int64_t end))
 // First pass of the backward; for row kinds it also writes dx, when wanted.
-FASTVDM_DECLARE(void norm_bwd_sums(const NormArgs&, int64_t begin, int64_t end, float* scratch))
-FASTVDM_DECLARE(void norm_bwd_dx(const NormArgs&, int64_t begin, int64_t end))
+FASTVDM_DECLARE_BF16(void norm_bwd_sums(const NormArgs&, int64_t begin, int64_t end, float* scratch))
+FASTVDM_DECLARE_BF16(void norm_bwd_dx(const NormArgs&, int64_t begin, int64_t end))
 
 }  // namespace fastvdm

@@ -20,6 +20,18 @@ FASTVDM_INLINE Item item_of(const NormArgs& p, int64_t i) {
   return {instance, instance * p.rows + first, left < p.chunk ? left : p.chunk};
 }
 
+constexpr int kRows = 4;  // whose statistics are made side by side: each is a chain of its own
+
+// body<vectors>(offset, count) over the n elements of a segment: four vectors at a time, whose
+// activations are made side by side, then one, of which the last has `count` elements.
+template <class Body>
+FASTVDM_INLINE void in_fours(int n, Body body) {
+  int i = 0;
+  for (; i + 4 * VL <= n; i += 4 * VL) body.template operator()<4>(i, VL);
+  for (; i + VL <= n; i += VL) body.template operator()<1>(i, VL);
+  if (i < n) body.template operator()<1>(i, n - i);
+}
+
 // body(offset, count) over the n elements of a segment.
 template <class Body>
 FASTVDM_INLINE void each(int n, Body body) {
@@ -162,47 +174,68 @@ FASTVDM_INLINE void row_stats(const NormArgs& p, const T* x, const T* x2, float*
 template <class T, bool ACT>
 void apply(const NormArgs& p, int64_t begin, int64_t end) {
   const int C = p.c1 + p.c2;
+  float mean[kRows] = {}, inv[kRows] = {1.f, 1.f, 1.f, 1.f};
   for (int64_t i = begin; i < end; ++i) {
     const Item it = item_of(p, i);
     const float *a = p.a + it.instance * C, *b = p.b + it.instance * C;
     const float* mu = p.mu == nullptr ? nullptr : p.mu + it.instance * C;
-    for (int64_t r = it.row; r < it.row + it.rows; ++r) {
-      const T* x = (const T*)p.x + r * p.c1;
-      const T* x2 = (const T*)p.x2 + r * p.c2;
-      float mean = 0.f, inv = 1.f;
+    for (int64_t first = it.row; first < it.row + it.rows; first += kRows) {
+      const int64_t left = it.row + it.rows - first, rows = left < kRows ? left : kRows;
+      const T* x = (const T*)p.x + first * p.c1;
+      const T* x2 = (const T*)p.x2 + first * p.c2;
       bool clamped;
-      if (p.row_kind != 0) row_stats(p, x, x2, &mean, &inv, &clamped);
-      const auto one = [&](const T* row, int c0, int o, int n) __attribute__((always_inline)) {
-        const int c = c0 + o;
-        const int64_t at = r * C + c;
-        vf v = FASTVDM_LOAD(row, o, n);
-        if (mu != nullptr)
-          v = v - FASTVDM_LOAD(mu, c, n);
-        else
-          v = (v - mean) * inv;
-        v = v * FASTVDM_LOAD(a, c, n) + FASTVDM_LOAD(b, c, n);
-        if (ACT) v = v * vsigmoid<kDegree<T>>(v);
-        if (p.mask_kind) v = v * mask_at<T>(p, at, n);
-        if (p.residual != nullptr) v = v + FASTVDM_LOAD((const T*)p.residual, at, n);
-        FASTVDM_STORE((T*)p.y, at, v, n);
-      };
-      each(p.c1, [&](int o, int n) { one(x, 0, o, n); });
-      each(p.c2, [&](int o, int n) { one(x2, p.c1, o, n); });
+      for (int k = 0; k < rows && p.row_kind != 0; ++k)
+        row_stats(p, x + k * p.c1, x2 + k * p.c2, mean + k, inv + k, &clamped);
+      for (int k = 0; k < rows; ++k, x += p.c1, x2 += p.c2) {
+        const auto segment = [&](const T* row, int c0, int width) __attribute__((always_inline)) {
+          const auto body = [&]<int N>(int o, int n) __attribute__((always_inline)) {
+            const int64_t at = (first + k) * C + c0 + o;
+            vf v[N], s[N];
+#pragma GCC unroll 4
+            for (int l = 0; l < N; ++l) {
+              const int c = c0 + o + l * VL;
+              v[l] = FASTVDM_LOAD(row, o + l * VL, n);
+              if (mu != nullptr)
+                v[l] = v[l] - FASTVDM_LOAD(mu, c, n);
+              else
+                v[l] = (v[l] - mean[k]) * inv[k];
+              s[l] = v[l] = v[l] * FASTVDM_LOAD(a, c, n) + FASTVDM_LOAD(b, c, n);
+            }
+            if (ACT) vsigmoid_each<kDegree<T>>(s);
+#pragma GCC unroll 4
+            for (int l = 0; l < N; ++l) {
+              if (ACT) v[l] = v[l] * s[l];
+              if (p.mask_kind) v[l] = v[l] * mask_at<T>(p, at + l * VL, n);
+              if (p.residual != nullptr)
+                v[l] = v[l] + FASTVDM_LOAD((const T*)p.residual, at + l * VL, n);
+              FASTVDM_STORE((T*)p.y, at + l * VL, v[l], n);
+            }
+          };
+          in_fours(width, body);
+        };
+        segment(x, 0, p.c1);
+        segment(x2, p.c1, p.c2);
+      }
     }
   }
 }
 
-// du, the gradient before the activation, from x_hat and dy.
-template <class T, bool ACT>
-FASTVDM_INLINE vf grad_u(const NormArgs& p, vf xhat, vf a, vf b, int64_t at, int n) {
-  vf g = FASTVDM_LOAD((const T*)p.dy, at, n);
-  if (p.mask_kind) g = g * mask_at<T>(p, at, n);
-  if (ACT) {
-    const vf u = xhat * a + b;
-    const vf s = vsigmoid<5>(u);
-    g = g * (s * (1.f + u * (1.f - s)));
+// du, the gradient before the activation, of the vectors from x_hat `h`, with a and b at `c` and dy at
+// `at`.
+template <class T, bool ACT, int N>
+FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const float* a, const float* b,
+                           int64_t at, int n, vf (&g)[N]) {
+  vf u[N], s[N];
+#pragma GCC unroll 4
+  for (int l = 0; l < N; ++l) {
+    g[l] = FASTVDM_LOAD((const T*)p.dy, at + l * VL, n);
+    if (p.mask_kind) g[l] = g[l] * mask_at<T>(p, at + l * VL, n);
+    if (ACT) s[l] = u[l] = h[l] * FASTVDM_LOAD(a, l * VL, n) + FASTVDM_LOAD(b, l * VL, n);
   }
-  return g;
+  if (!ACT) return;
+  vsigmoid_each<kDegree<T>>(s);
+#pragma GCC unroll 4
+  for (int l = 0; l < N; ++l) g[l] = g[l] * (s[l] * (1.f + u[l] * (1.f - s[l])));
 }
 
 template <class T, bool ACT>
@@ -224,25 +257,35 @@ void bwd_sums(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
       bool clamped = false;
       if (p.row_kind != 0) row_stats(p, x, x2, &mean, &inv, &clamped);
       vf s1 = {}, s2 = {};
-      const auto one = [&](const T* row, int c0, int o, int n) __attribute__((always_inline)) {
-        const int c = c0 + o;
-        vf h = FASTVDM_LOAD(row, o, n);
-        h = mu != nullptr ? (h - FASTVDM_LOAD(mu, c, n)) * FASTVDM_LOAD(inv_c, c, n)
-                          : (h - mean) * inv;
-        const vf av = FASTVDM_LOAD(a, c, n);
-        const vf g = grad_u<T, ACT>(p, h, av, FASTVDM_LOAD(b, c, n), r * C + c, n);
-        FASTVDM_STORE(sum_g, c, FASTVDM_LOAD(sum_g, c, n) + g, n);
-        FASTVDM_STORE(sum_gx, c, FASTVDM_LOAD(sum_gx, c, n) + g * h, n);
-        if (p.row_kind != 0) {  // beyond n, a and so a g are zero
-          const vf scaled = av * g;
-          s1 += scaled;
-          s2 += scaled * h;
-          FASTVDM_STORE(hat, c, h, n);
-          FASTVDM_STORE(ag, c, scaled, n);
-        }
+      const auto segment = [&](const T* row, int c0, int width) __attribute__((always_inline)) {
+        const auto body = [&]<int N>(int o, int n) __attribute__((always_inline)) {
+          vf h[N], g[N];
+#pragma GCC unroll 4
+          for (int l = 0; l < N; ++l) {
+            const int c = c0 + o + l * VL;
+            h[l] = FASTVDM_LOAD(row, o + l * VL, n);
+            h[l] = mu != nullptr ? (h[l] - FASTVDM_LOAD(mu, c, n)) * FASTVDM_LOAD(inv_c, c, n)
+                                 : (h[l] - mean) * inv;
+          }
+          grad_u<T, ACT>(p, h, a + c0 + o, b + c0 + o, r * C + c0 + o, n, g);
+#pragma GCC unroll 4
+          for (int l = 0; l < N; ++l) {
+            const int c = c0 + o + l * VL;
+            FASTVDM_STORE(sum_g, c, FASTVDM_LOAD(sum_g, c, n) + g[l], n);
+            FASTVDM_STORE(sum_gx, c, FASTVDM_LOAD(sum_gx, c, n) + g[l] * h[l], n);
+            if (p.row_kind != 0) {  // beyond n, a and so a g are zero
+              const vf scaled = FASTVDM_LOAD(a, c, n) * g[l];
+              s1 += scaled;
+              s2 += scaled * h[l];
+              FASTVDM_STORE(hat, c, h[l], n);
+              FASTVDM_STORE(ag, c, scaled, n);
+            }
+          }
+        };
+        in_fours(width, body);
       };
-      each(p.c1, [&](int o, int n) { one(x, 0, o, n); });
-      each(p.c2, [&](int o, int n) { one(x2, p.c1, o, n); });
+      segment(x, 0, p.c1);
+      segment(x2, p.c1, p.c2);
       if (p.row_kind == 0 || p.dx == nullptr) continue;
       const float m1 = p.row_kind == 2 ? hsum(s1) / (float)C : 0.f;
       const float m2 = clamped ? 0.f : p.row_kind == 2 ? hsum(s2) / (float)C : hsum(s2);
@@ -268,14 +311,23 @@ void bwd_dx(const NormArgs& p, int64_t begin, int64_t end) {
         const int width = seg ? p.c2 : p.c1, c0 = seg ? p.c1 : 0;
         const T* row = (const T*)(seg ? p.x2 : p.x) + r * width;
         T* dx = (T*)(seg ? p.dx2 : p.dx) + r * width;
-        each(width, [&](int o, int n) {
+        const auto body = [&]<int N>(int o, int n) __attribute__((always_inline)) {
           const int64_t c = base + c0 + o;
-          const vf inv = FASTVDM_LOAD(p.inv, c, n), a = FASTVDM_LOAD(p.a, c, n);
-          const vf h = (FASTVDM_LOAD(row, o, n) - FASTVDM_LOAD(p.mu, c, n)) * inv;
-          const vf g = grad_u<T, ACT>(p, h, a, FASTVDM_LOAD(p.b, c, n), r * C + c0 + o, n);
-          const vf v = a * g - FASTVDM_LOAD(p.s1, c, n) - h * FASTVDM_LOAD(p.s2, c, n);
-          FASTVDM_STORE(dx, o, v * inv, n);
-        });
+          vf h[N], g[N];
+#pragma GCC unroll 4
+          for (int l = 0; l < N; ++l)
+            h[l] = (FASTVDM_LOAD(row, o + l * VL, n) - FASTVDM_LOAD(p.mu, c + l * VL, n)) *
+                   FASTVDM_LOAD(p.inv, c + l * VL, n);
+          grad_u<T, ACT>(p, h, p.a + c, p.b + c, r * C + c0 + o, n, g);
+#pragma GCC unroll 4
+          for (int l = 0; l < N; ++l) {
+            const int64_t at = c + l * VL;
+            const vf v = FASTVDM_LOAD(p.a, at, n) * g[l] - FASTVDM_LOAD(p.s1, at, n) -
+                         h[l] * FASTVDM_LOAD(p.s2, at, n);
+            FASTVDM_STORE(dx, o + l * VL, v * FASTVDM_LOAD(p.inv, at, n), n);
+          }
+        };
+        in_fours(width, body);
       }
     }
   }

@@ -78,7 +78,11 @@ FASTVDM_INLINE vu bf16_bits(vf v) {
   return (v == v) ? r : ((u >> 16) | 0x40u);
 }
 FASTVDM_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // below 2⁻¹²⁶ zero
+#else
   const vh h = __builtin_convertvector(bf16_bits(v), vh);
+#endif
   memcpy(p, &h, sizeof(h));
 }
 
@@ -362,12 +366,18 @@ FASTVDM_INLINE vf vrecip(vf d) {
 #endif
 }
 
-template <int DEGREE = 5>
-FASTVDM_INLINE vf vsigmoid(vf x) {
-  // exp(-x) is clamped at 2.2e38, so far below zero the result is 4.5e-39 or zero.
-  vf y = -x;
-  if constexpr (DEGREE == 4) y = vmin(splat(88.3f), y);
-  return vrecip(1.f + vexp<DEGREE>(y));
+// 1 / (1 + exp(-x)) of N vectors, step by step as vexp_each.
+template <int DEGREE, int N>
+FASTVDM_INLINE void vsigmoid_each(vf (&x)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    // exp(-x) is clamped at 2.2e38, so far below zero the result is 4.5e-39 or zero.
+    x[i] = -x[i];
+    if constexpr (DEGREE == 4) x[i] = vmin(splat(88.3f), x[i]);
+  }
+  vexp_each<N, DEGREE>(x);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = vrecip(1.f + x[i]);
 }
 
 // The degree of exp's polynomial that a storage type deserves.
