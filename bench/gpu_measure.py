@@ -19,6 +19,7 @@ from typing import Any
 from gpu_worker import Context, Item, note
 
 DEVICE = "cuda"
+TRAINED = ("peer", "peer-bf16", "torch-bf16", "fastvdm", "fastvdm-autocast", "fastvdm-bf16")
 EAGER = ("peer", "peer-bf16", "torch", "torch-bf16", "fastvdm", "fastvdm-bf16")
 
 
@@ -53,7 +54,7 @@ def asked() -> list[Asked]:
     found = [
         net("readme", *EAGER, "fastvdm-bf16-graph"),
         net("readme-1", *EAGER, "fastvdm-bf16-graph"),
-        net("readme", "peer", "peer-bf16", "torch-bf16", "fastvdm", "fastvdm-bf16", train=True),
+        net("readme", *TRAINED, train=True),
         net(
             "readme-1",
             "peer-bf16",

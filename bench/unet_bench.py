@@ -40,6 +40,7 @@ PROVIDERS = (
     "torch-bf16-compiled",
     "torch-bf16-autotuned",
     "fastvdm",
+    "fastvdm-autocast",
     "fastvdm-bf16",
     "fastvdm-bf16-compiled",
     "fastvdm-bf16-graph",
@@ -197,17 +198,20 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
         net = lambda: copy.deepcopy(setup.ours)  # noqa: E731
         return runner(net, name, dtype, "reference", compile, **options)
 
-    def theirs_in_bf16() -> Callable[[], Any]:
-        """Under autocast: the peer's time embedding is fp32 whatever its weights are."""
-        if emulated(torch.device(device), bf16):
-            raise Unavailable("this CPU emulates bf16: minutes a forward pass")
-        net = setup.need_peer().train(step is train)
+    def under_autocast(net: nn.Module) -> Callable[[], Any]:
+        net.train(step is train)
 
         def call(*args: Tensor) -> Tensor:
             with torch.autocast(device.split(":")[0], bf16):
                 return net(*args)
 
         return lambda: step(net, call, setup.x, setup.time, setup.target)
+
+    def theirs_in_bf16() -> Callable[[], Any]:
+        """Under autocast: the peer's time embedding is fp32 whatever its weights are."""
+        if emulated(torch.device(device), bf16):
+            raise Unavailable("this CPU emulates bf16: minutes a forward pass")
+        return under_autocast(setup.need_peer())
 
     def theirs_in_openvino(name: str, precision: str) -> Callable[[], Any]:
         if step is train:
@@ -220,6 +224,10 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
     def ours(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
         need_kernel("norm_act", device)
         return runner(lambda: copy.deepcopy(setup.ours), name, dtype, "auto", compile)
+
+    def ours_under_autocast() -> Callable[[], Any]:
+        need_kernel("norm_act", device)
+        return under_autocast(copy.deepcopy(setup.ours))
 
     def graphed() -> Callable[[], Any]:
         if not device.startswith("cuda") or step is train:
@@ -270,6 +278,7 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
             bf16,
         ),
         "fastvdm": (lambda: ours("fastvdm", fp32), fp32),
+        "fastvdm-autocast": (ours_under_autocast, bf16),
         "fastvdm-bf16": (lambda: ours("fastvdm-bf16", bf16), bf16),
         "fastvdm-bf16-compiled": (lambda: ours("fastvdm-bf16-compiled", bf16, True), bf16),
         "fastvdm-bf16-graph": (graphed, bf16),

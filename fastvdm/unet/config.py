@@ -40,7 +40,8 @@ class UNetConfig:
             it. No weight tells. None is "after", and warns when weights are loaded that could be
             either's.
         dropout: probability, between the two convolutions of a block.
-        checkpointing: "none", "block" or "level": what is recomputed in the backward pass.
+        checkpointing: "none", "block" or "level": what is recomputed in the backward pass. With
+            "none" still what attention and its norm make of their input, q, k and v among it.
         layout: "peer" or "paper"; the arguments below default to what the layout has.
         num_blocks: residual blocks per level (paper layout; the peer has two).
         image_size, attn_resolutions: the paper layout attends where the feature map of an
