@@ -76,7 +76,8 @@ ISA_FLAGS = {
         "-mtune=skylake-avx512",
     ],
 }
-# Kernels with bf16 products, and who has them; tiles.h writes the tile instructions in assembly.
+# Kernels that multiply bf16, or store much of it (norm_act), and who can; tiles.h writes the tile
+# instructions in assembly.
 BF16 = (
     "temporal_block", "linear_attention_block", "space_conv_kernel", "space_conv_direct", "norm_act"
 )  # fmt: skip

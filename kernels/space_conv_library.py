@@ -40,7 +40,8 @@ def like(t: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Computes in fp32 where the machine only emulates the type of the first argument."""
+    """Computes in fp32 where the machine only emulates the type of the first argument, which the
+    first result has too."""
 
     def cast(t: Any, wrong: torch.dtype, right: torch.dtype) -> Any:
         return t.to(right) if isinstance(t, Tensor) and t.dtype == wrong else t
@@ -53,7 +54,7 @@ def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
             found = launcher(*(cast(t, x.dtype, torch.float32) for t in (x, *rest)))
         if isinstance(found, Tensor):
             return found.to(x.dtype)
-        return tuple(cast(t, torch.float32, x.dtype) for t in found)
+        return cast(found[0], torch.float32, x.dtype), *found[1:]  # see ``like``
 
     return call
 
@@ -121,6 +122,13 @@ def space_conv_fwd(
     return y if residual is None else y + residual
 
 
+def _beside(dy: Tensor, weight: Tensor, values: bool = True) -> Tensor:
+    """The weight in the dtype of dy, without its values where only its form is asked for."""
+    if weight.dtype == dy.dtype:
+        return weight
+    return weight.to(dy.dtype) if values else torch.empty_like(weight, dtype=dy.dtype)
+
+
 @_in_fp32
 def _source_grads(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, need_dx: bool, need_dw: bool
@@ -128,13 +136,14 @@ def _source_grads(
     if not (need_dx or need_dw):
         return None, None
     if weight.shape[-1] == 1 and stride == 1:
-        rows, flat = dy.flatten(0, -2), weight.flatten(1).to(dy.dtype)
-        dx = (dy @ flat) if need_dx else None
+        rows = dy.flatten(0, -2)
+        dx = dy @ _beside(dy, weight).flatten(1) if need_dx else None
         dw = (rows.t() @ x.flatten(0, -2))[:, :, None, None] if need_dw else None
         return dx, dw
     pad = padding_of(weight.shape[-1])
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        *(images(dy), images(x), weight.to(dy.dtype), None, [stride] * 2, [pad] * 2, [1, 1]),
+        *(images(dy), images(x), _beside(dy, weight, need_dx)),
+        *(None, [stride] * 2, [pad] * 2, [1, 1]),
         *(False, [0, 0], 1, [need_dx, need_dw, False]),
     )
     return (video(dx, x) if need_dx else None), dw
@@ -190,6 +199,18 @@ def space_conv_transpose_fwd(
 
 
 @_in_fp32
+def _transpose_grads(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (need_dx or need_dw):
+        return None, None
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        *(images(dy), images(x), _beside(dy, weight, need_dx), None, [2, 2], [1, 1], [1, 1]),
+        *(True, [0, 0], 1, [need_dx, need_dw, False]),
+    )
+    return (video(dx, x) if need_dx else None), dw
+
+
 def space_conv_transpose_bwd(
     dy: Tensor,
     x: Tensor,
@@ -198,14 +219,9 @@ def space_conv_transpose_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = dw = None
-    if need_dx or need_dw:
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            *(images(dy), images(x), weight.to(dy.dtype), None, [2, 2], [1, 1], [1, 1]),
-            *(True, [0, 0], 1, [need_dx, need_dw, False]),
-        )
+    dx, dw = _transpose_grads(dy, x, weight, need_dx, need_dw)
     return (
-        dy.new_empty(0) if dx is None or not need_dx else video(dx, x),
-        dy.new_empty(0) if dw is None or not need_dw else like(dw, weight),
+        dy.new_empty(0) if dx is None else dx,
+        dy.new_empty(0) if dw is None else like(dw, weight),
         dy.flatten(0, -2).sum(0) if need_db else dy.new_empty(0),
     )

@@ -253,10 +253,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bloc
   input(lse, "lse", ScalarType::Float, frames * inner);
   Tensor dx = empty(x, sizes_of(x), x.scalar_type());
 
-  const bool wanted = need_norm || need_qkv || need_out;
-  const int64_t words = (need_qkv ? 3 * wide : 0) + (need_out ? wide : 0) + 3 * cp;
+  const int64_t words =
+      (need_qkv ? 3 * wide : 0) + (need_out ? wide : 0) + (need_norm || need_out ? 3 * cp : 0);
   const int64_t items = x.numel() == 0 ? 0 : p.frames * p.splits;
-  p.parts = wanted ? parts_of_sums(items, p.frames * p.pixels, words) : items;
+  p.parts = parts_of_sums(items, plan.all_frames * p.pixels, words);
   const auto sums = [&](int64_t size, bool need) { return PartialSums(x, p.parts, size, need); };
   const PartialSums dnw = sums(cp, need_norm), dnb = sums(cp, need_norm && norm_bias.has_value());
   const PartialSums dqk = sums(2 * wide, need_qkv), dv = sums(wide, need_qkv);

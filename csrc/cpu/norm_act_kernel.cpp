@@ -174,7 +174,7 @@ FASTVDM_INLINE void row_stats(const NormArgs& p, const T* x, const T* x2, float*
 template <class T, bool ACT>
 void apply(const NormArgs& p, int64_t begin, int64_t end) {
   const int C = p.c1 + p.c2;
-  float mean[kRows] = {}, inv[kRows] = {1.f, 1.f, 1.f, 1.f};
+  float mean[kRows], inv[kRows];  // of the row kinds
   for (int64_t i = begin; i < end; ++i) {
     const Item it = item_of(p, i);
     const float *a = p.a + it.instance * C, *b = p.b + it.instance * C;
@@ -220,8 +220,7 @@ void apply(const NormArgs& p, int64_t begin, int64_t end) {
   }
 }
 
-// du, the gradient before the activation, of the vectors from x_hat `h`, with a and b at `c` and dy at
-// `at`.
+// du, the gradient before the activation, of the vectors from x_hat `h`; dy begins at `at`.
 template <class T, bool ACT, int N>
 FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const float* a, const float* b,
                            int64_t at, int n, vf (&g)[N]) {

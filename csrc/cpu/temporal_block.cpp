@@ -228,8 +228,9 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
   const int64_t C = a.channels, cp = a.cp, dp = a.t.dp, d = plan.d, inner = heads * d;
 
   const int64_t panel = heads * dp * cp;
-  const int64_t words = (need_qkv ? 3 * panel : 0) + (need_out ? panel : 0) +
-                        heads * static_cast<int64_t>(a.t.n) * a.t.np + cp;
+  const int64_t tables = need_bias || need_rel ? heads * static_cast<int64_t>(a.t.n) * a.t.np : 0;
+  const int64_t words =
+      (need_qkv ? 3 * panel : 0) + (need_out ? panel : 0) + (need_norm ? cp : 0) + tables;
   a.parts = parts_of_sums(x.numel() == 0 ? 0 : a.tiles, a.batch * a.frames * a.hw, words);
   const auto sums = [&](int64_t size, bool wanted) { return PartialSums(x, a.parts, size, wanted); };
   const PartialSums dnw = sums(cp, need_norm), dnb = sums(cp, need_norm && norm_bias.has_value());

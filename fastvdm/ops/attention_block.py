@@ -127,7 +127,7 @@ def attention_block(
     elif core == "linear" and qkv_bias is not None:
         raise ValueError("core 'linear' takes no qkv_bias")
     which = select("attention_block", x.device, core, x, qkv_weight, heads, options, low)
-    if which != "cpu":  # whose kernels round the weights as they pack them, and keep that
+    if which != "cpu":  # whose kernels take weights in any dtype, and keep what they make of them
         qkv_weight, qkv_bias, out_weight, out_bias = cast(
             low, qkv_weight, qkv_bias, out_weight, out_bias
         )

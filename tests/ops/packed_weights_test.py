@@ -380,3 +380,10 @@ def test_autocast_packs_a_weight_once(monkeypatch):
     forward().float().square().sum().backward()
     for weight in (conv, qkv, out):
         assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+    y = forward().float().sum()
+    with torch.no_grad():
+        conv.mul_(2)
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation"
+    ):  # as without autocast
+        y.backward()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from op_cases import ROWS, by_reference, check_parity, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvdm.kernels import space_conv_library as library
 from fastvdm.ops import _call
 from fastvdm.ops import space_conv as ops
 from fastvdm.ops._call import select
@@ -477,3 +478,16 @@ def test_costs_against_the_flop_counter():
     assert 9 * folded.flops == 4 * plain.flops
     transposed = ops.space_conv_transpose_cost(x.shape, (5, 7, 4, 4))
     assert transposed == folded
+
+
+def test_emulated_gradient_of_an_fp32_weight_is_not_rounded(monkeypatch):
+    monkeypatch.setattr(library, "emulated", lambda device, dtype: dtype == torch.bfloat16)
+    dy, x = (randn(1, 2, 4, 4, c).bfloat16() for c in (6, 5))
+    for kernel in (1, 3):
+        weight = randn(6, 5, kernel, kernel)
+        dx, _, dw, _ = library.space_conv_bwd(dy, x, None, weight, 1, True, False, True, False)
+        assert dx.dtype == torch.bfloat16 and dw.dtype == torch.float32
+        assert not torch.equal(dw, dw.bfloat16().float())
+    dy = randn(1, 2, 8, 8, 6).bfloat16()
+    dx, dw, _ = library.space_conv_transpose_bwd(dy, x, randn(5, 6, 4, 4), True, True, False)
+    assert dx.dtype == torch.bfloat16 and not torch.equal(dw, dw.bfloat16().float())

@@ -28,7 +28,7 @@ void* scratch(int64_t bytes);
 }  // namespace fastvdm
 
 // Declares a kernel in the namespace of each instruction set, and picks the one in force. Only kernels
-// with bf16 products have objects of avx512_bf16 and amx (BF16 in csrc/build.py), declared by
+// that gain by bf16 instructions have objects of avx512_bf16 and amx (BF16 in csrc/build.py), declared by
 // FASTVDM_DECLARE_BF16; of the others these would repeat that of AVX-512.
 #define FASTVDM_DECLARE_IN(isa, signature) \
   namespace isa {                          \

@@ -5,9 +5,10 @@
 namespace fastvdm {
 
 int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words) {
-  if (items == 0) return 0;
-  const int64_t memory = (32 << 20) / std::max<int64_t>(1, words);
-  return std::max<int64_t>(1, std::min<int64_t>({items, 32, memory, ceil_div(rows, 512)}));
+  if (words == 0) return items;
+  const int64_t memory = std::max<int64_t>(1, (32 << 20) / words);
+  // Clearing and adding a part takes about the time of 128 rows' products.
+  return std::min({items, memory, std::clamp<int64_t>(rows / 256, 8, 32)});
 }
 
 PartialSums::PartialSums(const Tensor& x, int64_t parts, int64_t size, bool wanted)

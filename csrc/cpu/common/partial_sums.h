@@ -8,8 +8,9 @@
 
 namespace fastvdm {
 
-// In how many parts `rows` rows of `items` items are summed to `words` values: at most 128 MB, and
-// none of fewer rows than clearing and adding its values would be worth.
+// In how many parts, each of whole items, `rows` rows are summed to `words` values; all items apart
+// where nothing is summed. Enough for eight threads, more where they have rows enough, and no more than
+// 128 MB of them.
 int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words);
 
 class PartialSums {
@@ -21,6 +22,7 @@ class PartialSums {
   // body(row, its sums in fp64) for every row of `width` values, on all threads.
   template <class Body>
   void each_row(int64_t width, const Body& body) const {
+    if (size_ == 0) return;
     const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, width * parts_));
     torch::stable::parallel_for(0, size_ / width, grain, [&](int64_t begin, int64_t end) {
       std::vector<double> sums(width);

@@ -31,12 +31,12 @@ std::vector<int64_t> sizes_of(const Tensor& x);
 std::vector<float> floats(const Tensor& given, const char* name, int64_t numel);
 // The same, zero up to `size`.
 std::vector<float> padded(const Tensor& given, const char* name, int64_t numel, int64_t size);
-// A new tensor shaped and typed as `like`, whose elements are set one by one.
+// A new tensor shaped and typed as `like`, to be filled.
 class Values {
  public:
   explicit Values(const Tensor& like);
   const Tensor& tensor() const { return tensor_; }
-  // `count` of them from `first` on, `step` apart.
+  // Sets `count` elements from `first` on, `step` apart.
   void put(int64_t first, int64_t step, const double* values, int64_t count);
 
  private:
