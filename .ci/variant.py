@@ -73,7 +73,7 @@ def run(variant: str, extra: list[str]) -> int:
         subprocess.run(
             [sys.executable, "setup.py", "-q", *step], cwd=ROOT, env=environment, check=True
         )
-    environment |= testing
+    environment |= testing | {"FASTVDM_STRICT": "1"}
     # Run from the copy, so that it is the package that `import fastvdm` finds.
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     options += ["-c", str(ROOT / "pyproject.toml")]
