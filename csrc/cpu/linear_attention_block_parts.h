@@ -6,6 +6,7 @@
 // transposition.
 #pragma once
 
+#include "common/exp.h"
 #include "common/gemm.h"
 #include "common/layer_norm.h"
 #include "common/products.h"

@@ -2,6 +2,7 @@
 // bound on the logits is assumed; that of q is formed transposed, pixels in the lanes.
 #include "linear_attention.h"
 
+#include "common/exp.h"
 #include "common/gemm.h"
 #include "common/rows.h"
 

@@ -3,7 +3,7 @@
 // formula), one to apply. Row kinds (rms, layer): one pass, the row stays in L1.
 #include "norm_act.h"
 
-#include "common/vec.h"
+#include "common/exp.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {

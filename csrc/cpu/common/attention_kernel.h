@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention.h"
+#include "exp.h"
 #include "gemm.h"
 
 namespace fastvdm {
