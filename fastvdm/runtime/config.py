@@ -39,7 +39,7 @@ class Config:
     backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
     cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
-    packed_weights_mb: int = 1024  # FASTVDM_PACKED_WEIGHTS_MB: the C++ backend's weight cache
+    packed_weights_mb: int = 2048  # FASTVDM_PACKED_WEIGHTS_MB: the C++ backend's weight cache
     output_pool_mb: int = 512  # FASTVDM_OUTPUT_POOL_MB: freed memory it keeps for new outputs
 
     @staticmethod
@@ -48,7 +48,7 @@ class Config:
             backend=_choice("FASTVDM_BACKEND", BACKENDS),
             strict=_flag("FASTVDM_STRICT"),
             cpu_isa=_choice("FASTVDM_CPU_ISA", CPU_ISAS),
-            packed_weights_mb=_count("FASTVDM_PACKED_WEIGHTS_MB", 1024),
+            packed_weights_mb=_count("FASTVDM_PACKED_WEIGHTS_MB", 2048),
             output_pool_mb=_count("FASTVDM_OUTPUT_POOL_MB", 512),
         )
 

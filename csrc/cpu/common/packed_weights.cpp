@@ -51,7 +51,7 @@ struct Cache {
 Cache& cache() {
   static Cache& found = []() -> Cache& {
     auto* made = new Cache;
-    made->limit = megabytes_from_environment("FASTVDM_PACKED_WEIGHTS_MB", 1024);
+    made->limit = megabytes_from_environment("FASTVDM_PACKED_WEIGHTS_MB", 2048);
 #if defined(__unix__) || defined(__APPLE__)
     // A fork while another thread holds the mutex would leave it locked in the child.
     pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
