@@ -22,12 +22,15 @@ FASTVDM_INLINE Item item_of(const NormArgs& p, int64_t i) {
 
 constexpr int kRows = 4;  // whose statistics are made side by side: each is a chain of its own
 
-// body<vectors>(offset, count) over the n elements of a segment: four vectors at a time, whose
-// activations are made side by side, then one, of which the last has `count` elements.
-template <class Body>
-FASTVDM_INLINE void in_fours(int n, Body body) {
+// Vectors of the backward that go side by side: more of them do not fit AVX2's sixteen registers.
+constexpr int kBackward = VL == 16 ? 4 : 1;
+
+// body<vectors>(offset, count) over the n elements of a segment: N vectors at a time, whose activations
+// are made side by side, then one, of which the last has `count` elements.
+template <int N, class Body>
+FASTVDM_INLINE void in_groups(int n, Body body) {
   int i = 0;
-  for (; i + 4 * VL <= n; i += 4 * VL) body.template operator()<4>(i, VL);
+  for (; N > 1 && i + N * VL <= n; i += N * VL) body.template operator()<N>(i, VL);
   for (; i + VL <= n; i += VL) body.template operator()<1>(i, VL);
   if (i < n) body.template operator()<1>(i, n - i);
 }
@@ -211,7 +214,7 @@ void apply(const NormArgs& p, int64_t begin, int64_t end) {
               FASTVDM_STORE((T*)p.y, at + l * VL, v[l], n);
             }
           };
-          in_fours(width, body);
+          in_groups<4>(width, body);
         };
         segment(x, 0, p.c1);
         segment(x2, p.c1, p.c2);
@@ -222,14 +225,14 @@ void apply(const NormArgs& p, int64_t begin, int64_t end) {
 
 // du, the gradient before the activation, of the vectors from x_hat `h`; dy begins at `at`.
 template <class T, bool ACT, int N>
-FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const float* a, const float* b,
+FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const vf (&a)[N], const float* b,
                            int64_t at, int n, vf (&g)[N]) {
   vf u[N], s[N];
 #pragma GCC unroll 4
   for (int l = 0; l < N; ++l) {
     g[l] = FASTVDM_LOAD((const T*)p.dy, at + l * VL, n);
     if (p.mask_kind) g[l] = g[l] * mask_at<T>(p, at + l * VL, n);
-    if (ACT) s[l] = u[l] = h[l] * FASTVDM_LOAD(a, l * VL, n) + FASTVDM_LOAD(b, l * VL, n);
+    if (ACT) s[l] = u[l] = h[l] * a[l] + FASTVDM_LOAD(b, l * VL, n);
   }
   if (!ACT) return;
   vsigmoid_each<kDegree<T>>(s);
@@ -258,22 +261,23 @@ void bwd_sums(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
       vf s1 = {}, s2 = {};
       const auto segment = [&](const T* row, int c0, int width) __attribute__((always_inline)) {
         const auto body = [&]<int N>(int o, int n) __attribute__((always_inline)) {
-          vf h[N], g[N];
+          vf h[N], g[N], av[N];
 #pragma GCC unroll 4
           for (int l = 0; l < N; ++l) {
             const int c = c0 + o + l * VL;
+            av[l] = FASTVDM_LOAD(a, c, n);
             h[l] = FASTVDM_LOAD(row, o + l * VL, n);
             h[l] = mu != nullptr ? (h[l] - FASTVDM_LOAD(mu, c, n)) * FASTVDM_LOAD(inv_c, c, n)
                                  : (h[l] - mean) * inv;
           }
-          grad_u<T, ACT>(p, h, a + c0 + o, b + c0 + o, r * C + c0 + o, n, g);
+          grad_u<T, ACT>(p, h, av, b + c0 + o, r * C + c0 + o, n, g);
 #pragma GCC unroll 4
           for (int l = 0; l < N; ++l) {
             const int c = c0 + o + l * VL;
             FASTVDM_STORE(sum_g, c, FASTVDM_LOAD(sum_g, c, n) + g[l], n);
             FASTVDM_STORE(sum_gx, c, FASTVDM_LOAD(sum_gx, c, n) + g[l] * h[l], n);
             if (p.row_kind != 0) {  // beyond n, a and so a g are zero
-              const vf scaled = FASTVDM_LOAD(a, c, n) * g[l];
+              const vf scaled = av[l] * g[l];
               s1 += scaled;
               s2 += scaled * h[l];
               FASTVDM_STORE(hat, c, h[l], n);
@@ -281,7 +285,7 @@ void bwd_sums(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
             }
           }
         };
-        in_fours(width, body);
+        in_groups<kBackward>(width, body);
       };
       segment(x, 0, p.c1);
       segment(x2, p.c1, p.c2);
@@ -312,21 +316,23 @@ void bwd_dx(const NormArgs& p, int64_t begin, int64_t end) {
         T* dx = (T*)(seg ? p.dx2 : p.dx) + r * width;
         const auto body = [&]<int N>(int o, int n) __attribute__((always_inline)) {
           const int64_t c = base + c0 + o;
-          vf h[N], g[N];
+          vf h[N], g[N], av[N];
 #pragma GCC unroll 4
-          for (int l = 0; l < N; ++l)
+          for (int l = 0; l < N; ++l) {
+            av[l] = FASTVDM_LOAD(p.a, c + l * VL, n);
             h[l] = (FASTVDM_LOAD(row, o + l * VL, n) - FASTVDM_LOAD(p.mu, c + l * VL, n)) *
                    FASTVDM_LOAD(p.inv, c + l * VL, n);
-          grad_u<T, ACT>(p, h, p.a + c, p.b + c, r * C + c0 + o, n, g);
+          }
+          grad_u<T, ACT>(p, h, av, p.b + c, r * C + c0 + o, n, g);
 #pragma GCC unroll 4
           for (int l = 0; l < N; ++l) {
             const int64_t at = c + l * VL;
-            const vf v = FASTVDM_LOAD(p.a, at, n) * g[l] - FASTVDM_LOAD(p.s1, at, n) -
+            const vf v = av[l] * g[l] - FASTVDM_LOAD(p.s1, at, n) -
                          h[l] * FASTVDM_LOAD(p.s2, at, n);
             FASTVDM_STORE(dx, o + l * VL, v * FASTVDM_LOAD(p.inv, at, n), n);
           }
         };
-        in_fours(width, body);
+        in_groups<kBackward>(width, body);
       }
     }
   }
