@@ -14,21 +14,21 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-FRAMES, SIZE = 16, 32
-GLYPH = 18  # pixels of the square that a digit is drawn in
-SPEED = (0.6, 2.0)  # pixels a frame, along each axis
+FRAMES, SIZE = 16, 24
+GLYPH = 15  # pixels of the square that a digit is drawn in
+SPEED = (0.2, 0.9)  # pixels a frame, along each axis
 
 
 def _glyphs() -> Tensor:
     """(10, GLYPH, GLYPH) in [0, 1], with Pillow's own font."""
-    font = ImageFont.load_default(size=24)
+    font = ImageFont.load_default(size=18)
     drawn = []
     for digit in "0123456789":
+        left, top, right, bottom = font.getbbox(digit, stroke_width=0.5)
         picture = Image.new("L", (GLYPH, GLYPH))
-        middle = (GLYPH / 2, GLYPH / 2)
-        ImageDraw.Draw(picture).text(
-            middle, digit, 255, font, anchor="mm", stroke_width=0.4, stroke_fill=255
-        )
+        corner = ((GLYPH - left - right) / 2, (GLYPH - top - bottom) / 2)
+        pen = ImageDraw.Draw(picture)
+        pen.text(corner, digit, 255, font, stroke_width=0.5, stroke_fill=255)
         drawn.append(torch.from_numpy(np.array(picture)))
     return torch.stack(drawn).float() / 255
 
@@ -42,7 +42,7 @@ def fold(position: Tensor, room: float) -> Tensor:
 
 
 def clips(batch: int, frames: int = FRAMES, generator: torch.Generator | None = None) -> Tensor:
-    """(B, 3, F, 32, 32) in [-1, 1]."""
+    """(B, 3, F, 24, 24) in [-1, 1]."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(batch, *shape, generator=generator)
