@@ -1,4 +1,4 @@
-"""What makes a repository usual: its tools are pinned in one place, and its files are clean."""
+"""What makes a repository usual: one version, tools pinned in one place, clean files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools.config.pyprojecttoml import read_configuration
+
+import fastvdm
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = (ROOT / "requirements-dev.txt").read_text()
@@ -56,6 +59,22 @@ def test_lint_formats_every_cpp_file():
     (command,) = (command for name, command, _ in LINT if name == "clang-format")
     kinds = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
     assert {name for name in tracked() if Path(name).suffix in kinds} <= set(command)
+
+
+# -- version --------------------------------------------------------------------------------------
+
+
+def test_every_place_names_the_same_version():
+    project = read_configuration(ROOT / "pyproject.toml")["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## v?(\d+\.\d+\S*)(.*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert project["version"] == citation["version"] == newest[1] == fastvdm.__version__
+    dates = re.findall(r"\d{4}-\d\d-\d\d", newest[2])
+    assert dates in ([], [citation["date-released"]])
+    holder = re.search(r"^Copyright \(c\) \d+ (.*)", (ROOT / "LICENSE").read_text(), re.M)
+    assert holder is not None and project["authors"] == citation["authors"] == [{"name": holder[1]}]
+    assert project["license"] == citation["license"]
 
 
 # -- files ----------------------------------------------------------------------------------------
