@@ -1,8 +1,8 @@
 """What mkdocs does beside docs/: pages from elsewhere in the tree, links, the command line.
 
-A page of the tree outside docs/ stands in the site under its own path. Links are written as they hold
-in the tree, ``../bench/RESULTS.md``, and are rewritten here to hold in the site. A link to a file that
-the site does not have, such as a source file, becomes its text.
+A page of the tree outside docs/ stands in the site under its own path. Links are written as they
+hold in the tree, ``../bench/RESULTS.md``, and are rewritten here to hold in the site. A link to a
+file that the site does not have, such as a source file, becomes its text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension, Parameters
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,6 +101,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, command_line())
     return rewrite_links(markdown, page.file.src_uri)
+
+
+class Signatures(Extension):
+    """``UNet3D`` takes what its configuration takes (``built_from`` in fastvdm/unet/config.py)."""
+
+    def on_package(self, *, pkg: Any, **_: Any) -> None:
+        if pkg.path == "fastvdm":
+            build = pkg["unet.network.FactorizedUNet"].members["__init__"]
+            config = pkg["unet.config.UNetConfig"].members["__init__"]
+            own = [p for p in build.parameters if p.name == "self"]
+            build.parameters = Parameters(*own, *(p for p in config.parameters if p.name != "self"))
 
 
 # -- the command line -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The site of docs/: it builds strictly, every link and anchor leads somewhere, in the tree and in the
-site, nothing of it comes from elsewhere, and every public name has its entry in the reference.
+"""The site of docs/: it builds strictly, every link and anchor leads somewhere, in the tree and in
+the site, nothing of it comes from elsewhere, every public name has its entry in the reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/**/*.md")]
 API = sorted((ROOT / "docs" / "api").glob("*.md"))
 
-# -- links in the tree, as whoever reads the Markdown follows them ----------------------------------
+# -- links in the tree, as whoever reads the Markdown follows them --------------------------------
 
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -62,7 +62,7 @@ def test_every_link_and_anchor_leads_somewhere(page):
             assert anchor in anchors(there), target
 
 
-# -- the site ---------------------------------------------------------------------------------------
+# -- the site -------------------------------------------------------------------------------------
 
 
 class Html(HTMLParser):
@@ -86,8 +86,8 @@ class Html(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Built strictly: a warning, of a broken link, a missing anchor, an unlisted page or a docstring,
-    is an error."""
+    """Built strictly: a warning, of a broken link, a missing anchor or an unlisted page, is an
+    error."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("typer")
     out = tmp_path_factory.mktemp("site")
@@ -147,7 +147,7 @@ def test_the_page_of_the_command_line_has_every_option(site):
                 assert parameter.opts[0] in text, (name, parameter.opts)
 
 
-# -- the reference ----------------------------------------------------------------------------------
+# -- the reference --------------------------------------------------------------------------------
 
 MODULES = [
     "fastvdm",
