@@ -25,6 +25,7 @@ NOTEBOOK = "quickstart.ipynb"
 COMMANDS = "<!-- every command and its options, made from the program when the site is built -->"
 
 FENCED = re.compile(r"^(?P<fence>`{3,}|~{3,}).*?^(?P=fence)[ \t]*$", re.M | re.S)
+SCRIPT = re.compile(r"<script type=\"module\">(?:(?!</script>).)*https://.*?</script>", re.S)
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
 
@@ -101,6 +102,25 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, command_line())
     return rewrite_links(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """A notebook comes as HTML: with the links that hold in the tree, and with a script that would
+    fetch Mermaid from elsewhere."""
+    here = page.file.src_uri
+
+    def rewrite(match: re.Match[str]) -> str:
+        target, hash_, anchor = match.group(1).partition("#")
+        path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(here), target))
+        there = files.get_file_from_path(place_in_site(path) or "") if target else None
+        return (
+            f'href="{there.url_relative_to(page.file)}{hash_}{anchor}"' if there else match.group()
+        )
+
+    if not here.endswith(".ipynb"):
+        return html
+    html = SCRIPT.sub("", html)
+    return re.sub(r'href="(?![a-z]+:)([^"]+)"', rewrite, html)
 
 
 class Signatures(Extension):

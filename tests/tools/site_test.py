@@ -120,7 +120,9 @@ def test_links_of_the_site_lead_somewhere_in_it(site):
 
 def test_the_site_fetches_nothing(site):
     for path in site.rglob("*.html"):
-        far = [r for r in Html(path.read_text()).resources if re.match(r"(https?:)?//", r)]
+        text = path.read_text()
+        far = [r for r in Html(text).resources if re.match(r"(https?:)?//", r)]
+        far += re.findall(r"import[ (]['\"]https?:[^'\"]+|\b(?:cdnjs|jsdelivr|unpkg)\b", text)
         assert not far, path.name
     sheets = [*site.rglob("*.css")]
     assert sheets and not [p for p in sheets if re.search(r"url\(['\"]?https?:", p.read_text())]
@@ -212,3 +214,11 @@ def test_every_public_name_is_on_one_page_of_the_reference():
 def test_shared_names_are_there():
     for name in SHARED:
         pkgutil.resolve_name(name)
+
+
+def test_a_page_that_speaks_of_the_peer_says_who_it_is():
+    for page in ROOT.glob("docs/**/*.md"):
+        text = FENCED.sub("", page.read_text())
+        if first := re.search(r"\bpeer\b", text):
+            who = text.find("github.com/lucidrains/video-diffusion-pytorch")
+            assert -1 < who < first.start() + 200, page.name
