@@ -98,7 +98,7 @@ paper-tables: $(STAMPS)/dev.stamp
 	$(PY) examples/paper_tables.py $(ARGS)
 
 docs: $(STAMPS)/dev.stamp
-	$(PY) -m mkdocs build --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet $(ARGS)
 
 # No internet and no .venv: the machine's own torch, Triton and pytest; without a GPU those here.
 ifdef DRY

@@ -124,14 +124,20 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
 
 class Signatures(Extension):
-    """``UNet3D`` takes what its configuration takes (``built_from`` in fastvdm/unet/config.py)."""
+    """``UNet3D`` takes what its configuration takes (``built_from`` in fastvdm/unet/config.py);
+    fields of ``TrainConfig`` are declared as ``_of(panel, default, help)``."""
 
     def on_package(self, *, pkg: Any, **_: Any) -> None:
-        if pkg.path == "fastvdm":
-            build = pkg["unet.network.FactorizedUNet"].members["__init__"]
-            config = pkg["unet.config.UNetConfig"].members["__init__"]
-            own = [p for p in build.parameters if p.name == "self"]
-            build.parameters = Parameters(*own, *(p for p in config.parameters if p.name != "self"))
+        if pkg.path != "fastvdm":
+            return
+        build = pkg["unet.network.FactorizedUNet"].members["__init__"]
+        config = pkg["unet.config.UNetConfig"].members["__init__"]
+        own = [p for p in build.parameters if p.name == "self"]
+        build.parameters = Parameters(*own, *(p for p in config.parameters if p.name != "self"))
+        for field in pkg["training.config.TrainConfig"].members["__init__"].parameters:
+            declared = getattr(field.default, "arguments", ())
+            if len(declared) > 1:
+                field.default = "{}" if str(declared[1]) == "dict" else declared[1]
 
 
 # -- the command line -----------------------------------------------------------------------------
