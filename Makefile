@@ -124,9 +124,10 @@ $(VENV)/python.stamp:
 	@touch $@
 
 # torch first and pinned, so that no later step can pull another one.
-$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt
+$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt requirements-triton.txt
 	@echo "Installing torch into $(VENV) (once)"
 	$(PIP) -r requirements-torch.txt
+	$(PY) -c 'import triton' 2> /dev/null || $(PIP) -r requirements-triton.txt
 	@touch $@
 
 .system/torch.stamp:

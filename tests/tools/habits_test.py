@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from setuptools.config.pyprojecttoml import read_configuration
 
 import fastvdm
@@ -49,6 +50,13 @@ def test_hooks_and_lint_run_pinned_tools():
     assert {Path(entry).name for entry in entries} <= programs
     ran = {Path(command[0]).name if command[1] != "-m" else command[2] for _, command, _ in LINT}
     assert ran <= programs
+
+
+def test_pinned_tools_install_on_the_oldest_python():
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    wants = {name: metadata.metadata(name)["Requires-Python"] or "" for name in PINNED}
+    assert not {name for name, want in wants.items() if oldest[1] not in SpecifierSet(want)}
 
 
 def test_what_lint_checks_a_hook_checks():
