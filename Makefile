@@ -2,7 +2,7 @@
 # make test    lint, types, tests (what CI runs): 8-11 minutes on two cores, 17 from a clean clone;
 #              ARGS="-k norm_act": only these
 # make test-all   the slow tests, too: pytest -m slow --collect-only -q names them
-# make bench   benchmarks: bench/results/*.json, bench/RESULTS.md and a chart
+# make bench   benchmarks: bench/results/latest.json, a chart beside it, bench/RESULTS.md
 # make static  kernels, launches, bytes and the host's time, counted without a GPU; ARGS=--update
 # make gpu-check | gpu-measure | gpu-tune OUT=dir   on a machine with a GPU, four to five minutes each:
 #              parity; benchmarks; tuning. Results are files; DRY=1 tries them out without a GPU
@@ -128,9 +128,10 @@ $(VENV)/python.stamp:
 	@touch $@
 
 # torch first and pinned, so that no later step can pull another one.
-$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt
+$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt requirements-triton.txt
 	@echo "Installing torch into $(VENV) (once)"
 	$(PIP) -r requirements-torch.txt
+	$(PY) -c 'import triton' 2> /dev/null || $(PIP) -r requirements-triton.txt
 	@touch $@
 
 .system/torch.stamp:

@@ -19,7 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
 CPP = ("csrc/**/*.cpp", "csrc/**/*.h", "tests/**/*.cpp", "tests/**/*.h")
-
+# Files for others' programs, by the names of the schemas that check-jsonschema brings.
+SCHEMAS = {
+    "github-workflows": (".github/workflows/*",),
+    "github-issue-forms": (".github/ISSUE_TEMPLATE/[!c]*",),
+    "github-issue-config": (".github/ISSUE_TEMPLATE/config.yml",),
+    "dependabot": (".github/dependabot.yml",),
+    "citation-file-format": ("CITATION.cff",),
+}
+ZIZMOR = ("--offline", "--quiet", "--no-progress", "--strict-collection", "--persona=pedantic")
 
 Step = tuple[str, list[str], dict[str, str]]
 
@@ -42,6 +50,10 @@ def steps(only: str | None, everything: bool, extra: list[str]) -> list[Step]:
         ("mypy", [*PYTHON, "mypy"], {}),
         ("clang-format", [program("clang-format"), "--dry-run", "--Werror", *files(*CPP)], {}),
     ]
+    schema = [*PYTHON, "check_jsonschema", "-q", "--builtin-schema"]
+    for name, patterns in SCHEMAS.items():
+        lint.append((name, [*schema, f"vendor.{name}", *files(*patterns)], {}))
+    lint.append(("zizmor", [program("zizmor"), *ZIZMOR, ".github"], {}))
     if only == "lint":
         return lint
     workers = str(min(4, os.cpu_count() or 1))
@@ -74,7 +86,7 @@ def main() -> int:
         rows.append((name, status, time.monotonic() - start))
     print("\n== summary")
     for name, status, seconds in rows:
-        print(f"{name:<14} {'ok' if status == 0 else f'FAILED ({status})':<12} {seconds:7.1f} s")
+        print(f"{name:<20} {'ok' if status == 0 else f'FAILED ({status})':<12} {seconds:7.1f} s")
     failed = [name for name, status, _ in rows if status != 0]
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return 1 if failed else 0

@@ -3,7 +3,8 @@
 Each item is a contest (harness.py): its providers are held to the reference, then timed in turns by
 events of the device; medians, ratios, rates and shares of the limits that were measured on the same
 card. One that crashes the process is left out, and the rest of its contest runs again. Left in
-DIR besides: ``bench.json``, as pytest-benchmark writes it, and ``RESULTS.md`` (waterfall.py).
+DIR besides: ``bench.json``, as pytest-benchmark writes it, its chart and ``RESULTS.md``
+(waterfall.py).
 """
 
 from __future__ import annotations
@@ -179,8 +180,8 @@ def summary(context: Context, records: list[dict[str, Any]]) -> str:
     path, page = context.out / "bench.json", context.out / "RESULTS.md"
     path.write_text(json.dumps(data) + "\n", encoding="utf-8")
     runs = waterfall.load([path])
-    drawn = waterfall.draw(runs, page.with_suffix(".svg"))
-    page.write_text(waterfall.render(runs, "RESULTS.svg" if drawn else None), encoding="utf-8")
+    page.write_text(waterfall.render(runs, page), encoding="utf-8")
+    waterfall.write_charts(runs)
     lines = ["", "## Figures", ""]
     lines += [f"- {r['item']}: {r['say']}" for r in records if r.get("rows")]
     return "\n".join(lines) + "\n"

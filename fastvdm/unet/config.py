@@ -182,7 +182,9 @@ class UNetConfig:
 
 # What may be set on a network, too: no weight depends on it.
 SETTABLE = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "pad", "causal")
-_CHOICES = {k: t for k, t in get_type_hints(UNetConfig).items() if choices.choices_of(t)}
+# To typing of Python 3.10 KW_ONLY is no type.
+_TYPES = get_type_hints(UNetConfig, {**globals(), "KW_ONLY": object})
+_CHOICES = {k: t for k, t in _TYPES.items() if choices.choices_of(t)}
 
 
 def check_choice(name: str, value: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -139,25 +141,92 @@ def test_network_floor_scales_with_the_video() -> None:
     assert net.stem.weight.device.type == "cpu"
 
 
-def test_results_page(tmp_path: Path) -> None:
+def made_up_run(folder: Path, *rows: dict) -> waterfall.Run:
+    """What is read of a run of the small network: the peer, ours and ``rows``."""
     row = {
         "provider": "peer", "dtype": "float32", "median_ms": 1234.5, "max_error": 1e-7,
         "ratio": 1.0, "gflops": 10.0, "gbs": 2.0, "floor_pct": 12.3, "peak_mib": 5.0,
     }  # fmt: skip
     ours = row | {"provider": "fastvdm", "median_ms": 300.0, "ratio": 4.1, "fallbacks": ["why"]}
-    benchmarks = [{"group": "unet-forward-small", "extra_info": r} for r in (row, ours)]
+    half = ours | {"provider": "fastvdm-bf16", "dtype": "bfloat16", "ratio": 5.2}
+    benchmarks = [
+        {
+            "group": "unet-forward-small",
+            "extra_info": r,
+            "stats": {"min": 1, "median": 2, "max": 3, "data": [1, 2, 3]},
+        }
+        for r in (row, ours, half, *(row | r for r in rows))
+    ]
     machine = {"device": "cpu", "torch": "2", "openvino": "3", "threads": 2, "commit": "abc"}
     data = {
-        "machine_info": {"fastvdm": machine},
+        "machine_info": {
+            "fastvdm": machine | {"cpu_capability": "AVX9"},
+            "cpu": {"brand_raw": "P<Q"},
+        },
         "benchmarks": benchmarks,
         "datetime": "2026-01-02",
     }
-    source = tmp_path / "r.json"
+    source = folder / "r.json"
     source.write_text(json.dumps(data))
-    page = waterfall.render(waterfall.load([source]), None)
+    (run,) = waterfall.load([source])
+    return run
+
+
+def test_results_page(tmp_path: Path) -> None:
+    page = waterfall.render([made_up_run(tmp_path)], tmp_path / "up" / "page.md")
     assert "| peer | float32 | 1234 | 1x | 0.01 | 2 | 12 | 1.0e-07 | 5 |  |" in page
     assert "**4.1x**" in page and "falls back: why" in page and "2026-01-02, commit abc" in page
-    assert "torch 2, openvino 3, 2 threads" in page
+    assert "torch 2, openvino 3, 2 threads" in page and "](../r.svg)" in page
+    whole = "| P<Q, AVX9 | unet-forward-small | 1234 | 300, **4.1x** | 300, **5.2x** | 5 / 5 / 5 |"
+    assert page.index(whole) < page.index("## P<Q, AVX9 (cpu)")
+
+
+def test_results_are_kept_small(tmp_path: Path) -> None:
+    once = made_up_run(tmp_path)
+    path = tmp_path / "r.json"
+    kept = path.read_text()
+    assert json.loads(kept)["benchmarks"][0]["stats"] == {"min": 1, "max": 3}
+    assert waterfall.load([path]) == [once] and path.read_text() == kept
+
+
+def test_chart_has_five_bars(tmp_path: Path) -> None:
+    others = {"torch": 900.0, "peer-openvino": 700.0, "peer-bf16": 800.0}
+    rows = [{"provider": p, "median_ms": ms, "peak_mib": None} for p, ms in others.items()]
+    run = made_up_run(tmp_path, *rows)
+    (path,) = waterfall.write_charts([run])
+    text = path.read_text()
+    assert path == tmp_path / "r.svg" and len(text) < 6000
+    bars = ElementTree.fromstring(text).findall("{*}g")
+    said = [[t.text for t in bar.findall("{*}text")] for bar in bars]
+    assert [label for label, _ in said] == [
+        "video-diffusion-pytorch, fp32",
+        "video-diffusion-pytorch in OpenVINO, fp32",
+        "video-diffusion-pytorch, bf16 autocast",
+        "fastvdm, fp32",
+        "fastvdm, bf16",
+    ]
+    assert said[0][1] == "1234 ms · 1x · 5 MiB" and said[1][1] == "700 ms · 1x"
+    widths = [float(bar.find("{*}rect").get("width")) for bar in bars]
+    assert widths[0] == 568 and widths[3] == pytest.approx(568 * 300 / 1234.5, abs=0.1)
+    assert "P&lt;Q, AVX9, 2 threads. 2026-01-02, commit abc" in text
+    machine, found = run
+    assert waterfall.chart(machine, [r for r in found if r["provider"] != "peer"]) is None
+
+
+def test_chart_names_the_networks_that_are_run() -> None:
+    for group, (name, *sizes) in waterfall.NETWORKS.items():
+        net = unet_bench.CASES[group.removeprefix("unet-forward-")]
+        assert name == f"Unet3D(dim={net.dim})"
+        assert sizes == [net.frames, net.size, net.batch, net.gpu_batch]
+    shown = waterfall.PEER | waterfall.OTHERS | waterfall.OURS
+    assert shown.keys() <= set(unet_bench.PROVIDERS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.svg")), ids=str)
+def test_committed_charts_are_of_the_committed_figures(path: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copy(path.with_suffix(".json"), tmp_path))
+    ((machine, rows),) = waterfall.load([source])
+    assert waterfall.chart(machine, rows) == path.read_text()
 
 
 def test_benches_collect_on_this_machine() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from setuptools.config.pyprojecttoml import read_configuration
 
 import fastvdm
@@ -47,8 +48,15 @@ def test_hooks_and_lint_run_pinned_tools():
     assert {hook["language"] for hook in HOOKS} == {"system"}
     assert all(entry.startswith(".venv/bin/") for entry in entries)
     assert {Path(entry).name for entry in entries} <= programs
-    ran = {Path(command[0]).name if command[1] != "-m" else command[2] for _, command, _ in LINT}
-    assert ran <= programs
+    named = [c[2].replace("_", "-") if c[1] == "-m" else c[0] for _, c, _ in LINT]
+    assert {Path(name).name for name in named} <= programs
+
+
+def test_pinned_tools_install_on_the_oldest_python():
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    wants = {name: metadata.metadata(name)["Requires-Python"] or "" for name in PINNED}
+    assert not {name for name, want in wants.items() if oldest[1] not in SpecifierSet(want)}
 
 
 def test_what_lint_checks_a_hook_checks():
@@ -59,6 +67,13 @@ def test_lint_formats_every_cpp_file():
     (command,) = (command for name, command, _ in LINT if name == "clang-format")
     kinds = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
     assert {name for name in tracked() if Path(name).suffix in kinds} <= set(command)
+
+
+def test_lint_checks_every_file_for_others_programs():
+    checked = [a for _, command, _ in LINT if "check_jsonschema" in command for a in command]
+    ours = {name for name in tracked() if re.fullmatch(r"\.github/.*\.ya?ml|.*\.cff", name)}
+    assert len(ours) > 6 and sorted(ours) == sorted(ours.intersection(checked))
+    assert len([a for a in checked if a in ours]) == len(ours)  # each by one schema
 
 
 # -- version --------------------------------------------------------------------------------------
