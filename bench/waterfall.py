@@ -2,9 +2,9 @@
 
     python bench/waterfall.py bench/results/latest.json [more.json ...] [--out bench/RESULTS.md]
 
-The files are rewritten without the single rounds, whose statistics stay, so that they can be kept.
+The files are rewritten without the single rounds, to keep them small; the statistics stay.
 
-Every figure in the page comes from the files named on the command line. A ratio is the median over
+Every figure on the page comes from the files named on the command line. A ratio is the median over
 interleaved rounds; above 1 is faster than the baseline of the case, its first provider.
 """
 
@@ -39,7 +39,7 @@ def load(paths: Iterable[Path]) -> list[tuple[dict[str, Any], list[dict[str, Any
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant ones, without an exponent where it stays short."""
+    """``digits`` significant digits, without an exponent if that is short."""
     if value is None:
         return ""
     text = f"{value:.{digits}g}"
@@ -143,8 +143,8 @@ def _colour(provider: str) -> str:
 
 
 def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the chart keeps of a group of an op: the baseline, the best of the others, ours; of the
-    whole network everything."""
+    """The rows of a group for the chart: for an op the baseline, the best of the others and ours;
+    for a whole network all rows."""
     rated = [r for r in rows if "ratio" in r]
     if not rated or rated[0]["group"].startswith("unet"):
         return rated
@@ -177,7 +177,7 @@ def draw(runs: list[tuple[dict[str, Any], list[dict[str, Any]]]], path: Path) ->
             shown = _shown(found)
             if len(shown) < 2 or "-tiny" in group:
                 continue
-            bars.append(None)  # a gap, and the name of the group
+            bars.append(None)  # a gap with the name of the group
             bars += [(group, r["provider"], r["ratio"]) for r in shown]
     if not bars:
         return False
