@@ -71,8 +71,8 @@ void make_plan(Plan& plan, const Tensor& qkv, int64_t axis, const OptTensor& bia
   a.dense_out = dense(qkv.size(1), pixels, inner, 0, plan.d, axis);
   a.dense_qkv = dense(qkv.size(1), pixels, 3 * inner, inner, plan.d, axis);
   if (focus_mask.has_value())
-    a.focus = static_cast<const uint8_t*>(
-        input(*focus_mask, "focus_mask", ScalarType::Bool, a.batch));
+    a.focus =
+        static_cast<const uint8_t*>(input(*focus_mask, "focus_mask", ScalarType::Bool, a.batch));
 }
 
 }  // namespace
@@ -84,9 +84,8 @@ std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTenso
   Plan plan;
   make_plan(plan, qkv, axis, bias, rel_k, rel_v, rotary, focus_mask, num_images, sm_scale);
   AxisArgs& a = plan.a;
-  Tensor out = empty(
-      qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3), plan.heads, plan.d},
-      qkv.scalar_type());
+  Tensor out = empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3), plan.heads, plan.d},
+                     qkv.scalar_type());
   std::vector<int64_t> lse_shape = {0};
   if (plan.frames > kShort) lse_shape = {a.batch, a.outer, plan.heads, plan.frames};
   Tensor lse = empty(qkv, lse_shape, ScalarType::Float);
@@ -138,7 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
   }
   a.parts = std::max<int64_t>(a.parts, 1);
   // A shared Shaw table is summed over the heads, so all of them then belong to one item.
-  const bool shared = (need_drel_k && a.t.rel_k_heads == 1) || (need_drel_v && a.t.rel_v_heads == 1);
+  const bool shared =
+      (need_drel_k && a.t.rel_k_heads == 1) || (need_drel_v && a.t.rel_v_heads == 1);
   a.group = shared ? static_cast<int>(plan.heads) : 1;
   AttnPartials partials(a.t, a.parts, need_dbias && bias.has_value(),
                         need_drel_k && rel_k.has_value(), need_drel_v && rel_v.has_value());
@@ -146,9 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
   for (int64_t i = 0; i < a.parts; ++i) grads[i] = partials.part(i);
   a.grads = table ? grads.data() : nullptr;
   a.scratch = 8 * static_cast<int64_t>(a.t.np) * a.t.dp + attention_work(a.t);
-  const int64_t items = sequences > 0 && dout.numel() > 0
-                            ? a.parts * ceil_div(plan.heads, a.group)
-                            : 0;
+  const int64_t items =
+      sequences > 0 && dout.numel() > 0 ? a.parts * ceil_div(plan.heads, a.group) : 0;
   const auto kernel = FASTVDM_PICK(axis_attention_bwd);
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, static_cast<float*>(scratch(a.scratch * sizeof(float))));

@@ -26,8 +26,8 @@ FASTVDM_INLINE void identity(const AxisArgs& a, const T* v, T* out, int head, in
   const AttnTables& t = a.t;
   const float* rel = nullptr;
   if (t.rel_v != nullptr)
-    rel = t.rel_v + ((t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length : 0) +
-                     t.rel_v_length / 2) * t.dp;
+    rel = t.rel_v +
+          ((t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length : 0) + t.rel_v_length / 2) * t.dp;
   for (int64_t i = begin; i < end; ++i) {
     const T* from = v + i * a.in.seq;
     T* to = out + i * a.dense_out.seq;
@@ -58,8 +58,7 @@ void fwd(const AxisArgs& a, int64_t begin, int64_t end, float* scratch) {
     for (int64_t s = first; s < last; ++s) {
       const int64_t b = s / a.outer, o = s % a.outer;
       const T* base = (const T*)a.qkv + b * a.in.batch + o * a.in.outer + head0 * a.in.head;
-      T* dst = (T*)a.out + b * a.dense_out.batch + o * a.dense_out.outer +
-               head0 * a.dense_out.head;
+      T* dst = (T*)a.out + b * a.dense_out.batch + o * a.dense_out.outer + head0 * a.dense_out.head;
       const bool focus = a.focus != nullptr && a.focus[b];
       const int attending = focus ? 0 : n;
       if (attending < a.frames)
@@ -121,15 +120,15 @@ void bwd(const AxisArgs& a, int64_t begin, int64_t end, float* scratch) {
       const int attending = a.focus != nullptr && a.focus[b] ? 0 : n;
       for (int h = head0; h < head0 + heads; ++h) {
         const T* base = (const T*)a.qkv + b * a.in.batch + o * a.in.outer + h * a.in.head;
-        const T* gout = (const T*)a.dout + b * a.grad_out.batch + o * a.grad_out.outer +
-                        h * a.grad_out.head;
+        const T* gout =
+            (const T*)a.dout + b * a.grad_out.batch + o * a.grad_out.outer + h * a.grad_out.head;
         T* dst = nullptr;
         if (a.dqkv != nullptr)
           dst = (T*)a.dqkv + b * a.dense_qkv.batch + o * a.dense_qkv.outer + h * a.dense_qkv.head;
         float* drel_v = grads.rel_v;
         if (drel_v != nullptr)
-          drel_v += ((t.rel_v_heads > 1 ? (int64_t)h * t.rel_v_length : 0) + t.rel_v_length / 2) *
-                    dp;
+          drel_v +=
+              ((t.rel_v_heads > 1 ? (int64_t)h * t.rel_v_length : 0) + t.rel_v_length / 2) * dp;
         for (int64_t i = attending; i < a.frames; ++i) {  // out was v + rel_v[0 distance]
           const T* from = gout + i * a.grad_out.seq;
           for (int c = 0; c < d; c += VL) {

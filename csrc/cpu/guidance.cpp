@@ -29,8 +29,8 @@ const int32_t* slots(const OptTensor& slot, const char* name, int64_t frames, in
   return data;
 }
 
-GuidanceArgs make_args(const Tensor& z, const Tensor& coef, int64_t columns,
-                       const OptTensor& known, const OptTensor& slot, bool clip) {
+GuidanceArgs make_args(const Tensor& z, const Tensor& coef, int64_t columns, const OptTensor& known,
+                       const OptTensor& slot, bool clip) {
   STD_TORCH_CHECK(z.dim() == 5, "guidance: z must be (B, C, F, H, W)");
   GuidanceArgs a{};
   a.channels = z.size(1), a.frames = z.size(2), a.height = z.size(3), a.width = z.size(4);

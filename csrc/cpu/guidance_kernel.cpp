@@ -57,7 +57,8 @@ FASTVDM_INLINE int64_t offset(const Strided& t, const Row& r, int64_t h) {
 FASTVDM_INLINE vf clamp(vf x, vf s) { return vmin(s, vmax(-s, x)); }  // so a NaN stays
 
 // The first two words of Philox-4x32-10 at counter (element, step, 0), one element per lane.
-FASTVDM_INLINE void philox(uint64_t key, uint64_t element, uint32_t step, uint32_t* a, uint32_t* b) {
+FASTVDM_INLINE void philox(uint64_t key, uint64_t element, uint32_t step, uint32_t* a,
+                           uint32_t* b) {
   uint32_t c0[VL], c1[VL], c2[VL], c3[VL];
   for (int l = 0; l < VL; ++l) {
     c0[l] = (uint32_t)(element + l), c1[l] = (uint32_t)((element + l) >> 32);
@@ -83,7 +84,8 @@ FASTVDM_NOINLINE void normals(uint64_t key, uint64_t element, uint32_t step, int
     for (int l = 0; l < VL; ++l) {
       const float u = ((float)(a[l] >> 9) + 0.5f) * 0x1p-23f;
       const float v = ((float)(b[l] >> 9) + 0.5f) * 0x1p-23f;
-      out[i + l] = __builtin_sqrtf(-2.f * __builtin_logf(u)) * __builtin_cosf(6.2831853071795865f * v);
+      out[i + l] =
+          __builtin_sqrtf(-2.f * __builtin_logf(u)) * __builtin_cosf(6.2831853071795865f * v);
     }
   }
 }
@@ -130,8 +132,7 @@ void guidance_seed(const GuidanceArgs& a, int64_t begin, int64_t end, float* scr
     for (int dh = 0; dh < k; ++dh) {
       const int64_t h = at.h * k + dh, here = image + h * a.width;
       const float* known =
-          given ? a.known +
-                      ((at.b * a.channels + at.c) * a.num_known + a.slot[at.f]) * plane +
+          given ? a.known + ((at.b * a.channels + at.c) * a.num_known + a.slot[at.f]) * plane +
                       h * a.width
                 : nullptr;
       for (int i = 0; i < width; i += VL) {

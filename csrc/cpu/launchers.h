@@ -14,7 +14,8 @@ int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the limit b
 // Bytes kept, entries kept, weights known, calls served.
 std::tuple<int64_t, int64_t, int64_t, int64_t> packed_weights_state();
 
-int64_t set_output_pool_limit(int64_t bytes);  // of free memory kept; 0: off. Returns the limit before
+// Of free memory kept; 0: off. Returns the limit before.
+int64_t set_output_pool_limit(int64_t bytes);
 int64_t output_pool_bytes();
 
 std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTensor x_bias,
@@ -43,11 +44,11 @@ Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Ten
                           double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
                           OptTensor rotary, OptTensor focus_mask, int64_t num_images);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
-                   Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
-                   int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, bool need_norm,
-                   bool need_qkv, bool need_out, bool need_bias, bool need_rel);
+temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+                   OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
+                   double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v, OptTensor rotary,
+                   OptTensor focus_mask, int64_t num_images, bool need_norm, bool need_qkv,
+                   bool need_out, bool need_bias, bool need_rel);
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention_fwd(Tensor qkv, double sm_scale);
 Tensor linear_attention_bwd(Tensor dout, Tensor qkv, Tensor k_lse, Tensor ctx, double sm_scale);

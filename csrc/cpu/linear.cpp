@@ -38,8 +38,7 @@ void multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool
   Tensor packed = empty(x, {k, a.np}, ScalarType::Float);
   a.packed = static_cast<float*>(packed.mutable_data_ptr());
   const auto pack = FASTVDM_PICK(linear_pack);
-  torch::stable::parallel_for(0, k, 64,
-                              [&](int64_t begin, int64_t end) { pack(a, begin, end); });
+  torch::stable::parallel_for(0, k, 64, [&](int64_t begin, int64_t end) { pack(a, begin, end); });
   const auto kernel = FASTVDM_PICK(linear_rows);
   torch::stable::parallel_for(
       0, ceil_div(a.rows, kLinearBlock), 1, [&](int64_t begin, int64_t end) {

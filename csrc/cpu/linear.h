@@ -17,8 +17,8 @@ struct LinearLayerArgs {
   float* packed;      // (k, np) weights in fp32
 };
 
-constexpr int kLinearBlock = 64;    // rows of an item
-constexpr int kLinearColumns = 384; // of a product in L2
+constexpr int kLinearBlock = 64;     // rows of an item
+constexpr int kLinearColumns = 384;  // of a product in L2
 
 inline int64_t linear_layer_scratch(const LinearLayerArgs& a) {
   return kLinearBlock * (static_cast<int64_t>(a.kp) + kLinearColumns) + 64;

@@ -99,14 +99,13 @@ void make_tiles(Plan& plan, const Tensor& qkv_weight, bool backward) {
       });
   if (!backward) return;
   const bool tiles = isa() == Isa::amx;
-  a.q_up = plan.forms->get<uint16_t>(
-      qkv_weight, kLinearUp, 2 * a.cp * depth, [&](uint16_t* to) {
-        each([&](int64_t which, int64_t h, int64_t c, int64_t k, uint16_t value) {
-          const int64_t row = h * dk + c, at = tiles ? k * depth + row
-                                                     : (row / 2 * a.cp + k) * 2 + row % 2;
-          to[which * a.cp * depth + at] = value;
-        });
-      });
+  a.q_up = plan.forms->get<uint16_t>(qkv_weight, kLinearUp, 2 * a.cp * depth, [&](uint16_t* to) {
+    each([&](int64_t which, int64_t h, int64_t c, int64_t k, uint16_t value) {
+      const int64_t row = h * dk + c,
+                    at = tiles ? k * depth + row : (row / 2 * a.cp + k) * 2 + row % 2;
+      to[which * a.cp * depth + at] = value;
+    });
+  });
   a.k_up = a.q_up + a.cp * depth;
 }
 
@@ -173,7 +172,8 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   }
   int64_t words = 0;
   for (const auto& part : parts) words += part.second;
-  a.frames = std::clamp<int64_t>(kFrameBytes / (4 * words), 1, std::max<int64_t>(1, plan.all_frames));
+  a.frames =
+      std::clamp<int64_t>(kFrameBytes / (4 * words), 1, std::max<int64_t>(1, plan.all_frames));
   plan.frames = empty(x, {a.frames * words}, ScalarType::Float);
   float* next = static_cast<float*>(plan.frames->mutable_data_ptr());
   for (const auto& part : parts) {

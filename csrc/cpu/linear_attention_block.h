@@ -23,15 +23,15 @@ struct LinearBlockArgs {
   int64_t splits, span;  // a split is `span` pixels, a multiple of `rows`; the last may be smaller
   float eps, scale;
   const void *x, *dy;
-  void* y;  // dx in the backward
+  void* y;                                          // dx in the backward
   const float *norm_weight, *norm_bias, *out_bias;  // (cp); the last two may be null
   const float *qk, *v, *out;  // panels (2, heads), (heads) and, of the transposed weight, (heads)
   const float *v_t, *out_t;   // (heads, C, dp): the transposed panels of v and out
   float* max;                 // (frames, splits, heads, dp) of k, over a split
   float* sum;                 // the same, of exp(k - max)
-  float* g;                   // panels (frames, splits, heads): Σ exp(k - max) x̂, then k'ᵀ x̂ in split 0
-  float* m;                   // panels (frames, heads): scale ctx outᵀ
-  float *g_out, *lse;         // (frames, heads, d, C), (frames, heads, d); read in the backward
+  float* g;            // panels (frames, splits, heads): Σ exp(k - max) x̂, then k'ᵀ x̂ in split 0
+  float* m;            // panels (frames, heads): scale ctx outᵀ
+  float *g_out, *lse;  // (frames, heads, d, C), (frames, heads, d); read in the backward
   // backward
   float* ctx;  // (frames, heads, dp, dp), times scale
   float* dm;   // panels (frames, splits, heads)
@@ -42,11 +42,11 @@ struct LinearBlockArgs {
   LinearBlockGrads* grads;
   // For bf16 where the CPU multiplies it (products.h), else null. kp, dk: C and dp rounded up to 32.
   int kp, dk;
-  const uint16_t* qk_tiles;            // left operands (2, heads) of (dp, kp)
+  const uint16_t* qk_tiles;  // left operands (2, heads) of (dp, kp)
   // Operands of `up_all`: (cp, heads dk) on tiles, else pairs of features, (heads dk / 2, cp) words.
-  const uint16_t *q_up, *k_up;         // backward
-  uint16_t *m_tiles, *m_up;            // of m: (frames, heads) of (dp, kp); (frames) as q_up
-  uint16_t *dg_tiles, *dg_up;          // backward, likewise of dg
+  const uint16_t *q_up, *k_up;  // backward
+  uint16_t *m_tiles, *m_up;     // of m: (frames, heads) of (dp, kp); (frames) as q_up
+  uint16_t *dg_tiles, *dg_up;   // backward, likewise of dg
 };
 
 inline int64_t linear_block_panel(const LinearBlockArgs& a) {
@@ -59,7 +59,8 @@ inline int64_t linear_block_tile_scratch(const LinearBlockArgs& a) {
   if (a.qk_tiles == nullptr) return 0;
   const int64_t wide = static_cast<int64_t>(a.kp) * a.rows;
   return (4 * wide + static_cast<int64_t>(a.dp) * a.rows +
-          2 * static_cast<int64_t>(a.heads) * a.dk * a.rows) / 2;
+          2 * static_cast<int64_t>(a.heads) * a.dk * a.rows) /
+         2;
 }
 
 // fp32 words of scratch of one thread: x̂, x_hat, dy and two transposes; two heads' rows; 1/σ.
@@ -70,14 +71,20 @@ inline int64_t linear_block_scratch(const LinearBlockArgs& a) {
 }
 
 // Forward: Σ exp(k - max) x̂ of a split; the frame's ctx and m; out of a split.
-FASTVDM_DECLARE_BF16(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE_BF16(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE_BF16(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-// Backward: m again from g; what passes through q, by parts; dctx and dg; what passes through k.
-FASTVDM_DECLARE_BF16(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE_BF16(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
-FASTVDM_DECLARE_BF16(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
+FASTVDM_DECLARE_BF16(void linear_block_sum(const LinearBlockArgs&, int64_t begin, int64_t end,
                                            float*))
-FASTVDM_DECLARE_BF16(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end, float*))
+FASTVDM_DECLARE_BF16(void linear_block_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                            float*))
+FASTVDM_DECLARE_BF16(void linear_block_apply(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                             float*))
+// Backward: m again from g; what passes through q, by parts; dctx and dg; what passes through k.
+FASTVDM_DECLARE_BF16(void linear_block_unfold(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                              float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_q(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                             float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_fold(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                                float*))
+FASTVDM_DECLARE_BF16(void linear_block_bwd_k(const LinearBlockArgs&, int64_t begin, int64_t end,
+                                             float*))
 
 }  // namespace fastvdm

@@ -22,7 +22,7 @@ void unfold(const LinearBlockArgs& a, int64_t begin, int64_t end) {
     }
     if (a.m_tiles != nullptr)
       make_operands(a, m, a.m_tiles + frame * a.heads * a.dp * a.kp,
-                a.m_up + frame * a.cp * a.heads * a.dk);
+                    a.m_up + frame * a.cp * a.heads * a.dk);
   }
 }
 
@@ -113,7 +113,7 @@ void bwd_fold(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memor
       }
       if (a.dg_tiles != nullptr)
         make_operands(a, dg, a.dg_tiles + frame * a.heads * a.dp * a.kp,
-                  a.dg_up + frame * a.cp * a.heads * a.dk);
+                      a.dg_up + frame * a.cp * a.heads * a.dk);
     }
   }
 }

@@ -96,7 +96,7 @@ void fold(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) {
       fold_head(a, h, a.g + (frame * a.splits * a.heads + h) * panel, memory, m + h * panel);
     if (a.m_tiles != nullptr)
       make_operands(a, m, a.m_tiles + frame * a.heads * a.dp * a.kp,
-                a.m_up + frame * a.cp * a.heads * a.dk);
+                    a.m_up + frame * a.cp * a.heads * a.dk);
   }
 }
 

@@ -25,10 +25,10 @@ struct Operand {
 
 struct Scratch {
   Operand x, dy;
-  float *hat, *inv;       // of the norm: x_hat (rows, cp), 1/σ (rows)
-  float *t, *u;           // (dp, rows): of one head
-  bf16 *left;             // (dp, rows): t or u as a left operand
-  bf16 *all, *all2;       // (heads dk, rows): of all heads as a right operand
+  float *hat, *inv;  // of the norm: x_hat (rows, cp), 1/σ (rows)
+  float *t, *u;      // (dp, rows): of one head
+  bf16* left;        // (dp, rows): t or u as a left operand
+  bf16 *all, *all2;  // (heads dk, rows): of all heads as a right operand
 };
 
 template <class T>
@@ -152,7 +152,8 @@ FASTVDM_INLINE void pair_features(const LinearBlockArgs& a, const float* t, int 
   for (int c = 0; c < a.dk; c += 2, to += width)
     for (int i = 0; i < width; i += VL) {
       const float* at = t + (int64_t)c * width + i;
-      store_words(to + i, c >= a.d ? vu{} : pairs_of(load(at), c + 1 < a.d ? load(at + width) : vf{}));
+      store_words(to + i,
+                  c >= a.d ? vu{} : pairs_of(load(at), c + 1 < a.d ? load(at + width) : vf{}));
     }
 }
 #endif

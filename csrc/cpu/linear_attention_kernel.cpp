@@ -18,8 +18,8 @@ template <class T>
 FASTVDM_INLINE void gather(const LinearArgs& a, int64_t frame, int64_t row, int n, int which,
                            int head, float* to) {
   const int64_t inner = (int64_t)a.heads * a.d;
-  const T* from = (const T*)a.qkv + ((frame * a.pixels + row) * 3 + which) * inner +
-                  (int64_t)head * a.d;
+  const T* from =
+      (const T*)a.qkv + ((frame * a.pixels + row) * 3 + which) * inner + (int64_t)head * a.d;
   int i = 0;
   for (; i < n; ++i) widen_row(from + i * 3 * inner, to + (int64_t)i * a.dp, a.d, a.dp);
   for (; i % VL; ++i) memset(to + (int64_t)i * a.dp, 0, sizeof(float) * a.dp);
@@ -159,8 +159,7 @@ void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
         vf delta = {};
         for (int c = 0; c < d; ++c) delta += load(p + c * VL) * load(g + c * VL);
         for (int c = 0; c < dp; ++c)
-          store(g + c * VL,
-                c < d ? load(p + c * VL) * (load(g + c * VL) - delta) * a.scale : vf{});
+          store(g + c * VL, c < d ? load(p + c * VL) * (load(g + c * VL) - delta) * a.scale : vf{});
         from_lanes(g, dp, o);
         T* to = dqkv + row * 3 * inner + h * d;
         for (int i = 0; i < n; ++i) narrow_row(o + i * dp, to + i * 3 * inner, d);

@@ -57,9 +57,9 @@ Plan make_plan(const Tensor& x, const OptTensor& x2, const Tensor& weight, const
   p.x2 = optional_input(x2, "x2", dtype, pixels * c2);
   if (mask.has_value()) {
     const ScalarType m = mask->scalar_type();
-    STD_TORCH_CHECK(m == dtype || m == ScalarType::Float || m == ScalarType::Bool ||
-                        m == ScalarType::Byte,
-                    "norm_act: dropout_mask must be bool, fp32 or of the type of x on the CPU");
+    STD_TORCH_CHECK(
+        m == dtype || m == ScalarType::Float || m == ScalarType::Bool || m == ScalarType::Byte,
+        "norm_act: dropout_mask must be bool, fp32 or of the type of x on the CPU");
     p.mask_kind = m == dtype ? 1 : m == ScalarType::Float ? 2 : 3;
     p.mask = input(*mask, "dropout_mask", m, pixels * plan.C);
   }
@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_fwd(Tensor x, OptTensor x2, OptTenso
                                                 OptTensor rstd, int64_t kind, int64_t groups,
                                                 bool per_frame, double eps, bool act) {
   refuse(x_bias);
-  Plan plan = make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame,
-                        eps, act);
+  Plan plan =
+      make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame, eps, act);
   NormArgs& p = plan.p;
   const ScalarType dtype = x.scalar_type();
   std::vector<int64_t> shape = sizes_of(x);
@@ -195,8 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     bool need_dx_bias, bool need_dweight, bool need_dfilm) {
   refuse(x_bias);
   (void)need_dx_bias;
-  Plan plan = make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame,
-                        eps, act);
+  Plan plan =
+      make_plan(x, x2, weight, bias, scale, shift, dropout_mask, kind, groups, per_frame, eps, act);
   NormArgs& p = plan.p;
   const ScalarType dtype = x.scalar_type();
   const int64_t C = plan.C, pixels = x.numel() / p.c1;

@@ -12,7 +12,7 @@ struct NormArgs {
   int mask_kind;  // 0 none, 1 in the storage type, 2 fp32, 3 one byte
   int row_kind;   // 0 group, 1 rms, 2 layer
   bool act;
-  int c1, c2, groups;  // channels of x and of x2
+  int c1, c2, groups;           // channels of x and of x2
   int64_t rows, chunk, chunks;  // rows of an instance, of an item, items of an instance
   float eps;
   const void *x, *x2, *residual, *mask, *dy;
@@ -29,7 +29,8 @@ struct NormArgs {
 FASTVDM_DECLARE_BF16(void norm_stats(const NormArgs&, int64_t begin, int64_t end, float* scratch))
 FASTVDM_DECLARE_BF16(void norm_apply(const NormArgs&, int64_t begin, int64_t end))
 // First pass of the backward; for row kinds it also writes dx, when wanted.
-FASTVDM_DECLARE_BF16(void norm_bwd_sums(const NormArgs&, int64_t begin, int64_t end, float* scratch))
+FASTVDM_DECLARE_BF16(void norm_bwd_sums(const NormArgs&, int64_t begin, int64_t end,
+                                        float* scratch))
 FASTVDM_DECLARE_BF16(void norm_bwd_dx(const NormArgs&, int64_t begin, int64_t end))
 
 }  // namespace fastvdm

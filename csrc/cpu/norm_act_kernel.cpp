@@ -327,8 +327,8 @@ void bwd_dx(const NormArgs& p, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
           for (int l = 0; l < N; ++l) {
             const int64_t at = c + l * VL;
-            const vf v = av[l] * g[l] - FASTVDM_LOAD(p.s1, at, n) -
-                         h[l] * FASTVDM_LOAD(p.s2, at, n);
+            const vf v =
+                av[l] * g[l] - FASTVDM_LOAD(p.s1, at, n) - h[l] * FASTVDM_LOAD(p.s2, at, n);
             FASTVDM_STORE(dx, o + l * VL, v * FASTVDM_LOAD(p.inv, at, n), n);
           }
         };

@@ -65,8 +65,7 @@ Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, co
   a.x2 = x2.has_value() ? input(*x2, "x2", dtype, pixels * c2) : nullptr;
   STD_TORCH_CHECK(weight.is_cpu(), "conv3x3: weight must be on the CPU");
   a.weight = weight.const_data_ptr();
-  a.residual =
-      residual.has_value() ? input(*residual, "residual", dtype, pixels * out) : nullptr;
+  a.residual = residual.has_value() ? input(*residual, "residual", dtype, pixels * out) : nullptr;
   std::vector<float> padded;
   if (bias.has_value()) {
     padded = floats(*bias, "bias", out);
@@ -99,9 +98,8 @@ Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, co
       });
     } else {
       const auto prepare = FASTVDM_PICK_BF16(winograd_weights);
-      torch::stable::parallel_for(0, cin, 16, [&](int64_t begin, int64_t end) {
-        prepare(to, begin, end);
-      });
+      torch::stable::parallel_for(0, cin, 16,
+                                  [&](int64_t begin, int64_t end) { prepare(to, begin, end); });
     }
     return made;
   });
@@ -147,8 +145,7 @@ Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor 
 
 Tensor space_conv_fwd(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                       int64_t stride) {
-  if (stride != 1 || weight.size(2) != 3)
-    return direct_conv(x, x2, weight, bias, residual, stride);
+  if (stride != 1 || weight.size(2) != 3) return direct_conv(x, x2, weight, bias, residual, stride);
   return conv3x3(x, x2, weight, bias, residual, false, tile_of(x, weight));
 }
 

@@ -11,15 +11,15 @@ namespace fastvdm {
 
 struct WinogradArgs {
   int dtype, weight_dtype;
-  int m;             // outputs of a tile in each direction: 2 or 4
-  int c1, c2, out;   // channels of x, x2, y
-  int cinp, outp;    // c1 + c2 and out, rounded up to 16
+  int m;                              // outputs of a tile in each direction: 2 or 4
+  int c1, c2, out;                    // channels of x, x2, y
+  int cinp, outp;                     // c1 + c2 and out, rounded up to 16
   int64_t v_point, m_point, u_point;  // floats from one point to the next in v, m and u
-  bool turned;       // the gradient with respect to x: the filters turned by 180 degrees
+  bool turned;  // the gradient with respect to x: the filters turned by 180 degrees
   int64_t w_in, w_out, w_row, w_column;  // strides of weight: by input and output channel, taps
   int64_t images, h, w;
   int64_t tiles_w, tiles_image, tiles;
-  int block;         // tiles of an item
+  int block;  // tiles of an item
   const void *x, *x2, *weight, *residual;
   void* y;
   const float* bias;  // (outp), or null

@@ -20,8 +20,8 @@ Kernel kernel_of(const Tensor& weight, bool transposed) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == weight.size(3),
                   "direct_conv: weight must be a square kernel on the CPU");
   const int out = transposed ? 1 : 0;
-  return {weight.size(out),   weight.size(1 - out), weight.size(2),  weight.stride(out),
-          weight.stride(1 - out), weight.stride(2), weight.stride(3)};
+  return {weight.size(out),       weight.size(1 - out), weight.size(2),  weight.stride(out),
+          weight.stride(1 - out), weight.stride(2),     weight.stride(3)};
 }
 
 // Words of the sums, as the kernel reads them: pairs of channels for bf16.
@@ -72,8 +72,7 @@ Tensor weights_of(const DirectArgs& a, const Tensor& weight, const Kernel& k,
       pack(a, k, taps, static_cast<const c10::Half*>(weight.const_data_ptr()), pairs, to,
            [&](c10::Half v, int64_t at) { put(static_cast<float>(v), at); });
       break;
-    default:
-      STD_TORCH_CHECK(false, "direct_conv: the weight must be fp32, bf16 or fp16");
+    default: STD_TORCH_CHECK(false, "direct_conv: the weight must be fp32, bf16 or fp16");
   }
   return made;
 }
@@ -88,8 +87,8 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   const int64_t c1 = x.size(last), c2 = x2.has_value() ? x2->size(last) : 0;
   STD_TORCH_CHECK(c1 + c2 == k.in && c1 > 0 && k.in < (1 << 20) && k.out < (1 << 20),
                   "direct_conv: the weight takes ", k.in, " channels, the input has ", c1 + c2);
-  const bool pairs = a.pairs = dtype == ScalarType::BFloat16 && isa() >= Isa::avx512_bf16 &&
-                               c1 % 2 == 0 && c2 % 2 == 0;
+  const bool pairs = a.pairs =
+      dtype == ScalarType::BFloat16 && isa() >= Isa::avx512_bf16 && c1 % 2 == 0 && c2 % 2 == 0;
   a.dtype = static_cast<int>(dtype_of(x));
   a.c1 = static_cast<int>(c1);
   a.c2 = static_cast<int>(c2);
@@ -99,7 +98,8 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   a.w = x.size(last - 1);
   int from[4][kMaxTaps];  // the weight's tap of each
   if (transposed) {
-    STD_TORCH_CHECK(k.size == 4 && stride == 2, "direct_conv: a transposed kernel is 4x4, stride 2");
+    STD_TORCH_CHECK(k.size == 4 && stride == 2,
+                    "direct_conv: a transposed kernel is 4x4, stride 2");
     a.stride = 1;
     a.up = 2;
     a.taps = 4;
@@ -139,9 +139,9 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   shape[last - 2] = a.oh * a.up;
   shape[last - 1] = a.ow * a.up;
   const int64_t outputs = a.images * a.oh * a.ow;
-  a.residual = residual.has_value() ? input(*residual, "residual", dtype,
-                                            outputs * a.up * a.up * k.out)
-                                    : nullptr;
+  a.residual = residual.has_value()
+                   ? input(*residual, "residual", dtype, outputs * a.up * a.up * k.out)
+                   : nullptr;
   std::vector<float> wide_bias;
   if (bias.has_value()) {
     wide_bias = padded(*bias, "bias", k.out, a.outp);
@@ -153,10 +153,10 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   a.depth = a.taps * (c1 + c2) / (pairs ? 2 : 1);
   // c1 and c2 decide where a pair or a source begins; the form of a kept weight says which.
   const int64_t form = (c1 << 12 | static_cast<int64_t>(pairs) << 11 |
-                        static_cast<int64_t>(transposed) << 10 | 1 << 9) << 20;
-  const Tensor kept = packed_weights(weight, form, [&] {
-    return weights_of(a, weight, k, from, pairs);
-  });
+                        static_cast<int64_t>(transposed) << 10 | 1 << 9)
+                       << 20;
+  const Tensor kept =
+      packed_weights(weight, form, [&] { return weights_of(a, weight, k, from, pairs); });
   a.weights = kept.const_data_ptr();
   // 48 outputs: eight tiles of 6 rows, six of 8. More where the weights come from far, fewer where
   // there are few outputs.

@@ -13,11 +13,11 @@ constexpr int kMaxTaps = 49;
 
 struct DirectArgs {
   int dtype;
-  bool pairs;           // bf16 products: both sources have an even number of channels
+  bool pairs;             // bf16 products: both sources have an even number of channels
   int c1, c2, out, outp;  // channels of x, x2, y; outp: rounded up to 16
   int taps, stride, up;
   int tap_y[4][kMaxTaps], tap_x[4][kMaxTaps];  // of each phase
-  int64_t images, h, w, oh, ow;  // of the input; of a phase's outputs
+  int64_t images, h, w, oh, ow;                // of the input; of a phase's outputs
   const void *x, *x2, *residual;
   void* y;
   const float* bias;    // (outp), or null

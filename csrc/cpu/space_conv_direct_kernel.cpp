@@ -27,8 +27,8 @@ struct Step<bf16, true> {
 #endif
 
 struct Rows {
-  const void** at;  // (segments, rows): a segment is a tap of a source
-  int64_t count;    // rows
+  const void** at;         // (segments, rows): a segment is a tap of a source
+  int64_t count;           // rows
   int segments, depth[2];  // words of a row of x and of x2
 };
 
@@ -65,12 +65,11 @@ FASTVDM_NOINLINE void tile(const Rows& rows, int sources, int m0, const typename
 
 // 16 NP columns; MR of the rows at a time.
 template <class S, int NP, int MR>
-FASTVDM_INLINE void columns(const Rows& rows, int sources, int count,
-                            const typename S::right* B, int64_t panel, float* C, int64_t ldc) {
+FASTVDM_INLINE void columns(const Rows& rows, int sources, int count, const typename S::right* B,
+                            int64_t panel, float* C, int64_t ldc) {
   constexpr int NR = NP * 16 / VL;
   int m = 0;
-  for (; m + MR <= count; m += MR)
-    tile<S, MR, NR>(rows, sources, m, B, panel, C + m * ldc, ldc);
+  for (; m + MR <= count; m += MR) tile<S, MR, NR>(rows, sources, m, B, panel, C + m * ldc, ldc);
   for (; MR > 2 && m + 2 <= count; m += 2)
     tile<S, 2, NR>(rows, sources, m, B, panel, C + m * ldc, ldc);
   for (; m < count; ++m) tile<S, 1, NR>(rows, sources, m, B, panel, C + m * ldc, ldc);
@@ -109,7 +108,8 @@ void conv(const DirectArgs& a, int64_t begin, int64_t end, void* scratch) {
     Output o(a, first);
     for (int r = 0; r < count; ++r, o.next(a)) {
       for (int t = 0; t < a.taps; ++t) {
-        const int64_t y = o.y * a.stride + a.tap_y[phase][t], x = o.x * a.stride + a.tap_x[phase][t];
+        const int64_t y = o.y * a.stride + a.tap_y[phase][t],
+                      x = o.x * a.stride + a.tap_x[phase][t];
         const bool inside = y >= 0 && y < a.h && x >= 0 && x < a.w;
         const int64_t pixel = (o.image * a.h + y) * a.w + x;
         const void** at = rows.at + (int64_t)t * sources * limit + r;

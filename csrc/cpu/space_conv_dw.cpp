@@ -100,9 +100,8 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
     a.count = std::min(products * a.depth, a.tiles - a.first);
     a.last = a.first + a.count == a.tiles;
     const int64_t items = wgrad_groups(a) * wgrad_products(a);
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      transform(a, begin, end);
-    });
+    torch::stable::parallel_for(0, items, 1,
+                                [&](int64_t begin, int64_t end) { transform(a, begin, end); });
     torch::stable::parallel_for(0, units * a.parts, 1, [&](int64_t begin, int64_t end) {
       const int64_t bytes = wgrad_multiply_scratch(a) * sizeof(float);
       multiply(a, begin, end, static_cast<float*>(scratch(bytes)));
@@ -110,9 +109,8 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   }
   if (a.parts > 1) {
     const auto filters = FASTVDM_PICK(wgrad_filters);
-    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      filters(a, begin, end);
-    });
+    torch::stable::parallel_for(0, units, 1,
+                                [&](int64_t begin, int64_t end) { filters(a, begin, end); });
   }
   return dw;
 }

@@ -17,18 +17,18 @@ struct WgradArgs {
   int c1p, cinp, outp;  // c1, both sources and out, each of the three rounded up to 16
   int64_t h, w;
   int64_t tiles_w, tiles_h, tiles;
-  int depth;            // tiles of one product
-  int64_t first, count;  // tiles of this pass
+  int depth;                 // tiles of one product
+  int64_t first, count;      // tiles of this pass
   int64_t v_point, e_point;  // words from one point to the next in v and e
-  int rows;             // output channels of a unit, a divisor of kWgradPanel
-  int parts;            // items of a unit: its points, divided
-  bool last;            // the pass that ends the sums
+  int rows;                  // output channels of a unit, a divisor of kWgradPanel
+  int parts;                 // items of a unit: its points, divided
+  bool last;                 // the pass that ends the sums
   const void *dy, *x, *x2;
   void* dw;
   int64_t w_out, w_in, w_row, w_column;  // strides of dw
   // (products, points, panels, tiles, channels of a panel): the transformed tiles of x and of dy.
   float *v, *e;
-  float* sums;          // those of the units between passes, or null: in scratch
+  float* sums;  // those of the units between passes, or null: in scratch
 };
 
 inline int64_t wgrad_points(const WgradArgs& a) {
@@ -36,9 +36,7 @@ inline int64_t wgrad_points(const WgradArgs& a) {
 }
 inline int64_t wgrad_products(const WgradArgs& a) { return (a.count + a.depth - 1) / a.depth; }
 inline int64_t wgrad_groups(const WgradArgs& a) { return (a.cinp + a.outp) / 16; }
-inline int64_t wgrad_panels(const WgradArgs& a) {
-  return (a.cinp + kWgradPanel - 1) / kWgradPanel;
-}
+inline int64_t wgrad_panels(const WgradArgs& a) { return (a.cinp + kWgradPanel - 1) / kWgradPanel; }
 inline int64_t wgrad_units(const WgradArgs& a) {
   return (a.out + a.rows - 1) / a.rows * wgrad_panels(a);
 }

@@ -96,7 +96,7 @@ FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y
 template <class T>
 struct Group {
   const T* data;
-  int c, n;          // channels of a pixel, and those of the group
+  int c, n;  // channels of a pixel, and those of the group
   bool gradient;
   int at, channels;  // its place among all channels of its side
   Group(const WgradArgs& a, int64_t group) {
@@ -152,8 +152,8 @@ void transform(const WgradArgs& a, int64_t begin, int64_t end) {
     const int count = a.count - first < a.depth ? (int)(a.count - first) : a.depth;
     const Group<T> g(a, item % groups);
     const int64_t point = g.gradient ? a.e_point : a.v_point;
-    float* to = (g.gradient ? a.e : a.v) + product * P * point +
-                g.panel() * kWgradPanel * a.depth + g.at % kWgradPanel;
+    float* to = (g.gradient ? a.e : a.v) + product * P * point + g.panel() * kWgradPanel * a.depth +
+                g.at % kWgradPanel;
     if (g.gradient)
       transform_tiles<T, M, true>(a, g, a.first + first, count, to, g.width(), point);
     else

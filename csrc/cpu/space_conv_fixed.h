@@ -231,8 +231,8 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
       const int64_t pixels = image * a.h * a.w;
       input_tile<bf16, M>((const bf16*)a.x + pixels * a.c1, a.h, a.w, a.c1, y0, x0, tile, stride);
       if (a.c2 > 0)
-        input_tile<bf16, M>((const bf16*)a.x2 + pixels * a.c2, a.h, a.w, a.c2, y0, x0,
-                            tile + a.c1, stride);
+        input_tile<bf16, M>((const bf16*)a.x2 + pixels * a.c2, a.h, a.w, a.c2, y0, x0, tile + a.c1,
+                            stride);
       round_tile<P>(a, tile, stride, worth, v + (int64_t)i * a.cinp, vs, back + i * PP);
     }
     for (int p = 0; p < P; ++p)

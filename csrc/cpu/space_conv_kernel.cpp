@@ -97,7 +97,8 @@ void winograd_fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, f
 }
 void winograd_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratch) {
 #if FASTVDM_BF16
-  if (a.fixed) return a.m == 2 ? fixed_conv<2>(a, begin, end, scratch) : fixed_conv<4>(a, begin, end, scratch);
+  if (a.fixed)
+    return a.m == 2 ? fixed_conv<2>(a, begin, end, scratch) : fixed_conv<4>(a, begin, end, scratch);
 #endif
   FASTVDM_BY_DTYPE(a.dtype, conv_m, a, begin, end, scratch)
 }

@@ -164,8 +164,7 @@ FASTVDM_INLINE void write_tile(const WinogradArgs& a, int64_t item, const vf* ha
     const int64_t at = ((image * a.h + y0 + r) * a.w + x0) * a.out;
     for (int c = 0; c < columns; ++c) {
       vf s = y[c] * scale;
-      if (squares != nullptr)
-        store(squares[r * M + c], load(squares[r * M + c]) + s * s);
+      if (squares != nullptr) store(squares[r * M + c], load(squares[r * M + c]) + s * s);
       s += bias;
       if (a.residual != nullptr) {
         const T* res = (const T*)a.residual + at + (int64_t)c * a.out;

@@ -30,8 +30,7 @@ void make_panels(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight,
   const auto of_qkv = [&](const auto& copy) {  // copy(panel, its rows of the weight)
     const std::vector<float> raw = floats(qkv_weight, "qkv_weight", 3 * inner * C);
     torch::stable::parallel_for(0, 3 * heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        copy(i, raw.data() + (i % 3 * heads + i / 3) * d * C);
+      for (int64_t i = begin; i < end; ++i) copy(i, raw.data() + (i % 3 * heads + i / 3) * d * C);
     });
   };
   const auto of_out = [&](const auto& copy) {  // copy(head, channel, its features)
@@ -95,18 +94,17 @@ void make_tiles(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, 
         });
       });
   // k runs over all heads (and q, k, v) here, so the columns are shared out.
-  a.out_tiles = plan.forms->get<uint16_t>(
-      out_weight, kTemporalOutTiles, heads * dk * cp, [&](uint16_t* to) {
+  a.out_tiles =
+      plan.forms->get<uint16_t>(out_weight, kTemporalOutTiles, heads * dk * cp, [&](uint16_t* to) {
         const std::vector<float> raw = out_weights();
         each(cp / 16, [&](int64_t i) {
-          pack_tiles(heads * dk, 16, to + i * heads * dk * 16, [&](int64_t k, int64_t n) {
-            return out(raw, k / dk, k % dk, i * 16 + n);
-          });
+          pack_tiles(heads * dk, 16, to + i * heads * dk * 16,
+                     [&](int64_t k, int64_t n) { return out(raw, k / dk, k % dk, i * 16 + n); });
         });
       });
   if (!backward) return;
-  a.dout_tiles = plan.forms->get<uint16_t>(
-      out_weight, kTemporalDoutTiles, heads * panel, [&](uint16_t* to) {
+  a.dout_tiles =
+      plan.forms->get<uint16_t>(out_weight, kTemporalDoutTiles, heads * panel, [&](uint16_t* to) {
         const std::vector<float> raw = out_weights();
         each(heads, [&](int64_t h) {
           pack_tiles(kp, dp, to + h * panel,
@@ -136,9 +134,9 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   const int64_t C = x.size(4), rows3 = qkv_weight.size(0);
   STD_TORCH_CHECK(heads > 0 && rows3 > 0 && rows3 % (3 * heads) == 0 && C > 0 && C < (1 << 24),
                   "temporal_block: qkv_weight must be (3 * heads * D, C)");
-  STD_TORCH_CHECK((!rel_k.has_value() && !rel_v.has_value()) ||
-                      (!rotary.has_value() && !bias.has_value()),
-                  "temporal_block: no Shaw tables beside a rotary embedding or a bias");
+  STD_TORCH_CHECK(
+      (!rel_k.has_value() && !rel_v.has_value()) || (!rotary.has_value() && !bias.has_value()),
+      "temporal_block: no Shaw tables beside a rotary embedding or a bias");
   plan.heads = heads;
   const int64_t d = plan.d = rows3 / (3 * heads), frames = x.size(1), inner = heads * d;
   const double scale = std::pow(static_cast<double>(d), -0.5);
@@ -158,8 +156,8 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.tiles_a_video = ceil_div(a.hw, a.pixels);
   a.tiles = a.batch * a.tiles_a_video;
   if (focus_mask.has_value())
-    a.focus = static_cast<const uint8_t*>(
-        input(*focus_mask, "focus_mask", ScalarType::Bool, a.batch));
+    a.focus =
+        static_cast<const uint8_t*>(input(*focus_mask, "focus_mask", ScalarType::Bool, a.batch));
 
   plan.norm_weight = padded(norm_weight, "norm_weight", C, cp);
   a.norm_weight = plan.norm_weight.data();
@@ -197,8 +195,8 @@ Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Ten
                           double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
                           OptTensor rotary, OptTensor focus_mask, int64_t num_images) {
   Plan plan;
-  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
-            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, false);
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+            bias, rel_k, rel_v, rotary, focus_mask, num_images, false);
   BlockArgs& a = plan.a;
   Tensor y = empty(x, sizes_of(x), x.scalar_type());
   a.y = y.mutable_data_ptr();
@@ -213,14 +211,14 @@ Tensor temporal_block_fwd(Tensor x, Tensor norm_weight, OptTensor norm_bias, Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
-                   Tensor qkv_weight, OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias,
-                   int64_t heads, double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v,
-                   OptTensor rotary, OptTensor focus_mask, int64_t num_images, bool need_norm,
-                   bool need_qkv, bool need_out, bool need_bias, bool need_rel) {
+temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias, Tensor qkv_weight,
+                   OptTensor qkv_bias, Tensor out_weight, OptTensor out_bias, int64_t heads,
+                   double eps, OptTensor bias, OptTensor rel_k, OptTensor rel_v, OptTensor rotary,
+                   OptTensor focus_mask, int64_t num_images, bool need_norm, bool need_qkv,
+                   bool need_out, bool need_bias, bool need_rel) {
   Plan plan;
-  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads,
-            eps, bias, rel_k, rel_v, rotary, focus_mask, num_images, true);
+  make_plan(plan, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
+            bias, rel_k, rel_v, rotary, focus_mask, num_images, true);
   BlockArgs& a = plan.a;
   a.dy = input(dy, "dy", x.scalar_type(), x.numel());
   Tensor dx = empty(x, sizes_of(x), x.scalar_type());
@@ -232,7 +230,9 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
   const int64_t words =
       (need_qkv ? 3 * panel : 0) + (need_out ? panel : 0) + (need_norm ? cp : 0) + tables;
   a.parts = parts_of_sums(x.numel() == 0 ? 0 : a.tiles, a.batch * a.frames * a.hw, words);
-  const auto sums = [&](int64_t size, bool wanted) { return PartialSums(x, a.parts, size, wanted); };
+  const auto sums = [&](int64_t size, bool wanted) {
+    return PartialSums(x, a.parts, size, wanted);
+  };
   const PartialSums dnw = sums(cp, need_norm), dnb = sums(cp, need_norm && norm_bias.has_value());
   const PartialSums dqkv = sums(3 * panel, need_qkv), dout = sums(panel, need_out);
   const PartialSums dqb = sums(heads * 3 * dp, need_qkv && qkv_bias.has_value());
@@ -255,7 +255,9 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
     return need && like.has_value() ? sums.sum(*like) : none();
   };
   // Row (h, which, c) of the sums is row (which, h, c) of the weight.
-  const auto feature = [&](int64_t part, int64_t c) { return (part % 3 * heads + part / 3) * d + c; };
+  const auto feature = [&](int64_t part, int64_t c) {
+    return (part % 3 * heads + part / 3) * d + c;
+  };
   Tensor dqkv_weight = none(), dqkv_bias = none(), dout_weight = none();
   if (need_qkv) {
     Values w(qkv_weight);
@@ -266,7 +268,8 @@ temporal_block_bwd(Tensor dy, Tensor x, Tensor norm_weight, OptTensor norm_bias,
   }
   if (need_qkv && qkv_bias.has_value()) {
     Values b(*qkv_bias);
-    dqb.each_row(dp, [&](int64_t part, const double* sums) { b.put(feature(part, 0), 1, sums, d); });
+    dqb.each_row(dp,
+                 [&](int64_t part, const double* sums) { b.put(feature(part, 0), 1, sums, d); });
     dqkv_bias = b.tensor();
   }
   if (need_out) {

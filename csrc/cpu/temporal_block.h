@@ -30,7 +30,7 @@ struct BlockArgs {
   int64_t parts;
   const uint8_t* focus;  // (batch), or null
   const void *x, *dy;
-  void* y;  // dx in the backward
+  void* y;                               // dx in the backward
   const float *norm_weight, *norm_bias;  // (cp); bias may be null
   const float* qkv_t;                    // (heads, 3, channels, dp)
   const float* qkv_bias;                 // (heads, 3, dp), or null

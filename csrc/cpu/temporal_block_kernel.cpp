@@ -82,7 +82,8 @@ FASTVDM_INLINE void weight_gradients(const BlockArgs& a, int rows, int parts, co
   uint32_t* others = pairs + (rows + 1) / 2 * width;
   interleave_rows(left, rows, width, pairs);
   interleave_rows(right, rows, a.kp, others);
-  const int whole = a.t.dp == a.dk ? 1 : parts, features = parts / whole * a.t.dp;  // of one product
+  const int whole = a.t.dp == a.dk ? 1 : parts,
+            features = parts / whole * a.t.dp;  // of one product
   for (int i = 0; i < whole; ++i)
     dot_gemm<true>(features, a.cp, (rows + 1) / 2, pairs + (int64_t)i * a.dk, width,
                    {others, a.kp, 16}, to + (int64_t)i * a.t.dp * a.cp, a.cp, true);
@@ -119,13 +120,13 @@ FASTVDM_INLINE void rotate_rows(const BlockArgs& a, const Tile& t, float* x) {
 }
 
 // o = v + rel_v[0 distance] for the frames from `first` on of every pixel.
-FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int first,
-                             const float* v, float* o) {
+FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int first, const float* v,
+                             float* o) {
   const AttnTables& s = a.t;
   const float* rel = nullptr;
   if (s.rel_v != nullptr)
-    rel = s.rel_v + ((s.rel_v_heads > 1 ? (int64_t)head * s.rel_v_length : 0) +
-                     s.rel_v_length / 2) * s.dp;
+    rel = s.rel_v +
+          ((s.rel_v_heads > 1 ? (int64_t)head * s.rel_v_length : 0) + s.rel_v_length / 2) * s.dp;
   for (int p = 0; p < t.pixels; ++p)
     for (int64_t f = first; f < a.frames; ++f)
       for (int c = 0; c < s.dp; c += VL) {
@@ -136,8 +137,8 @@ FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int fi
 }
 
 FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Operands& m, const Tile& t, int head,
-                                int attending, const float* q, const float* k, const float* v, float* o,
-                                float* work) {
+                                int attending, const float* q, const float* k, const float* v,
+                                float* o, float* work) {
   if (attending < a.frames) identity(a, t, head, attending, v, o);
   if (attending == 0) return;
   for (int p = 0; p < t.pixels; ++p) {
@@ -245,7 +246,8 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
           memcpy(dv, dout, sizeof(float) * (int64_t)t.rows * dp);
           if (g.attn.rel_v != nullptr) {
             float* to = g.attn.rel_v + ((a.t.rel_v_heads > 1 ? (int64_t)h * a.t.rel_v_length : 0) +
-                                        a.t.rel_v_length / 2) * dp;
+                                        a.t.rel_v_length / 2) *
+                                           dp;
             for (int p = 0; p < t.pixels; ++p)
               add_columns(dout + ((int64_t)p * a.frames + attending) * dp,
                           (int)a.frames - attending, dp, to);
@@ -283,8 +285,7 @@ void bwd(const BlockArgs& a, int64_t begin, int64_t end, float* scratch) {
         bf16_gemm(t.rows, cp, (int)width, m.grads, width, (const bf16*)a.dqkv_tiles, dxn, cp);
         if (g.qkv != nullptr)
           weight_gradients(a, t.rows, 3 * a.t.heads, m.grads, m.xn, m.pairs, g.qkv);
-        if (g.out != nullptr)
-          weight_gradients(a, t.rows, a.t.heads, m.o, m.dy, m.pairs, g.out);
+        if (g.out != nullptr) weight_gradients(a, t.rows, a.t.heads, m.o, m.dy, m.pairs, g.out);
       }
 #endif
       const LayerNorm norm{C, cp, a.eps, a.norm_weight, a.norm_bias};

@@ -11,11 +11,11 @@ namespace fastvdm {
 struct AttnTables {
   int heads, d, dp, n, np;
   float scale;
-  const float* bias_t;            // (heads, n, np): [key][query], or null
-  const float *rel_k, *rel_v;     // (1 or heads, length, dp), or null
-  int rel_k_heads, rel_v_heads;   // 1 or heads
-  int rel_k_length, rel_v_length; // 2R + 1
-  const float *cos, *sin;         // (n, dp): factor of x and, signed, of its swapped pair; or null
+  const float* bias_t;             // (heads, n, np): [key][query], or null
+  const float *rel_k, *rel_v;      // (1 or heads, length, dp), or null
+  int rel_k_heads, rel_v_heads;    // 1 or heads
+  int rel_k_length, rel_v_length;  // 2R + 1
+  const float *cos, *sin;          // (n, dp): factor of x and, signed, of its swapped pair; or null
 };
 
 // fp32 words of scratch that the core needs beside q, k, v.

@@ -33,11 +33,11 @@ FASTVDM_INLINE Pairs paired_rows(const uint32_t* data, int dp) { return {data, d
 
 // What the core keeps of one head: all in words of two bf16.
 struct DotsHead {
-  uint32_t *k_rows, *v_rows;                       // (n, dp / 2)
-  uint32_t *q_pairs, *k_pairs, *v_pairs, *g_pairs; // (ceil(n / 2), dp)
-  uint32_t *q_lanes, *g_lanes, *p_words;           // (dp / 2, VL), (ceil(n / 2), VL)
-  bf16 *tmp, *p_rows;                              // (VL, dp), (n, VL)
-  float *p, *ds;                                   // (n, VL)
+  uint32_t *k_rows, *v_rows;                        // (n, dp / 2)
+  uint32_t *q_pairs, *k_pairs, *v_pairs, *g_pairs;  // (ceil(n / 2), dp)
+  uint32_t *q_lanes, *g_lanes, *p_words;            // (dp / 2, VL), (ceil(n / 2), VL)
+  bf16 *tmp, *p_rows;                               // (VL, dp), (n, VL)
+  float *p, *ds;                                    // (n, VL)
 };
 
 FASTVDM_INLINE DotsHead dots_head(const AttnTables& t, float* work) {

@@ -104,13 +104,12 @@ FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* 
 // Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
 // (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
 FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
-                                  const float* qt_plain, const float* k, float* p, float* g,
-                                  float* lse) {
+                                    const float* qt_plain, const float* k, float* p, float* g,
+                                    float* lse) {
   const int n = t.n;
   gemm<false>(n, VL, t.d, k, t.dp, qt, VL, p, VL, false);
   if (t.rel_k != nullptr) {
-    const float* table =
-        t.rel_k + (t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * t.dp : 0);
+    const float* table = t.rel_k + (t.rel_k_heads > 1 ? (int64_t)head * t.rel_k_length * t.dp : 0);
     gemm<false>(t.rel_k_length, VL, t.d, table, t.dp, qt_plain, VL, g, VL, false);
     add_relative(p, g, n, i0, t.rel_k_length);
   }
@@ -120,7 +119,7 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
 // out (n, dp) of one head; q, k are rotated, q_plain is not (the same pointer without rotary). All
 // of them and v have rows of dp, zero beyond d, and q, q_plain have VL-rounded rows.
 FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
-                           const float* k, const float* v, float* out, float* work, float* lse) {
+                             const float* k, const float* v, float* out, float* work, float* lse) {
   const int n = t.n, dp = t.dp;
   float *qt = work, *qp = qt + dp * VL, *p = qp + dp * VL, *g = p + (int64_t)n * VL;
   for (int i0 = 0; i0 < n; i0 += VL) {
@@ -134,8 +133,7 @@ FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, cons
     probabilities(t, head, i0, qt, plain, k, p, g, lse);
     gemm<true>(lanes, dp, n, p, VL, v, dp, out + (int64_t)i0 * dp, dp, false);
     if (t.rel_v != nullptr) {
-      const float* table =
-          t.rel_v + (t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length * dp : 0);
+      const float* table = t.rel_v + (t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length * dp : 0);
       bucket(p, g, n, i0, lanes, t.rel_v_length);
       gemm<true>(lanes, dp, t.rel_v_length, g, VL, table, dp, out + (int64_t)i0 * dp, dp, true);
     }
@@ -156,9 +154,9 @@ FASTVDM_INLINE void scale_rows(const AttnTables& t, float* x) {
 // Gradients of one head. dq, dk, dv (n, dp) are written, with respect to the unrotated q and k;
 // the tables' gradients are added to. dout (rounded rows, dp) as q.
 FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, int head,
-                               const float* q, const float* q_plain, const float* k,
-                               const float* v, const float* dout, float* dq, float* dk, float* dv,
-                               float* work) {
+                                 const float* q, const float* q_plain, const float* k,
+                                 const float* v, const float* dout, float* dq, float* dk, float* dv,
+                                 float* work) {
   const int n = t.n, dp = t.dp;
   float *qt = work, *qp = qt + dp * VL, *dt = qp + dp * VL, *p = dt + dp * VL;
   float *ds = p + (int64_t)n * VL, *g = ds + (int64_t)n * VL;
@@ -183,8 +181,7 @@ FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, in
     }
     vf delta = {};
     for (int j = 0; j < n; ++j) delta += load(p + j * VL) * load(ds + j * VL);
-    for (int j = 0; j < n; ++j)
-      store(ds + j * VL, load(p + j * VL) * (load(ds + j * VL) - delta));
+    for (int j = 0; j < n; ++j) store(ds + j * VL, load(p + j * VL) * (load(ds + j * VL) - delta));
 
     gemm<false>(n, dp, lanes, p, VL, dout + row, dp, dv, dp, i0 > 0);
     gemm<false>(n, dp, lanes, ds, VL, q + row, dp, dk, dp, i0 > 0);

@@ -19,8 +19,8 @@ std::vector<float> padded_rows(const Tensor& table, const char* name, int64_t he
   return out;
 }
 
-Tensor sum_parts(const std::vector<float>& data, int64_t parts, int64_t rows, int64_t dp,
-                 int64_t d, double scale, const Tensor& like) {
+Tensor sum_parts(const std::vector<float>& data, int64_t parts, int64_t rows, int64_t dp, int64_t d,
+                 double scale, const Tensor& like) {
   std::vector<double> sum(rows * d, 0.0);
   for (int64_t p = 0; p < parts; ++p)
     for (int64_t r = 0; r < rows; ++r)
@@ -36,9 +36,9 @@ Tensor none(const Tensor& x) { return empty(x, {0}, x.scalar_type()); }
 AttnOptions attention_options(int64_t heads, int64_t d, int64_t frames, int64_t images,
                               double scale, const OptTensor& bias, const OptTensor& rel_k,
                               const OptTensor& rel_v, const OptTensor& rotary) {
-  STD_TORCH_CHECK(heads > 0 && d > 0 && d < 4096 && images >= 0 && images <= frames &&
-                      frames < (1 << 24),
-                  "fastvdm_C: attention of an impossible size");
+  STD_TORCH_CHECK(
+      heads > 0 && d > 0 && d < 4096 && images >= 0 && images <= frames && frames < (1 << 24),
+      "fastvdm_C: attention of an impossible size");
   AttnOptions o;
   AttnTables& t = o.t;
   t.heads = static_cast<int>(heads);

@@ -81,7 +81,8 @@ FASTVDM_INLINE void interleave_rows(const bf16* from, int rows, int64_t width, u
       vh low, high = {};
       memcpy(&low, from + r * width + c, sizeof(low));
       if (r + 1 < rows) memcpy(&high, from + (r + 1) * width + c, sizeof(high));
-      store_words(to + c, __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16);
+      store_words(to + c, __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu)
+                                                                 << 16);
     }
 }
 
@@ -94,8 +95,7 @@ FASTVDM_INLINE void pairs_to_lanes(const float* from, int64_t ld, int rows, int 
       store(tmp + r * dp + c, r < rows ? load(from + r * ld + c) : vf{});
   const float* words = (const float*)tmp;  // moved, never computed with
   int c = 0;
-  for (; c + VL <= dp / 2; c += VL)
-    transpose_block(words + c, dp / 2, (float*)to + c * ldt, ldt);
+  for (; c + VL <= dp / 2; c += VL) transpose_block(words + c, dp / 2, (float*)to + c * ldt, ldt);
   for (; c < dp / 2; ++c)
     for (int r = 0; r < VL; ++r) memcpy(to + c * ldt + r, words + r * (dp / 2) + c, 4);
 }
@@ -112,8 +112,7 @@ FASTVDM_INLINE void dot_tile(int K, const uint32_t* A, int64_t lda, const Pairs&
   Sum c[MR][NR];
   const uint32_t* b[NR];
 #pragma GCC unroll 4
-  for (int j = 0; j < NR; ++j)
-    b[j] = B.data + (n + j * VL) / 16 * B.panel + (n + j * VL) % 16;
+  for (int j = 0; j < NR; ++j) b[j] = B.data + (n + j * VL) / 16 * B.panel + (n + j * VL) % 16;
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4

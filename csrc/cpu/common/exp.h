@@ -38,8 +38,7 @@ FASTVDM_INLINE void vexp_each(vf (&x)[N]) {
   const vf magic = splat(12583039.f);
   constexpr float LOG2E = 1.44269502162933349609375f;
   vf t[N], p[N];
-#define FASTVDM_EACH                \
-  _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+#define FASTVDM_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
   FASTVDM_EACH x[i] = vmin(splat(88.3f), vmax(splat(-87.3f), x[i]));  // in this order a NaN stays
   FASTVDM_EACH t[i] = x[i] * LOG2E + magic;
   FASTVDM_EACH p[i] = x[i] * LOG2E - (t[i] - magic);

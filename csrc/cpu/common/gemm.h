@@ -39,9 +39,8 @@ FASTVDM_INLINE void gemm_tile(int K, const float* A, int64_t lda, const float* B
 }
 
 template <int NR, bool KM, int MR>
-FASTVDM_NOINLINE void gemm_panel(int M, int K, const float* A, int64_t lda,
-                                  const float* B, int64_t ldb, float* C,
-                                                 int64_t ldc, bool accumulate) {
+FASTVDM_NOINLINE void gemm_panel(int M, int K, const float* A, int64_t lda, const float* B,
+                                 int64_t ldb, float* C, int64_t ldc, bool accumulate) {
   const int64_t step = KM ? 1 : lda;
   int m = 0;
   for (; m + MR <= M; m += MR)

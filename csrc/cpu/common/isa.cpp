@@ -93,7 +93,8 @@ std::string set_cpu_isa(std::string name) {
     current.store(i, std::memory_order_relaxed);
     return name;
   }
-  throw std::runtime_error("cpu isa must be auto, amx, avx512_bf16, avx512, avx2 or portable, got '" + name + "'");
+  throw std::runtime_error(
+      "cpu isa must be auto, amx, avx512_bf16, avx512, avx2 or portable, got '" + name + "'");
 }
 
 std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }

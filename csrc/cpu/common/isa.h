@@ -48,7 +48,7 @@ void* scratch(int64_t bytes);
 #else
 #define FASTVDM_BESIDE_BF16(fn) avx512::fn
 #endif
-#define FASTVDM_PICK_WITH(amx_fn, bf16_fn, fn)                   \
+#define FASTVDM_PICK_WITH(amx_fn, bf16_fn, fn)                    \
   (::fastvdm::isa() == ::fastvdm::Isa::amx           ? amx_fn     \
    : ::fastvdm::isa() == ::fastvdm::Isa::avx512_bf16 ? bf16_fn    \
    : ::fastvdm::isa() == ::fastvdm::Isa::avx512      ? avx512::fn \

@@ -21,7 +21,7 @@
 namespace fastvdm {
 namespace {
 
-constexpr int64_t kLarge = 1 << 20;      // smaller ones the system's allocator keeps itself
+constexpr int64_t kLarge = 1 << 20;  // smaller ones the system's allocator keeps itself
 constexpr int64_t kHugePage = 1 << 21;
 
 struct Block {

@@ -13,8 +13,8 @@ namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-constexpr int kTileK = 32;        // depth of one tile product
-constexpr int kTileWords = 512;   // bf16 of a tile
+constexpr int kTileK = 32;       // depth of one tile product
+constexpr int kTileWords = 512;  // bf16 of a tile
 
 #if FASTVDM_EMULATE_TILES
 

@@ -7,14 +7,10 @@
 namespace fastvdm {
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      STD_TORCH_CHECK(false, "fastvdm_C: the CPU kernels take fp32, bf16 and fp16");
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "fastvdm_C: the CPU kernels take fp32, bf16 and fp16");
   }
 }
 
@@ -38,9 +34,7 @@ std::vector<float> floats(const Tensor& given, const char* name, int64_t numel) 
   std::vector<float> out(numel);
   const void* data = input(t, name, t.scalar_type(), numel);
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      std::memcpy(out.data(), data, sizeof(float) * numel);
-      break;
+    case ScalarType::Float: std::memcpy(out.data(), data, sizeof(float) * numel); break;
     case ScalarType::Double:
       for (int64_t i = 0; i < numel; ++i)
         out[i] = static_cast<float>(static_cast<const double*>(data)[i]);
@@ -53,8 +47,7 @@ std::vector<float> floats(const Tensor& given, const char* name, int64_t numel) 
       for (int64_t i = 0; i < numel; ++i)
         out[i] = static_cast<float>(static_cast<const c10::Half*>(data)[i]);
       break;
-    default:
-      STD_TORCH_CHECK(false, "fastvdm_C: ", name, " must be floating");
+    default: STD_TORCH_CHECK(false, "fastvdm_C: ", name, " must be floating");
   }
   return out;
 }
@@ -77,16 +70,11 @@ void Values::put(int64_t first, int64_t step, const double* values, int64_t coun
         to[i * step] = values[i];
   };
   switch (tensor_.scalar_type()) {
-    case ScalarType::Float:
-      return write(static_cast<float*>(data_) + first);
-    case ScalarType::Double:
-      return write(static_cast<double*>(data_) + first);
-    case ScalarType::BFloat16:
-      return write(static_cast<c10::BFloat16*>(data_) + first);
-    case ScalarType::Half:
-      return write(static_cast<c10::Half*>(data_) + first);
-    default:
-      STD_TORCH_CHECK(false, "fastvdm_C: a gradient must be floating");
+    case ScalarType::Float: return write(static_cast<float*>(data_) + first);
+    case ScalarType::Double: return write(static_cast<double*>(data_) + first);
+    case ScalarType::BFloat16: return write(static_cast<c10::BFloat16*>(data_) + first);
+    case ScalarType::Half: return write(static_cast<c10::Half*>(data_) + first);
+    default: STD_TORCH_CHECK(false, "fastvdm_C: a gradient must be floating");
   }
 }
 

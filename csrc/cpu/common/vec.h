@@ -270,14 +270,9 @@ FASTVDM_INLINE float hmax(vf v) {
 }  // namespace fastvdm
 
 // Runs `fn<T>(...)` for the storage type of dtype 0 fp32, 1 bf16, 2 fp16.
-#define FASTVDM_BY_DTYPE(dtype, fn, ...) \
-  switch (dtype) {                       \
-    case 0:                              \
-      fn<float>(__VA_ARGS__);            \
-      break;                             \
-    case 1:                              \
-      fn<bf16>(__VA_ARGS__);             \
-      break;                             \
-    default:                             \
-      fn<f16>(__VA_ARGS__);              \
+#define FASTVDM_BY_DTYPE(dtype, fn, ...)   \
+  switch (dtype) {                         \
+    case 0: fn<float>(__VA_ARGS__); break; \
+    case 1: fn<bf16>(__VA_ARGS__); break;  \
+    default: fn<f16>(__VA_ARGS__);         \
   }

@@ -72,7 +72,9 @@ static inline T least(T a, T b, bool nan) {
   return a < b ? a : b;
 }
 template <class T>
-static inline T most(T a, T b, bool nan) { return -least<T>(-a, -b, nan); }
+static inline T most(T a, T b, bool nan) {
+  return -least<T>(-a, -b, nan);
+}
 
 template <class T>
 inline void Machine::alu_float(int function) {
@@ -296,8 +298,10 @@ inline void Machine::compare(int comparison) {
 }
 
 static inline f64 rounded(f64 v, int mode) {
-  return mode == 1 ? std::trunc(v) : mode == 2 ? std::floor(v) : mode == 3 ? std::ceil(v)
-                                                                           : std::nearbyint(v);
+  return mode == 1   ? std::trunc(v)
+         : mode == 2 ? std::floor(v)
+         : mode == 3 ? std::ceil(v)
+                     : std::nearbyint(v);
 }
 // To an integer type, clamped as PTX does it; NaN is 0.
 template <class T>
@@ -306,8 +310,9 @@ static inline u64 to_integer(f64 v, int mode) {
   constexpr f64 HIGH = f64(std::numeric_limits<T>::max());
   f64 r = rounded(v, mode);
   if (r != r) return 0;
-  return u64(r >= HIGH ? std::numeric_limits<T>::max() : r <= LOW ? std::numeric_limits<T>::min()
-                                                                  : T(r));
+  return u64(r >= HIGH  ? std::numeric_limits<T>::max()
+             : r <= LOW ? std::numeric_limits<T>::min()
+                        : T(r));
 }
 
 // flags: type to, type of, rounding mode, saturation, to an integral value.
@@ -344,9 +349,10 @@ inline void Machine::convert() {
       case F16: r[i] = bits<u16>(f16(x)); break;
       case BF16: r[i] = to_bf16(f32(x)); break;
       case F32: {
-        f32 v32 = !is_float ? (from == U64 ? f32(n) : f32(s64(n)))
-                  : integral ? f32(rounded(x, mode))
-                  : mode == 1 ? toward_zero(x) : f32(x);
+        f32 v32 = !is_float   ? (from == U64 ? f32(n) : f32(s64(n)))
+                  : integral  ? f32(rounded(x, mode))
+                  : mode == 1 ? toward_zero(x)
+                              : f32(x);
         if (saturate) v32 = v32 > 0 ? std::min(v32, 1.0f) : 0;
         r[i] = bits<u32>(v32);
         break;

@@ -167,8 +167,8 @@ inline void Machine::finish_bulk(MBarrier& b) {
 }
 
 // Beyond the extents it reads 0.
-inline void Machine::finish_bulk_element(
-    const BulkCopy& copy, const MBarrier& b, u64 row, u32 column) {
+inline void Machine::finish_bulk_element(const BulkCopy& copy, const MBarrier& b, u64 row,
+                                         u32 column) {
   const TensorMap& map = copy.map;
   u32 size = map.element, to = copy.to + u32(row) * map.box[0] * size + column * size;
   s64 c = s64(column) + copy.at[0];

@@ -51,8 +51,10 @@ u32 Machine::next_lanes() {
   for (int i = 0; i < LANES; ++i) {
     if (!(w->live >> i & 1)) continue;
     s32 pc = w->lane_pc[i];
-    if (convergent(launch.code[pc].op)) waiting = std::min(waiting, pc);
-    else low = std::min(low, pc);
+    if (convergent(launch.code[pc].op))
+      waiting = std::min(waiting, pc);
+    else
+      low = std::min(low, pc);
   }
   w->pc = low < INT32_MAX ? low : waiting;
   u32 lanes = 0;
@@ -71,8 +73,7 @@ bool Machine::step() {
   if (I->guard_offset >= 0) {
     u32 guard = *(const u32*)(w->arena.data() + I->guard_offset);
     u32 missing = m & ~w->defined[I->guard_id];
-    if (launch.check && missing)
-      report(UNINITIALISED, -3, __builtin_ctz(missing), I->guard_id);
+    if (launch.check && missing) report(UNINITIALISED, -3, __builtin_ctz(missing), I->guard_id);
     m &= I->guard_negated ? ~guard : guard;
   }
   st->issued++, st->lanes += __builtin_popcount(m), st->masked += __builtin_popcount(lanes & ~m);
@@ -99,7 +100,8 @@ bool Machine::step() {
 // False when the warp waits for a barrier in shared memory.
 bool Machine::execute() {
   switch (I->op) {
-    case OP_nop: case OP_wgfence: break;
+    case OP_nop:
+    case OP_wgfence: break;
     case OP_trap: fail(UNSUPPORTED, 9999); break;
     case OP_warpsync: w->sync++; break;
     case OP_ldg: load_global(); break;
@@ -109,7 +111,8 @@ bool Machine::execute() {
     case OP_ldl: local_memory(true); break;
     case OP_stl: local_memory(false); break;
     case OP_cpasync: copy_async(); break;
-    case OP_cpwaitall: case OP_cpcommit:
+    case OP_cpwaitall:
+    case OP_cpcommit:
       w->copies.push_back(std::move(w->open_copies));
       w->open_copies.clear();
       if (I->op == OP_cpwaitall) wait_copies(0);
@@ -137,20 +140,32 @@ bool Machine::execute() {
     case OP_tmcommit: commit_tensor(); break;
     case OP_mbinit: init_barrier(); break;
     case OP_mbinval: end_barrier(); break;
-    case OP_mbexpect: case OP_mbarrive: arrive(); break;
+    case OP_mbexpect:
+    case OP_mbarrive: arrive(); break;
     case OP_mbtry:
       if (try_wait()) break;
       w->state = AT_MBARRIER;
       return false;
     case OP_tma: bulk_copy(); break;
     case OP_proxyfence: w->fence++, w->fence_epoch = epoch; break;
-    case OP_shfl_bfly: case OP_shfl_idx: case OP_shfl_up: case OP_shfl_down: shuffle(); break;
+    case OP_shfl_bfly:
+    case OP_shfl_idx:
+    case OP_shfl_up:
+    case OP_shfl_down: shuffle(); break;
     case OP_redux: reduce(); break;
     case OP_cvt: convert(); break;
     case OP_cvt_bf16x2_f32: convert_pair(to_bf16); break;
     case OP_cvt_f16x2_f32: convert_pair(to_f16); break;
-    case OP_prmt: case OP_lop3: case OP_shf_l: case OP_shf_r: case OP_bfe_u32: case OP_bfe_s32:
-    case OP_bfi_b32: case OP_popc_b32: case OP_clz_b32: case OP_brev_b32: select_bits(); break;
+    case OP_prmt:
+    case OP_lop3:
+    case OP_shf_l:
+    case OP_shf_r:
+    case OP_bfe_u32:
+    case OP_bfe_s32:
+    case OP_bfi_b32:
+    case OP_popc_b32:
+    case OP_clz_b32:
+    case OP_brev_b32: select_bits(); break;
     case OP_carry: add_carry(); break;
     case OP_alu: alu(); break;
     case OP_setp:
@@ -187,12 +202,13 @@ void Machine::moves() {
     case OP_notp: return put_predicate(0, ~p(0), defined(0));
     case OP_xorp: return put_predicate(0, p(0) ^ p(1), all_defined());
     case OP_andp:  // one false operand decides
-      return put_predicate(
-          0, p(0) & p(1), all_defined() | (defined(0) & ~p(0)) | (defined(1) & ~p(1)));
+      return put_predicate(0, p(0) & p(1),
+                           all_defined() | (defined(0) & ~p(0)) | (defined(1) & ~p(1)));
     case OP_orp:
-      return put_predicate(
-          0, p(0) | p(1), all_defined() | (defined(0) & p(0)) | (defined(1) & p(1)));
-    case OP_selp32: case OP_selp64: {
+      return put_predicate(0, p(0) | p(1),
+                           all_defined() | (defined(0) & p(0)) | (defined(1) & p(1)));
+    case OP_selp32:
+    case OP_selp64: {
       u64 r[LANES];
       auto known = [&](bool half) {
         return defined(2) & ((p(2) & half_defined(0, half)) | (~p(2) & half_defined(1, half)));
@@ -232,10 +248,14 @@ void Machine::moves() {
                   : I->flags < 6  ? launch.grid[I->flags - 3]
                   : I->flags == 6 ? launch.num_warps * LANES
                                   : 1);
-    case OP_ldparam: case OP_ldparam_s64: case OP_paramaddr: {
+    case OP_ldparam:
+    case OP_ldparam_s64:
+    case OP_paramaddr: {
       u64 v = 0, r[LANES];
-      if (I->op == OP_paramaddr) v = u64(launch.parameters) + I->imm;
-      else memcpy(&v, launch.parameters + I->imm, I->op == OP_ldparam ? I->flags : 4);
+      if (I->op == OP_paramaddr)
+        v = u64(launch.parameters) + I->imm;
+      else
+        memcpy(&v, launch.parameters + I->imm, I->op == OP_ldparam ? I->flags : 4);
       if (I->op == OP_ldparam_s64 && I->flags) v = u64(s64(s32(v)));
       std::fill(r, r + LANES, v);
       return put_lanes(0, r, ALL);

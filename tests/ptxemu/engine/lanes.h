@@ -29,7 +29,8 @@ inline void Machine::shuffle() {
 inline void Machine::reduce() {
   const f32* a = source<f32>(0);
   int function = I->flags >> 5;
-  bool nan = function == MIN_NAN || function == MAX_NAN, low = function == MIN || function == MIN_NAN;
+  bool nan = function == MIN_NAN || function == MAX_NAN,
+       low = function == MIN || function == MIN_NAN;
   if ((I->flags & 31) != F32) return fail(UNSUPPORTED, I->flags);
   f32 r[LANES], found = NAN;
   bool first = true;

@@ -91,17 +91,19 @@ enum Kind {
 };
 
 // Operations. alu: flags are function * 32 + type; setp: comparison * 32 + type.
+// clang-format off
 #define OPERATIONS(X)                                                                            \
   X(nop) X(mov32) X(mov64) X(movp) X(pack) X(unpack) X(tid) X(ctaid) X(laneid) X(warpid)         \
   X(ldparam) X(ldparam_s64) X(paramaddr) X(bra) X(ret) X(trap) X(barsync) X(warpsync) X(notp)    \
   X(andp) X(orp) X(xorp) X(selp32) X(selp64) X(shfl_bfly) X(shfl_idx) X(shfl_up) X(shfl_down)    \
-  X(vote_any) X(vote_all) X(vote_ballot) X(redux) X(activemask) X(elect) X(ldg) X(stg) X(lds) X(sts)      \
-  X(ldl) X(stl) X(cpasync) X(cpcommit) X(cpwait) X(cpwaitall) X(ldmatrix) X(stmatrix)            \
+  X(vote_any) X(vote_all) X(vote_ballot) X(redux) X(activemask) X(elect) X(ldg) X(stg) X(lds)    \
+  X(sts) X(ldl) X(stl) X(cpasync) X(cpcommit) X(cpwait) X(cpwaitall) X(ldmatrix) X(stmatrix)     \
   X(mma_f16) X(mma_bf16) X(mma_tf32) X(mma_f64) X(wgmma) X(wgfence) X(wgcommit) X(wgwait)        \
   X(tmalloc) X(tmfree) X(tmld) X(tmst) X(tmwaitld) X(tmwaitst) X(tmmma) X(tmcommit)             \
   X(mbinit) X(mbinval) X(mbexpect) X(mbarrive) X(mbtry) X(tma) X(proxyfence) X(cvt)              \
   X(cvt_bf16x2_f32) X(cvt_f16x2_f32) X(prmt) X(lop3) X(shf_l) X(shf_r) X(bfe_u32) X(bfe_s32)     \
   X(bfi_b32) X(carry) X(popc_b32) X(clz_b32) X(brev_b32) X(alu) X(setp)
+// clang-format on
 enum Operation {
 #define X(name) OP_##name,
   OPERATIONS(X)
@@ -113,6 +115,7 @@ constexpr const char* OPERATION_NAMES[] = {
 #undef X
 };
 
+// clang-format off
 enum Type {
   U16, S16, U32, S32, U64, S64, F16, BF16, F32, F64, F16X2, BF16X2, U8, S8, TF32,
   F32X2
@@ -121,4 +124,5 @@ enum Function {
   ADD, SUB, MUL, MUL_HI, MUL_WIDE, MAD, MAD_WIDE, DIV, REM, MIN, MAX, ABS, NEG, AND, OR, XOR, NOT,
   SHL, SHR, FMA, EX2, LG2, RCP, SQRT, RSQRT, SIN, COS, TANH, COPYSIGN, MIN_NAN, MAX_NAN
 };
+// clang-format on
 enum Comparison { EQ, NE, LT, LE, GT, GE, EQU, NEU, LTU, LEU, GTU, GEU, NUM, NAN_ };

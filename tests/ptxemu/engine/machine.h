@@ -38,7 +38,7 @@ struct BulkCopy {  // TMA
   u32 to, bytes;
   s32 pc, warp;
 };
-struct MatrixGroup {  // wgmma or tcgen05.mma, up to a commit
+struct MatrixGroup {                        // wgmma or tcgen05.mma, up to a commit
   std::vector<s32> accumulators, operands;  // registers; of tcgen05 cells of tensor memory
   std::vector<std::pair<u32, u32>> reads;
 };
@@ -73,7 +73,7 @@ struct Warp {
   CopyGroup open_copies;
   std::vector<MatrixGroup> matrices;
   MatrixGroup open_matrices;
-  std::vector<s32> loading;  // registers, from tensor memory
+  std::vector<s32> loading;   // registers, from tensor memory
   std::map<u32, u32> waited;  // by barrier: the phase whose end this warp has waited for
 };
 
@@ -116,7 +116,9 @@ class Machine {
   const Operand& of(int k) const { return launch.operands[I->first + I->destinations + k]; }
   const u8* raw(int k) const;
   template <class T>
-  const T* source(int k) const { return (const T*)raw(k); }
+  const T* source(int k) const {
+    return (const T*)raw(k);
+  }
   u64 wide_source(int k, int lane) const;
   u32 half_defined(int k, bool high) const;
   u32 defined(int k) const { return half_defined(k, false) & half_defined(k, true); }
@@ -165,8 +167,8 @@ class Machine {
   void store_matrix();
   void mma(int format);
   void wgmma();
-  f64 shared_element(
-      u32 address, bool& undefined, f32 (*format)(u32), int bytes, MatrixGroup& group);
+  f64 shared_element(u32 address, bool& undefined, f32 (*format)(u32), int bytes,
+                     MatrixGroup& group);
   void release(const MatrixGroup& done);
   void wait_matrices(size_t keep);
   bool makes_pair() const;

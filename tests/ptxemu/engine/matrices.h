@@ -65,7 +65,9 @@ inline void Machine::store_matrix() {
 
 // -- mma.sync -------------------------------------------------------------------------------------
 
-static inline f64 low_float(int format, u16 v) { return format == BF16 ? from_bf16(v) : from_f16(v); }
+static inline f64 low_float(int format, u16 v) {
+  return format == BF16 ? from_bf16(v) : from_f16(v);
+}
 
 // D = A B + C; flags: registers of A, B and C, then M and K. Lane 4 g + t holds rows g and g + 8.
 inline void Machine::mma(int format) {
@@ -106,11 +108,15 @@ inline void Machine::mma(int format) {
       int row = (i >> 2) + (k >> 1) * 8, column = (i & 3) * 2 + (k & 1);
       bool known = !unknown_row[row] && !unknown_column[column];
       ok |= (defined(from) >> i & 1 & u32(known)) << i;
-      if (format == F64) wide[i] = source<f64>(from)[i] + C[row][column];
-      else narrow[i] = toward_zero(f64(source<f32>(from)[i]) + C[row][column]);
+      if (format == F64)
+        wide[i] = source<f64>(from)[i] + C[row][column];
+      else
+        narrow[i] = toward_zero(f64(source<f32>(from)[i]) + C[row][column]);
     }
-    if (format == F64) put<f64>(k, wide, ok);
-    else put<f32>(k, narrow, ok);
+    if (format == F64)
+      put<f64>(k, wide, ok);
+    else
+      put<f32>(k, narrow, ok);
   }
 }
 
@@ -136,8 +142,8 @@ static inline f32 element_bf16(u32 v) { return from_bf16(u16(v)); }
 static inline f32 element_f16(u32 v) { return from_f16(u16(v)); }
 
 // An element of an operand in shared memory, which nobody may overwrite until the wait.
-inline f64 Machine::shared_element(
-    u32 a, bool& undefined, f32 (*format)(u32), int bytes, MatrixGroup& group) {
+inline f64 Machine::shared_element(u32 a, bool& undefined, f32 (*format)(u32), int bytes,
+                                   MatrixGroup& group) {
   if (!shared_ok(a, bytes, 0)) return 0;
   u32 v = 0, at = a - SHARED_BASE;
   note_read(a, bytes, 0, true);
@@ -165,9 +171,11 @@ inline void Machine::wgmma() {
       const u32* v = source<u32>(next);
       for (int i = 0; i < LANES; ++i) {
         int row = (i >> 2) + (next & 1) * 8, t = i & 3, along = next >> 1;
-        if (bytes == 4) A[row][t + along * 4] = format(v[i]);
-        else A[row][2 * t + along * 8] = format(v[i] & 0xffff),
-             A[row][2 * t + along * 8 + 1] = format(v[i] >> 16);
+        if (bytes == 4)
+          A[row][t + along * 4] = format(v[i]);
+        else
+          A[row][2 * t + along * 8] = format(v[i] & 0xffff),
+                                 A[row][2 * t + along * 8 + 1] = format(v[i] >> 16);
         unknown_row[row] |= !(defined(next) >> i & 1);
       }
       if (of(next).kind != REGISTER) continue;
@@ -187,8 +195,8 @@ inline void Machine::wgmma() {
   u64 descriptor = source<u64>(next)[0];
   for (int n = 0; n < N; ++n)
     for (int k = 0; k < K; ++k)
-      B[k][n] = shared_element(in_descriptor(descriptor, n, k, flag(12), bytes),
-                               unknown_column[n], format, bytes, group);
+      B[k][n] = shared_element(in_descriptor(descriptor, n, k, flag(12), bytes), unknown_column[n],
+                               format, bytes, group);
   bool accumulate = source<u32>(next + 1)[0] & 1;
   static thread_local f64 C[16][256];
   for (int r = 0; r < 16; ++r) {

@@ -249,7 +249,10 @@ inline void Machine::load_global() {
       u64 x = 0;
       memcpy(&x, p + k * e, e);
       if (I->flags & 16)
-        x = e == 1 ? u64(s64(int8_t(x))) : e == 2 ? u64(s64(s16(x))) : e == 4 ? u64(s64(s32(x))) : x;
+        x = e == 1   ? u64(s64(int8_t(x)))
+            : e == 2 ? u64(s64(s16(x)))
+            : e == 4 ? u64(s64(s32(x)))
+                     : x;
       v[k][i] = x;
     }
     good |= 1u << i;

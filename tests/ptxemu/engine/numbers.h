@@ -34,13 +34,19 @@ static inline f32 toward_zero(f64 d) {
 // A lane of a register has 8 bytes where the register has 64 bits, else 4.
 template <class T>
 static inline T lane_of(const u8* p, int i) {
-  if constexpr (sizeof(T) >= 4) return ((const T*)p)[i];
-  else if constexpr (sizeof(T) == 2) return bits<T>(u16(((const u32*)p)[i]));
-  else return T(((const u32*)p)[i]);
+  if constexpr (sizeof(T) >= 4)
+    return ((const T*)p)[i];
+  else if constexpr (sizeof(T) == 2)
+    return bits<T>(u16(((const u32*)p)[i]));
+  else
+    return T(((const u32*)p)[i]);
 }
 template <class T>
 static inline void set_lane(u8* p, int i, T v) {
-  if constexpr (sizeof(T) >= 4) ((T*)p)[i] = v;
-  else if constexpr (sizeof(T) == 2) ((u32*)p)[i] = bits<u16>(v);
-  else ((u32*)p)[i] = u8(v);
+  if constexpr (sizeof(T) >= 4)
+    ((T*)p)[i] = v;
+  else if constexpr (sizeof(T) == 2)
+    ((u32*)p)[i] = bits<u16>(v);
+  else
+    ((u32*)p)[i] = u8(v);
 }

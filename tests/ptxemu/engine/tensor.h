@@ -80,8 +80,8 @@ inline void Machine::wait_tensor(bool loads) {
 static inline u32 tensor_lane(int row, int M) { return M == 64 ? row / 16 * 32 + row % 16 : row; }
 
 // Element k of a row that starts at a column: 16-bit elements in pairs.
-inline f64 Machine::tensor_element(
-    u32 lane, u32 column, int k, f32 (*format)(u32), int bytes, bool& undefined) {
+inline f64 Machine::tensor_element(u32 lane, u32 column, int k, f32 (*format)(u32), int bytes,
+                                   bool& undefined) {
   Cell* cell = cell_at(lane, column + k * bytes / 4);
   if (!cell) return 0;
   if (cell->storing) report(IN_FLIGHT, -1, 0, lane << 16 | column, 5);
@@ -136,8 +136,8 @@ inline void Machine::tensor_mma() {
       if (cell->storing && accumulate) report(IN_FLIGHT, -1, 0, d, 5);
       f64 sum = 0;
       for (int k = 0; k < K; ++k) sum += A[r][k] * B[k][n];
-      cell->value = bits<u32>(
-          toward_zero((accumulate ? f64(bits<f32>(cell->value)) : 0.0) + sign * sum));
+      cell->value =
+          bits<u32>(toward_zero((accumulate ? f64(bits<f32>(cell->value)) : 0.0) + sign * sum));
       cell->defined = (!accumulate || cell->defined) && !unknown_row[r] && !unknown_column[n];
       cell->busy++;
       open_tensor.accumulators.push_back(s32(cell - tensor.data()));
