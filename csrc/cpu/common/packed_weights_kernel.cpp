@@ -8,8 +8,8 @@
 // - two 16-bit elements exchanged between different halves of two words: it changes by
 //   (e_i - e_j) (2¹⁶ k_j - k_i), and the keys are odd.
 // For any other change both sums would have to be unchanged: the probability is 2⁻¹²⁸ if all words
-// change at random, and below 2⁻⁵⁰ over the choice of the keys for the smallest changes. The weights
-// belong to the user, so nobody searches for collisions.
+// change at random, and below 2⁻⁵⁰ over the choice of the keys for the smallest changes. The
+// weights belong to the user, so nobody searches for collisions.
 #include "packed_weights.h"
 
 #include "vec.h"
