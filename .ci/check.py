@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-m")
+CPP = ("csrc/**/*.cpp", "csrc/**/*.h", "tests/**/*.cpp", "tests/**/*.h")
 
 
 Step = tuple[str, list[str], dict[str, str]]
+
+
+def program(name: str) -> str:
+    """A tool beside this Python, which may not be on PATH; else the one that is."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or name
+
+
+def files(*patterns: str) -> list[str]:
+    """Relative to the root, in order."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
 def steps(only: str | None, everything: bool, extra: list[str]) -> list[Step]:
@@ -27,6 +40,7 @@ def steps(only: str | None, everything: bool, extra: list[str]) -> list[Step]:
         ("ruff check", [*PYTHON, "ruff", "check", "."], {}),
         ("ruff format", [*PYTHON, "ruff", "format", "--check", "."], {}),
         ("mypy", [*PYTHON, "mypy"], {}),
+        ("clang-format", [program("clang-format"), "--dry-run", "--Werror", *files(*CPP)], {}),
     ]
     if only == "lint":
         return lint

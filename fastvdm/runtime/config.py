@@ -34,7 +34,7 @@ def _count(name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """An immutable snapshot of the settings; ENVS.md describes each variable."""
+    """An immutable snapshot of the settings; docs/environment.md describes each variable."""
 
     backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
