@@ -54,6 +54,7 @@ class Bundle:
         return make_schedule(self.settings, self.unet.time_input)
 
     def to(self, device: str | torch.device) -> Bundle:
+        """Move the network and the text encoder to ``device``; return the bundle."""
         self.unet.to(device)
         if torch.device(device).type == "cuda":  # otherwise cuDNN converts the layout at every call
             self.unet.to(memory_format=torch.channels_last)
@@ -248,8 +249,12 @@ def _of_peer(
 
 
 def make_text(settings: Settings, cond_dim: int | None, *, fetch: bool = True) -> Any:
-    """Make the ``TextConditioner`` of the settings, with new weights. Without ``fetch`` its encoder
-    must be in a folder or in the cache of this machine.
+    """Make the ``TextConditioner`` of the settings, with new weights.
+
+    Args:
+        settings: name the encoder, its length and its pooling.
+        cond_dim: features of the conditioning vector; None: those of the encoder.
+        fetch: allow a download; else the encoder must be in a folder or in this machine's cache.
 
     Raises:
         ValueError: the encoder cannot be loaded, or only by downloading it.

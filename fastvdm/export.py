@@ -56,7 +56,15 @@ def library_path() -> Path:
 def example_inputs(
     model: UNet3D, batch: int, num_frames: int, height: int, width: int
 ) -> tuple[Tensor, ...]:
-    """(x, time[, cond]) of the given size, on the model's device and in its dtype."""
+    """(x, time[, cond]) on the model's device and in its dtype.
+
+    Args:
+        model: the network; ``cond`` is there if it has conditioning.
+        batch: size of the batch.
+        num_frames: number of frames.
+        height: pixels.
+        width: pixels.
+    """
     weight = model.stem.weight
     x = torch.randn(
         batch, model.channels, num_frames, height, width, device=weight.device, dtype=weight.dtype

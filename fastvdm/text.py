@@ -68,6 +68,7 @@ class TextEncoder:
         return int(self.model.config.hidden_size)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move the encoder to ``device``, and to ``dtype`` if one is given; return it."""
         self.device = torch.device(device)
         self.model.to(self.device, dtype)
         return self
@@ -93,6 +94,7 @@ class TextEncoder:
 
 
 def check_captions(captions: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless ``captions`` is a non-empty list of strings."""
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise TypeError("captions must be a list of strings, one for each video")
     if not captions:
@@ -102,8 +104,13 @@ def check_captions(captions: Sequence[str]) -> None:
 class AttentionPool(nn.Module):
     """One learned query attends over the tokens; the result is projected to ``out_dim``.
 
-    tokens (B, L, dim), mask (B, L) bool → (B, out_dim). Attention has ``heads`` heads of
-    ``dim / heads`` features, by default 64 each as in BERT.
+    Args:
+        dim: features of a token.
+        out_dim: features of the result; default ``dim``.
+        heads: attention heads of ``dim / heads`` features; by default 64 features each, as in BERT.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, out_dim: int | None = None, heads: int | None = None) -> None:
@@ -118,6 +125,7 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(dim, self.out_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Pool tokens (B, L, dim) under mask (B, L), bool and true at a token, to (B, out_dim)."""
         tokens = self.norm(tokens.to(self.query.dtype))
         k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, L, heads, D)
         logits = torch.einsum("blhd,hd->bhl", k, self.query) * k.shape[-1] ** -0.5
@@ -126,7 +134,16 @@ class AttentionPool(nn.Module):
 
 
 def masked_mean(tokens: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Mean of the token states without position 0, as ``bert_embed`` in video-diffusion-pytorch."""
+    """Mean of the token states without position 0, as ``bert_embed`` in video-diffusion-pytorch.
+
+    Args:
+        tokens: states (B, L, dim).
+        mask: (B, L), true at a token.
+        eps: added to the number of tokens.
+
+    Returns:
+        (B, dim).
+    """
     weight = mask[:, 1:, None].to(tokens.dtype)
     return (tokens[:, 1:] * weight).sum(1) / (weight.sum(1) + eps)
 

@@ -337,9 +337,11 @@ class JointDiffusion(nn.Module):
             return getattr(super().__getattr__("diffusion"), name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state of the diffusion model, without names for this wrapper."""
         return self.diffusion.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load what ``state_dict`` gave."""
         return self.diffusion.load_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

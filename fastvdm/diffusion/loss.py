@@ -19,8 +19,13 @@ Reduction = Literal["mean", "none"]
 
 
 def q_sample(x: Tensor, log_snr: Tensor, noise: Tensor) -> Tensor:
-    """z_t = alpha_t x + sigma_t noise. x and noise are (B, ...) and log_snr is (B,); or x and noise
-    are (B, C, F, H, W) and log_snr is (B, F), a level per frame."""
+    """z_t = alpha_t x + sigma_t noise, the forward process (Ho et al. 2022, eq. 1).
+
+    Args:
+        x: data (B, ...).
+        log_snr: (B,), or (B, F) with x (B, C, F, H, W): a level per frame.
+        noise: standard normal, of the shape of x.
+    """
     return expand(alpha_of(log_snr), x) * x + expand(sigma_of(log_snr), x) * noise
 
 

@@ -78,6 +78,7 @@ class Ancestral:
             raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
 
     def update(self, log_snr_t: Tensor, log_snr_s: Tensor) -> Update:
+        """Coefficients of the step from t to s: ``posterior``."""
         return posterior(log_snr_t, log_snr_s, self.gamma)
 
 
@@ -102,6 +103,7 @@ class DDIM:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
 
     def update(self, log_snr_t: Tensor, log_snr_s: Tensor) -> Update:
+        """Coefficients of the step from t to s."""
         one_minus_r = _one_minus_r(log_snr_t, log_snr_s)
         keep = (1 - self.eta**2 * one_minus_r).clamp_min(0).sqrt()  # fraction of sigma_s
         # sigma_s/sigma_t and (alpha_t/sigma_t) sigma_s without a division by a small sigma

@@ -88,6 +88,7 @@ class CosineSchedule:
     Args:
         logsnr_min: log-SNR at t = 1; -20 in the paper.
         logsnr_max: log-SNR at t = 0; 20 in the paper.
+        time_input: what the network takes: the log-SNR, as in the paper, or t.
 
     Raises:
         ValueError: the bounds are not finite or not in order.

@@ -116,6 +116,7 @@ class VideoFeatures(nn.Module):
         self.num_features = num_features or self(torch.zeros(1, *example)).shape[1]
 
     def train(self, mode: bool = True) -> VideoFeatures:
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @torch.no_grad()

@@ -116,6 +116,7 @@ class Linear(nn.Linear):
     """``nn.Linear`` that calls ``linear``; it has the same parameters and state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """``linear`` of the input (..., in_features) → (..., out_features)."""
         return linear(input, self.weight, self.bias)
 
 

@@ -389,6 +389,13 @@ def space_conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``space_conv`` and the GroupNorm statistics of its output, for ``norm_act(..., stats=)``.
 
+    The other arguments are those of ``space_conv``.
+
+    Args:
+        groups: number of groups; divides Cout.
+        per_frame: take the statistics of each frame alone.
+        eps: added to the variance.
+
     Returns:
         y; mean and rstd = 1 / sqrt(var + eps) of the stored y, both (B, groups), or (B*F, groups)
         per frame, in fp32 (fp64 for fp64). They have no gradient: the norm that takes them

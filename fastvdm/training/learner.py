@@ -126,11 +126,13 @@ def _local(t: Tensor) -> Tensor:
 
 
 class Averaged:
-    """Exponential moving average of the parameters of ``modules``, in fp32. If they are sharded, it
-    is the average of this process's shards.
+    """Exponential moving average of parameters, in fp32; if sharded, of this process's shards.
 
-    With ``warmup`` decay_n = min(decay, (1 + n)/(10 + n)), so that a short run does not average the
-    initial weights.
+    Args:
+        modules: modules whose parameters are averaged.
+        decay: weight of the old average in an update.
+        warmup: use decay_n = min(decay, (1 + n)/(10 + n)) in update n, so that a short run does not
+            average the initial weights.
     """
 
     def __init__(self, modules: list[nn.Module], decay: float, warmup: bool) -> None:
@@ -140,6 +142,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Average the current parameters in, as update number ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(self.copies, [_local(p).float() for p in self.source], 1 - decay)
 
