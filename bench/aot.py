@@ -331,8 +331,8 @@ def gated() -> list[Call]:
 def gate(processes: int) -> list[AotResult]:
     """Check what every change must pass. For sm_90: the launches of UNet3D(64) in bf16 and in
     training under autocast, those of a guided step of ucf101, and a few calls. For the other
-    architectures: those with the most registers of each kernel. And the edges through Triton's
-    front end. Launches that differ only in the specialisation of integers are checked once."""
+    architectures: those with the most registers of each kernel. The edges are checked in Triton's
+    front end only. Launches that differ only in the specialisation of integers are checked once."""
     first = {m.apart_from_integers: m for m in reversed(captured(gated(), H100))}
     jobs: list[Job] = [(measure, launch) for launch in reversed(first.values())]
     jobs += [(lower, launch) for launch in captured(edges(), H100)]

@@ -106,7 +106,7 @@ def merged(
 
 @triton.jit
 def mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask, ACC: tl.constexpr):
-    """What to subtract from x, (1, BLOCK_C): the mean of x + x_bias, minus x_bias."""
+    """The value to subtract from x, (1, BLOCK_C): the mean of x + x_bias, minus x_bias."""
     mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
     mean -= vector(xb_ptr, stride_bias, 0, cols, mask, ACC)
     return mean[None, :]

@@ -117,7 +117,7 @@ def _stats_kernel(
     apart = mean - centre[None, :]
     m2 = tl.sum(m2 + SUB * count * apart * apart, axis=0)
 
-    # And over the channels of a group, (BLOCK_S, BLOCK_G).
+    # Finally over the channels of a group, (BLOCK_S, BLOCK_G).
     offs_g = tl.arange(0, BLOCK_G)
     member = (sub * SUB // group_width)[:, None] == offs_g[None, :]
     first = (sub * SUB % group_width == 0)[:, None] & member
