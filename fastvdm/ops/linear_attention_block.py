@@ -5,10 +5,10 @@
 
 with N = H*W pixels. v and the output of the attention, the largest tensors of the network after q
 and k, are never computed: k'ᵀ v = (k'ᵀ x̂) W_vᵀ and (q' ctx) W_outᵀ = q' (ctx W_outᵀ), both once per
-frame and head. This takes 4 C heads D multiplications per pixel; separate steps take as many and also
-the two products of the attention. Saved for the backward are x, G and log Σ exp k. On a CPU, and
-on a GPU unless ``exceeds_registers`` gives a reason, ``attention_block`` with linear attention is
-this op.
+frame and head. This takes 4 C heads D multiplications per pixel; separate steps take as many, and
+the two products of the attention. Saved for the backward are x, G and log Σ exp k. On a CPU, and on
+a GPU unless ``exceeds_registers`` gives a reason, ``attention_block`` with linear attention is this
+op.
 """
 
 from __future__ import annotations
