@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("out/digits"))
     parser.add_argument("--model", type=Path, default=MODEL, help="where the network goes")
-    parser.add_argument(
-        "--bf16", action="store_true", help="under autocast, as the shipped one"
-    )
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as shipped")
     args = parser.parse_args()
     save(train(args.steps, args.batch, args.out, bf16=args.bf16), args.model)
     print(args.model)
