@@ -157,7 +157,7 @@ see the same clips and the same noise: step for step it is the same training, to
 
 <h2>Videos from a trained network</h2>
 <p>That training is far too short to draw video. This network ships trained, as
-<code>examples/digits/model</code>: moving digits, 16&times;32&times;32, 436 000 parameters in 0.9
+<code>examples/digits/model</code>: moving digits, 16&times;24&times;24, 436 000 parameters in 0.9
 MB. Drawn from noise:</p>
 {samples}
 

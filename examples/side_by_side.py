@@ -32,7 +32,7 @@ from fastvdm.diffusion import DiscreteSchedule, sample  # noqa: E402
 
 MODEL = ROOT / "examples" / "digits" / "model"
 DELAY = 0.12  # seconds a picture; GIF counts hundredths
-WIDTH, ZOOM, COLUMNS, GAP = 640, 3, 3, 4
+WIDTH, ZOOM, COLUMNS, GAP = 640, 4, 3, 4
 PAPER, INK, SOFT, BAR, DONE = "#0d1117", "#e6edf3", "#8b949e", "#1f6feb", "#3fb950"
 
 

@@ -141,10 +141,10 @@ def test_both_networks_train_alike() -> None:
 
 def test_continued_digits_keep_what_is_given() -> None:
     found = demo_digits.draw_digits(samples=1, clips=1, frames=20, steps=2, device="cpu")
-    assert found.samples.shape == (1, 3, 16, 32, 32)
+    assert found.samples.shape == (1, 3, 16, 24, 24)
     known = demo_digits.KNOWN
     for video in found.drawn.values():
-        assert video.shape == found.truth.shape == (1, 3, 20, 32, 32)
+        assert video.shape == found.truth.shape == (1, 3, 20, 24, 24)
         assert torch.allclose(video[:, :, :known], found.truth[:, :, :known], atol=1e-5)
         assert video.min() >= 0 and video.max() <= 1
     assert found.error["replacement"] != found.error["reconstruction"]
@@ -159,7 +159,7 @@ def test_race_of_both_networks(tmp_path: Path) -> None:
     for run in runs.values():
         assert len(run.times) == len(run.seen) == 2 and run.seconds >= run.times[0] > 0
         assert (run.at(0), run.at(run.seconds)) == (0, 2)
-        assert run.seen[0].shape == (1, 16, 32, 32, 3)
+        assert run.seen[0].shape == (1, 16, 24, 24, 3)
         run.times = [0.1, 0.2]
     side_by_side.animate(runs, ["<where>"], tmp_path / "race.gif", hold=0.5)
     picture = Image.open(tmp_path / "race.gif")

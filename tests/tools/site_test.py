@@ -28,7 +28,7 @@ API = sorted((ROOT / "docs" / "api").glob("*.md"))
 # -- links in the tree, as whoever reads the Markdown follows them --------------------------------
 
 FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$", re.M | re.S)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
 def slug(heading: str) -> str:
@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_link_and_anchor_leads_somewhere(page):
-    for target in LINK.findall(FENCED.sub("", page.read_text())):
+    for target in map("".join, LINK.findall(FENCED.sub("", page.read_text()))):
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue
