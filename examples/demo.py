@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 from demo_compare import compare  # noqa: E402
-from demo_digits import KNOWN, METHODS, draw_digits  # noqa: E402
+from demo_digits import METHODS, draw_digits  # noqa: E402
 from demo_report import Findings, write_report  # noqa: E402
 from demo_train import Clips, restore, save_and_reload, train  # noqa: E402
 from machine import describe  # noqa: E402
@@ -83,8 +83,9 @@ def show_digits(args: argparse.Namespace, device: str) -> Any:
         write_video(args.out / f"sample-{i}.mp4", video, fps=8)
     console.print(f"  {args.samples} videos from noise: {args.out}/sample-*.mp4")
     for method in METHODS:
-        error = statistics.mean(found.error[method])
-        console.print(f"  {method}: error {error:.3f} over the {args.digit_frames - KNOWN} frames")
+        seam, colour = (statistics.mean(x[method]) for x in (found.seam, found.colour))
+        console.print(f"  {method}: step at the seam {seam:.3f}, colour off by {colour:.3f}")
+    console.print(f"  the true clips' own step there: {statistics.mean(found.seam['true']):.3f}")
     return found
 
 

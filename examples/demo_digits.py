@@ -26,7 +26,10 @@ class Digits:
     samples: Tensor
     truth: Tensor
     drawn: dict[str, Tensor]
-    error: dict[str, list[float]]  # RMS against the true clip over the drawn frames, for each clip
+    # For each clip, and for the true one: RMS change from the last given to the first drawn frame,
+    # and how far the colour of the drawn frames is from the true one, RMS over channels.
+    seam: dict[str, list[float]]
+    colour: dict[str, list[float]]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -53,9 +56,20 @@ def draw_digits(
             method=method, seed=seed,
         )  # fmt: skip
         seconds[method] = time.monotonic() - start
-    error = {
-        m: (v - truth)[:, :, KNOWN:].square().mean(dim=(1, 2, 3, 4)).sqrt().div(2).tolist()
-        for m, v in continued.items()
-    }
-    unit = {m: (v.clamp(-1, 1) + 1) / 2 for m, v in continued.items()}
-    return Digits(drawn.cpu(), (truth + 1) / 2, unit, error, seconds)
+    unit = {m: (v.clamp(-1, 1) + 1) / 2 for m, v in ({"true": truth} | continued).items()}
+    seam = {m: (v[:, :, KNOWN] - v[:, :, KNOWN - 1]).square() for m, v in unit.items()}
+    colour = {m: (mean_colour(v) - mean_colour(unit["true"])).square() for m, v in unit.items()}
+    return Digits(
+        drawn.cpu(),
+        unit.pop("true"),
+        unit,
+        {m: x.mean(dim=(1, 2, 3)).sqrt().tolist() for m, x in seam.items()},
+        {m: x[:, :, KNOWN:].mean(dim=(1, 2)).sqrt().tolist() for m, x in colour.items()},
+        seconds,
+    )
+
+
+def mean_colour(video: Tensor) -> Tensor:
+    """(B, 3, F) of (B, 3, F, H, W) in [0, 1]: the mean colour, weighted by brightness."""
+    weight = video.amax(dim=1, keepdim=True).square()
+    return (video * weight).sum(dim=(3, 4)) / weight.sum(dim=(3, 4)).clamp_min(1e-6)

@@ -103,8 +103,11 @@ def continued(found: Digits) -> str:
     for i in range(len(found.truth)):
         known = {"true clip": found.truth.shape[2]} | dict.fromkeys(found.drawn, KNOWN)
         videos = {"true clip": found.truth} | found.drawn
-        words = {m: f"{m}, error {e[i]:.2f}" for m, e in found.error.items()}
-        rows.append(row([(words.get(m, m), bordered(v[i], known[m])) for m, v in videos.items()]))
+        words = {
+            m: f"{m}: step {found.seam[m][i]:.2f}, colour off by {found.colour[m][i]:.2f}"
+            for m in found.drawn
+        } | {"true clip": f"true clip: step {found.seam['true'][i]:.2f}"}
+        rows.append(row([(words[m], bordered(v[i], known[m])) for m, v in videos.items()]))
     return "".join(rows)
 
 
@@ -165,8 +168,9 @@ MB. Drawn from noise:</p>
 <p>The first {KNOWN} frames are given (<b class="given">orange</b> frame), all others are drawn
 (<b class="drawn">blue</b>), in windows of 16 frames that overlap by {KNOWN}. Replacement is held
 to the given frames by the network alone, reconstruction guidance (Ho et al. 2022, Eq. 7) by its
-gradient, too. Both start from the same noise. The error is the RMS distance from the true clip,
-of 1 between black and white.</p>
+gradient, too. Both start from the same noise. The step is the RMS change from the last given to the
+first drawn frame, of 1 between black and white; the colour is compared with the true one over all
+drawn frames.</p>
 {continued(found)}
 
 <h2>The checkpoint</h2>

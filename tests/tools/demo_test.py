@@ -44,7 +44,8 @@ def findings() -> demo_report.Findings:
     batch = torch.rand(2, 3, 8, 8, 8)
     out.digits = demo_digits.Digits(
         batch, batch, {m: batch for m in demo_digits.METHODS},
-        {"replacement": [0.5, 0.25], "reconstruction": [0.375, 0.125]},
+        {"true": [0.1, 0.1], "replacement": [0.5, 0.25], "reconstruction": [0.375, 0.125]},
+        {"true": [0.0, 0.0], "replacement": [0.75, 0.25], "reconstruction": [0.5, 0.5]},
     )  # fmt: skip
     out.checkpoint = {"bytes": 25_000_000, "peer": 1e-6}
     return out
@@ -56,7 +57,8 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     assert page.count('src="data:image/webp;base64,') == 6
     assert "a &lt;clip&gt;" in page and "<clip>" not in page and "&lt;1&gt;" in page
     assert "4.0&times;" in page and "3.0&times;" in page and "2e-06" in page
-    assert "replacement, error 0.50" in page and "reconstruction, error 0.12" in page
+    assert "replacement: step 0.50, colour off by 0.75" in page
+    assert "reconstruction: step 0.12, colour off by 0.50" in page
     for match in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ET.fromstring(match)
 
@@ -147,7 +149,14 @@ def test_continued_digits_keep_what_is_given() -> None:
         assert video.shape == found.truth.shape == (1, 3, 20, 24, 24)
         assert torch.allclose(video[:, :, :known], found.truth[:, :, :known], atol=1e-5)
         assert video.min() >= 0 and video.max() <= 1
-    assert found.error["replacement"] != found.error["reconstruction"]
+    assert found.seam["replacement"] != found.seam["reconstruction"]
+    assert found.colour["true"] == [0.0] and found.colour["replacement"][0] > 0
+
+
+def test_mean_colour_is_that_of_the_digit() -> None:
+    video = torch.zeros(1, 3, 1, 4, 4)
+    video[:, :, :, 1, 1] = torch.tensor([0.5, 1.0, 0.25])[:, None]
+    assert torch.equal(demo_digits.mean_colour(video)[0, :, 0], torch.tensor([0.5, 1.0, 0.25]))
 
 
 def test_race_of_both_networks(tmp_path: Path) -> None:
