@@ -72,7 +72,7 @@ def compare_at(
     x = torch.randn(1, 3, 16, size, size, device=device)
     t = torch.randint(0, 1000, (1,), device=device)
     with torch.no_grad():
-        a, b = theirs(x, t), ours(x, t)
+        a, b = theirs(x, t), sync(ours(x, t))
         seconds = interleaved(
             {"peer": lambda: sync(theirs(x, t)), "ours": lambda: sync(ours(x, t))}, rounds
         )

@@ -134,12 +134,13 @@ def write_report(path: Path, out: Findings) -> Path:
 <h2>The one line</h2>
 <pre><code><del>from video_diffusion_pytorch import Unet3D</del>
 from fastvdm import UNet3D as Unet3D</code></pre>
-<p>The peer on this page is <code>video-diffusion-pytorch</code> 0.7.0.</p>
+<p>The peer on this page is <code>video-diffusion-pytorch</code> 0.7.0, whose network is
+<code>Unet3D(..., norm="rms")</code> here.</p>
 
 <h2>Same weights, same result, less time</h2>
 <p>Both networks hold the same weights and see the same input. They run in turns in one process, so
-that both meet the same machine; the times are medians. The difference is relative to the largest
-value; of a training step it is the worst over all parameter gradients.</p>
+that both meet the same machine; the times are medians of a few rounds. The difference is relative
+to the largest value; of a training step it is the worst over all parameter gradients.</p>
 {comparison(out.parity)}
 
 <h2>Training, by the clock</h2>
@@ -154,7 +155,8 @@ see the same clips and the same noise: step for step it is the same training, to
 {row([(n, c[:, :frames]) for n, c in out.clips[:3]])}
 
 <h2>What was learnt</h2>
-<p>Each clip with noise at 0.6 of the schedule, and what one call of the network makes of it, after
+<p>Each clip that they were trained on, with noise at 0.6 of the schedule, and what one call of the
+network makes of it, after
 {len(ours.losses)} steps.</p>
 <div class="pairs">{pairs}</div>
 
@@ -174,11 +176,13 @@ drawn frames.</p>
 {continued(found)}
 
 <h2>The checkpoint</h2>
-<p>Saved in the peer's format ({out.checkpoint["bytes"] / 1e6:.0f} MB), read back by us bit for bit,
+<p>Saved as the peer's <code>Trainer</code> saves it, under our names
+({out.checkpoint["bytes"] / 1e6:.0f} MB), read back by us bit for bit,
 and by the peer's own <code>Unet3D</code> through <code>to_peer_state_dict()</code> with a largest
 difference of {out.checkpoint["peer"]:.0e}.</p>
 
 <h2>Next</h2>
+<p>With <code>.venv/bin</code> on the path, or after <code>pip install ".[cli,train]"</code>:</p>
 <pre><code># a video of your own from the network above
 fastvdm sample examples/digits/model digits.mp4 --num 4
 # a training run on your own videos

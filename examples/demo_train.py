@@ -74,6 +74,7 @@ def step(side: Side, clips: Clips, args: Any, device: str) -> None:
     for group in side.optimizer.param_groups:
         group["lr"] = args.lr * min(1.0, (number + 1) / WARMUP)
     torch.manual_seed(1_000_003 * args.seed + number)  # what the peer's diffusion draws from
+    sync(video)
     start = time.perf_counter()
     loss = side.diffusion(video)
     side.optimizer.zero_grad(set_to_none=True)

@@ -91,7 +91,7 @@ def sheet(run: Run, steps: int, frame: int) -> Image.Image:
 
 def picture(runs: dict[str, Run], second: float, frame: int, footer: list[str]) -> Image.Image:
     """Both sides at one moment."""
-    title, big, small = (ImageFont.load_default(size=s) for s in (17, 30, 13))
+    title, big, small = (ImageFont.load_default(size=s) for s in (17, 27, 13))
     first = sheet(next(iter(runs.values())), 0, 0)
     top = 78
     out = Image.new("RGB", (WIDTH, top + first.height + 14 + 18 * len(footer)), PAPER)
@@ -103,7 +103,7 @@ def picture(runs: dict[str, Run], second: float, frame: int, footer: list[str]) 
         clock = f"{min(second, run.seconds):.1f} s"
         pen.text((left, 10), name, INK, title)
         pen.text((left, 34), f"step {done} of {len(run.times)}", SOFT, small)
-        pen.text((right, 10), clock, DONE if over else INK, big, anchor="ra")
+        pen.text((right, 27), clock, DONE if over else INK, big, anchor="ra")
         pen.rectangle((left, 60, right - 1, 65), "#21262d")
         width = round(first.width * done / len(run.times))
         if width:
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "side_by_side.gif")
     parser.add_argument("--videos", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

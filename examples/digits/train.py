@@ -1,7 +1,7 @@
 """Trains the network that ships in ``examples/digits/model``: moving digits, 16 x 24 x 24.
 
-    python examples/digits/train.py                  the whole run, 50 minutes on one core
-    python examples/digits/train.py --steps 200 --out out/digits
+    python examples/digits/train.py --bf16           the whole run, 50 minutes on one core
+    python examples/digits/train.py --steps 200 --out out/try --model out/try/model
 
 It has the layers of ``video_diffusion_pytorch.Unet3D`` 0.7, which therefore loads it too, and
 predicts v. An interrupted run goes on from its last checkpoint.

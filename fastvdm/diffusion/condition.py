@@ -37,7 +37,7 @@ class Condition:
             known, 0 or False elsewhere, as bool or numbers. It has five axes, each of size 1 or of
             the size in ``frames``. ``frames`` then has all F frames of the video, and
             ``frame_index`` is not given. The values at unknown places are ignored.
-        low_res: (B, C, L, h, w) a low-resolution video in [-1, 1].
+        low_res: (B, C, L, h, w) a low-resolution video, in [-1, 1] where ``clip`` keeps it there.
         low_res_index: the places of its L frames in the video; the first L by default.
         downsample: D of Eq. 8: "average" pooling (default; the kernel has its adjoint), "bilinear",
             or any differentiable callable on (B, C, L, H, W).

@@ -52,7 +52,7 @@ class UNetConfig:
         checkpointing: what the backward pass recomputes: "none", "block" or "level". Attention
             recomputes what it and its norm derive from their input, e.g. q, k and v, even with
             "none".
-        layout: "peer" or "paper". It sets the defaults of the arguments below.
+        layout: "peer" or "paper". ``from_preset`` sets the arguments below as the paper has them.
         num_blocks: residual blocks per level (paper layout; the peer has two).
         image_size: size of the input for which ``attn_resolutions`` are counted (paper layout).
         attn_resolutions: the paper layout has attention at the levels where the feature map of an

@@ -28,10 +28,10 @@ class UNet3D(
 ):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
-    It takes the arguments, inputs and checkpoints of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7
-    (``video-diffusion-pytorch`` by lucidrains, here called "the peer") and computes the same
-    function. The arguments are the fields of ``fastvdm.unet.UNetConfig``, which documents them:
-    first the thirteen of the peer, then keyword-only ones.
+    It takes the arguments, inputs and checkpoints of ``video_diffusion_pytorch.Unet3D``, releases
+    0.5.2 to 0.7 (by lucidrains, here called "the peer"), and with that release's ``norm`` and
+    ``stem_skip`` computes the same function. The arguments are the fields of
+    ``fastvdm.unet.UNetConfig``, which documents them: first the peer's, then keyword-only ones.
 
     Example:
         >>> import torch

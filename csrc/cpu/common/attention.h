@@ -15,7 +15,7 @@ struct AttnTables {
   const float *rel_k, *rel_v;      // (1 or heads, length, dp), or null
   int rel_k_heads, rel_v_heads;    // 1 or heads
   int rel_k_length, rel_v_length;  // 2R + 1
-  const float *cos, *sin;          // (n, dp): factors of x and, signed, of its swapped pair
+  const float *cos, *sin;          // (n, dp), or null: factors of x and, signed, of its pair
 };
 
 // fp32 words of scratch that the core needs besides q, k, v.
