@@ -137,6 +137,9 @@ def save(net: UNet3D, folder: Path) -> None:
     half = {name: t.half() for name, t in load_file(weights).items()}
     weights.write_bytes(safe_bytes(half, metadata={"format": "pt"}))
     (folder / "README.md").write_text(CARD, encoding="utf-8")
+    for name in ("config.json", "settings.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def main() -> None:
