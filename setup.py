@@ -1,6 +1,6 @@
-"""Build of fastvdm, with the C++ extension where there is a compiler.
+"""Builds fastvdm, with the C++ extension if there is a compiler.
 
-FASTVDM_BUILD_CPP=0 leaves the extension out; =1 makes a missing compiler an error too. An sdist or
+FASTVDM_BUILD_CPP=0 leaves the extension out; =1 makes a missing compiler an error. An sdist or
 metadata alone need neither torch nor a compiler.
 """
 
@@ -19,7 +19,7 @@ from csrc.build import WITH_KERNELS, build_arguments, compiler  # noqa: E402
 
 
 def extension() -> dict:
-    """The arguments of ``setup()`` for the extension; none where it is left out."""
+    """The arguments of ``setup()`` for the extension; empty if it is left out."""
     wanted = os.environ.get("FASTVDM_BUILD_CPP") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"FASTVDM_BUILD_CPP must be 0 or 1, got {wanted!r}")
@@ -38,8 +38,8 @@ def extension() -> dict:
 
 
 def packages() -> dict:
-    """Where ``fastvdm.kernels`` is: ``fastvdm/kernels``, a link to ``kernels/``. A clone without
-    symbolic links, as git makes it on Windows, has a text file there, its sdist nothing."""
+    """The path of ``fastvdm.kernels``: ``fastvdm/kernels``, a link to ``kernels/``. A clone without
+    symbolic links, as git makes it on Windows, has a text file there; its sdist has nothing."""
     if (ROOT / "fastvdm" / "kernels").is_dir():
         return {}
     return {"package_dir": {"fastvdm": "fastvdm", "fastvdm.kernels": "kernels"}}

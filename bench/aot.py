@@ -1,11 +1,11 @@
-"""What networks' launches compile to, without a GPU: ``python bench/aot.py``.
+"""What the launches of networks compile to, without a GPU: ``python bench/aot.py``.
 
 Each kernel that a network launches (network_launches.py), and those that only options launch
-(calls.py), is compiled for sm_80, sm_90 and sm_100, as its launcher starts it there. The table
-shows registers, spills, local memory, shared memory, occupancy, the matrix instruction, what ptxas
-advises, and products whose operands are overwritten while they run (sass.py). ``--json`` prints the
-same for the tests. The tools ship in Triton's wheel. Must run without TRITON_INTERPRET: under it
-there are no JIT functions to compile.
+(calls.py), is compiled for sm_80, sm_90 and sm_100 as its launcher would start it there. The table
+shows registers, spills, local memory, shared memory, occupancy, the matrix instruction, advice of
+ptxas, and products whose operands are overwritten while they run (sass.py). ``--json`` prints the
+same for the tests. The tools are in Triton's wheel. It must run without TRITON_INTERPRET, under
+which there are no JIT functions to compile.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fastvdm.runtime.device import A100, B200, H100
 
 GPUS = {80: A100, 90: H100, 100: B200}
 
-# Bytes that ptxas spills, by kernel and network or call, and architecture; of several launches the
-# most. They may only fall, and none may be added.
+# Bytes that ptxas spills, by kernel and network or call, and architecture; the most of several
+# launches. They may only fall, and none may be added.
 KNOWN_SPILLS = {
-    ("axis_attention.short_bwd/t2v-128", 100): 12,  # in fp32, which that preset is not made for
+    ("axis_attention.short_bwd/t2v-128", 100): 12,  # in fp32, for which the preset is not made
     ("space_conv.conv/conv 4x64x64 c100 8x32", 100): 8,
 }
-# What ptxas advises, the same.
+# Advice of ptxas, in the same form.
 KNOWN_ADVISORIES: dict[tuple[str, int], set[str]] = {}
 
 # Per multiprocessor: largest shared memory of a block, of all blocks, warps. CUDA C++ Programming
@@ -49,21 +49,21 @@ KNOWN_ADVISORIES: dict[tuple[str, int], set[str]] = {}
 _LIMITS = {80: (163, 164, 64), 90: (227, 228, 64), 100: (227, 228, 64)}
 _REGISTERS, _MOST_REGISTERS = 65536, 255
 _MINMAX = re.compile(r"\s+(?:@!?%p\d+ )?((?:max|min)\.[\w.]*?(?:f16|f16x2|bf16|bf16x2|f32))\s")
-_HELPERS = ("standard.py", "common.py")  # a minimum is told by the line that asks for it
+_HELPERS = ("standard.py", "common.py")  # a minimum is identified by the line that calls these
 _COUNTED = ("error", "spills", "stack", "advisories", "exposed")
 _MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 _OPERANDS_IN_REGISTERS = re.compile(r"wgmma\.mma_async[^;]*\},\s*\{")
-# A product that the matrix cores are to do: fp32 as it is ("ieee") goes to the plain ones.
+# A product for the matrix cores; unsplit fp32 ("ieee") goes to the plain cores.
 _DOT = re.compile(r"tt\.dot .*(?:tf32x3|xb?f16> \*)")
 
 
 @dataclass(frozen=True)
 class AotResult:
-    """What the compiler made of a launch. spills, stack and shared in bytes, stack without the
-    arrays of cos and sin; blocks is the occupancy in thread blocks per multiprocessor, warps the
-    same in warps; advisories are numbers of ptxas, exposed as ``sass.exposed`` finds them, minmax
-    as the function of that name does; calls are all that make the launch. Of one that was only
-    lowered there is no more than the error."""
+    """What the compiler made of a launch. spills, stack and shared are in bytes, stack without the
+    arrays of cos and sin. blocks is the occupancy in thread blocks per multiprocessor, warps the
+    same in warps. advisories are numbers of ptxas, exposed is as ``sass.exposed`` finds it, minmax
+    as the function of that name does. calls are all calls that make the launch. A launch that was
+    only lowered has no more than its error."""
 
     name: str
     arch: int
@@ -90,17 +90,17 @@ class AotResult:
 
     @property
     def places(self) -> list[tuple[str, int]]:
-        """How the tables of what is known may name it, as it is named first."""
+        """The names that the tables above may use for it, the preferred one first."""
         calls = self.calls or [re.sub(r" #\d+$", "", self.name).partition("/")[2]]
         return [(f"{self.kernel}/{network_of(call) or call}", self.arch) for call in calls]
 
     @property
     def default(self) -> bool:
-        """Whether a network launches it: of others ptxas may advise what it likes."""
+        """Whether a network launches it; for other launches advice of ptxas is ignored."""
         return any(map(network_of, self.calls))
 
     def faults(self) -> list[str]:
-        """What is wrong with it; empty when it may ship."""
+        """The reasons why it may not ship; empty if there are none."""
         if self.error or self.lowered:
             return [self.error] if self.error else []
         found = []
@@ -129,7 +129,7 @@ class AotResult:
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
-    """Thread blocks per multiprocessor: registers are handed out per warp in units of 256."""
+    """Thread blocks per multiprocessor. Registers are allocated per warp in units of 256."""
     _, total, max_warps = _LIMITS[arch]
     per_warp = -(-max(registers, 1) * 32 // 256) * 256
     by_registers = _REGISTERS // per_warp // num_warps
@@ -139,7 +139,7 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What ptxas -v said of one kernel, in registers of a thread and bytes."""
+    """The output of ptxas -v for one kernel, in registers per thread and bytes."""
 
     registers: int
     stack: int
@@ -148,7 +148,7 @@ class Assembly:
 
     @classmethod
     def read(cls, log: str) -> Assembly:
-        """Raises ValueError where a log does not say it all."""
+        """Raises ValueError if the log is incomplete."""
         registers = re.search(r"Used (\d+) registers", log)
         stack = re.search(r"(\d+) bytes stack frame", log)
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
@@ -159,8 +159,8 @@ class Assembly:
 
 
 def trigonometric(ptx: str) -> int:
-    """Bytes of local memory that the arrays take in which cos and sin of large angles work: those
-    of a kernel that has their table of 2/pi. A frame is a multiple of 8."""
+    """Bytes of local memory for the arrays with which cos and sin of large angles are computed, if
+    a kernel has their table of 2/pi. A frame is a multiple of 8."""
     if "__cudart_i2opi" not in ptx:
         return 0
     return sum(
@@ -171,13 +171,13 @@ def trigonometric(ptx: str) -> int:
 def minmax(ptx: str) -> tuple[tuple[str, str], ...]:
     """(instruction, source line) of each floating-point minimum and maximum, each pair once.
 
-    Without .NaN they return the operand that is a number (PTX ISA, "max"): a NaN is lost, which no
-    run under the interpreter shows, as NumPy keeps it. Not those of fp64: it has no .NaN, and where
-    one is asked for a select follows.
+    Without .NaN they return the operand that is a number (PTX ISA, "max"), so a NaN is lost. No run
+    under the interpreter shows this, because NumPy keeps NaN. fp64 is excluded: it has no .NaN, and
+    a select follows where NaN must be kept.
     """
     folder = Path(importlib.import_module("fastvdm.kernels").__path__[0])
-    # Sites are named without their folder: two kernels' shared.py never meet in one PTX. What
-    # Triton's cache holds may come from another checkout: the file is looked for in this one.
+    # Sites are named without their folder; two files shared.py never occur in one PTX. Entries of
+    # Triton's cache may come from another checkout, so the file is looked up in this one.
     named = re.findall(r'\.file\s+\d+\s+"[^"]*/kernels/([^"]+)"', ptx)
     files = {Path(f).name: str(folder / f) for f in named}
     found, line = set(), ""
@@ -226,7 +226,7 @@ def measure(launch: Launch, **options: Any) -> AotResult:
 
 
 def lower(launch: Launch) -> AotResult:
-    """The front end alone."""
+    """Run only the front end."""
     try:
         lowered(launch)
     except Exception as error:
@@ -235,14 +235,14 @@ def lower(launch: Launch) -> AotResult:
 
 
 def _refused(launch: Launch, error: Exception) -> AotResult:
-    """Whatever the compiler throws is the finding."""
+    """Any error of the compiler is the result."""
     text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"[-600:]
     return AotResult(launch.name, launch.arch, error=text)
 
 
 def heaviest(results: Sequence[AotResult]) -> set[str]:
-    """Names of the launches with most registers of each kernel, with and without matrix
-    instructions: what another architecture would refuse first."""
+    """Names of the launches with the most registers per kernel, with and without matrix
+    instructions; another architecture would refuse these first."""
     found: dict[tuple[str, bool], AotResult] = {}
     for r in results:
         most = found.setdefault((r.kernel, r.uses_dot), r)
@@ -277,8 +277,8 @@ def table(results: Sequence[AotResult]) -> str:
 
 
 def summary(results: Sequence[AotResult]) -> str:
-    """For each architecture how many launches there are, and how many of them at fault; then how
-    many each network makes."""
+    """For each architecture the number of launches and of faulty ones; then the number of launches
+    of each network."""
     found = []
     for arch in sorted({r.arch for r in results}):
         mine = [r for r in results if r.arch == arch and not r.lowered]
@@ -299,7 +299,7 @@ def _do(job: Job) -> AotResult:
 
 
 def run(jobs: Sequence[Job], processes: int) -> list[AotResult]:
-    """The results, in order, of that many processes."""
+    """The results, in order, computed by that many processes."""
     if processes == 1:
         return [_do(job) for job in jobs]
     with ProcessPoolExecutor(processes) as pool:
@@ -317,8 +317,8 @@ def report(archs: Sequence[int], wanted: tuple[str, ...], processes: int) -> lis
 
 
 def gated() -> list[Call]:
-    """The networks that stand for all in every run of the tests; what only options launch of the
-    guided step, a norm of the peer's, and a convolution by name."""
+    """The networks that represent all others in the tests, calls that only options of a guided
+    step launch, one of the peer's norms, and a convolution by name."""
     return [
         *network_calls("UNet3D(64)", dtypes=("bf16",)),
         *network_calls("UNet3D(64)", dtypes=("autocast",), ways=("train",)),
@@ -329,10 +329,10 @@ def gated() -> list[Call]:
 
 
 def gate(processes: int) -> list[AotResult]:
-    """What every change is held to: the launches of UNet3D(64) in bf16 and in training under
-    autocast, those of a guided step of ucf101 and a few calls for sm_90, of them that with most
-    registers of each kernel for the others, and the edges through Triton's front end. One stands
-    for those that differ in the specialisation of their integers alone."""
+    """Check what every change must pass. For sm_90: the launches of UNet3D(64) in bf16 and in
+    training under autocast, those of a guided step of ucf101, and a few calls. For the other
+    architectures: those with the most registers of each kernel. The edges are checked in Triton's
+    front end only. Launches that differ only in the specialisation of integers are checked once."""
     first = {m.apart_from_integers: m for m in reversed(captured(gated(), H100))}
     jobs: list[Job] = [(measure, launch) for launch in reversed(first.values())]
     jobs += [(lower, launch) for launch in captured(edges(), H100)]
@@ -343,7 +343,7 @@ def gate(processes: int) -> list[AotResult]:
         found = captured(gated(), gpu)
         same = {m.kernel for m in found if m.name in names}
         for m in found:
-            # Where none bears the name, the kernel's first stands for it.
+            # If none has the name, the kernel's first launch represents it.
             if m.name in names or m.kernel not in same:
                 jobs.append((measure, m))
                 same.add(m.kernel)
@@ -351,7 +351,7 @@ def gate(processes: int) -> list[AotResult]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; exit status 1 when a launch may not ship."""
+    """Print the table; the exit status is 1 if a launch may not ship."""
     parser = argparse.ArgumentParser(prog="python bench/aot.py", description=__doc__)
     parser.add_argument("names", nargs="*", help="kernels by the start of their name; default: all")
     parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS), choices=GPUS)

@@ -1,9 +1,9 @@
 """The attention blocks at the levels of a U-Net: norm, qkv, attention, out, residual.
 
-Over time, with the T5 bias and rotary of the peer's network, and linear, over the pixels of a
-frame. Providers: the peer's arithmetic on its layout, from and to ours; plain torch; that compiled;
-the block of its parts; ours (what is too wide for a kernel is its parts on a GPU). On a GPU
-in bf16, on a CPU in fp32. Training asks for every gradient.
+Attention over time has the T5 bias and rotary embedding of the peer's network; linear attention is
+over the pixels of a frame. Providers: the peer's arithmetic on its layout, converted from and to
+ours; plain torch; the same compiled; the block in parts; ours (on a GPU it is run in parts if no
+kernel can hold it). bf16 on a GPU, fp32 on a CPU. Training computes every gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TESTED = (
     "attention_block",
     "temporal_block",
     "linear_attention_block",
-)  # red tests of these: no timing
+)  # if tests of these fail, nothing is timed
 PROVIDERS = ("peer", "torch", "compiled", "parts", "fastvdm")
 CASES = bench_cases("tiny", "l1", full=("l0", "l2", "l3"))
 CORES = ("time", "linear")

@@ -1,10 +1,10 @@
 """axis_attention at the levels of a U-Net: the core from packed qkv to out, forward and training.
 
 Every provider starts from the packed (B, F, H, W, 3, heads, D) that one projection writes and ends
-in (B, F, H, W, heads, D), so that it pays for the permutes it needs. Providers: the peer's einsum;
-SDPA (what it picks, and each of its backends on a GPU); FlexAttention compiled, the bias through
+in (B, F, H, W, heads, D), so it pays for the permutes that it needs. Providers: the peer's einsum;
+SDPA (its own choice and, on a GPU, each of its backends); compiled FlexAttention with the bias in
 score_mod; xformers' memory-efficient attention with a bias tensor; ours. Training includes the
-gradient of the bias. On a GPU in bf16, on a CPU in fp32.
+gradient of the bias. bf16 on a GPU, fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Core = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def on_heads(core: Core, axis: str, contiguous: bool = False) -> Callable[..., Tensor]:
-    """``core`` on (batch, heads, N, D), between the permutes that it needs."""
+    """Run ``core`` on (batch, heads, N, D), between the permutes that it needs."""
 
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         b, f, h, w = qkv.shape[:4]
@@ -60,7 +60,7 @@ def on_heads(core: Core, axis: str, contiguous: bool = False) -> Callable[..., T
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """As the peer's ``Attention`` has it."""
+    """As in the peer's ``Attention``."""
     sim = torch.einsum("bnid,bnjd->bnij", q * q.shape[-1] ** -0.5, k)
     sim = sim if bias is None else sim + bias
     sim = sim - sim.amax(dim=-1, keepdim=True).detach()

@@ -1,14 +1,14 @@
 """The table of calls: every op at the shapes of the networks, once.
 
-Benchmarks take their shapes from here, the tuner its jobs (``networks``, ``by_name``), the
-ahead-of-time report what no network launches (network_launches.py): what a call launches is what is
-compiled. ``classes`` are the calls that the limits of a ``pick_config`` or of an op speak of, each
-with the most options that it may have; ``edges`` change a kernel by an argument that is absent, 1
-or of another dtype.
+Benchmarks take their shapes from here, the tuner its jobs (``networks``, ``by_name``), and the
+ahead-of-time report the calls that no network makes (network_launches.py). What a call launches is
+what is compiled. ``classes`` are calls at the limits of a ``pick_config`` or of an op, each with
+all the options that it may have. ``edges`` change a kernel by an argument that is absent, 1, or of
+another dtype.
 
-A call carries the options that its kernel's key does not name, as the networks use them (bias and
-rotary embedding in fp32, the focus mask): what fits for it fits for the other calls of that key.
-Imported without Triton; a call's ``build`` needs it.
+A call has the options that its kernel's key does not contain, as the networks use them (bias and
+rotary embedding in fp32, the focus mask), so that what fits for it fits for all calls with that
+key. This file is imported without Triton; a call's ``build`` needs it.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Shape:
         return self.heads * self.head_dim
 
 
-# l0 .. l3: the four levels of the peer's README network (dim 64, multipliers 1, 2, 4, 8) on
-# 16 x 64 x 64. ucf-*: the attention levels of the paper's base-256 models; t2v128-*: of the
-# 9 x 128 x 128 model. tiny is for a machine that is busy or slow.
+# l0 .. l3 are the four levels of the network in the peer's README (dim 64, multipliers 1, 2, 4, 8)
+# on 16 x 64 x 64. ucf-* are the attention levels of the paper's base-256 models, t2v128-* those of
+# the 9 x 128 x 128 model. tiny is for a busy or slow machine.
 SHAPES = {
     "tiny": Shape(8, 16, 16, 32, heads=4),
     "l0": Shape(16, 64, 64, 64),
@@ -85,12 +85,12 @@ GPU_BATCH = 8
 
 
 def shape(case: str, device: str = "cpu") -> Shape:
-    """The shape of that name: one video on a CPU, else GPU_BATCH, on "meta" as on a GPU."""
+    """The shape with that name: one video on a CPU, GPU_BATCH videos on a GPU and on "meta"."""
     return replace(SHAPES[case], batch=1 if device == "cpu" else GPU_BATCH)
 
 
 def bench_cases(*names: str, full: tuple[str, ...] = ()) -> list:
-    """Parameters of a bench: ``names`` always, ``full`` only with ``--full``."""
+    """Parameters of a benchmark: always ``names``, and ``full`` only with ``--full``."""
     for name in (*names, *full):
         if name not in SHAPES:
             raise KeyError(f"{name!r} is not in bench/calls.py: {', '.join(SHAPES)}")
@@ -99,8 +99,8 @@ def bench_cases(*names: str, full: tuple[str, ...] = ()) -> list:
 
 @dataclass(frozen=True)
 class Call:
-    """One launcher at one shape. ``build(device)`` makes the inputs and returns the call;
-    ``capture`` is the device on which it is called for its launches alone."""
+    """One launcher at one shape. ``build(device)`` makes the inputs and returns the call.
+    ``capture`` is the device for calls of which only the launches are wanted."""
 
     name: str
     build: Callable[[str], Run]
@@ -108,7 +108,7 @@ class Call:
     capture: str = "meta"
 
 
-# The calls of each op; ``device`` may be "meta".
+# The calls of each op. ``device`` may be "meta".
 
 
 def kernels(op: str) -> Any:
@@ -128,8 +128,8 @@ def norm(
     before: bool = False, film: bool = True, dropout: bool = False,
     need: tuple[bool, ...] = (True, True, True),
 ) -> Run:  # fmt: skip
-    """Norm, FiLM, SiLU, dropout, residual; backward of x, the parameters, the FiLM (``need``).
-    ``c2``: channels of a second source; ``before``: the bias of the convolution before."""
+    """Norm, FiLM, SiLU, dropout, residual; the backward of x, parameters and FiLM (``need``).
+    ``c2``: channels of a second source; ``before``: the bias of the preceding convolution."""
     make, c, launch = _maker(device, dtype), s.channels + c2, kernels("norm_act")
     x, x2 = make(*s.x_shape), make(*s.x_shape[:-1], c2) if c2 else None
     vectors = (make(c), make(c), make(s.batch, c), make(s.batch, c))
@@ -147,7 +147,7 @@ def norm(
     return lambda: launch.norm_act_bwd(dy, *params, drop, *stats, *options, *needs)
 
 
-# What the networks hand to attention over time: the peer's options, and the paper's Shaw tables.
+# Options of attention over time in the networks: the peer's, and the paper's Shaw tables.
 PEERS, SHAW = ("bias", "rotary", "focus_mask"), ("rel_k", "rel_v")
 EVERY = ("bias", "rel_k", "rel_v", "rotary", "focus_mask")
 
@@ -155,7 +155,7 @@ EVERY = ("bias", "rel_k", "rel_v", "rotary", "focus_mask")
 def _options(
     s: Shape, n: int, device: str, dtype: torch.dtype, given: tuple[str, ...], images: int = 0
 ) -> AttentionOptions:
-    """For n positions; the focus mask is read, nowhere set."""
+    """Options for n positions. The focus mask is given but all False."""
     table = torch.randn(1, 2 * n - 1, s.head_dim, device=device, dtype=dtype)
     made = {
         "bias": torch.randn(s.heads, n, n, device=device),
@@ -171,8 +171,8 @@ def temporal(
     s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, biases: bool = False,
     given: tuple[str, ...] = PEERS, stream: torch.dtype | None = None, frozen: bool = False,
 ) -> Run:  # fmt: skip
-    """The block over time; backward of everything. ``stream``: the dtype of x, with projections in
-    ``dtype``, as under autocast."""
+    """The block over time; the backward of everything. ``stream``: the dtype of x, with projections
+    in ``dtype``, as under autocast."""
     make, inner, c, wide = _maker(device, dtype), s.inner, s.channels, stream or dtype
     x, dy = make(*s.x_shape, kind=wide), make(*s.x_shape, kind=wide)
     norms = make(c, kind=wide), make(c, kind=wide)
@@ -195,7 +195,7 @@ def linear_block(
     s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, biases: bool = True,
     stream: torch.dtype | None = None, frozen: bool = False,
 ) -> Run:  # fmt: skip
-    """The block with linear attention, as ``temporal``."""
+    """The block with linear attention; arguments as in ``temporal``."""
     make, inner, c, wide = _maker(device, dtype), s.inner, s.channels, stream or dtype
     x, dy = make(*s.x_shape, kind=wide), make(*s.x_shape, kind=wide)
     norms = make(c, kind=wide), make(c, kind=wide) if biases else None
@@ -213,7 +213,7 @@ def second_half(
     s: Shape, device: str, dtype: torch.dtype, *, biases: bool = False,
     stream: torch.dtype | None = None,
 ) -> Run:  # fmt: skip
-    """Projection and residual of the peer's blocks where they are too wide for one kernel."""
+    """Projection and residual of the peer's blocks that no single kernel can hold."""
     make, c, launch = _maker(device, dtype), s.channels, kernels("linear_residual")
     x, o = make(*s.x_shape, kind=stream or dtype), make(*s.x_shape[:-1], s.inner)
     weight, bias = make(c, s.inner, gain=s.inner**-0.5), make(c) if biases else None
@@ -234,7 +234,7 @@ def attention(
     s: Shape, device: str, dtype: torch.dtype, *, axis: int, backward: bool = False,
     given: tuple[str, ...] = (), images: int = 0, need: tuple[bool, ...] = (True,) * 4,
 ) -> Run:  # fmt: skip
-    """``need``: the gradients of qkv, bias, rel_k and rel_v, where they are given."""
+    """``need``: whether to compute the gradients of qkv, bias, rel_k and rel_v, if given."""
     qkv, launch = _maker(device, dtype)(*s.qkv_shape), kernels("axis_attention")
     n = s.frames if axis == TIME else s.height * s.width
     options = _options(s, n, device, dtype, given, images)
@@ -251,9 +251,9 @@ def guided(
     s: Shape, device: str, dtype: torch.dtype, *, what: str, net: torch.dtype | None = None,
     more: bool = False, colours: int = 3,
 ) -> Run:  # fmt: skip
-    """One of the two ends of a guided step, 5 frames given. ``net``: what the network computes in,
-    with a threshold; ``more``: a seed with a low-resolution video given, too; an update without
-    guidance, with noise from the counter."""
+    """One of the two ends of a guided step with 5 known frames. ``net``: dtype of the network, with
+    a threshold. ``more``: for the seed also a low-resolution video; for the update no guidance and
+    noise from the counter."""
     size, launch = (s.batch, colours, s.frames, s.height, s.width), kernels("guidance")
     z, out, grad, noise = torch.randn(4, *size, device=device, dtype=dtype).unbind()
     known = torch.randn(*size[:2], 5, *size[3:], device=device, dtype=dtype)
@@ -277,8 +277,8 @@ def conv(
     s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False, kernel: int = 3,
     stride: int = 1, cout: int = 0, c2: int = 0, bare: bool = False,
 ) -> Run:  # fmt: skip
-    """Convolution with bias, residual and the statistics of what follows, unless ``bare``; backward
-    of x alone."""
+    """A convolution with bias, residual and statistics of its output unless ``bare``; the backward
+    of x only."""
     make, cout, launch = _maker(device, dtype), cout or s.channels, kernels("space_conv")
     x, x2 = make(*s.x_shape), make(*s.x_shape[:-1], c2) if c2 else None
     y = make(s.batch, s.frames, s.height // stride, s.width // stride, cout)
@@ -297,7 +297,7 @@ def _filters(make: Callable[..., Tensor], cout: int, cin: int, kernel: int) -> T
 
 
 def conv_transpose(s: Shape, device: str, dtype: torch.dtype, *, backward: bool = False) -> Run:
-    """4x4 with stride 2, from and to as many channels."""
+    """4x4 with stride 2 and equal numbers of channels."""
     make, c, launch = _maker(device, dtype), s.channels, kernels("space_conv")
     x, y = make(*s.x_shape), make(s.batch, s.frames, 2 * s.height, 2 * s.width, c)
     weight, bias = _filters(make, c, c, 4), make(c)
@@ -312,7 +312,7 @@ def conv_transpose(s: Shape, device: str, dtype: torch.dtype, *, backward: bool 
 def _call(
     make: Callable[..., Run], case: str | Shape, dtype: torch.dtype = BF16, **options: Any
 ) -> Call:
-    """``make`` at a named shape, or at one of its own; the name says all that it is given."""
+    """``make`` at a named shape or at its own; the name contains all arguments."""
 
     def build(device: str) -> Run:
         return make(
@@ -335,15 +335,15 @@ def _both(*args: Any, **options: Any) -> list[Call]:
 
 
 def networks() -> list[Call]:
-    """What the networks call, the most used first: in that order the tuner's time runs out. Forward
-    serves sampling and training."""
+    """The calls of the networks, the most frequent first, in case the tuner runs out of time. The
+    forward serves sampling and training."""
     found = []
     for backward in (False, True):
         way: dict[str, Any] = {"backward": backward}
         found += [_call(temporal, c, **way) for c in (PEER[:1] if backward else PEER[:3])]
         found += [_call(linear_block, c, **way) for c in PEER[:2]]
         found += [_call(linear, c, **way) for c in PEER]
-        found.append(_call(linear, replace(SHAPES["l0"], batch=1), **way))  # programs share a frame
+        found.append(_call(linear, replace(SHAPES["l0"], batch=1), **way))  # split frames
         found += [_call(norm, c, kind=GROUP, **way) for c in PEER + PAPER]
         found += [_call(norm, c, kind=RMS, **way) for c in PEER]
         for case, given in (("l3", PEERS), ("ucf-16", SHAW), ("t2v128-32", SHAW)):
@@ -357,17 +357,17 @@ def networks() -> list[Call]:
 
 
 def by_name() -> list[Call]:
-    """The convolution, which networks on a GPU take only where it is asked for."""
+    """The convolution, which networks on a GPU use only if the backend is forced by name."""
     return [_call(conv, c) for c in PEER + PAPER[:3]]
 
 
 def classes() -> list[Call]:
-    """What a ``pick_config`` and an op tell apart, at the largest width, head and length of each
-    class, and what the networks call seldom."""
+    """The classes that a ``pick_config`` or an op distinguishes, each at its largest width, head
+    and length, and rare calls of the networks."""
     found = []
     for stream in (BF16, FP32):
         more: dict[str, Any] = dict(stream=stream, biases=True)
-        # channels, head dim, frames; what is left out is composed, see ops/temporal_block.py
+        # channels, head dim, frames; other sizes run in parts, see ops/temporal_block.py
         for c, d, f in (
             (64, 32, 16), (64, 64, 16), (64, 32, 32), (128, 32, 16), (128, 64, 16), (256, 32, 16),
         ):  # fmt: skip
@@ -410,13 +410,13 @@ def classes() -> list[Call]:
         for form in (dict(c2=c), dict(kernel=1, c2=c, bare=True), dict(kernel=4, stride=2)):
             found += _both(conv, s, **form)
         found += _both(conv_transpose, s)
-    for c, dtype in ((64, FP32), (100, BF16)):  # by pointers on every GPU
+    for c, dtype in ((64, FP32), (100, BF16)):  # the pointer variant on every GPU
         found.append(_call(conv, Shape(4, 64, 64, c, groups=4), dtype))
     return found
 
 
 def edges() -> list[Call]:
-    """Extents of 1, which reach a kernel as constants; absent arguments; one gradient alone."""
+    """Extents of 1, which reach a kernel as constants; absent arguments; a single gradient."""
     one, few, many = Shape(1, 1, 1, 1, 1, 16, 1), Shape(16, 2, 2, 64), Shape(40, 2, 2, 64)
     bias, table, alone = (0, 1, 0, 0), (0, 0, 1, 0), [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     found, more = [], dict(axis=TIME, backward=True)
@@ -442,4 +442,4 @@ def edges() -> list[Call]:
     found += _both(conv, Shape(1, 2, 2, 1, groups=1), c2=3, cout=2)
     found += _both(conv, Shape(2, 8, 8, 8), c2=16)
     found.append(_call(guided, "tiny", FP32, what="update", more=True, colours=1))  # grey
-    return [replace(call, capture="cpu") for call in found]  # some ask for autocast: none on meta
+    return [replace(call, capture="cpu") for call in found]  # "meta" has no autocast

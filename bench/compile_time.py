@@ -2,9 +2,9 @@
 
     python bench/compile_time.py
 
-Each way runs in a process of its own with an empty inductor cache. Wall and CPU time of the first
-call (CPU time counts inductor's workers, and holds on a busy machine), then the time of a call once
-compiled, against the eager network in turns.
+Each way runs in its own process with an empty inductor cache. It reports wall and CPU time of the
+first call (CPU time includes inductor's workers and is reliable on a busy machine), then the time
+of a call once compiled, interleaved with the eager network.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def measure(way: str, dim: int, frames: int, size: int) -> dict[str, float]:
     from fastvdm.unet.blocks import Unit
 
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # units of a shape share one graph
-    # in this process: a worker's time is counted only once it has ended
+    torch._dynamo.config.recompile_limit = 64  # units with the same shape share one graph
+    # Compile in this process: a worker's time is counted only after it has ended.
     torch._inductor.config.compile_threads = 1
     eager, model = UNet3D(dim, dim_mults=(1, 2, 4)).eval(), UNet3D(dim, dim_mults=(1, 2, 4)).eval()
     model.load_state_dict(eager.state_dict())

@@ -1,4 +1,4 @@
-"""pytest bench/: who is faster, by how much, how near the limit, at what numerical error.
+"""pytest bench/: who is faster, by how much, how close to the limit, at what numerical error.
 
 How to write ``bench/<stem>_bench.py``::
 
@@ -34,12 +34,12 @@ How to write ``bench/<stem>_bench.py``::
     def test_forward(race, case, provider):
         race(contest, case, provider)
 
-``race`` builds the contest of a case once, holds every provider to the reference, times them
-interleaved, and gives each test its own rounds. Backward: a second function whose runs come from
-``grads_of(fn, inputs, dy)``. The provider names of a function must be those of its contest.
+``race`` builds the contest of a case once, compares every provider with the reference, times them
+interleaved, and gives each test its own rounds. For a backward, write a second function whose runs
+come from ``grads_of(fn, inputs, dy)``. PROVIDERS must have the provider names of the contest.
 
-Options: ``--full`` (all cases, more rounds; ``-k`` chooses among them), ``--budget`` (seconds of
-timing per case), ``--device``. A bench refuses to time while its op's tests are known to be red.
+Options: ``--full`` (all cases, more rounds; ``-k`` selects among them), ``--budget`` (seconds of
+timing per case), ``--device``. A benchmark refuses to run if its op's tests are known to fail.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ import torch
 from harness import CLOCK, Contest, Result, limits, run_contest, summary
 
 ROOT = Path(__file__).resolve().parents[1]
-# The figures of each case, never its tensors.
+# The figures of each case, without tensors.
 _RESULTS: dict[tuple, tuple[dict[str, Result], dict[str, dict]]] = {}
 
 
@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.backends.cudnn.benchmark = True  # the baselines get the best algorithm of each shape
+    torch.backends.cudnn.benchmark = True  # give the baselines the best algorithm per shape
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -102,7 +102,7 @@ def _refuse_if_red(request: pytest.FixtureRequest, stem: str) -> None:
 
 
 def _selected(item: pytest.Item, key: tuple) -> list[str]:
-    """The providers that this run will ask for in the same contest; none that it will skip."""
+    """The providers of a contest that this run will ask for and not skip."""
     return [
         i.callspec.params["provider"]
         for i in item.session.items
@@ -165,7 +165,7 @@ def _command(*argv: str) -> str | None:
 
 
 def machine_info(device: str) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine on which the figures were measured."""
     try:
         import triton
 

@@ -1,8 +1,8 @@
-"""Convolution, GroupNorm and all around them: the norm alone, one fused op, a residual block.
+"""Convolution with GroupNorm and what follows: the norm alone, the fused op, a residual block.
 
 Providers: the peer's way (Conv3d 1x3x3 and GroupNorm on (B, C, F, H, W)) in NCDHW and in
-channels_last_3d, Conv2d in channels_last on B*F images with GroupNorm on a view, each eager, the
-last one and NCDHW compiled, too; ours as it is dispatched. bf16 on a GPU, fp32 on a CPU.
+channels_last_3d; Conv2d in channels_last on B*F images with GroupNorm on a view; all eager, the
+last one and NCDHW also compiled; ours as dispatched. bf16 on a GPU, fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Inputs = Sequence[Tensor]
 
 
 def make_inputs(s: Shape, part: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """x; then weight, bias, norm weight, norm bias, scale, shift of each op (the norm has no
-    convolution)."""
+    """x; then weight, bias, norm weight, norm bias, scale, shift of each op; the norm alone has no
+    convolution."""
     c = s.channels
 
     def make(*dims: int, gain: float = 1.0) -> Tensor:
@@ -93,7 +93,7 @@ def theirs(part: str, groups: int, axes: int) -> Callable[..., Tensor]:
 
 
 def to_3d(inputs: Inputs, memory_format: torch.memory_format) -> list[Tensor]:
-    """(B, F, H, W, C) → (B, C, F, H, W), 3x3 kernels → 1x3x3, in that memory format."""
+    """(B, F, H, W, C) → (B, C, F, H, W) and 3x3 kernels → 1x3x3, in the given memory format."""
     moved = []
     for t in inputs:
         if t.ndim == 5:
@@ -112,7 +112,7 @@ def from_3d(t: Tensor) -> Tensor:
 
 
 def cost(s: Shape, part: str, dtype: torch.dtype, train: bool) -> list[Cost]:
-    """One ``Cost`` a launch. With given statistics from the convolution's epilogue at best."""
+    """One ``Cost`` per launch; at best, statistics come from the convolution's epilogue."""
     x = torch.empty(s.x_shape, dtype=dtype, device="meta")
     given = part != "norm"
     costs = [norm_act_cost(x, kind="group", stats=given, residual=True)]
@@ -159,7 +159,7 @@ def contest(case: str, device: str, part: str, train: bool = False) -> Contest:
     }
     tolerance = (6e-2 if train else 3e-2) if gpu else 1e-4
 
-    def reference() -> Any:  # fp64 on the largest levels takes minutes on two cores
+    def reference() -> Any:  # fp64 at the largest levels takes minutes on two cores
         wide = torch.float64 if gpu or case == "tiny" else torch.float32
         given = [t.to(wide) for t in inputs]
         return runner(theirs(part, s.groups, 2), given, dy)()

@@ -1,4 +1,4 @@
-"""The floor of a whole network: what each of its op calls costs at least, from shapes alone."""
+"""The floor of a whole network: the least cost of each op call, from shapes alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastvdm.ops.temporal_block import temporal_block_cost
 
 
 def _wide(x: Tensor, x2: Tensor | None) -> tuple[int, ...]:
-    """Shape of the channel concatenation of both sources."""
+    """The shape of the concatenation of both sources along channels."""
     return *x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])
 
 
@@ -111,7 +111,7 @@ def network_costs(net: nn.Module, x: Tensor, time: Tensor, dtype: torch.dtype) -
     def recorded(op: Callable[..., Any], cost: Callable[..., Cost]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
-            if depth == 0:  # what an op is made of is not counted again
+            if depth == 0:  # do not count the ops inside an op
                 costs.append(cost(*args, **kwargs))
             depth += 1
             try:

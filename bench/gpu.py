@@ -1,14 +1,14 @@
-"""make gpu-check, gpu-measure, gpu-tune: what a machine with a GPU can tell, a stage at a time.
+"""make gpu-check, gpu-measure, gpu-tune: what only a machine with a GPU can show, in stages.
 
     python bench/gpu.py check --out DIR [--seconds 230] [--only PREFIX] [--dry-run]
 
-Uses the Python it is started with (torch >= 2.11, Triton, pytest) and no network; the peer takes
-part where ``.peer/`` is there, and kernels compiled elsewhere where ``make gpu-pack`` left them. A
-stage is a list of items (gpu_check.py, gpu_measure.py, gpu_tune.py), the most important first. They
-run in worker processes (gpu_worker.py): one that raises, crashes or hangs costs that item alone,
-and what there is no time for is named. In DIR: ``<stage>.jsonl``, a record an item, as they come;
-``<stage>.md``, the table; ``<stage>-<worker>.log``, what was printed. The exit status is 0 where
-nothing that ran failed. ``--dry-run`` runs the same lines on a machine without a GPU (gpu_dry.py).
+It uses the Python that runs it (torch >= 2.11, Triton, pytest) and no network; it uses the peer if
+``.peer/`` exists, and compiled kernels that ``make gpu-pack`` left. A stage is a list of items
+(gpu_check.py, gpu_measure.py, gpu_tune.py), the most important first. They run in worker processes
+(gpu_worker.py): an item that raises, crashes or hangs costs only itself. Items for which there was
+no time are named. DIR gets ``<stage>.jsonl``, a record per item as it ends; ``<stage>.md``, the
+table; ``<stage>-<worker>.log``, the output. The exit status is 0 if no item that ran failed.
+``--dry-run`` runs the same lines on a machine without a GPU (gpu_dry.py).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from typing import Any
 from gpu_pack import PACK, ROOT, unpack
 from gpu_worker import Context, Item, load
 
-DRY = 3600.0  # seconds of a stage, at most, where an interpreter stands for the device
-START = 90.0  # seconds that a worker may take to import all it needs
+DRY = 3600.0  # longest time of a stage, in seconds, if an interpreter replaces the device
+START = 90.0  # seconds in which a worker must import all it needs
 BAD = ("failed", "crashed", "hung")
 VERDICTS = ("ok", *BAD, "skipped", "left out")
-SHOWN = 40  # lines of each list in the table that is printed
+SHOWN = 40  # lines of each list in the printed table
 
 
 @dataclass(frozen=True)
 class Stage:
     module: str
-    seconds: float  # of the device, at most
-    workers: int  # processes that share it
+    seconds: float  # longest time on the device
+    workers: int  # processes that share the device
 
 
 STAGES = {
@@ -55,7 +55,7 @@ STAGES = {
 
 
 class Worker:
-    """A process that runs items of ``module``; started again by whoever finds it dead."""
+    """A process that runs items of ``module``. A caller that finds it dead starts a new one."""
 
     def __init__(
         self, module: str, context: Context, environment: tuple[tuple[str, str], ...], log: Path
@@ -74,7 +74,7 @@ class Worker:
         self.ready = False
 
     def wait_until_ready(self, seconds: float) -> str | None:
-        """Why it is not, or None."""
+        """Why it is not ready, or None."""
         answer = self._answer(time.monotonic() + seconds)
         self.ready = answer is not None and "ready" in answer
         if self.ready:
@@ -82,7 +82,7 @@ class Worker:
         return "it took too long" if answer is None else answer["why"]
 
     def ask(self, item: Item, without: tuple[str, ...], seconds: float) -> dict[str, Any]:
-        """The record of the item; one of its own where the worker did not live to send it."""
+        """The record of the item; made here if the worker died before it could send one."""
         said, deadline, start = "", time.monotonic() + seconds, time.monotonic()
         request = json.dumps({"item": item.name, "without": without}) + "\n"
         assert self.process.stdin is not None
@@ -90,7 +90,7 @@ class Worker:
             self.process.stdin.write(request.encode())
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer says how it ended
+            pass  # _answer reports how the worker ended
         while True:
             answer = self._answer(deadline)
             if answer is not None and "note" in answer:
@@ -105,7 +105,7 @@ class Worker:
             return answer | ({"part": said} if said and answer["verdict"] in BAD else {})
 
     def _answer(self, deadline: float) -> dict[str, Any] | None:
-        """The next message, or that the worker died; None when the time is over."""
+        """The next message, or a report that the worker died; None after the deadline."""
         while b"\n" not in self._rest:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):
                 return None
@@ -123,7 +123,7 @@ class Worker:
         return f"{how}: {' | '.join(tail)[-500:]}"
 
     def kill(self) -> None:
-        """It and what it started."""
+        """Kill the process and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -131,7 +131,7 @@ class Worker:
 
 
 class Run:
-    """Items on workers until they or the time are used up; ``keep`` takes each record."""
+    """Runs items on workers until none are left or the time is up; ``keep`` takes each record."""
 
     def __init__(
         self, module: str, context: Context, keep: Callable[[dict[str, Any]], None], *,
@@ -155,7 +155,7 @@ class Run:
                     thread.start()
                 for thread in threads:
                     thread.join()
-                for item, _ in queue:  # every slot gave up
+                for item, _ in queue:  # all slots gave up
                     self._record(item, {"verdict": "left out", "why": "no worker starts"})
         finally:
             for worker in self._alive.values():
@@ -189,7 +189,7 @@ class Run:
             self._record(item, record | ({"without": without} if without else {}))
             part = record.get("part", "")
             if record["verdict"] in ("crashed", "hung") and part and part not in without:
-                with self._lock:  # the rest of it may be sound
+                with self._lock:  # its other parts may work
                     queue.appendleft((item, (*without, part)))
 
     def _start(self, slot: int, item: Item, seconds: float) -> str | None:
@@ -205,7 +205,7 @@ class Run:
 
 
 def table(stage: str, records: Sequence[dict[str, Any]], seconds: float, shown: int) -> str:
-    """What a stage found, as Markdown."""
+    """The results of a stage, as Markdown."""
     kinds = dict.fromkeys(r["item"].split("/")[0] for r in records)
     lines = [f"# {stage}: {len(records)} items in {seconds:.0f} s", ""]
     lines += [f"| kind | {' | '.join(VERDICTS)} | s |", "|---" + "|--:" * (len(VERDICTS) + 1) + "|"]
@@ -237,7 +237,7 @@ def run(
     seconds: float,
     only: Sequence[str] = ("",),
 ) -> int:
-    """A stage with its files; the exit status."""
+    """Run a stage and write its files; return the exit status."""
     start, records = time.monotonic(), list[dict[str, Any]]()
     items = [i for i in load(module, context).values() if i.name.startswith(tuple(only))]
     if not items:
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage, context = STAGES[args.stage], Context(args.out.resolve(), args.dry_run)
     context.out.mkdir(parents=True, exist_ok=True)
     seconds = DRY if context.dry else stage.seconds
-    # Not every package has to be installed: an editable install would need its build system.
+    # The packages need not be installed; an editable install would need its build system.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
     sys.path[:0] = [str(ROOT / p) for p in (".", "bench", "tests", "tests/ops")]
     if not args.dry_run:

@@ -1,15 +1,15 @@
-"""``make gpu-cache`` and ``make gpu-pack``: what a machine with a GPU need not compile or download.
+"""``make gpu-cache`` and ``make gpu-pack``: spare a machine with a GPU compilation and downloads.
 
     python bench/gpu_cache.py [--pack] [--verify]
 
-Triton keeps what it compiled under a key of the source, the signature and constants of a launch,
-its options, the architecture, the version of ptxas, and the bytes of its own compiler: nothing of a
-device. So the launches of the stages are captured here (launches.py) and compiled for sm_90 into
-``out/gpu-pack/triton``, machine code and metadata alone, with the C module that Triton 3.6 builds
-for each kernel signature, for each Python here that has its headers. ``--pack`` adds the peer, a
-newer ptxas and compute-sanitizer, and writes ``out/gpu-pack.tar.xz``; it is unpacked by the first
-stage that finds it. ``--verify`` launches the table again in another process, with a driver that
-has no device either, and counts what is not in the cache.
+Triton caches compiled kernels under a key of the source, the signature and constants of a launch,
+its options, the architecture, the version of ptxas and the bytes of its own compiler. The key does
+not contain a device. So this script captures the launches of the stages (launches.py) and compiles
+them for sm_90 into ``out/gpu-pack/triton``: machine code and metadata, and the C module that Triton
+3.6 builds for each kernel signature, for each Python here that has its headers. ``--pack`` adds the
+peer, a newer ptxas and compute-sanitizer, and writes ``out/gpu-pack.tar.xz``, which the first stage
+that finds it unpacks. ``--verify`` launches the table again in another process, also with a driver
+that has no device, and counts the kernels that are not in the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gpu_pack import PACK, PLACES, ROOT, pack
 
 @contextlib.contextmanager
 def launching() -> Iterator[None]:
-    """Ops on tensors of the CPU, and on those without data, go to Triton's launchers."""
+    """Ops on CPU tensors and on tensors without data go to Triton's launchers."""
     from unittest import mock
 
     from fastvdm.ops import _call
@@ -56,8 +56,8 @@ def launching() -> Iterator[None]:
 
 
 def networks_of_the_stages() -> list[Any]:
-    """A sampling step, a guided one and a training step of the networks of the check and of the
-    measurements, in the batches that they have there."""
+    """A sampling step, a guided step and a training step of the networks of the check and of the
+    measurements, at their batch sizes."""
     from network_launches import WAYS, Net, network_call
     from unet_bench import CASES, LARGE
 
@@ -101,7 +101,7 @@ def ops_of_the_check() -> Iterator[tuple[str, Callable[[], Any]]]:
     wanted += [(e, (torch.bfloat16,)) for e in gpu_check.many_sequences(False)]
     for (row, label, edge), dtypes in wanted:
         for dtype in dtypes:
-            # Compositions ask autocast about the device of their tensors: none on "meta".
+            # Compositions ask for autocast on the device of their tensors; "meta" has none.
             parts = "linear_residual" in row or ("temporal" in row and dtype == torch.float32)
             device = "cpu" if parts else "meta"
             yield f"{row} {label} {dtype}", partial(both, row, edge, dtype, device)
@@ -111,8 +111,8 @@ PARTS = ("table", "networks", "ops", "suite")
 
 
 def launches(parts: Sequence[str] = PARTS) -> list[Any]:
-    """Of all stages, each kernel once, the most used first. Calls of the suite fail when they look
-    at results that nobody computed; by then they have launched."""
+    """The kernels of all stages, each once, the most used first. Calls of the test suite fail when
+    they read results that nobody has computed, but by then they have launched."""
     import torch
     from calls import Call, by_name
     from calls import networks as table
@@ -145,7 +145,7 @@ def launches(parts: Sequence[str] = PARTS) -> list[Any]:
     with launching():
         taken = captured(found, H200)
     for name, why in refused.items():
-        if "triton" not in name:  # no cell of the suite
+        if "triton" not in name:  # not a cell of the suite
             print(f"  {name}: {why}", file=sys.stderr)
     return taken
 
@@ -154,7 +154,7 @@ def launches(parts: Sequence[str] = PARTS) -> list[Any]:
 
 
 def build(launch: Any) -> tuple[str, str] | None:
-    """Compile one launch into the cache; the C of its launcher, or None where Triton refuses."""
+    """Compile one launch into the cache. Returns the C of its launcher; None if Triton refuses."""
     from unittest import mock
 
     from launches import compiled
@@ -177,7 +177,7 @@ def build(launch: Any) -> tuple[str, str] | None:
 
 
 def pythons() -> list[Path]:
-    """Interpreters of this machine with headers to build against, one a version from 3.10 on."""
+    """Python interpreters on this machine that have headers, one per version from 3.10 on."""
     found = {sys.version_info[:2]: Path(sys.executable)}
     for path in Path(sys.base_prefix).parent.glob("3.*/bin/python3"):
         version = tuple(map(int, path.parents[1].name.split(".")[:2]))
@@ -190,8 +190,9 @@ _ASK = "import sysconfig as s; print(s.get_paths()['include'], s.get_config_var(
 
 
 def build_launchers(sources: Sequence[str], cache: Path) -> int:
-    """Triton's own build of a module for each C source and each Python, under the name and the key
-    that it looks for (triton/runtime/build.py): the key has no version, the file's name has."""
+    """Build a module with Triton's own build for each C source and Python, under the name and key
+    that Triton looks up (triton/runtime/build.py). The version is in the file name, not in the key.
+    """
     import triton
     from triton.runtime.build import platform_key
     from triton.runtime.cache import get_cache_manager
@@ -201,7 +202,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
     modules[(folder / "driver.c").read_text()] = "cuda_utils"
     built = 0
     with tempfile.TemporaryDirectory() as scratch:
-        # Only its name goes into a module: the driver's library is that of the other machine.
+        # A module contains only the library's name; the library is that of the other machine.
         stub = Path(scratch) / "libcuda.so.1"
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{stub.name}", "-x", "c", os.devnull]
         subprocess.run(["gcc", *flags, "-o", str(stub)], check=True)
@@ -224,7 +225,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
 
 
 def make_cache(parts: Sequence[str], processes: int) -> None:
-    """Fill ``out/gpu-pack/triton``, and say what it holds."""
+    """Fill ``out/gpu-pack/triton`` and print what it contains."""
     import triton
     from triton.runtime.cache import triton_key
 
@@ -248,8 +249,8 @@ def make_cache(parts: Sequence[str], processes: int) -> None:
 
 
 def verify(parts: Sequence[str]) -> int:
-    """Launch the table in this process with a driver that has no device; the kernels that were
-    compiled although they should be in the cache."""
+    """Launch the table in this process with a driver that has no device. Returns the number of
+    kernels that were compiled although they should be in the cache."""
     from launches import compiled
     from triton import knobs
 
@@ -282,7 +283,7 @@ def main() -> int:
     os.environ |= {
         "TRITON_CACHE_DIR": str(PLACES["triton"]),
         "TRITON_STORE_BINARY_ONLY": "1",
-        "FASTVDM_EMULATE": "90",  # the suite as of compiled kernels
+        "FASTVDM_EMULATE": "90",  # the suite then treats kernels as compiled
     }
     if args.verify:
         return 1 if verify(args.parts) else 0

@@ -1,10 +1,10 @@
-"""``make gpu-check``: does what was only ever interpreted and emulated do the same on a device?
+"""``make gpu-check``: does a device compute what was so far only interpreted and emulated?
 
-In this order, as far as the time goes: what the machine is; whole networks; the default kernels at
+In this order, while there is time: facts about the machine; whole networks; the default kernels at
 the networks' shapes, forward and backward, in bf16, fp32 and fp16; sampling by CUDA graphs; the
-table of launches, twice, bit by bit; more sequences than a grid's axis takes; a compiled network;
-the suite of the ops (tests/ops); bf16 attention by another ptxas; compute-sanitizer. All is held to
-fp64 of the reference by the three-way tolerance (fastvdm.testing), fp32 never beside TF32.
+table of launches, twice, compared bit by bit; more sequences than a grid's axis takes; a compiled
+network; the suite of the ops (tests/ops); bf16 attention by another ptxas; compute-sanitizer. The
+references are in fp64, with the three-way tolerance (fastvdm.testing); fp32 runs without TF32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DEVICE = "cuda"
 SHORT = {BF16: "bf16", FP32: "fp32", FP16: "fp16"}  # in this order; a dry run has no bf16
-# Checks of the suite that a device may fail where an interpreter does not.
+# Checks of the suite that a device may fail although an interpreter passes them.
 OF_THE_DEVICE = (
     "parity", "bit_equal", "exact", "not_a_number", "mixed", "poison", "strides", "expanded_dy",
     "each_alone", "frozen", "autocast", "empty", "no_grad", "inference_mode",
@@ -39,18 +39,18 @@ _held = ExitStack()
 
 
 def prepare() -> None:
-    """No TF32 for the rest of the process's life."""
+    """Disable TF32 for the rest of the process."""
     from harness import exact_fp32
 
     _held.enter_context(exact_fp32())
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else cuBLAS may give other bits each time
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise the bits of cuBLAS may vary
 
 
 # -- the machine ----------------------------------------------------------------------------------
 
 
 def facts(without: tuple[str, ...]) -> dict[str, Any]:
-    """Versions, clocks, and what the card copies and multiplies."""
+    """Versions, clocks, and the measured rates of copies and products."""
     from conftest import machine_info
 
     from fastvdm import info
@@ -64,7 +64,7 @@ def facts(without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def ptxas() -> str | None:
-    """The version that Triton compiles with."""
+    """The version of ptxas that Triton uses."""
     from triton import knobs
 
     tool = knobs.nvidia.ptxas
@@ -76,8 +76,8 @@ def ptxas() -> str | None:
 
 def at_the_networks(two: int = 2) -> list[tuple[str, str, dict[str, Any]]]:
     """(row of tests/ops/op_cases.py, label, edge): the default kernels at the shapes of
-    bench/calls.py, for ``two`` videos, or one where attention over space needs the memory in
-    fp64."""
+    bench/calls.py, for ``two`` videos, or for one if attention over space needs the memory in fp64.
+    """
     from calls import PAPER, PEER, shape
 
     def video(case: str, batch: int = two, **more: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def at_the_networks(two: int = 2) -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-# More than the 65 535 that a grid's second axis takes.
+# More than the 65 535 that the second axis of a grid takes.
 MANY = [
     ("axis_attention/time", dict(B=1, F=3, A=1, D=16, given=("bias",))),
     ("temporal_block/bias", dict(B=1, F=3, C=20, A=1, D=16, given=("bias",))),
@@ -143,7 +143,7 @@ def parity(row: str, edge: dict[str, Any], dtype: torch.dtype, without: tuple[st
 
 
 def launched(call: Any, without: tuple[str, ...]) -> None:
-    """A call of bench/calls.py, twice: the same bits, and nothing that is no number."""
+    """Run a call of bench/calls.py twice: the bits must be equal, and there must be no NaN."""
     run = call.build(DEVICE)
     first, second = ([t for t in _flat(run())] for _ in range(2))
     for i, (a, b) in enumerate(zip(first, second)):
@@ -159,7 +159,7 @@ def _flat(out: Any) -> list[Tensor]:
 
 
 def cells() -> list[tuple[str, Callable[[], None]]]:
-    """(label, check) of the suite's cells of Triton kernels, those that say most first."""
+    """(label, check) of the suite's cells for Triton kernels, the most informative first."""
     from suite_test import cells
 
     from fastvdm.runtime.config import use_backend
@@ -193,7 +193,7 @@ ATTENTION = (
 
 
 def bits(row: str, edge: dict[str, Any], path: Any, other: bool, without: tuple[str, ...]) -> Any:
-    """Output and gradients of attention in bf16, left in ``path``; with ``other``, compared."""
+    """Output and gradients of attention in bf16, written to ``path``; with ``other``, compared."""
     from op_cases import ROWS, make
 
     from fastvdm.runtime.config import use_backend
@@ -209,7 +209,7 @@ def bits(row: str, edge: dict[str, Any], path: Any, other: bool, without: tuple[
     mine = [t.cpu() for t in (out, *found) if t is not None]
     if not other:
         path.parent.mkdir(exist_ok=True)
-        # As bytes: numpy has no bf16.
+        # As bytes, because numpy has no bf16.
         with path.open("wb") as file:
             np.savez(file, *(t.contiguous().view(-1).view(torch.uint8).numpy() for t in mine))
         return {"ptxas": ptxas()}
@@ -224,7 +224,7 @@ def bits(row: str, edge: dict[str, Any], path: Any, other: bool, without: tuple[
 
 
 def sanitized(context: Context, tool: str, name: str, without: tuple[str, ...]) -> dict[str, Any]:
-    """An item under compute-sanitizer, in a process of its own."""
+    """Run an item under compute-sanitizer in its own process."""
     program = shutil.which("compute-sanitizer") or str(PACK / "compute-sanitizer/compute-sanitizer")
     if not os.path.exists(program):
         raise Skip("no compute-sanitizer here")
@@ -232,7 +232,7 @@ def sanitized(context: Context, tool: str, name: str, without: tuple[str, ...]) 
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, script]
     command += ["gpu_check", str(context.out), *(["--dry-run"] if context.dry else [])]
     asked = f'{{"item": "{name}", "without": []}}\n'
-    # torch's own allocator hides what lies beside a tensor.
+    # torch's caching allocator would hide accesses next to a tensor.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, input=asked, capture_output=True, text=True)
     said = [s for s in (done.stdout + done.stderr).splitlines() if s.startswith("=========")]

@@ -1,10 +1,10 @@
-"""A made-up GPU: each line of ``make gpu`` runs on a CPU before it runs on a device.
+"""A simulated GPU: every line of ``make gpu`` runs on a CPU before it runs on a device.
 
-``start()`` turns this process into one that sees an H200. Tensors asked for on "cuda" are on the
-CPU, Triton's kernels are interpreted or, where FASTVDM_EMULATE names an architecture, compiled for
-it and emulated (tests/ptxemu); ``torch.cuda`` answers as a device would, with a clock that advances
-by minutes a look; a CUDA graph is a list of operators that is run again. ``torch.compile``
-gives the function back, and every shape of bench/calls.py is a tiny one. No figure means anything.
+``start()`` makes this process see an H200. Tensors asked for on "cuda" are on the CPU. Triton's
+kernels are interpreted or, if FASTVDM_EMULATE names an architecture, compiled for it and emulated
+(tests/ptxemu). ``torch.cuda`` answers like a device, with a clock that advances by minutes at each
+look. A CUDA graph is a list of operators that is run again. ``torch.compile`` returns the function
+unchanged, and all shapes of bench/calls.py are tiny. The figures mean nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 EMULATED = int(os.environ.get("FASTVDM_EMULATE", "0"))
 if not EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.bfloat16 = torch.float32  # the interpreter truncates bf16, and takes minutes for it
+    torch.bfloat16 = torch.float32  # the interpreter truncates bf16 and takes minutes for it
 
 
 def _here(value: Any) -> Any:
-    """ "cpu" for "cuda"."""
+    """ "cpu" for "cuda"; other values unchanged."""
     if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
         return "cpu" if isinstance(value, str) else torch.device("cpu")
     return value
 
 
 class _OnCpu(TorchFunctionMode):
-    """Every function of torch, with the CPU where it is given the GPU."""
+    """Calls every function of torch with the CPU if it is given the GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:
@@ -47,12 +47,12 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _on_cpu(thread: threading.Thread, run: Any = threading.Thread.run) -> None:
-    with _OnCpu():  # a mode is one thread's
+    with _OnCpu():  # a mode belongs to one thread
         run(thread)
 
 
 class Event:
-    """Of a clock that is made up."""
+    """An event with a simulated clock."""
 
     now = 0.0
 
@@ -60,7 +60,7 @@ class Event:
         self.at = 0.0
 
     def record(self, *_: Any) -> None:
-        Event.now += 1e5  # as few rounds as may be
+        Event.now += 1e5  # so large that there are as few rounds as possible
         self.at = Event.now
 
     def elapsed_time(self, end: Event) -> float:
@@ -154,7 +154,7 @@ _PROGRAMS = {
 
 
 def start(out: Path) -> None:
-    """For the rest of the process. In ``out`` the programs that a GPU machine may have."""
+    """Simulate the GPU for the rest of the process. ``out`` gets programs of a GPU machine."""
     programs = out / "programs"
     programs.mkdir(parents=True, exist_ok=True)
     for name, line in _PROGRAMS.items():
@@ -192,11 +192,11 @@ def _flex_attention(q, k, v, score_mod=None):
 
 
 _held = contextlib.ExitStack()
-_CUDA: Any = types.SimpleNamespace(type="cuda")  # a torch.device would be a CPU
+_CUDA: Any = types.SimpleNamespace(type="cuda")  # a torch.device would become a CPU
 
 
 def _our_own() -> None:
-    """The parts of fastvdm and of the benchmarks that ask what a tensor is on, or how large."""
+    """Patch the parts of fastvdm and the benchmarks that ask for a tensor's device or size."""
     import calls
     import guidance_bench
     import harness
@@ -221,14 +221,14 @@ def _our_own() -> None:
         _held.enter_context(emulate(EMULATED, check=False))
     else:
         dispatch._DEVICES["triton"] = ("cuda", "cpu")
-        space_conv.INTERPRETED = False  # it refuses bf16, which is fp32 here
+        space_conv.INTERPRETED = False  # otherwise it refuses bf16, which is fp32 here
         interpreter.hasten()
     for name, s in calls.SHAPES.items():
         calls.SHAPES[name] = replace(
             s, frames=2, height=4, width=8, channels=16, heads=2, head_dim=16, groups=4
         )
     calls.GPU_BATCH = 2
-    calls.SHAPES["l0"] = replace(calls.SHAPES["l0"], frames=6)  # five are given
+    calls.SHAPES["l0"] = replace(calls.SHAPES["l0"], frames=6)  # five frames are given
     for nets in (unet_bench.CASES, unet_bench.LARGE):
         for name, net in nets.items():
             nets[name] = replace(net, dim=8, dim_mults=(1, 2), frames=2, size=4, gpu_batch=1)
@@ -239,6 +239,6 @@ def _our_own() -> None:
     harness.FLUSH = 2**10
     contest = harness.run_contest
     harness.run_contest = lambda made, names=None, **_: contest(made, names=names, min_rounds=1)
-    import tune  # after what it takes from harness
+    import tune  # after harness is patched
 
-    tune.THREADS = 1  # the interpreter is one thread's
+    tune.THREADS = 1  # the interpreter supports one thread

@@ -1,9 +1,9 @@
-"""``make gpu-measure``: the contests of bench/*_bench.py, what one wants to know first.
+"""``make gpu-measure``: the contests of bench/*_bench.py, the most important ones first.
 
-Each item is a contest (harness.py): its providers are held to the reference, then timed in turns by
-events of the device; medians, ratios, rates and shares of the limits that were measured on the same
-card. One that crashes the process is left out, and the rest of its contest runs again. Left in
-DIR besides: ``bench.json``, as pytest-benchmark writes it, its chart and ``RESULTS.md``
+Each item is a contest (harness.py): its providers are compared with the reference, then timed in
+turns by events of the device. It reports medians, ratios, rates, and percentages of limits measured
+on the same card. A provider that crashes the process is left out, and the rest of its contest runs
+again. DIR also gets ``bench.json``, as pytest-benchmark writes it, ``RESULTS.md`` and a chart
 (waterfall.py).
 """
 
@@ -26,7 +26,7 @@ EAGER = ("peer", "peer-bf16", "torch", "torch-bf16", "fastvdm", "fastvdm-bf16")
 
 @dataclass(frozen=True)
 class Asked:
-    """A contest and who takes part, all by default; ``limit`` as of an item."""
+    """A contest and its providers (all by default); ``limit`` is that of an item."""
 
     bench: str
     case: str
@@ -107,7 +107,7 @@ def asked() -> list[Asked]:
 def prepare() -> None:
     import torch
 
-    torch.backends.cudnn.benchmark = True  # the baselines get the best algorithm of each shape
+    torch.backends.cudnn.benchmark = True  # give the baselines the best algorithm per shape
 
 
 def facts(without: tuple[str, ...]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def facts(without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def contest(one: Asked, without: tuple[str, ...]) -> dict[str, Any]:
-    """Rows by provider, as pytest-benchmark keeps them; who was not timed, and why."""
+    """Rows by provider, as in pytest-benchmark; providers that were not timed, and why."""
     import torch
     from harness import run_contest, summary
 
@@ -143,7 +143,7 @@ def contest(one: Asked, without: tuple[str, ...]) -> dict[str, Any]:
     wrong = {n: r.failed for n, r in results.items() if r.failed}
     said = ", ".join(_short(row) for row in rows)
     record = {"rows": rows, "absent": absent, "say": said}
-    if wrong:  # the others' figures stay
+    if wrong:  # keep the figures of the others
         why = "; ".join(f"{n}: {w}" for n, w in wrong.items())
         return record | {"verdict": "failed", "why": why, "say": f"{said}; {why}"}
     return record
@@ -166,7 +166,7 @@ def items(context: Context) -> list[Item]:
 
 
 def summary(context: Context, records: list[dict[str, Any]]) -> str:
-    """The page of the results, which is written, too."""
+    """The page of results; it is also written."""
     import waterfall
 
     machine = next((r["facts"] for r in records if "facts" in r), {})

@@ -14,7 +14,7 @@ DEVICE = "cuda"
 
 
 def network(name: str) -> nn.Module:
-    """In fp32, nothing in it zero: that would hide whatever comes before."""
+    """A network in fp32 without zero weights, which would hide what precedes them."""
     from unet_bench import CASES
 
     from fastvdm import UNet3D
@@ -47,7 +47,7 @@ def inputs(name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def results(model: nn.Module, x: Tensor, time: Tensor, target: Tensor, train: bool) -> list[Tensor]:
-    """The output; or the loss, the gradient of x and those of the weights, without dropout."""
+    """The output; or with ``train`` the loss and the gradients of x and weights, no dropout."""
     model.eval()
     if not train:
         with torch.no_grad():
@@ -62,11 +62,12 @@ def results(model: nn.Module, x: Tensor, time: Tensor, target: Tensor, train: bo
 def hold(
     parts: Iterable[tuple[str, list[Tensor], float]], plain: list[Tensor], exact: list[Tensor]
 ) -> dict[str, Any]:
-    """``assert_close3`` over the tensors of each part together: a weight whose gradient cancels has
-    no size of its own. Tensors are taken one by one, as those of a large network fill the memory.
+    """``assert_close3`` over the tensors of each part together, because a weight whose gradient
+    cancels has no size of its own. Tensors are processed one by one: those of a large network fill
+    the memory.
 
     Raises:
-        AssertionError: a part errs more than its factor times plain torch.
+        AssertionError: the error of a part exceeds its factor times that of plain torch.
     """
     from fastvdm.testing import _FLOOR
 
@@ -93,7 +94,7 @@ def hold(
 
 
 def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) -> dict[str, Any]:
-    """A network against the reference in its dtype and in fp64; twice, with the same bits."""
+    """A network against the reference in its dtype and in fp64; two runs must be bit-equal."""
     from fastvdm import use_backend
 
     model = network(name).to(dtype)
@@ -105,7 +106,7 @@ def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) 
         with use_backend(backend):
             return results(model, x, time, target, train)
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # of torch's own; it fills empty()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # for torch's ops; it fills empty()
     try:
         ours, again = run("auto"), run("auto")
     finally:
@@ -128,7 +129,7 @@ def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) 
 
 
 def like_the_peer(without: tuple[str, ...]) -> dict[str, Any]:
-    """The peer's own network, with the same weights, in fp32."""
+    """Compare with the peer's own network, with the same weights, in fp32."""
     from peer import PeerMissing, import_peer
     from unet_bench import CASES
 
@@ -152,7 +153,7 @@ def like_the_peer(without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def compiled_network(without: tuple[str, ...]) -> dict[str, Any]:
-    """One graph, with what the eager network gives."""
+    """A network compiled into one graph must give the result of the eager one."""
     from fastvdm.testing import max_error
 
     model = network("unet").to(BF16).eval()
@@ -169,7 +170,7 @@ def compiled_network(without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def graphed_sample(guided: bool, without: tuple[str, ...]) -> dict[str, Any]:
-    """``sample`` by CUDA graphs: the bits of the same run without."""
+    """``sample`` by CUDA graphs must give the bits of the same run without graphs."""
     from fastvdm.diffusion import Condition, sample
 
     model = network("unet").to(FP32 if guided else BF16).eval()

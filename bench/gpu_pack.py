@@ -1,4 +1,4 @@
-"""What ``make gpu-pack`` writes, and what a stage takes of it on the other machine."""
+"""The archive that ``make gpu-pack`` writes and a stage unpacks on the other machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACK = ROOT / "out" / "gpu-pack"  # what was carried along, unpacked
+PACK = ROOT / "out" / "gpu-pack"  # the unpacked archive
 ARCHIVE = PACK.with_suffix(".tar.xz")
-LIMIT = 64 * 2**20  # bytes that are carried along
-# Folders of the archive, and where they go.
+LIMIT = 64 * 2**20  # largest size of the archive in bytes
+# Folders of the archive, and where they are unpacked.
 PLACES = {"triton": PACK / "triton", "peer": ROOT / ".peer", "tools": PACK}
 TOOLS = ("nvidia-cuda-nvcc==13.5.37", "nvidia-cuda-sanitizer-api==13.4.92")
 
 
 def unpack(folder: Path) -> str:
-    """Take what was carried along, once; sets TRITON_CACHE_DIR. What to print."""
+    """Unpack the archive once and set TRITON_CACHE_DIR. Returns a text to print."""
     if not (folder / "triton").exists():
         if not ARCHIVE.exists():
             return "no pack was carried along: every kernel is compiled here"
@@ -38,14 +38,14 @@ def unpack(folder: Path) -> str:
 
 
 def _group(path: Path, folder: str) -> dict[str, dict[str, str]]:
-    """A group of Triton's cache, whose files it finds by absolute paths, in ``folder``."""
+    """A group file of Triton's cache with its absolute paths changed to ``folder``."""
     names = json.loads(path.read_text())["child_paths"]
     return {"child_paths": {name: str(Path(folder) / name) for name in names}}
 
 
 def adopt(folder: Path) -> str:
-    """Use the cache where this Triton is another build of the same version: its wheels for two
-    versions of Python differ in the bytes that the key is made of, not in what they compile."""
+    """Use the cache with another build of the same version of Triton. Its wheels for two versions
+    of Python differ in the bytes from which the key is made, not in what they compile."""
     import triton
     from triton.runtime import cache
 
@@ -59,7 +59,7 @@ def adopt(folder: Path) -> str:
 
 
 def fetch_tools() -> None:
-    """A newer ptxas and compute-sanitizer, from the package index, into ``out/gpu-pack``."""
+    """Download a newer ptxas and compute-sanitizer from the package index to ``out/gpu-pack``."""
     if (PACK / "ptxas").exists() and (PACK / "compute-sanitizer").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +77,7 @@ def fetch_tools() -> None:
 
 
 def pack() -> int:
-    """Write the archive; its size, part by part."""
+    """Write the archive; print the size of each part."""
     fetch_tools()
     parts = {
         "triton": [p for p in PLACES["triton"].rglob("*") if p.is_file()],
@@ -90,7 +90,7 @@ def pack() -> int:
         for name, paths in parts.items():
             for path in sorted(paths):
                 source = path
-                if path.name.startswith("__grp__"):  # not where it lies here
+                if path.name.startswith("__grp__"):  # it contains absolute paths
                     source = Path(scratch) / "group"
                     source.write_text(json.dumps(_group(path, "")))
                 archive.add(source, f"{name}/{path.relative_to(PLACES[name])}", recursive=False)

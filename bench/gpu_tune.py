@@ -1,7 +1,7 @@
-"""``make gpu-tune``: bench/tune.py, what most of a network's time goes into first.
+"""``make gpu-tune``: bench/tune.py, starting with what takes most of a network's time.
 
-An item is the calls of one op in one direction, whose candidates are compiled together. Each
-outcome is written at once, to kernels/configs/<gpu>.json and DIR/<gpu>.json.
+An item consists of the calls of one op in one direction, whose candidates are compiled together.
+Each outcome is written at once, to kernels/configs/<gpu>.json and DIR/<gpu>.json.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from gpu_worker import Context, Item
 
 DEVICE = "cuda"
 LIMIT = 70.0
-# The start of a call's name, and its end: the first that fits says when it is its turn.
+# The beginning and end of a call's name; the first match gives its turn.
 ORDER = (
     ("temporal", "backward"), ("attention", "backward"), ("norm", "backward"), ("norm", ""),
     ("temporal", ""), ("linear", ""), ("linear", "backward"), ("attention", ""), ("conv", ""),
     ("", ""),
 )  # fmt: skip
-_answers: dict[Any, Any] = {}  # of this process, for the calls that come later
+_answers: dict[Any, Any] = {}  # answers of this process, for later calls
 
 
 def tuned_calls(context: Context, calls: list[Any], without: tuple[str, ...]) -> dict[str, Any]:

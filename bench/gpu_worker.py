@@ -1,11 +1,11 @@
-"""What a stage of ``make gpu`` is made of, and the process that runs it, one item after the other.
+"""Items of the stages of ``make gpu``, and the process that runs them one after the other.
 
     python bench/gpu_worker.py gpu_check OUT [--dry-run]
 
-Item names come in, a line of JSON each; records go out the same way, on what was the standard
-output: the prints of an item go to the standard error. An item that raises is a record. A fault of
-the device makes the process useless, as every later call of CUDA repeats it, so it says so and
-ends; ``gpu.py`` starts another one, as it does after a crash, and kills one that hangs.
+Item names come in as lines of JSON. Records go out the same way on the original standard output;
+what an item prints goes to standard error. An item that raises becomes a record. After a fault of
+the device the process is useless, because every later call of CUDA repeats the fault, so it says so
+and ends. ``gpu.py`` then starts another one, as after a crash, and it kills one that hangs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 
 from gpu_pack import PACK, ROOT, adopt
 
-# What fastvdm, its tests and the peer import, a machine with a GPU may not have, and no item calls.
+# Imported by fastvdm, its tests and the peer, possibly missing there, and used by no item.
 UNCALLED = ("huggingface_hub", "tqdm", "PIL", "PIL.Image")
 
 
 class _Nothing:
-    """Stands for each name of a module that is not installed; may be a base class."""
+    """Replaces each name of a module that is not installed; it can be a base class."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         super().__init_subclass__()
@@ -46,13 +46,13 @@ class _Empty(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
     def __getattr__(self, name: str) -> type[_Nothing]:
-        if name.startswith("__"):  # who asks what kind of a module this is
+        if name.startswith("__"):  # e.g. inspection of the module
             raise AttributeError(name)
         return _Nothing
 
 
 def stand_in(names: Sequence[str] = UNCALLED) -> list[str]:
-    """Modules without content for those that are not installed, and which these are."""
+    """Install empty modules for those that are missing; return their names."""
     absent = []
     for name in names:
         top = name.split(".")[0]
@@ -63,12 +63,12 @@ def stand_in(names: Sequence[str] = UNCALLED) -> list[str]:
 
 
 class Skip(Exception):
-    """The item cannot run here; says why."""
+    """The item cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a stage leaves files, and whether its device is made up."""
+    """The folder for a stage's files, and whether its device is simulated."""
 
     out: Path
     dry: bool = False
@@ -76,18 +76,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to find out. ``run(without)`` returns what is worth recording, and raises where it
-    finds a fault; ``without`` names parts of it that crashed before (``note``)."""
+    """One question. ``run(without)`` returns what is worth recording and raises if it finds a
+    fault. ``without`` names parts of it that crashed before (``note``)."""
 
     name: str  # "kind/what"
     run: Callable[[tuple[str, ...]], dict[str, Any] | None]
     limit: float = 60.0  # seconds after which it counts as hung
-    alone: bool = False  # it is timed, or needs the memory
-    environment: tuple[tuple[str, str], ...] = ()  # of the process, e.g. another ptxas
+    alone: bool = False  # it is timed, or needs all memory
+    environment: tuple[tuple[str, str], ...] = ()  # for the process, e.g. another ptxas
 
 
 def note(text: str) -> None:
-    """Say which part of the item comes now: should it crash, that is what did it."""
+    """Announce the next part of the item, so that a crash can be attributed to it."""
     _send(note=text)
 
 
@@ -101,7 +101,7 @@ def _send(**record: Any) -> None:
 
 
 def _settle() -> None:
-    """Wait for the device: a fault belongs to the item that launched it."""
+    """Wait for the device, so that a fault is attributed to the item that launched it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -114,7 +114,7 @@ def _tidy() -> None:
 
 
 def attempt(item: Item, without: tuple[str, ...]) -> dict[str, Any]:
-    """Run it; its record. The verdict is ok, failed, skipped or crashed."""
+    """Run an item and return its record. The verdict is ok, failed, skipped or crashed."""
     start, record = time.perf_counter(), {"verdict": "ok"}
     try:
         record |= item.run(without) or {}
@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def load(module: str, context: Context) -> dict[str, Item]:
-    """The items of a stage by name, in order, in a process that is ready to run them."""
+    """The items of a stage by name, in order, after preparing this process to run them."""
     if absent := stand_in():
         print(f"not installed, and not needed: {', '.join(absent)}", file=sys.stderr)
     if context.dry:
@@ -174,12 +174,12 @@ def load(module: str, context: Context) -> dict[str, Item]:
         found.prepare()
     named: dict[str, Item] = {}
     for item in found.items(context):
-        # On a made-up device bf16 is fp32, and comes twice.
+        # On a simulated device bf16 is fp32, so items occur twice.
         if named.setdefault(item.name, item) is not item and not context.dry:
             raise ValueError(f"two items of {module} are called {item.name}")
     return named
 
 
 if __name__ == "__main__":
-    sys.modules["gpu_worker"] = sys.modules["__main__"]  # one Skip, one note
+    sys.modules["gpu_worker"] = sys.modules["__main__"]  # so that Skip and note exist only once
     sys.exit(main())

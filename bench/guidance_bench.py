@@ -1,8 +1,9 @@
-"""Reconstruction guidance: the fused ends alone, and a guided step beside an unguided one.
+"""Reconstruction guidance: the two fused ends alone, and a guided step against an unguided one.
 
-The yardstick of ``test_guided_steps`` is the unguided run (it draws something else, so it is not
-held to the reference); "naive" is Eq. 7 as one would write it: the loss in plain torch, autograd
-through a network whose parameters require a gradient. Target: at most 2.3 times the yardstick.
+The baseline of ``test_guided_steps`` is the unguided run; it draws another video, so it is not
+compared with the reference. "naive" is Eq. 7 written down directly: the loss in plain torch, with
+autograd through a network whose parameters require a gradient. Target: at most 2.3 times the
+baseline's time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastvdm.ops.guidance import (
 )
 
 WEIGHT = 9.0
-NET = dict(dim=64, dim_mults=(1, 2, 4))  # "tiny": half as wide
+NET = dict(dim=64, dim_mults=(1, 2, 4))  # half as wide for "tiny"
 
 
 def ends_contest(case: str, device: str) -> Contest:
@@ -75,7 +76,7 @@ def test_ends(race, case, provider):
 
 
 def naive(net, frames, size, generator, steps):
-    """The same run, Eq. 7 written down: no frozen weights, no fused ends."""
+    """The same run with Eq. 7 written down: no frozen weights, no fused ends."""
     device = frames.device
     levels = CosineSchedule().levels(steps).log_snr
     count = frames.shape[2]
@@ -103,7 +104,7 @@ def naive(net, frames, size, generator, steps):
 
 
 def steps_contest(case: str, device: str, checkpointing: str = "none") -> Contest:
-    """Two ancestral steps of a dim 64 network, given 2 frames."""
+    """Two ancestral steps of a network of dim 64 with 2 known frames."""
     s = shape(case, device)
     size = (s.batch, 3, s.frames, s.height, s.width)
     options = NET | (dict(dim=32) if case == "tiny" else {})
@@ -118,7 +119,7 @@ def steps_contest(case: str, device: str, checkpointing: str = "none") -> Contes
             net, size, num_steps=2, condition=condition, generator=generator(), device=device
         )
 
-    # as "naive" has it: two steps would be within the limit at a third of this weight
+    # "none" as in "naive": the limit for two steps would be a third of this weight.
     condition = Condition(frames, guidance_weight=WEIGHT, guidance_limit="none")
 
     def unfused():

@@ -1,8 +1,8 @@
 """Contests between providers: parity first, then interleaved rounds in one process.
 
-A timing taken alone says more about the machine's mood than about the code. Here every provider
-of a case runs once per round, one after the other, and what is quoted is the median over the rounds
-of the ratio to the baseline within the same round. A provider whose result is wrong is not timed.
+A single timing depends on the state of the machine. So all providers of a case run once per round,
+one after the other, and the reported ratio is the median over rounds of the ratio to the baseline
+in the same round. A provider with a wrong result is not timed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from fastvdm.runtime.extension import emulated
 from fastvdm.testing import max_error
 
 Outputs = Tensor | Sequence[Tensor]
-RECOMPILE_LIMIT = 256  # the peer needs it: at dynamo's default it silently runs half eager
-# What the limits are measured with: the side of a product, images, channels, bytes of a copy.
+RECOMPILE_LIMIT = 256  # for the peer: with dynamo's default, half of it silently runs eagerly
+# Sizes for measuring the limits: side of a product, images, channels, bytes of a copy.
 SIZES = {"cuda": (8192, 256, 256, 2**30), "cpu": (2048, 16, 256, 2**29)}
-FLUSH = 256 * 2**20  # bytes, more than any L2
+FLUSH = 256 * 2**20  # bytes, more than any L2 cache
 
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """No TF32: cuDNN's fp32 convolutions have it by default, ours have not, and what a result is
-    held to should not. Outside of it what is timed runs as torch's users have it."""
+    """Disable TF32, which cuDNN's fp32 convolutions use by default, ours do not, and a reference
+    should not. Outside of this context, timed code runs with torch's defaults."""
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [s.allow_tf32 for s in switches]
     try:
@@ -57,30 +57,30 @@ class Unavailable(RuntimeError):
 class Provider:
     """One way to compute the case.
 
-    ``build()`` makes weights, casts and compiles, and returns ``run``; ``run()`` computes the
-    result and is all that is timed. ``build`` raises ``Unavailable`` where it cannot run.
+    ``build()`` makes weights, casts and compiles, and returns ``run``. ``run()`` computes the
+    result; only it is timed. ``build`` raises ``Unavailable`` if it cannot run here.
     """
 
     build: Callable[[], Callable[[], Outputs]]
     tolerance: float  # max |out - reference| / max |reference|, over every output
-    dtype: torch.dtype = torch.float32  # what its floor is counted in
+    dtype: torch.dtype = torch.float32  # in which its floor is counted
     info: dict[str, Any] = field(default_factory=dict)  # anything worth recording, e.g. graphs
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Providers of one case and what they are held to. The first provider is the baseline."""
+    """The providers of one case and their reference. The first provider is the baseline."""
 
-    reference: Callable[[], Outputs]  # fp64, or the baseline in fp32 where fp64 takes too long
+    reference: Callable[[], Outputs]  # fp64, or the baseline in fp32 if fp64 takes too long
     providers: Mapping[str, Provider]
     cost: Callable[[torch.dtype], Any] | None = None  # dtype -> Cost, or a list: one per part
     device: str = "cpu"
-    hide_host: bool = True  # on a GPU: time the device alone (ops); False: as the user sees it
+    hide_host: bool = True  # on a GPU True times the device alone (ops), False what the user sees
 
 
 @dataclass
 class Result:
-    """What one provider did: seconds per round, or why it has none."""
+    """The result of one provider: seconds per round, or why there are none."""
 
     times: list[float] = field(default_factory=list)
     error: float | None = None
@@ -102,10 +102,10 @@ def run_contest(
     min_rounds: int = 3,
     max_rounds: int = 30,
 ) -> dict[str, Result]:
-    """Check and time the providers ``names`` (default: all). ``budget`` in seconds of timing."""
+    """Check and time the providers ``names`` (default: all). ``budget``: seconds of timing."""
     wanted = [n for n in contest.providers if names is None or n in names]
     results = {n: Result(info=contest.providers[n].info) for n in wanted}
-    torch._dynamo.reset()  # the cases before would make the shapes of this one dynamic
+    torch._dynamo.reset()  # earlier cases would make the shapes of this one dynamic
     runs: dict[str, Callable[[], Outputs]] = {}
     with exact_fp32():
         reference = _tensors(contest.reference())
@@ -133,7 +133,7 @@ def run_contest(
 def _admit(
     provider: Provider, reference: list[Tensor], result: Result
 ) -> Callable[[], Outputs] | None:
-    """Build one provider and hold its first result to the reference."""
+    """Build one provider and compare its first result with the reference."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -142,7 +142,7 @@ def _admit(
         except (Unavailable, ImportError) as error:
             result.skipped = str(error)
             return None
-        except Exception as error:  # of this provider alone: the others still race
+        except Exception as error:  # of this provider; the others still race
             result.failed = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return None
     fallbacks = [str(w.message) for w in caught if "uses the torch reference" in str(w.message)]
@@ -182,7 +182,7 @@ def _cuda_round(contest: Contest, runs: Mapping[str, Callable[[], Outputs]]) -> 
     for name, run in runs.items():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        flush.zero_()  # nothing of the last call is left in L2
+        flush.zero_()  # remove data of the last call from the L2 cache
         if contest.hide_host:
             torch.cuda._sleep(4_000_000)  # about 2 ms in which the host queues the launches
         start.record()
@@ -200,7 +200,7 @@ def _flush_buffer(device: str) -> Tensor:
 
 
 def _peak_bytes(run: Callable[[], Outputs], device: str) -> int | None:
-    """Memory of one call above what is held before it; None where the system does not tell."""
+    """Memory of one call above what was held before; None if the system does not report it."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -209,10 +209,10 @@ def _peak_bytes(run: Callable[[], Outputs], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before hides what is taken now
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed before would hide what is allocated now
         before = _status("VmRSS")
         with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # the peak counts from here
+            f.write("5")  # reset the peak
         run()
         return max(0, _status("VmHWM") - before)
     except (OSError, LookupError, AttributeError):
@@ -227,13 +227,13 @@ def _status(key: str) -> int:
     raise LookupError(key)
 
 
-# What a provider's build uses.
+# Used by the builds of providers.
 
 
 def compiled(fn: Callable[..., Any], info: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    """``torch.compile(fn)`` with room for every graph; its first call records the graph count.
+    """``torch.compile(fn)`` without a limit on graphs; its first call records the graph count.
 
-    Shapes are static, the best for what is timed."""
+    Shapes are static, which is best for timing."""
     if not torch.cuda.is_available() and not _has_compiler():
         raise Unavailable("torch.compile needs a C++ compiler on a CPU")
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
@@ -263,8 +263,8 @@ def _has_compiler() -> bool:
 
 
 def need_kernel(op: str, device: str) -> None:
-    """Raise ``Unavailable`` where ``op`` has no kernel on ``device``: there it would only race the
-    reference against itself."""
+    """Raise ``Unavailable`` if ``op`` has no kernel on ``device``, where the reference would only
+    race against itself."""
     from fastvdm.runtime import dispatch
 
     backend = "triton" if device.startswith("cuda") else "cpu"
@@ -287,7 +287,7 @@ def grads_of(fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Ten
 def runner(
     fn: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor | None = None
 ) -> Callable[[], Outputs]:
-    """A ``run`` of ``fn(*inputs)``; with ``dy``, of its gradients."""
+    """A ``run`` of ``fn(*inputs)``, or with ``dy`` of its gradients."""
     if dy is not None:
         return grads_of(fn, inputs, dy)
 
@@ -299,7 +299,7 @@ def runner(
 
 
 def cost_of(cost: Callable[..., Cost], *args: Any, train: bool, **options: Any) -> Cost:
-    """Of the forward, or of it and the backward, by an op's cost function."""
+    """The cost of the forward, or of forward and backward, by an op's cost function."""
     ways = (False, True) if train else (False,)
     return Cost(*map(sum, zip(*(cost(*args, backward=way, **options) for way in ways))))
 
@@ -309,8 +309,8 @@ def cost_of(cost: Callable[..., Cost], *args: Any, train: bool, **options: Any) 
 
 @functools.cache
 def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(FLOP/s of a large product in ``dtype``, bytes/s of a large copy), measured here.
-    Where a type is only emulated, in what it is emulated by: its own product takes minutes."""
+    """(FLOP/s of a large product in ``dtype``, bytes/s of a large copy), measured here. For an
+    emulated dtype it is the product in fp32, because its own takes minutes."""
     if emulated(torch.device(device), dtype):
         dtype = torch.float32
     return _product_rate(device, dtype), _copy_rate(device)
@@ -318,8 +318,8 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 @functools.cache
 def _product_rate(device: str, dtype: torch.dtype) -> float:
-    """The better of a square matrix product and a 3x3 convolution: on CPUs these are two libraries,
-    and on an EPYC the former reaches 0.14 of the 0.18 TFLOP/s that the latter nearly does."""
+    """The better of a square matrix product and a 3x3 convolution. On CPUs these are two libraries;
+    on an EPYC the product reaches 0.14 of the 0.18 TFLOP/s that the convolution nearly reaches."""
     n, images, c, _ = SIZES[device.split(":")[0]]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     matrix = 2 * n**3 / _best(lambda: a @ b, device)
@@ -344,7 +344,7 @@ def _best(run: Callable[[], Tensor], device: str, rounds: int = 5) -> float:
 
 
 def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[str, Any]:
-    """What goes beside a provider's times: ratio, rates, % of the floor, error, memory."""
+    """The figures beside a provider's times: ratio, rates, % of the floor, error, memory."""
     provider, result = contest.providers[name], results[name]
     info: dict[str, Any] = {
         "provider": name,
@@ -372,10 +372,10 @@ def summary(contest: Contest, results: Mapping[str, Result], name: str) -> dict[
 
 
 class ReplayClock:
-    """Hands durations measured elsewhere to pytest-benchmark through its ``timer`` option.
+    """Passes durations measured elsewhere to pytest-benchmark through its ``timer`` option.
 
-    pytest-benchmark times one test after the other. The rounds here are interleaved, so they are
-    measured by ``run_contest``, and each provider's test replays its own.
+    pytest-benchmark times one test after the other. The rounds here are interleaved, so
+    ``run_contest`` measures them and each provider's test replays its own.
     """
 
     __name__ = "interleaved"

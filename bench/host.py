@@ -1,7 +1,7 @@
-"""What a forward costs the host where a GPU waits for nothing else, on any machine.
+"""The host's time for a forward when a GPU would wait for it, measured on any machine.
 
-The network runs as on a GPU, down to Triton's launcher, on CPU tensors of its smallest video: its
-Python, its checks, torch's dispatcher and Triton's specialisation are all there. Kernels, Triton's
+The network runs as on a GPU, down to Triton's launcher, on CPU tensors of its smallest video. This
+includes its Python, its checks, torch's dispatcher and Triton's specialisation. Kernels, Triton's
 own C and the library's convolutions and products do nothing.
 """
 
@@ -30,7 +30,7 @@ FRAMES, SIZE = 16, 8
 
 @contextlib.contextmanager
 def host_alone(gpu: Facts) -> Iterator[list[str]]:
-    """CPU tensors take the way of a GPU's, and nothing is computed; yields the kernels launched."""
+    """CPU tensors take the path of a GPU, and nothing is computed. Yields the launched kernels."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -87,8 +87,8 @@ def host_alone(gpu: Facts) -> Iterator[list[str]]:
 
 
 def host_ms(net: Net, gpu: Facts, repeats: int = 15) -> float:
-    """Milliseconds of the CPU's time that a forward without gradients takes, on one thread: the
-    least of ``repeats``, so that a busy machine counts little."""
+    """Milliseconds of CPU time for a forward without gradients on one thread: the minimum of
+    ``repeats``, so that a busy machine has little influence."""
     model: Any = net.make().bfloat16().eval()
     x = torch.zeros(1, 3, FRAMES, SIZE, SIZE, dtype=torch.bfloat16)
     cond = None if model.cond_dim is None else torch.zeros(1, model.cond_dim).bfloat16()

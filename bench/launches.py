@@ -1,12 +1,12 @@
-"""What calls launch, on any machine: each kernel with the types, constants and options that its
-launcher gives it, specialised by Triton itself for the arguments at hand.
+"""What calls launch, on any machine: each kernel with the types, constants and options from its
+launcher, specialised by Triton itself for the arguments.
 
     for launch in captured(calls, H100):    # bench/calls.py, on tensors without data
         compiled(launch).asm["ptx"]
 
-A driver that names an architecture and has no device stands in for the GPU's, and a hook of Triton
-takes each launch where it would be compiled: nothing is patched, nothing runs. The driver stays, so
-this is for a process of its own, and not for one under TRITON_INTERPRET, which compiles nothing.
+A driver that names an architecture but has no device replaces the GPU's, and a hook of Triton takes
+each launch at the point of compilation: nothing is patched and nothing runs. The driver stays, so
+this needs a process of its own, without TRITON_INTERPRET, which compiles nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastvdm.runtime.device import Facts, pretend
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it is compiled for one launch. ``name`` is the kernel's and that of the first of
-    ``calls``, which all launch the same."""
+    """A kernel as compiled for one launch. ``name`` consists of the kernel and the first of
+    ``calls``, which all make the same launch."""
 
     name: str
     module: str
@@ -47,8 +47,8 @@ class Launch:
 
     @property
     def apart_from_integers(self) -> str:
-        """Equal for launches that differ in no more than how Triton specialises their integers on 1
-        and on multiples of 16."""
+        """Equal for launches that differ only in Triton's specialisation of integers on 1 and on
+        multiples of 16."""
         kernel = getattr(importlib.import_module(self.module), self.function)
         constant = {p.name for p in kernel.params if p.is_constexpr}
         given = {kernel.arg_names[place[0]]: value for place, value in self.constants.items()}
@@ -64,7 +64,7 @@ class Launch:
 
 
 class NoDevice:
-    """A Triton driver for compiling alone; a device of it is an architecture."""
+    """A Triton driver that can only compile; its device is an architecture."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -85,7 +85,7 @@ def captured(calls: Iterable[Call], gpu: Facts) -> list[Launch]:
     """Each launch once, in the order of the calls, with analytic configurations.
 
     Raises:
-        RuntimeError: a call raised; names it.
+        RuntimeError: a call raised; the message names it.
     """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -96,7 +96,7 @@ def captured(calls: Iterable[Call], gpu: Facts) -> list[Launch]:
     current = ""
 
     def take(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """True, to Triton: do not compile."""
+        """Return True, which tells Triton not to compile."""
         given = json.loads(compile["specialization_data"])["options"]
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         at = (fn.module, fn.name, key)
@@ -141,8 +141,8 @@ def _source(launch: Launch) -> Any:
 
 
 def compiled(launch: Launch, **options: Any) -> Any:
-    """Triton's ``CompiledKernel``, what its assembler said as ``metadata.ptxas_log``. ``options``
-    go before the launch's own."""
+    """Triton's ``CompiledKernel``, with the assembler's output in ``metadata.ptxas_log``.
+    ``options`` override those of the launch."""
     import triton
     from triton import knobs
 
@@ -154,12 +154,12 @@ def compiled(launch: Launch, **options: Any) -> Any:
             made = triton.compile(_source(launch), target=target, options=launch.options | options)
             if hasattr(made.metadata, "ptxas_log"):
                 break
-            knobs.compilation.always_compile = True  # from the cache, put there by a real launch
+            knobs.compilation.always_compile = True  # the cache has it from a launch without a log
     return made
 
 
 def _keep_log(backend: Any, stages: dict[str, Any], *_: Any) -> None:
-    """Triton prints the log; into the metadata with it, which its cache keeps."""
+    """Store the log, which Triton prints, in the metadata, which its cache keeps."""
     assemble = stages["cubin"]
 
     def cubin(source: str, metadata: dict[str, Any]) -> bytes:
@@ -173,8 +173,8 @@ def _keep_log(backend: Any, stages: dict[str, Any], *_: Any) -> None:
 
 
 def lowered(launch: Launch) -> None:
-    """Through Triton's front end alone, which refuses what Python, and thus the interpreter, takes:
-    a tenth of the time."""
+    """Run only Triton's front end, which refuses some code that Python (and thus the interpreter)
+    accepts. It takes a tenth of the time."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 

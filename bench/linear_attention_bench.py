@@ -1,7 +1,7 @@
 """linear_attention at the levels of the peer's network: the core from packed qkv to out.
 
-Providers: the peer's two einsums on its layout, from and to ours; plain torch; the same compiled;
-ours. On a GPU in bf16, on a CPU in fp32.
+Providers: the peer's two einsums on its layout, converted from and to ours; plain torch; the same
+compiled; ours. bf16 on a GPU, fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CASES = bench_cases("tiny", "l1", full=("l0", "l2", "l3"))
 
 
 def peer(qkv: Tensor) -> Tensor:
-    """As the peer's ``SpatialLinearAttention`` has it, on 'b heads d pixels'."""
+    """As in the peer's ``SpatialLinearAttention``, on 'b heads d pixels'."""
     h = qkv.shape[2]
     q, k, v = rearrange(qkv, "b f h w three n d -> three (b f) n d (h w)").unbind(0)
     q, k = q.softmax(dim=-2) * q.shape[-2] ** -0.5, k.softmax(dim=-1)

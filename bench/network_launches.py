@@ -2,9 +2,9 @@
 
     captured(network_calls("UNet3D(64)", dtypes=("bf16",)), H100)
 
-A network is built and run on fake tensors that say "cuda": ops, autograd and autocast choose as on
-a GPU, shapes and strides are those of torch's own kernels, and nothing is computed. ``fake_gpu`` is
-all that stands in for the device.
+A network is built and run on fake tensors that claim to be on "cuda". Ops, autograd and autocast
+choose as on a GPU, shapes and strides are those of torch's own kernels, and nothing is computed.
+``fake_gpu`` is all that replaces the device.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from fastvdm.ops import _call, _op
 from fastvdm.runtime import dispatch
 from fastvdm.unet.config import PRESETS, RECIPES
 
-_CUDA, _META = 1, 14  # places in c10's table of device guards, c10/core/DeviceType.h
+_CUDA, _META = 1, 14  # indices in c10's table of device guards, c10/core/DeviceType.h
 
 
 @dataclass(frozen=True)
 class Net:
-    """A network and its video, (frames, height and width)."""
+    """A network and its video: (frames, height and width)."""
 
     make: Callable[[], nn.Module]
     frames: int
@@ -57,28 +57,28 @@ NETS: dict[str, Net] = {
     for name, config in PRESETS.items()
     if config.image_size is not None
 }
-DTYPES = "bf16", "autocast", "fp32"  # bf16 weights; fp32 weights, computing in bf16; fp32
+DTYPES = "bf16", "autocast", "fp32"  # bf16 weights; fp32 weights with bf16 autocast; fp32
 WAYS = "sample", "guided", "train"
 
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeTensorMode]:
-    """Tensors without data on "cuda"; ops take the way of a GPU down to Triton's launchers, and
-    gradients are taken in this thread, where the launches are listened to."""
+    """Tensors without data on "cuda". Ops take the path of a GPU down to Triton's launchers, and
+    gradients are computed in this thread, which listens to the launches."""
     _guard_cuda()
     gradient = mock.patch.object(torch.autograd, "grad", _grad)
-    # From the storage's start, which CUDA's allocator aligns to more than Triton asks for.
+    # Relative to the start of the storage, which CUDA's allocator aligns to more than Triton needs.
     place = mock.patch.object(
         FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size(), create=True
     )
-    # The mode that makes the tensors would be seen as one that listens to ops.
+    # Otherwise the mode that makes the tensors would count as one that listens to ops.
     unheard = [mock.patch.object(file, "observed", lambda *_: False) for file in (_call, _op)]
     here = mock.patch.object(_call, "_on_device", lambda launch: launch)
     able = mock.patch.object(dispatch, "no_launch", lambda: None)
-    # What cuDNN answers in; a torch without CUDA knows nothing of it.
+    # The memory format of cuDNN's output, which a torch without CUDA does not know.
     layout = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _layout)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Tables that a network makes once, among its tensors.
+    # Tables that a network makes once; here they must be fake tensors too.
     tables = [
         *(mock.patch.object(file, "watched", lambda: False) for file in (kept, embedding)),
         mock.patch.object(kept, "_lasts", lambda *_: True),
@@ -94,20 +94,20 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
 
 
 def _layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-    """Of a convolution's output: channels last where one of its inputs is."""
+    """The memory format of a convolution's output: channels last if one input is."""
     last = torch.channels_last
     found = any(t.is_contiguous(memory_format=last) for t in (x, weight))
     return last if found else torch.contiguous_format
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
-    """What torch takes on a GPU; one without CUDA would take its composition."""
+    """The attention that torch chooses on a GPU; without CUDA it would choose its composition."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
 
 
 def _guard_cuda() -> None:
-    """Where torch is built without CUDA autograd asks in vain for the current stream: gives it the
-    guard of devices that have none."""
+    """A torch built without CUDA cannot give autograd the current stream, so CUDA gets the guard of
+    devices without streams."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     table = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, table)
@@ -117,7 +117,7 @@ def _guard_cuda() -> None:
 
 def _grad(outputs: Tensor, inputs: Any, grad_outputs: Tensor | None = None) -> tuple[Any, ...]:
     """``torch.autograd.grad`` of one output, node by node: torch's engine asks for a stream of the
-    GPU, and works in another thread."""
+    GPU and works in another thread."""
     leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     start = torch.ones_like(outputs) if grad_outputs is None else grad_outputs
     root: Any = outputs.grad_fn
@@ -144,7 +144,7 @@ def _grad(outputs: Tensor, inputs: Any, grad_outputs: Tensor | None = None) -> t
 
 
 def _users(root: Any) -> dict[Any, int]:
-    """How many edges lead to each node below ``root``."""
+    """The number of edges that lead to each node below ``root``."""
     count, stack = {root: 0}, [root]
     while stack:
         for node, _ in stack.pop().next_functions:
@@ -164,13 +164,13 @@ def _apply(node: Any, given: dict[int, Tensor]) -> list[Tensor | None]:
             return list(made) if isinstance(made, tuple) else [made]
         made = node.apply(*grads)
     made = made if isinstance(made, tuple) else (made,)
-    # An autograd.Function returns one for each argument, and has an edge for each tensor.
+    # An autograd.Function returns one gradient per argument and has one edge per tensor.
     kept = iter([g for g, need in zip(made, node.needs_input_grad) if need])
     return [next(kept) if after is not None else None for after, _ in node.next_functions]
 
 
 class Case:
-    """A network on the fake GPU, in one of DTYPES; each of WAYS is a call."""
+    """A network on the fake GPU in one of DTYPES; each of WAYS is a call."""
 
     def __init__(self, net: Net, dtype: str, batch: int) -> None:
         self.net, self.dtype = net, dtype
@@ -179,7 +179,7 @@ class Case:
         self.given = Given(Condition(frames=known), self.shape, torch.device("cpu"), torch.float32)
 
     def run(self, way: str, listening: Callable[[], Any] | None = None) -> None:
-        """One of WAYS; with ``listening`` once before, and then within ``listening()``."""
+        """Run one of WAYS; with ``listening`` once before, then again within ``listening()``."""
         with torch.device("meta"):
             model = self.net.make().to(memory_format=torch.channels_last)
         with fake_gpu(), self._autocast(), torch.device("cuda"):
@@ -192,7 +192,8 @@ class Case:
                         self._sample(model, way == "guided")
 
     def forward(self, listening: Callable[[], Any], between: Callable[[], None]) -> None:
-        """Two forwards without gradients, ``between`` them a call; both within ``listening()``."""
+        """Two forwards without gradients, with a call of ``between`` in between; both within
+        ``listening()``."""
         with torch.device("meta"):
             model: Any = self.net.make().to(memory_format=torch.channels_last).eval()
         with fake_gpu(), self._autocast(), torch.device("cuda"), torch.no_grad():
@@ -208,7 +209,7 @@ class Case:
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
-        """torch.autocast refuses a GPU that is not there."""
+        """Enable autocast directly, because torch.autocast refuses a missing GPU."""
         before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         torch.set_autocast_enabled("cuda", self.dtype == "autocast")
         torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -220,7 +221,7 @@ class Case:
             torch.clear_autocast_cache()
 
     def _sample(self, model: nn.Module, guided: bool) -> None:
-        """The start and one step of ``fastvdm.sample``, whose checks read data."""
+        """The start and one step of ``fastvdm.diffusion.sample``, whose checks read data."""
         given, batch = self.given, self.shape[0]
         assert given.known is not None and given.slot is not None
         given.known = torch.empty(given.known.shape)
@@ -241,7 +242,7 @@ class Case:
 
 
 def _place(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights and buffers of meta on the fake GPU, floating ones in ``dtype``."""
+    """Move weights and buffers from meta to the fake GPU, floating-point ones in ``dtype``."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, t in held.items():
@@ -270,8 +271,8 @@ def train(model: Any, shape: Sequence[int]) -> None:
 def network_calls(
     *names: str, dtypes: Sequence[str] = DTYPES, ways: Sequence[str] = WAYS
 ) -> list[Call]:
-    """Of the networks of these names, by default all, in each of ``dtypes`` and ``ways``; a
-    training step has eight videos."""
+    """Calls of the named networks (default: all) in each of ``dtypes`` and ``ways``; a training
+    step has eight videos."""
 
     def call(name: str, dtype: str, way: str) -> Call:
         batch = 8 if way == "train" else 1
@@ -286,5 +287,5 @@ def network_call(name: str, net: Net, dtype: str, way: str, batch: int) -> Call:
 
 
 def network_of(call: str) -> str | None:
-    """The name of the network that a call of that name runs; None where it runs an op."""
+    """The name of the network that a call runs; None if it runs an op."""
     return next((name for name in NETS if call.startswith(f"{name} ")), None)

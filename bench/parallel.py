@@ -2,9 +2,9 @@
 
     python bench/parallel.py [--world 1 2 4]
 
-``frame_parallel`` over gloo, one thread a process. The bytes are counted in the collectives; the
-formula is that of docs/distributed.md. More processes than cores cannot be faster: the column to
-read there is what is sent.
+It runs ``frame_parallel`` over gloo with one thread per process. The bytes are counted in the
+collectives; the formula is that of docs/distributed.md. More processes than cores cannot be faster;
+then only the column with the sent bytes is of interest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastvdm.testing import max_error
 
 
 def formula(model: UNet3D, run) -> float:
-    """2 (P-1)/P bytes of every input of a temporal attention, as one rank holds it."""
+    """2 (P-1)/P times the bytes of every input of a temporal attention, as one rank holds it."""
     sizes: list[int] = []
     hooks = [
         m.register_forward_pre_hook(

@@ -1,12 +1,12 @@
 """What only machine code shows: registers that a running ``wgmma`` still reads are overwritten.
 
-On Hopper a warp-group product with its first operand in registers runs on after it is issued. Until
-the wait that retires it nothing may write those registers; the hardware does not look, and Triton
-and ptxas have both been wrong about it (triton-lang/triton#9433).
+On Hopper a warp-group product with its first operand in registers keeps running after it is issued.
+Until the wait that retires it, nothing may write those registers. The hardware does not check, and
+Triton and ptxas have both been wrong about it (triton-lang/triton#9433).
 
     exposed(disassembled(cubin))
 
-And how much there is of it: ``loops``, ``counted``.
+``loops`` finds the loops, ``counted`` counts instructions by kind.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*
 _REGISTER = re.compile(r"R(\d+)(?:\.\w+)*$")
 _PREDICATE = re.compile(r"!?U?P(?:\d+|T)$")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-_PRODUCT = re.compile(r"R\d+, R(\d+)\b")  # accumulator, first operand: else it is a descriptor
-_OPERANDS = 4  # registers of a thread for the first operand, whatever the type
+_PRODUCT = re.compile(r"R\d+, R(\d+)\b")  # accumulator, first operand (otherwise a descriptor)
+_OPERANDS = 4  # registers per thread of the first operand, for all types
 _NO_RESULT = re.compile(
     "ST|BAR|BRA|BRX|SYNCS|UTMA|DEPBAR|LDGDEPBAR|WARPGROUP|WARPSYNC|LDGSTS|EXIT|.SETP|PLOP|BSSY|BSYNC|"
     "R2UR|R2P|NOP|RED|MEMBAR|FENCE|CALL|RET|ELECT|ERRBAR|CCTL|YIELD|NANOSLEEP|U[A-Z]"
 )
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS", "LDL", "STL")
-_MOST_PENDING = 8  # groups that a wait can leave running
+_MOST_PENDING = 8  # most groups that a wait can leave running
 
 
 @dataclass(frozen=True)
 class Instruction:
-    predicate: str  # "@!P0", or "" where it is always executed
+    predicate: str  # "@!P0", or "" if always executed
     name: str  # with its modifiers, "LDS.128"
     operands: str
 
@@ -71,14 +71,14 @@ class Instruction:
 
     @property
     def may_fall_through(self) -> bool:
-        """Into the next instruction; a branch has its condition before it or as an operand."""
+        """Whether the next instruction may follow; a branch's condition may also be an operand."""
         if self.name.startswith("BRA"):
             return bool(self.predicate) or not self.operands.startswith("`")
         return bool(self.predicate) or not self.name.startswith(("EXIT", "RET", "BRX"))
 
 
 def disassembled(cubin: bytes) -> str:
-    """By the nvdisasm of Triton's wheel."""
+    """Disassemble with the nvdisasm of Triton's wheel."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def disassembled(cubin: bytes) -> str:
 
 
 def parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions, and for each label the place of the one that follows it."""
+    """The instructions, and for each label the index of the instruction after it."""
     found, labels = [], {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
@@ -100,7 +100,7 @@ def parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(text: str) -> list[range]:
-    """The loops as places of instructions, the longest first; an inner one lies within another."""
+    """The loops as ranges of indices, the longest first; an inner loop lies within another."""
     code, labels = parsed(text)
     ends = ((instruction.goes_to(labels), end) for end, instruction in enumerate(code))
     found = {range(start, end + 1) for start, end in ends if start is not None and start < end}
@@ -108,8 +108,8 @@ def loops(text: str) -> list[range]:
 
 
 def counted(code: Sequence[Instruction]) -> Counter[str]:
-    """Instructions by what a reader of SASS looks for: barriers, matrix products, exponentials,
-    shuffles, memory by its kind and width in bits."""
+    """Instructions by kind: barriers, matrix products, exponentials, shuffles, and memory accesses
+    by type and width in bits."""
     found: Counter[str] = Counter()
     for name in (instruction.name for instruction in code):
         kind, *more = name.split(".")
@@ -122,8 +122,8 @@ def counted(code: Sequence[Instruction]) -> Counter[str]:
 
 
 def exposed(text: str) -> list[str]:
-    """The products of this SASS whose operand registers something may write before their wait: each
-    with the instruction that does."""
+    """The products whose operand registers an instruction may write before their wait, each with
+    that instruction."""
     code, labels = parsed(text)
     found = []
     for place, product in enumerate(code):
@@ -143,8 +143,8 @@ def exposed(text: str) -> list[str]:
 def _before_its_wait(
     code: list[Instruction], labels: dict[str, int], product: int
 ) -> Iterator[Instruction]:
-    """What may be executed while the product runs, on any path."""
-    # (place, groups that were closed after the product's own, or None while that is open)
+    """The instructions that may be executed while the product runs, on any path."""
+    # (index, groups closed after the product's own, or None while that is open)
     stack = [(product + 1, 0 if "gsb0" in code[product].operands else None)]
     seen = set(stack)
     while stack:

@@ -1,9 +1,9 @@
 """The convolutions of a U-Net level, forward and with gradients.
 
-Providers: PyTorch's three ways to write a 1x3x3 convolution (Conv3d as the peer has it, Conv3d in
-channels_last_3d, Conv2d in channels_last on B*F images), each with its bias and residual; ours as
-it is dispatched; ours on the Triton kernel by name, on a GPU, which is the measurement that
-the chooser still waits for. On a GPU in bf16 with cudnn.benchmark, on a CPU in fp32.
+Providers: three ways to write a 1x3x3 convolution in PyTorch (Conv3d as in the peer, Conv3d in
+channels_last_3d, Conv2d in channels_last on B*F images), each with bias and residual; ours as
+dispatched; ours by the Triton kernel, on a GPU, a measurement that the dispatch still needs. bf16
+on a GPU with cudnn.benchmark, fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS = ("3x3", "1x1", "pair", "upsample", "down", "transpose")
 
 @dataclass(frozen=True)
 class Job:
-    """One convolution of a level: what goes in, and the options of ``space_conv``."""
+    """One convolution of a level: its inputs and the options of ``space_conv``."""
 
     inputs: tuple[Tensor | None, ...]  # x, weight, bias, x2, residual; channels last
     options: dict[str, Any]
@@ -97,7 +97,7 @@ def conv2d(job: Job) -> Callable[..., Tensor]:
 
 
 def conv3d(job: Job) -> Callable[..., Tensor]:
-    """As the peer writes it; inputs (B, C, F, H, W) and weights (., ., 1, k, k)."""
+    """As in the peer; inputs (B, C, F, H, W) and weights (., ., 1, k, k)."""
 
     def run(
         x: Tensor, weight: Tensor, bias: Tensor, x2: Tensor | None, residual: Tensor | None
@@ -119,7 +119,7 @@ def conv3d(job: Job) -> Callable[..., Tensor]:
 def to_conv3d(
     inputs: Sequence[Tensor | None], memory_format: torch.memory_format
 ) -> list[Tensor | None]:
-    """The inputs of ``ours`` for ``conv3d``, in that memory format."""
+    """The inputs of ``ours`` converted for ``conv3d``, in the given memory format."""
     moved = []
     for t in inputs:
         if t is None or t.ndim == 1:
@@ -131,7 +131,7 @@ def to_conv3d(
 
 
 def back(y: Tensor | Sequence[Tensor]) -> Any:
-    """The result of ``conv3d`` as ``ours`` has it: views. A weight's fifth axis is 1."""
+    """The result of ``conv3d`` in the form of ``ours``: views. A weight's fifth axis is 1."""
     if not isinstance(y, Tensor):
         return [back(t) for t in y]
     if y.ndim < 5:
@@ -188,7 +188,7 @@ def contest(case: str, device: str, kind: str, train: bool = False) -> Contest:
         "fastvdm-triton": triton,
     }
 
-    def reference() -> Any:  # fp64 on the largest levels takes minutes on two cores
+    def reference() -> Any:  # fp64 at the largest levels takes minutes on two cores
         wide = torch.float64 if gpu or case == "tiny" else torch.float32
         return runner(conv2d(job), [None if t is None else t.to(wide) for t in job.inputs], dy)()
 

@@ -1,14 +1,14 @@
-"""How fast the kernels and networks can be on a GPU, by counting: no GPU is asked.
+"""How fast the kernels and networks can be on a GPU, by counting, without a GPU.
 
     python bench/static.py [--networks | --kernels] [--update]
 
-Kernels: SASS instructions of the inner loop as launched (sm_90), registers, spills, warps a
-multiprocessor. "cycles" are issue cycles, instructions x warps / 4 schedulers over the items of a
-tile: no kernel can be faster, latency and occupancy come on top. Networks: launches of a forward
-and what they move (walk.py), the time at the roof of an H200, the same of the least that each op
-must move (floor.py), and the host's time (host.py), which alone depends on the machine.
+Kernels: SASS instructions of the inner loop as launched (sm_90), registers, spills, warps per
+multiprocessor. "cycles" are issue cycles: instructions x warps / 4 schedulers, over the items of a
+tile. No kernel can be faster; latency and occupancy add to it. Networks: the launches of a forward
+and the bytes they move (walk.py), the roofline time on an H200, the same for the least that each op
+must move (floor.py), and the host's time (host.py), the only one that depends on the machine.
 
-``bench/static.json`` holds what was counted last; a test refuses counts more than 5 % above it.
+``bench/static.json`` has the last counts; a test refuses counts more than 5 % above them.
 ``--update`` writes it, and ``bench/results/static.md`` with the tables.
 """
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KNOWN, REPORT = ROOT / "bench" / "static.json", ROOT / "bench" / "results" / "static.md"
 MARGIN = 1.05
 
-# NVIDIA's data sheet has 4.8 TB/s and 989 TFLOP/s: what a copy and a product reach of it.
+# A copy and a product reach this much of the data sheet's 4.8 TB/s and 989 TFLOP/s.
 BANDWIDTH, RATE = 4.3e12, 790e12  # bytes and bf16 FLOP a second, H200
 
 Constants = dict[str, Any]
@@ -48,8 +48,9 @@ Constants = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel of a call. ``items``: how many a tile has, by the kernel's constants; ``trips``: of
-    the loops within the longest, the longest first; ``cycles``: times warps / 4."""
+    """A kernel of a call. ``items``: number per tile, from the kernel's constants; ``trips``: of
+    the loops inside the longest one, the longest first; ``cycles``: whether to multiply by
+    warps / 4."""
 
     name: str
     call: Call
@@ -58,7 +59,7 @@ class Row:
     items: Callable[[Constants], float]
     trips: tuple[int, ...] = ()
     cycles: bool = True
-    innermost: bool = False  # of the loops with products, the shortest, not the longest of all
+    innermost: bool = False  # take the shortest of the loops with products, not the longest loop
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Count:
     barriers: int  # in the loop
     registers: int
     spills: int
-    warps: int  # a multiprocessor holds
+    warps: int  # per multiprocessor
 
 
 def _values(c: Constants) -> float:
-    """Of a thread, in units of 16."""
+    """Values per thread, in units of 16."""
     return c["BLOCK_L"] * c["BLOCK_C"] / (32 * c["num_warps"]) / 16
 
 
@@ -159,9 +160,9 @@ def _constants(launch: Launch) -> Constants:
 
 @dataclass(frozen=True)
 class Whole:
-    """A network's forward in bf16, or a training step under autocast. ``kernels`` of ours are
-    compiled for it. In milliseconds: ``roof`` what its launches need at the roof, ``floor`` what
-    the ops of the forward, thrice in a training step, need at least."""
+    """A network's forward in bf16, or a training step under autocast. ``kernels``: number of our
+    kernels compiled for it. In milliseconds: ``roof`` is the roofline time of its launches,
+    ``floor`` that of the ops of the forward (three times that in a training step)."""
 
     launches: int
     kernels: int
@@ -235,7 +236,7 @@ def network_table(found: dict[str, Whole]) -> str:
 
 
 def roofline(works: Sequence[Work]) -> str:
-    """By class of launch, what takes longest at the roof first."""
+    """By class of launch, the longest roofline time first."""
     classes: dict[str, list[Work]] = {}
     for w in works:
         classes.setdefault(w.kind, []).append(w)
@@ -257,7 +258,8 @@ def roofline(works: Sequence[Work]) -> str:
 
 
 def worse(known: dict[str, dict[str, Any]], found: dict[str, Any]) -> list[str]:
-    """What exceeds its bound by more than 5 %, spills at all; fewer warps; what has none."""
+    """Counts more than 5 % above their bound, any increase of spills, fewer warps, and counts
+    without a bound."""
     said = []
     for name, new in found.items():
         old = known.get(name)
@@ -276,7 +278,7 @@ def worse(known: dict[str, dict[str, Any]], found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; exit status 1 where a count is above its bound."""
+    """Print the tables; the exit status is 1 if a count is above its bound."""
     parser = argparse.ArgumentParser(prog="python bench/static.py", description=__doc__)
     parser.add_argument("--kernels", action="store_true", help="only these")
     parser.add_argument("--networks", action="store_true", help="only these")

@@ -1,12 +1,12 @@
 """Tuning: what ``make gpu-tune`` does (gpu_tune.py), on a machine with a GPU.
 
-A job is a call of the networks, or by name (calls.py). The ``pick_config`` functions that it asks
-(``fastvdm.kernels.tuned``) are answered with neighbours of their analytic configuration
-(tune_cases.py): each is compiled, held to the result of the analytic one, and timed against it in
+A job is a call of the networks, or by name (calls.py). The ``pick_config`` functions that it calls
+(``fastvdm.kernels.tuned``) return neighbours of their analytic configuration (tune_cases.py). Each
+neighbour is compiled, compared with the result of the analytic one, and timed against it in
 interleaved rounds. One that is more than 3 % faster goes into kernels/configs/<gpu>.json and
 DIR/<gpu>.json, at once, so that nothing is lost if the time runs out. A combination of kernel and
-arguments is tuned at the first job that asks for it. What stands in the file is not used here: the
-yardstick is always the analytic configuration.
+arguments is tuned at the first job that asks for it. The content of the file is not used here: the
+baseline is always the analytic configuration.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fastvdm.kernels import tuned
 from fastvdm.kernels.tuned import Choice, choosing
 
 ROOT = Path(__file__).resolve().parents[1]
-GAIN = 1.03  # what a candidate must win by
-# Candidates sum in another order, and an online softmax rounds p and ds at other places.
+GAIN = 1.03  # required ratio of times
+# Candidates sum in another order, and an online softmax rounds p and ds at other points.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 THREADS = min(16, os.cpu_count() or 1)
 BATCH = 8  # jobs whose kernels are compiled together; all their inputs are in memory
@@ -47,7 +47,7 @@ Answers = Mapping[At, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One choice of a job, and what to try for it; ``rejected``: what cannot run, and why."""
+    """One choice of a job, and candidates for it; ``rejected``: those that cannot run, and why."""
 
     job: Call
     run: Run
@@ -62,9 +62,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of one choice: the best configuration (the analytic one where none was faster by
-    ``GAIN``), seconds of the job's whole call with it and with the analytic one, how many were
-    timed, and which were wrong or did not run, why."""
+    """The outcome of one choice: the best configuration (the analytic one if none was faster by
+    ``GAIN``), seconds of the job's whole call with it and with the analytic one, the number timed,
+    and those that were wrong or did not run, with reasons."""
 
     job: str
     choice: Choice
@@ -77,14 +77,14 @@ class Found:
 
 @dataclass
 class Report:
-    """Jobs that the time did not suffice for; jobs that raised, and what."""
+    """Jobs for which there was no time; jobs that raised, with their errors."""
 
     missed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def answering(run: Run, answers: Answers) -> Run:
-    """``run`` with these configurations, and the analytic ones for the rest."""
+    """``run`` with these configurations, and analytic ones for all other choices."""
 
     def answered() -> Outputs:
         with choosing(lambda c: answers.get((c.kernel, c.key), c.analytic)):
@@ -94,7 +94,7 @@ def answering(run: Run, answers: Answers) -> Run:
 
 
 def prepare(job: Call, device: str) -> tuple[Run, list[Choice]]:
-    """The job's call, and what it asks for, each once, in order. Runs it with analytic answers."""
+    """The job's call and its choices, each once, in order. Runs it with analytic answers."""
     found: dict[At, Choice] = {}
     with choosing(lambda c: c.analytic):
         run = job.build(device)
@@ -104,8 +104,9 @@ def prepare(job: Call, device: str) -> tuple[Run, list[Choice]]:
 
 
 def in_threads(calls: Mapping[Any, Callable[[], Any]], deadline: float) -> dict[Any, Any]:
-    """Results by name, an exception in place of one that raised; without those that were not ready
-    by ``deadline`` of the monotonic clock. In threads, as the compiler releases Python's lock."""
+    """Results by name, or the exception if the call raised; calls that were not ready by
+    ``deadline`` (of the monotonic clock) are missing. Threads suffice, because the compiler
+    releases Python's lock."""
     pool = ThreadPoolExecutor(THREADS)
     futures = {name: pool.submit(call) for name, call in calls.items()}
     wait(futures.values(), timeout=max(0.0, deadline - time.monotonic()))
@@ -117,7 +118,7 @@ def in_threads(calls: Mapping[Any, Callable[[], Any]], deadline: float) -> dict[
 def tasks_of(
     batch: Sequence[Call], answers: Answers, report: Report, device: str, deadline: float
 ) -> list[Task]:
-    """A task for each choice that has no answer yet, at the first job that asks for it."""
+    """A task for each choice that has no answer yet, from the first job that asks for it."""
     calls = {job: lambda job=job: prepare(job, device) for job in batch}
     prepared = in_threads(calls, deadline)
     tasks: dict[At, Task] = {}
@@ -141,7 +142,7 @@ def compiled(tasks: Sequence[Task], answers: Answers, deadline: float) -> list[T
     def first_call(task: Task, config: Any) -> Callable[[], None]:
         run = answering(task.run, {**answers, task.at: config})
 
-        def call() -> None:  # the results of all candidates at once would be gigabytes
+        def call() -> None:  # discard the result: all candidates' results would be gigabytes
             run()
 
         return call
@@ -158,8 +159,8 @@ def compiled(tasks: Sequence[Task], answers: Answers, deadline: float) -> list[T
 
 
 def race(task: Task, answers: Answers, device: str) -> Found:
-    """Hold the candidates to the result of the analytic configuration and time them in turns.
-    ``answers`` are those to the other choices of the same call.
+    """Compare the candidates with the result of the analytic configuration and time them in turns.
+    ``answers`` are for the other choices of the same call.
 
     Raises:
         RuntimeError: the analytic configuration itself has no time.
@@ -196,9 +197,9 @@ def tune(
     todo: Iterable[Call], keep: Callable[[Found], None], *, device: str, budget: float,
     answers: dict[At, Any] | None = None,
 ) -> Report:  # fmt: skip
-    """Tune every choice of every job until ``budget`` seconds are over (a kernel that is being
-    compiled then is waited for); ``keep`` takes each outcome as it comes. ``answers`` has what was
-    found before, and gets what is found."""
+    """Tune every choice of every job until ``budget`` seconds are over (it waits for a kernel that
+    is then being compiled). ``keep`` takes each outcome as it comes. ``answers`` has earlier
+    results, and gets new ones."""
     deadline = time.monotonic() + budget
     report, answers = Report(), {} if answers is None else answers
     remaining = iter(todo)
@@ -213,7 +214,7 @@ def tune(
                 continue
             try:
                 found = race(task, answers, device)
-            except Exception as error:  # of this task alone
+            except Exception as error:  # of this task; the others go on
                 report.failed[task.job.name] = _line(error)
                 continue
             answers[task.at] = found.best
@@ -229,7 +230,7 @@ def _line(error: BaseException) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """What an entry says of its origin: date, versions and commit (None outside a checkout)."""
+    """The origin of an entry: date, versions and commit (None outside a checkout)."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -244,7 +245,7 @@ def versions() -> dict[str, str | None]:
 
 
 def record(table: dict[str, Any], found: Found, origin: Mapping[str, Any]) -> None:
-    """Enter the outcome; where the analytic configuration is best, nothing stays in the table."""
+    """Enter the outcome; if the analytic configuration is best, the table gets no entry."""
     choice = found.choice
     entries = table.setdefault(choice.kernel, {})
     entries.pop(choice.key, None)
@@ -264,7 +265,7 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """All of it or nothing: a reader, and an interrupted run, never see half a file."""
+    """Write the file atomically, so that readers and interrupted runs never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -272,7 +273,7 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def keeper(gpu: str, out: Path, say: Callable[[str], None] = print) -> Callable[[Found], None]:
-    """What takes each outcome: into the file of that GPU and a copy in ``out``, at once."""
+    """A function that writes each outcome at once, to the GPU's file and a copy in ``out``."""
     path = tuned.path_of(gpu)
     table, origin = copy.deepcopy(tuned.table(path)), versions()
 

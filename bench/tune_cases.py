@@ -1,4 +1,4 @@
-"""What ``bench/tune.py`` tries: the neighbours of a configuration."""
+"""The candidates of ``bench/tune.py``: the neighbours of a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINEAR: tuple[dict[str, Any], ...] = (
     {"num_stages": -1},
 )
 
-# In a move, num_stages is added to, maxnreg is set, all else is multiplied.
+# In a move num_stages is an addend, maxnreg is a value, and all else is a factor.
 _WARPS = ({"num_warps": 2}, {"num_warps": 0.5})
 MOVES: dict[str, tuple[dict[str, Any], ...]] = {
     "norm_act_group": (
@@ -101,8 +101,8 @@ _WARP_GROUPS = (4, 8)  # fewer than four warps have no wgmma
 def limits(choice: Choice) -> dict[str, tuple[int, int]]:
     """Smallest and largest value of each field that a move may change, for these arguments.
 
-    A tile is no larger than what there is to do. The largest ones also bound shared memory where
-    calls with the same key differ in their options: what was measured must fit for all of them.
+    A tile is no larger than the work. The largest ones also bound shared memory if calls with the
+    same key differ in their options: a measured configuration must fit for all of them.
     """
     given, kernel = choice.given, choice.kernel
     found = {"num_warps": (1, 8), "num_stages": (1, 5)}
@@ -126,7 +126,7 @@ def limits(choice: Choice) -> dict[str, tuple[int, int]]:
         sides = {"block_n": (64, 128), "block_f": (max(32, head), 256)}
         return found | sides | {"num_warps": _WARP_GROUPS}
     if kernel == "axis_attention_short":
-        most = 16384 // (given["bn"] * given["bd"])  # 32 KiB an operand in bf16
+        most = 16384 // (given["bn"] * given["bd"])  # 32 KiB per operand in bf16
         return found | {"P": (1, min(given["outer"], most, 16))}
     if kernel == "axis_attention_long":
         tile = (16, max(16, min(given["n"], 256)))
@@ -166,8 +166,8 @@ def candidates(choice: Choice) -> list[Any]:
 
 
 def _consistent(choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` with those that follow from them: the box of a tile of pixels, and square tiles
-    where the kernel needs them."""
+    """``fields`` with dependent ones: the box of a tile of pixels, and square tiles if the kernel
+    needs them."""
     if choice.kernel == "space_conv" and choice.given["tma"] and "block_p" in fields:
         box = pick_box(*choice.given["grid"], fields["block_p"])
         return fields | dict(zip(("box_h", "box_w"), box))

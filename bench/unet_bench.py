@@ -1,10 +1,10 @@
 """The whole network: the peer, plain torch in its best form, fastvdm. Forward and training step.
 
-"torch" is ``UNet3D`` on its reference backend: channels last, every convolution a 2-D one, nothing
-of ours but the layout. Compiled in bf16 it is the best that plain torch does. "peer-openvino" is
-the peer as OpenVINO compiles it for a CPU, where it is installed (``pip install ".[openvino]"``).
+"torch" is ``UNet3D`` on its reference backend: channels last, 2-D convolutions, and nothing of ours
+but the layout. Compiled in bf16 it is the best that plain torch can do. "peer-openvino" is the peer
+compiled by OpenVINO for a CPU, if that is installed (``pip install ".[openvino]"``).
 
-"tiny" shows what Python and the dispatch cost. Networks of seconds run with --full, and -k chooses
+"tiny" shows the cost of Python and dispatch. Networks that take seconds run with --full; -k selects
 among them: ``pytest bench/unet_bench.py --full -k readme-24``.
 """
 
@@ -58,7 +58,7 @@ class Net:
     size: int
     batch: int = 1  # on a CPU
     gpu_batch: int = 8
-    preset: str = ""  # one of the paper's models instead, which the peer cannot be
+    preset: str = ""  # one of the paper's models, which the peer does not have
 
 
 CASES = {
@@ -72,7 +72,7 @@ CASES = {
     "dim-128": Net(128, (1, 2, 4, 8), 16, 64),
 }
 QUICK = ("tiny", "small")  # the others need --full
-# Of make gpu alone.
+# Only for make gpu.
 LARGE = {
     "readme-1": Net(64, (1, 2, 4, 8), 16, 64, gpu_batch=1),
     "dim-256": Net(256, (1, 2, 4, 8), 16, 64, gpu_batch=1),
@@ -109,7 +109,7 @@ class Setup:
         self.time = torch.randint(0, 1000, (batch,), device=device)
 
     def witness(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The peer, or where it is missing our reference, in ``dtype``."""
+        """The peer, or our reference if it is missing, in ``dtype``."""
         return copy.deepcopy(self.ours if self.peer is None else self.peer).to(dtype)
 
     def need_peer(self) -> nn.Module:
@@ -131,7 +131,7 @@ def forward(
 def train(
     net: nn.Module, call: Callable[..., Tensor], x: Tensor, time: Tensor, target: Tensor
 ) -> tuple[Tensor, ...]:
-    """Forward, MSE, backward, and the norm of all gradients that a trainer clips by."""
+    """Forward, MSE, backward, and the norm of all gradients, by which trainers clip."""
     net.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     loss = nn.functional.mse_loss(call(x, time).to(target.dtype), target)
@@ -141,12 +141,12 @@ def train(
 
 
 def by_openvino(net: nn.Module, x: Tensor, time: Tensor, precision: str) -> Callable[[], Tensor]:
-    """``net(x, time)`` compiled by OpenVINO for these shapes, on as many threads as torch has."""
-    # Its telemetry sends from a thread, which would run while others are timed.
+    """``net(x, time)`` compiled by OpenVINO for these shapes, with as many threads as torch."""
+    # Its telemetry would send from a thread while others are timed.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     openvino = require("openvino", "openvino")
     core = openvino.Core()
-    # The hint is no more than that: without bf16 something else would run under its name.
+    # bf16 is only a hint to OpenVINO: without this check something else would run under its name.
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise Unavailable("OpenVINO has no bf16 on this CPU")
     with torch.no_grad():
@@ -162,7 +162,7 @@ def by_openvino(net: nn.Module, x: Tensor, time: Tensor, precision: str) -> Call
     request = core.compile_model(model, "CPU", how).create_infer_request()
     given = {0: x.numpy(), 1: time.numpy()}
 
-    def run() -> Tensor:  # no copies at either end; a call overwrites the last one's result
+    def run() -> Tensor:  # no copies at either end; a call overwrites the previous result
         return torch.from_numpy(request.infer(given, share_inputs=True, share_outputs=True)[0])
 
     return run
@@ -208,7 +208,7 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
         return lambda: step(net, call, setup.x, setup.time, setup.target)
 
     def theirs_in_bf16() -> Callable[[], Any]:
-        """Under autocast: the peer's time embedding is fp32 whatever its weights are."""
+        """Under autocast, because the peer's time embedding is fp32 whatever its weights are."""
         if emulated(torch.device(device), bf16):
             raise Unavailable("this CPU emulates bf16: minutes a forward pass")
         return under_autocast(setup.need_peer())
@@ -218,7 +218,7 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
             raise Unavailable("OpenVINO has no backward pass")
         if device != "cpu":
             raise Unavailable("OpenVINO takes part on a CPU")
-        infos[name]["peak_mib"] = None  # it keeps its memory between calls: none would be seen
+        infos[name]["peak_mib"] = None  # it keeps its memory between calls, so no peak would show
         return by_openvino(setup.need_peer(), setup.x, setup.time, precision)
 
     def ours(name: str, dtype: torch.dtype, compile: bool = False) -> Callable[[], Any]:
@@ -249,7 +249,7 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
         return replay
 
     def reference() -> Any:
-        # In fp64 eight videos' activations of a training step, or a wider network, fill a GPU.
+        # In fp64 a training step with eight videos, or a wider network, would fill a GPU.
         large = device != "cpu" and (step is train or (CASES | LARGE)[case].dim > 64)
         wide = torch.float32 if large else torch.float64
         net = setup.witness(wide).train(step is train)
@@ -302,11 +302,11 @@ def contest(case: str, device: str, step: Step = forward) -> Contest:
 
 
 def some(names: Iterable[str], slow: Container[str]) -> list:
-    """All of them; those in ``slow`` only with --full."""
+    """All names; those in ``slow`` only with --full."""
     return [pytest.param(n, marks=pytest.mark.full) if n in slow else n for n in names]
 
 
-# The peer compiles into 60 graphs, minutes on a slow core.
+# The peer compiles into 60 graphs, which takes minutes on a slow core.
 @pytest.mark.parametrize("provider", some(PROVIDERS, SLOW_TO_COMPILE[::2] + SLOW_TO_COMPILE[3:]))
 @pytest.mark.parametrize("case", some(CASES, CASES.keys() - QUICK))
 def test_forward(race, case, provider):

@@ -3,11 +3,11 @@
     python bench/video_bench.py [--clips 32] [--workers 0 2 4] [--write]
 
 The files are made here: 10 seconds, key frames 250 frames apart, B-frames. Every reader opens the
-file for each clip, as a data set of many files does, and scales with the same function. Readers
-that are not installed are said to be absent: torchcodec, decord, OpenCV. Parity comes first: each
-frame must be nearer to the same frame of a plain decode than to its neighbours, and close to it.
-The floor is what the frames that a clip needs, and those that they refer to, take to decode, and no
-more. ``--write`` makes bench/results/video.md.
+file for each clip, like a data set of many files, and scales with the same function. Missing
+readers (torchcodec, decord, OpenCV) are reported. Parity comes first: each frame must be close to
+the same frame of a plain decode, and closer than to its neighbours. The floor is the time to decode
+the frames of a clip and those to which they refer, and nothing else. ``--write`` makes
+bench/results/video.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Read = Callable[[str, int], Tensor]
 
 
 def make_clip(path: Path, seed: int) -> None:
-    """A textured picture that moves, an inverted square that moves otherwise, and grain."""
+    """A textured picture that moves, an inverted square that moves differently, and grain."""
     rng = np.random.default_rng(seed)
     height, width, count = 720, 1280, RATE * SECONDS
     texture = rng.integers(0, 256, (150, 320, 3), dtype=np.uint8)
@@ -133,7 +133,7 @@ READERS: dict[str, Callable[[], Read]] = {
 
 
 class Clips(Dataset):
-    """Clips at places drawn beforehand; the reader is made where it is used."""
+    """Clips at positions drawn beforehand; each process makes its own reader."""
 
     def __init__(self, name: str, places: list[tuple[str, int]]) -> None:
         self.name, self.places = name, places
@@ -169,7 +169,7 @@ def check_parity(name: str, path: str) -> float:
 
 
 def rate(name: str, places: list[tuple[str, int]], workers: int) -> float:
-    """Clips a second in the best of three passes, after one that is not counted."""
+    """Clips per second in the best of three passes, after an uncounted one."""
     loader = DataLoader(
         Clips(name, places),
         batch_size=4,
@@ -187,8 +187,8 @@ def rate(name: str, places: list[tuple[str, int]], workers: int) -> float:
 
 
 def cpu(name: str, places: list[tuple[str, int]]) -> float:
-    """Milliseconds of CPU a clip with one thread, which what else runs on the machine changes
-    least; in the second pass."""
+    """Milliseconds of CPU time per clip with one thread, the figure that other work on the machine
+    affects least; in the second pass."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     clips = Clips(name, places)
@@ -202,7 +202,7 @@ def cpu(name: str, places: list[tuple[str, int]]) -> float:
 
 
 def floor(places: list[tuple[str, int]]) -> float:
-    """CPU milliseconds a clip to decode what it needs, files open, nothing converted."""
+    """CPU milliseconds per clip to decode what it needs, with open files and no conversion."""
     spent = 0.0
     for path, start in places:
         index = frame_index(path)

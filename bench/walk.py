@@ -1,10 +1,10 @@
-"""What a forward or a training step of a network does on a GPU, on any machine: its launches, with
-the bytes that each moves and the floating-point operations of matrix products.
+"""What a forward or a training step of a network launches on a GPU, on any machine, with the bytes
+that each launch moves and the FLOPs of matrix products.
 
     walk(NETS["ucf101"], batch=1)
 
-The network runs on the fake tensors of ``network_launches``. A launch moves the bytes of its
-tensors, each read or written once: what it re-reads within itself comes from a cache, and is not
+The network runs on the fake tensors of ``network_launches``. The bytes of a launch are those of its
+tensors, each read or written once. Repeated reads within a launch come from a cache and are not
 counted.
 """
 
@@ -27,7 +27,7 @@ from fastvdm.ops._cost import FORMULAS, Cost
 from fastvdm.runtime.device import Facts, pretend
 
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "sym_size"}
-# Words of a table, by the name of torch's op; the others are "other".
+# Names in a table, by the name of torch's op; all others are "other".
 _KINDS = {
     "convolution": "convolution",
     "convolution_backward": "convolution",
@@ -46,11 +46,11 @@ _KINDS = {
     "add_": "addition",
     "sum": "sum",
 }
-_SMALL = 1 << 16  # bytes: what is below is "tiny", and only its launch counts
+_SMALL = 1 << 16  # bytes; below, an op is "tiny" and only its launch counts
 
 
 class Work(NamedTuple):
-    """One launch: "norm_act.group_fwd", a kernel of ours, or "aten.cat"."""
+    """One launch: a kernel of ours such as "norm_act.group_fwd", or "aten.cat"."""
 
     name: str
     bytes: int
@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What stands in a table."""
+        """The name in a table."""
         own, _, op = self.name.partition(".")
         if own != "aten":
             return own
@@ -79,7 +79,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Each once, in what it occupies: a broadcast dimension is read once."""
+    """The bytes that the tensors occupy, each counted once; a broadcast dimension is read once."""
     seen = {id(t): t for t in tensors}
     return sum(_moved(t) for t in seen.values())
 
@@ -90,7 +90,7 @@ def _moved(t: Tensor) -> int:
 
 
 class _Ours:
-    """Bodies of our ops that say what is being launched: its FLOPs go to an op's first launch."""
+    """Bodies of our ops that record what they launch; the FLOPs go to an op's first launch."""
 
     def __init__(self) -> None:
         self.flops = 0
@@ -137,13 +137,13 @@ class _Ops(TorchDispatchMode):
         count = flop_registry.get(packet)
         flops = count(*args, **kwargs, out_val=out) if count else 0
         self.found.append(Work(f"aten.{name}", _bytes([*given, *made]), int(flops)))
-        if name == "addmm" and args[0].ndim > 1:  # cuBLAS adds in place: into a copy
+        if name == "addmm" and args[0].ndim > 1:  # cuBLAS adds in place, so it makes a copy
             self.found.append(Work("aten.clone", 2 * _bytes(made)))
         return out
 
 
 def _is_view(func: Any, made: list[Tensor], given: list[Tensor]) -> bool:
-    """Whether an op only gives another name to memory; one that writes in place does work."""
+    """Whether an op only makes a view; an op that writes in place does work."""
     if func._schema.is_mutable:
         return False
     storages = {t.untyped_storage()._cdata for t in given}
@@ -151,8 +151,8 @@ def _is_view(func: Any, made: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16", train: bool = False) -> list[Work]:
-    """The launches of one forward without gradients or of a training step (forward, loss, gradients
-    of all weights; no optimizer), in their order."""
+    """The launches of one forward without gradients, or of a training step (forward, loss,
+    gradients of all weights; no optimizer), in order."""
     from launches import NoDevice
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -171,7 +171,7 @@ def walk(net: Net, batch: int, gpu: Facts, dtype: str = "bf16", train: bool = Fa
         return _Ops(found)
 
     driver.set_active(NoDevice(gpu.capability))
-    # Weights are prepared once: what the second forward still launches is what counts.
+    # Weights are prepared once, so only the launches of the second forward count.
     case = Case(net, dtype, batch)
     run = mock.patch.object(JITFunction, "run", launch)
     with run, mock.patch.dict(BODIES, ours.bodies()), pretend(gpu):

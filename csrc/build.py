@@ -1,14 +1,14 @@
 """Arguments for ``setup()`` that build ``fastvdm/_C``: libtorch stable ABI, one object per ISA.
 
-``csrc/cpu/**/*_kernel.cpp`` hold the vector code. Each is compiled once for every instruction set
-of the machine's family, for those that multiply bf16 where it has such products, with its own
-``-m`` flags and
-``FASTVDM_ISA`` as its namespace; which of them runs is decided at run time
+``csrc/cpu/**/*_kernel.cpp`` contain the vector code. Each is compiled once for every instruction
+set of the machine's family (for those that multiply bf16 only if it has such products), with its
+own ``-m`` flags and ``FASTVDM_ISA`` as its namespace. Which of them runs is decided at run time
 (``csrc/cpu/common/isa.h``). Every other source is compiled once, for the baseline of the platform,
-so that the library loads on any CPU. No ``-march=native`` anywhere.
+so that the library loads on any CPU. ``-march=native`` is never used.
 
-Of torch only headers and libtorch_cpu are needed, of any version since 2.11: it is looked for, and
-not imported. It is no build requirement, which would bring gigabytes into every isolated build.
+Only headers and libtorch_cpu of torch are needed, of any version from 2.11 on. torch is located,
+not imported. It is not a build requirement, which would download gigabytes into every isolated
+build.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, SetupError
 from setuptools.modified import newer_group
 
-# Torch 2.11: the oldest whose stable ABI has all that register.cpp calls.
+# Torch 2.11 is the oldest version whose stable ABI has all that register.cpp calls.
 OLDEST_TORCH = (2, 11)
 TARGET_VERSION = "0x020B000000000000"
 
-# What to type; fastvdm/runtime/extension.py says the same at run time.
+# Advice for the user; fastvdm/runtime/extension.py gives the same at run time.
 WITH_KERNELS = (
     'pip install "torch>=2.11" "setuptools>=77" && '
     "FASTVDM_BUILD_CPP=1 pip install --no-build-isolation ."
@@ -61,7 +61,7 @@ FLAGS = [
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
-    # x86 without AVX2 is older than 2013: there half the time to compile goes before 5 % of speed.
+    # x86 without AVX2 is older than 2013: there half the compile time is worth 5 % of speed.
     "portable": ["-O1"] if X86 else [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": [
@@ -76,8 +76,8 @@ ISA_FLAGS = {
         "-mtune=skylake-avx512",
     ],
 }
-# Kernels that multiply bf16, or store much of it (norm_act), and who can; tiles.h writes the tile
-# instructions in assembly.
+# Kernels that multiply bf16, or store much of it (norm_act), get these instruction sets too.
+# tiles.h writes the tile instructions in assembly.
 BF16 = (
     "temporal_block", "linear_attention_block", "space_conv_kernel", "space_conv_direct", "norm_act"
 )  # fmt: skip
@@ -87,8 +87,8 @@ ISA_MACROS = {
     "amx": [("FASTVDM_BF16", "1"), ("FASTVDM_TILES", "1")],
 }
 
-# For tests on a machine without them (make emulate-bf16): the same kernels on AVX2, bf16 and tile
-# instructions in plain C++.
+# For tests on a machine without them (make emulate-bf16): the same kernels on AVX2, with bf16 and
+# tile instructions in plain C++.
 EMULATE_BF16 = os.environ.get("FASTVDM_EMULATE_BF16", "0") == "1"
 if EMULATE_BF16:
     ISA_FLAGS["avx512_bf16"] = ISA_FLAGS["amx"] = ISA_FLAGS["avx2"]
@@ -96,13 +96,13 @@ if EMULATE_BF16:
 
 SANITIZE = os.environ.get("FASTVDM_SANITIZE", "")  # "address,undefined"; see .ci/variant.py
 if SANITIZE:
-    # -O1: the stacks stay readable, and three instruction sets compile in a minute.
+    # -O1: stacks stay readable, and three instruction sets compile in a minute.
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
     FLAGS += ["-fno-sanitize-recover=all"]
 
 
 def isas(kernel: str) -> list[str]:
-    """The instruction sets that a file of kernels is compiled for on this platform."""
+    """The instruction sets for which a file of kernels is compiled on this platform."""
     if not X86:
         return ["portable"]
     products = Path(kernel).name.startswith(BF16)
@@ -110,8 +110,8 @@ def isas(kernel: str) -> list[str]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that setuptools will call, or None. A Python may have been built with one
-    that this machine lacks: any other then takes its place."""
+    """The C++ compiler that setuptools will call, or None. If this machine lacks the one with which
+    Python was built, any other is used."""
     configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     found = shutil.which(shlex.split(configured)[0])
     if found is None and "CXX" not in os.environ:
@@ -122,8 +122,8 @@ def compiler() -> str | None:
 
 
 def _torches() -> Iterator[Path]:
-    """The folders of every torch in sight: of this interpreter, of the same one outside the
-    isolation that pip puts around a build (by PYTHONPATH, which -E ignores), of those on PATH."""
+    """The folders of all torch installations found: of this interpreter, of the same one outside
+    pip's build isolation (through PYTHONPATH, which -E ignores), and of interpreters on PATH."""
     if (spec := importlib.util.find_spec("torch")) and spec.origin:
         yield Path(spec.origin).parent
     ask = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
@@ -133,7 +133,7 @@ def _torches() -> Iterator[Path]:
             done = subprocess.run(
                 [python, "-E", "-c", ask], capture_output=True, text=True, cwd="/"
             )
-        except OSError:  # on PATH, but no program of this machine
+        except OSError:  # on PATH, but not executable on this machine
             continue
         if origin := done.stdout.strip():
             yield Path(origin).parent
@@ -143,7 +143,7 @@ def find_torch() -> Path:
     """The folder of the first torch that is new enough.
 
     Raises:
-        SetupError: there is none; names what was found, and what to type.
+        SetupError: there is none; the message has what was found and what to type.
     """
     old = {}
     for folder in _torches():
@@ -161,8 +161,8 @@ def find_torch() -> Path:
 
 
 class BuildPerISA(build_ext):
-    """``build_ext`` that compiles the kernels once per instruction set, the rest once, and all of
-    it in parallel: the launchers' time is torch's headers."""
+    """``build_ext`` that compiles the kernels once per instruction set and the rest once, all in
+    parallel: the launchers take long because of torch's headers."""
 
     def build_extension(self, ext: Extension) -> None:
         def compile(work: tuple[str | None, str]) -> list[str]:
@@ -180,11 +180,11 @@ class BuildPerISA(build_ext):
         kernels = [s for s in ext.sources if s.endswith("_kernel.cpp")]
         rest = [s for s in ext.sources if s not in kernels]
         ext.depends = [*ext.depends, *kernels]
-        variant = bool(SANITIZE) or EMULATE_BF16  # whose flags no time stamp shows
+        variant = bool(SANITIZE) or EMULATE_BF16  # time stamps do not show a change of flags
         if not (self.force or variant) and not newer_group(
             [*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer"
         ):
-            return super().build_extension(ext)  # which finds it up to date and says so
+            return super().build_extension(ext)  # it reports that the extension is up to date
         if cache := shutil.which("ccache"):
             for name in ("compiler_so", "compiler_so_cxx"):
                 command = getattr(self.compiler, name, [])
@@ -193,25 +193,25 @@ class BuildPerISA(build_ext):
         torch = find_torch()
         print(f"compiling for the stable ABI of the torch in {torch}", flush=True)
         ext.include_dirs, ext.library_dirs = [str(torch / "include")], [str(torch / "lib")]
-        # The files that take longest first: none is left alone at the end.
+        # The slowest files first, so that none runs alone at the end.
         work = [(isa, s) for s in kernels for isa in isas(s)] + [(None, s) for s in rest]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # the work is in other processes
                 try:
                     objects = [o for found in pool.map(compile, work) for o in found]
                 except BaseException:
-                    pool.shutdown(cancel_futures=True)  # or an error waits for all the rest
+                    pool.shutdown(cancel_futures=True)  # otherwise an error waits for the others
                     raise
             ext.sources, ext.extra_objects = [], [*ext.extra_objects, *objects]
             super().build_extension(ext)
         except (CCompilerError, ExecError) as error:
-            why = textwrap.shorten(str(error), 200)  # the compiler's own words are above
+            why = textwrap.shorten(str(error), 200)  # the compiler has printed its own message
             raise SetupError(f"the C++ kernels did not compile: {why}\n{REMEDY}") from error
 
 
 def build_arguments(sources: list[str]) -> dict[str, Any]:
-    """The keyword arguments of ``setup()``, of the C++ files under ``csrc/``, relative to the
-    repository root. Torch is looked for when the extension is built."""
+    """The keyword arguments of ``setup()`` for C++ files under ``csrc/``, relative to the
+    repository root. torch is located only when the extension is built."""
     here = Path(__file__).parent
     macros = [
         ("TORCH_TARGET_VERSION", TARGET_VERSION),

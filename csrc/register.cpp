@@ -1,4 +1,4 @@
-// Private launchers of the C++ backend, named as in kernels/ with the suffix of the device. The
+// The private launchers of the C++ backend, named as in kernels/ with the device as suffix. The
 // public ops, their fakes and their autograd are in fastvdm/ops.
 #include "cpu/launchers.h"
 

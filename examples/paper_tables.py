@@ -1,11 +1,11 @@
-"""The paper's claims in the small: ``make paper-tables``, 85-110 minutes on two cores.
+"""The paper's claims at a small scale: ``make paper-tables``, 85-110 minutes on two cores.
 
-Clips whose law is known, the exact denoiser of them, and small 3D U-Nets trained until they know
-what frames share; then the paper's Tables 4, 5 and 6, prediction, interpolation and the cascade.
-Networks and rows are files in a cache folder: a run that was interrupted goes on where it was.
-The reports go to bench/results, paper_tables_exact.md and paper_tables.md. ``--fast`` is the part
-with the exact denoiser alone, 13 minutes; ``--quick`` runs everything in about a minute, with
-networks that have learned nothing.
+It uses clips with a known distribution, their exact denoiser, and small 3D U-Nets trained until
+they know what frames share, for the paper's Tables 4, 5 and 6, prediction, interpolation and the
+cascade. Networks and rows are files in a cache folder, so an interrupted run continues. The reports
+go to bench/results: paper_tables_exact.md and paper_tables.md. ``--fast`` runs only the part with
+the exact denoiser, 13 minutes. ``--quick`` runs everything in about a minute, with networks that
+have learned nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run_one(place: Place, number: int) -> None:
 
 
 def run_all(place: Place, processes: int, only: str = "") -> None:
-    """Every network, and every row as soon as its networks are there."""
+    """Train every network, and run every row as soon as its networks exist."""
     rows = [(i, job) for i, job in enumerate(jobs(place.budget)) if job.name.startswith(only)]
     needed = {name for _, job in rows for name in job.needs}
     names = [n for n in networks(place.budget) if n in needed or n.startswith(only)]
@@ -48,7 +48,7 @@ def run_all(place: Place, processes: int, only: str = "") -> None:
             run_one(place, i)
             progress.update()
         return
-    # spawn: a forked child inherits the threads of torch as locks that nobody opens
+    # spawn: a forked child would inherit locks of torch's threads that nobody releases.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(train_one, place, name): name for name in names}
         trained: set[str] = set()

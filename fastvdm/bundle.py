@@ -1,4 +1,4 @@
-"""A trained model on disk: the network, its text conditioning, and how it has to be sampled."""
+"""A trained model on disk: the network, its text conditioning, and how to sample it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,18 @@ __all__ = ["Bundle", "Settings", "atomic_directory", "checkpoints", "make_text"]
 
 
 class Bundle:
-    """A network, its settings, and the text conditioner if it has one."""
+    """A network, its settings, and its text conditioner if it has one.
+
+    Args:
+        unet: the network.
+        settings: how to sample it.
+        text: a ``TextConditioner``, or None.
+    """
 
     def __init__(self, unet: Any, settings: Settings, text: Any = None) -> None:
         self.unet, self.settings, self.text = unet, settings, text
-        make_schedule(settings, unet.time_input)  # raises where the two do not fit
-        # The text conditioner is not the network's: saved alone, it takes vectors.
+        make_schedule(settings, unet.time_input)  # raises if the two do not fit
+        # The network does not own the text conditioner: saved alone, it takes vectors.
         kept = {k: v for k, v in asdict(settings).items() if not k.startswith("text_")}
         unet.settings = kept
 
@@ -48,8 +54,9 @@ class Bundle:
         return make_schedule(self.settings, self.unet.time_input)
 
     def to(self, device: str | torch.device) -> Bundle:
+        """Move the network and the text encoder to ``device``; return the bundle."""
         self.unet.to(device)
-        if torch.device(device).type == "cuda":  # cuDNN would change the layout at every call
+        if torch.device(device).type == "cuda":  # otherwise cuDNN converts the layout at every call
             self.unet.to(memory_format=torch.channels_last)
         if self.text is not None:
             self.text.to(device)
@@ -62,16 +69,21 @@ class Bundle:
         vectors: Tensor | None = None,
         labels: list[str] | None = None,
     ) -> Tensor | None:
-        """The conditioning (batch, cond_dim), from captions or from labels, names of classes (one
-        for all, or one for each), or from ``vectors`` (cond_dim,), (1, cond_dim) or (batch,
-        cond_dim).
+        """The conditioning (batch, cond_dim) of a network.
 
-        A network of video-diffusion-pytorch of width 768 takes captions as that does:
-        bert-base-cased, the mean of its token states.
+        A network of video-diffusion-pytorch of width 768 takes captions as that package does: the
+        mean of the token states of bert-base-cased.
+
+        Args:
+            captions: one caption for all videos, or one per video.
+            batch: number of videos.
+            vectors: (cond_dim,), (1, cond_dim) or (batch, cond_dim), instead of captions.
+            labels: names of classes, one for all videos or one per video, instead of captions.
 
         Raises:
-            ValueError: something for an unconditional model, nothing or both for a conditional one,
-                a number or width that does not fit, or no encoder that makes captions a vector.
+            ValueError: the model is unconditional and something is given; it is conditional and
+                none or several are given; a number or width does not fit; or there is no encoder
+                for captions.
         """
         dim = self.unet.cond_dim
         words = {"captions": captions, "labels": labels, "a vector": vectors}
@@ -96,7 +108,7 @@ class Bundle:
             if not rows.isfinite().all():
                 raise ValueError("cond has NaN or infinite values")
             return rows.to(self.unet.stem.weight).expand(batch, -1)
-        mean = self.settings.text_pooling == "mean"  # has no weights that could be missing
+        mean = self.settings.text_pooling == "mean"  # mean pooling has no weights to be missing
         if self.text is None and captions and dim == BERT_DIM and mean:
             self.text = _peer_text(self.settings).to(self.unet.stem.weight.device)
         if self.text is None:
@@ -125,8 +137,8 @@ class Bundle:
         return rows.to(self.unet.stem.weight).expand(batch, -1)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """config.json, model.safetensors (``UNet3D.from_pretrained`` reads these two),
-        settings.json, and text.safetensors where there is one."""
+        """Write a folder: config.json and model.safetensors (``UNet3D.from_pretrained`` reads these
+        two), settings.json, and text.safetensors if there is a text conditioner."""
         directory = Path(directory)
         self.unet.save_pretrained(directory)
         (directory / "settings.json").write_text(json.dumps(asdict(self.settings), indent=2))
@@ -134,7 +146,7 @@ class Bundle:
             files.save_tensors(self.text.state_dict(), directory / "text.safetensors")
 
     def load_weights(self, directory: Path) -> None:
-        """Load the weights that ``save`` wrote into this model's own modules."""
+        """Load weights that ``save`` wrote into the modules of this model."""
         self.unet.load_state_dict(files.read_source(directory / "model.safetensors"))
         _load_text(self.text, directory)
 
@@ -154,18 +166,20 @@ class Bundle:
         Args:
             source: the output folder of a training run (its latest checkpoint), one of its
                 checkpoints, a folder written by ``save`` or ``save_pretrained`` (or the weights in
-                it), a file of video-diffusion-pytorch in whatever wrapper
-                (``UNet3D.from_unet3d``), or a name on the Hugging Face hub.
-            ema: the averaged weights, where there is a choice.
-            prefix: which network of a file that holds several.
-            network: constructor arguments that a file's weights do not tell, e.g.
+                it), a file of video-diffusion-pytorch in any wrapper (``UNet3D.from_unet3d``), or a
+                name on the Hugging Face hub.
+            ema: take the averaged weights if there are both.
+            prefix: which network of a file that contains several.
+            network: constructor arguments that the weights in a file do not show, e.g.
                 ``{"resnet_groups": 4}``.
-            allow_download: fetch the text encoder that the model names, where it is not on this
-                machine. One that the caller names, ``text_encoder=...``, is fetched in any case.
-            overrides: fields of ``Settings`` to replace. Where the model does not say, the schedule
-                is the network's own: "discrete" for step indices, "cosine" for the log-SNR.
+            allow_download: download the text encoder that the model names if it is not on this
+                machine. One that the caller names, ``text_encoder=...``, is always downloaded.
+            overrides: fields of ``Settings`` to replace. If the model does not say, the schedule is
+                "discrete" for a network that takes step indices and "cosine" for the log-SNR.
+
         Raises:
-            FileNotFoundError: nothing is there. ValueError: it is no readable model.
+            FileNotFoundError: there is nothing under that name.
+            ValueError: it cannot be read as a model.
         """
         path, state = Path(source), None
         fetch = allow_download or "text_encoder" in overrides
@@ -196,7 +210,7 @@ class Bundle:
 def _read_folder(
     folder: Path, weights: Mapping[str, Any] | None, overrides: dict[str, Any], fetch: bool
 ) -> Bundle:
-    """What ``Bundle.save`` or ``save_pretrained`` wrote, or other weights of that network."""
+    """Read a folder of ``Bundle.save`` or ``save_pretrained``, or use other ``weights`` with it."""
     unet = UNet3D(**read_config(folder))
     settings = settings_of(read_settings(folder) | overrides)
     text = make_text(settings, unet.cond_dim, fetch=fetch) if settings.text_encoder else None
@@ -235,11 +249,15 @@ def _of_peer(
 
 
 def make_text(settings: Settings, cond_dim: int | None, *, fetch: bool = True) -> Any:
-    """The ``TextConditioner`` of the settings, with new weights. Without ``fetch`` its encoder must
-    be in a folder or the cache of this machine.
+    """Make the ``TextConditioner`` of the settings, with new weights.
+
+    Args:
+        settings: name the encoder, its length and its pooling.
+        cond_dim: features of the conditioning vector; None: those of the encoder.
+        fetch: allow a download; else the encoder must be in a folder or in this machine's cache.
 
     Raises:
-        ValueError: it cannot be loaded, or not without fetching it.
+        ValueError: the encoder cannot be loaded, or only by downloading it.
     """
     from fastvdm.text import TextConditioner, TextEncoder
 
@@ -259,7 +277,7 @@ def make_text(settings: Settings, cond_dim: int | None, *, fetch: bool = True) -
 
 
 def _peer_text(settings: Settings) -> Any:
-    """The text conditioning of video-diffusion-pytorch: it has no weights of its own."""
+    """The text conditioning of video-diffusion-pytorch, which has no weights of its own."""
     name = "bert-base-cased"
     warnings.warn(
         f"captions go through {name}, as in video-diffusion-pytorch; text_encoder names another",
@@ -276,10 +294,10 @@ def _peer_text(settings: Settings) -> Any:
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that becomes ``target`` when the block ends without an error.
+    """A new folder beside ``target`` that becomes ``target`` if the block ends without an error.
 
-    Its files are on disk before it gets its name, so that a power failure leaves a whole folder or
-    none. Folders left behind by a killed process are removed by ``remove_unfinished``.
+    Its files are on disk before it is renamed, so a power failure leaves a complete folder or none.
+    ``remove_unfinished`` removes folders left by a killed process.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -1,13 +1,13 @@
 """Ahead-of-time export of a UNet3D: ``torch.export``, then an AOTInductor package (.pt2).
 
-The package runs without this source tree. Which kernels it holds depends on ``backend``:
+The package runs without this source tree. ``backend`` decides which kernels it contains:
 
-- "reference": nothing but torch's own operators, compiled by inductor. Needs no library at run
-  time, in Python or C++, on CPU and CUDA.
+- "reference": only torch's own operators, compiled by inductor. It needs no library at run time, in
+  Python or C++, on CPU and CUDA.
 - "cpu": our C++ kernels as opaque operators ``fastvdm_C::*``. The process that runs the package
   must load the extension first: ``import fastvdm`` in Python, ``dlopen(library_path())`` in C++.
-- "triton": our Triton kernels as opaque operators ``fastvdm::*``, which live in Python: the
-  package runs in a Python process that imported ``fastvdm``.
+- "triton": our Triton kernels as opaque operators ``fastvdm::*``, which are implemented in Python:
+  the package runs in a Python process that has imported ``fastvdm``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 class _Inference(nn.Module):
-    """The positional face that a package has: (x, time[, cond]) → prediction."""
+    """The interface of a package, with positional arguments: (x, time[, cond]) → prediction."""
 
     def __init__(self, model: UNet3D, cond_scale: float | None) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class _Inference(nn.Module):
 
 
 def library_path() -> Path:
-    """The extension that a package exported with backend="cpu" needs.
+    """The path of the extension that a package exported with backend="cpu" needs.
 
     Raises:
         RuntimeError: the extension is not built.
@@ -56,12 +56,20 @@ def library_path() -> Path:
 def example_inputs(
     model: UNet3D, batch: int, num_frames: int, height: int, width: int
 ) -> tuple[Tensor, ...]:
-    """(x, time[, cond]) of the given size on the model's device and in its dtype."""
+    """(x, time[, cond]) on the model's device and in its dtype.
+
+    Args:
+        model: the network; ``cond`` is there if it has conditioning.
+        batch: size of the batch.
+        num_frames: number of frames.
+        height: pixels.
+        width: pixels.
+    """
     weight = model.stem.weight
     x = torch.randn(
         batch, model.channels, num_frames, height, width, device=weight.device, dtype=weight.dtype
     )
-    time = torch.ones(batch, device=weight.device)  # of either kind
+    time = torch.ones(batch, device=weight.device)  # valid as a step index and as a log-SNR
     if not model.has_cond:
         return x, time
     assert model.cond_dim is not None
@@ -72,16 +80,19 @@ def export_program(
     model: UNet3D, inputs: tuple[Tensor, ...], *, backend: str = "auto",
     cond_scale: float | None = None,
 ) -> torch.export.ExportedProgram:  # fmt: skip
-    """``torch.export`` of the inference forward; extents as in ``inputs``.
+    """``torch.export`` of the forward pass for inference, for the extents of ``inputs``.
 
     Args:
-        model: on the device it will run on; exported in evaluation mode.
-        inputs: (x, time) or (x, time, cond), e.g. of ``example_inputs``.
-        backend: see the module's docstring.
-        cond_scale: classifier-free guidance inside the program.
+        model: the network, on the device on which it will run; exported in evaluation mode.
+        inputs: (x, time) or (x, time, cond), e.g. from ``example_inputs``.
+        backend: "auto", "reference", "cpu" or "triton"; see the docstring of the module.
+        cond_scale: scale of classifier-free guidance inside the program; None for no guidance.
+
+    Returns:
+        The exported program.
 
     Raises:
-        ValueError: no such backend, or guidance for an unconditional network.
+        ValueError: there is no such backend, or guidance is asked of an unconditional network.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -99,7 +110,7 @@ def export_program(
 
 
 def _inline_library(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Replace ops that compose torch's own operators, in Python, by what they are composed of."""
+    """Inline Python ops that are compositions of torch's own operators."""
     table = {}
     for node in program.graph.nodes:
         if node.args and node.args[-1] == "library":
@@ -109,7 +120,7 @@ def _inline_library(program: torch.export.ExportedProgram) -> torch.export.Expor
 
 
 def _call_extension_directly(program: torch.export.ExportedProgram) -> None:
-    """Replace ``fastvdm::x(..., "cpu")``, implemented in Python, by ``fastvdm_C::x_cpu(...)``."""
+    """Replace ``fastvdm::x(..., "cpu")``, a Python op, by ``fastvdm_C::x_cpu(...)``."""
     for node in program.graph.nodes:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fastvdm":
@@ -127,7 +138,7 @@ _faked: set[str] = set()
 
 
 def _register_fake(name: str, op: Any) -> None:
-    """The C++ operator's shapes are those of the public operator that calls it."""
+    """Give the C++ operator the fake of the public operator that calls it."""
     if name in _faked:
         return
     _faked.add(name)
@@ -138,13 +149,23 @@ def export_unet(
     model: UNet3D, path: str | os.PathLike[str], inputs: tuple[Tensor, ...], *,
     backend: str = "auto", cond_scale: float | None = None,
 ) -> Path:  # fmt: skip
-    """Write an AOTInductor package; arguments as ``export_program``.
+    """Write an AOTInductor package (.pt2) of a network.
 
-    Load it with ``torch._inductor.aoti_load_package(path)`` or, in C++,
+    Load it with ``torch._inductor.aoti_load_package(path)`` or, in C++, with
     ``torch::inductor::AOTIModelPackageLoader``.
 
+    Args:
+        model: as in ``export_program``.
+        path: the file to write; it ends in .pt2.
+        inputs: as in ``export_program``.
+        backend: as in ``export_program``.
+        cond_scale: as in ``export_program``.
+
+    Returns:
+        The path of the package.
+
     Raises:
-        ValueError: ``path`` does not end in .pt2, or as ``export_program``.
+        ValueError: ``path`` does not end in .pt2, or as in ``export_program``.
     """
     target = Path(path)
     if target.suffix != ".pt2":

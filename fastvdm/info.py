@@ -1,6 +1,7 @@
 """What this installation can do: versions, devices, and for each op what runs it, or why not.
 
-``fastvdm info``, or ``python -m fastvdm.info`` (also with ``--json``); needs no optional package.
+It prints the output of ``fastvdm info`` and ``python -m fastvdm.info`` (both take ``--json``) and
+needs no optional package.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _EXTRAS = {
 _VARIABLES = ("FASTVDM_", "TRITON_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 _KERNELS = {"cpu": "C++", "triton": "Triton"}
 _KINDS = {"parts": "composed of other ops", "reference": "torch reference"}
-_LIBRARY = {"cpu": "oneDNN", "cuda": "cuDNN"}  # of torch's convolutions
+_LIBRARY = {"cpu": "oneDNN", "cuda": "cuDNN"}  # the libraries behind torch's convolutions
 
 
 def _version(package: str) -> str | None:
@@ -44,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def _register_ops() -> dict[str, str]:
-    """Import every op file, since an op is known once its file is; file name → why it failed."""
+    """Import every op file, which registers its op. Returns file name → why the import failed."""
     failed = {}
     for module in pkgutil.iter_modules(fastvdm.ops.__path__):
         try:
@@ -65,8 +66,9 @@ def _devices() -> list[str]:
 
 
 def _ptxas() -> dict[str, str]:
-    """Architecture → release of the assembler that Triton takes for it, or why it is not known. Of
-    the GPUs here, else of the two kinds that Triton tells apart; empty without Triton."""
+    """Architecture → release of the ptxas that Triton uses for it, or why it is unknown. The
+    architectures are those of the GPUs here, else the two that Triton distinguishes; none without
+    Triton."""
     if _version("triton") is None:
         return {}
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -77,7 +79,7 @@ def _ptxas() -> dict[str, str]:
             found[f"sm_{major}{minor}"] = (
                 nvidia.ptxas_blackwell if major >= 10 else nvidia.ptxas
             ).version
-        except Exception as error:  # of another Triton, or a tool that does not run
+        except Exception as error:  # another version of Triton, or a tool that does not run
             found[f"sm_{major}{minor}"] = f"unknown ({type(error).__name__}: {error})"
     return found
 
@@ -87,18 +89,18 @@ def _device_types() -> tuple[str, ...]:
 
 
 def _op_table() -> dict[str, dict[str, str | None]]:
-    """op → backend → why it is off here (None: on). The reference is always on."""
+    """op → backend → why it is off here (None: on). The reference is always on and not listed."""
     table = {}
     for op in sorted(dispatch.registered_ops()):
         table[op] = dict(dispatch.explain(op))
         nowhere = not (dispatch.INTERPRETED or torch.cuda.is_available())
         if nowhere and table[op]["triton"] != dispatch.NO_KERNEL:
-            table[op]["triton"] = "no CUDA device"  # Triton may be missing, too, and is no loss
+            table[op]["triton"] = "no CUDA device"  # whether Triton is installed does not matter
     return table
 
 
 def _name(op: str, implementation: str, device: torch.device) -> str:
-    """What really runs."""
+    """The name of the library or kernel that runs the op."""
     if implementation in _KERNELS:
         winograd = " (Winograd)" if (op, implementation) == ("space_conv", "cpu") else ""
         return _KERNELS[implementation] + winograd
@@ -109,19 +111,19 @@ def _name(op: str, implementation: str, device: torch.device) -> str:
 
 
 def _runs(op: str, device: torch.device) -> str:
-    """What runs calls of ``op`` on ``device`` under the configuration in force, from the function
-    that chooses: "C++ (Winograd) for 3x3 at stride 1, oneDNN for the rest"."""
+    """What runs calls of ``op`` on ``device`` under the current configuration, according to the
+    function that chooses: "C++ (Winograd) for 3x3 at stride 1, oneDNN for the rest"."""
     chosen = _call.examples(op, device)
     found: dict[str, list[str]] = {}
     for kind, implementation in chosen.items():
         found.setdefault(_name(op, implementation, device), []).append(kind)
-    # Beside others a kernel is never "the rest": what no example shows (fp64) it may not take.
+    # A kernel is never "the rest": it may not take calls that no example shows (fp64).
     rest = [_name(op, which, device) for which in chosen.values() if which not in _KERNELS]
     most = max(rest or found, key=lambda name: len(found[name]))
     all_types = _types_of(list(chosen))
     parts = []
     for name in (name for name in found if name != most):
-        alike: dict[str, list[str]] = {}  # of the same types
+        alike: dict[str, list[str]] = {}  # key: the same dtypes
         for what, types in _types_of(found[name]).items():
             some = "" if what and types == all_types[what] else ", ".join(types)
             alike.setdefault(some, []).append(what)
@@ -141,7 +143,7 @@ def _types_of(kinds: list[str]) -> dict[str, list[str]]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``fastvdm info`` prints, as plain types."""
+    """All that ``fastvdm info`` prints, as plain types."""
     failed = _register_ops()
     settings = config.active
     return {
@@ -174,7 +176,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Format the report as text."""
     lines = [f"{name:<14} {value}" for name, value in report["versions"].items()]
     lines += ["", "devices"] + [f"  {d}" for d in report["devices"]]
     off = report["extension"]
@@ -203,7 +205,7 @@ def render(report: dict[str, Any]) -> str:
         (backend, reason): None
         for backends in report["ops"].values()
         for backend, reason in backends.items()
-        if reason not in (None, dispatch.NO_KERNEL, report["extension"])  # that was said above
+        if reason not in (None, dispatch.NO_KERNEL, report["extension"])  # printed above
     }
     lines += [f"  {_KERNELS[backend]} off: {reason}" for backend, reason in reasons]
     lines += [f"  {name}: failed to import: {why}" for name, why in report["broken"].items()]
@@ -211,7 +213,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``fastvdm info [--json]``; returns 1 if an op cannot be imported."""
+    """Run ``fastvdm info [--json]``; returns 1 if an op cannot be imported."""
     parser = argparse.ArgumentParser("fastvdm info", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="machine readable")
     options = parser.parse_args(arguments)

@@ -1,15 +1,16 @@
 """Axis-parallel UNet3D: one video over several devices, its frames sharded.
 
-Rank r of P holds frames [r F/P, (r+1) F/P). Convolutions and spatial attention act on frames and
-stay local. Two things look across frames:
+Rank r of P holds frames [r F/P, (r+1) F/P). Convolutions and spatial attention act on single frames
+and stay local. Two operations need several frames:
 
-- temporal attention: an all-to-all turns shards over frames into shards over pixels, where every
-  sequence is whole, and another one turns the result back;
+- temporal attention: an all-to-all turns shards of frames into shards of pixels, in which every
+  sequence is complete, and another one turns the result back;
 - GroupNorm over the whole video: its partial statistics are summed over the ranks.
 
-Volume: a temporal attention on (B, F, H, W, C) sends 2 (P-1)/P * B F H W C / P elements per rank,
-forward, and as much backward; a GroupNorm 4 B * groups numbers (``communication`` counts them for a
-network). Everything goes through functional collectives and compiles.
+Volume: a temporal attention on (B, F, H, W, C) sends 2 (P-1)/P * B F H W C / P elements per rank in
+the forward and as many in the backward; a GroupNorm sends 4 B * groups numbers.
+``count_communication`` counts them for a network. All communication uses functional collectives, so
+it compiles.
 """
 
 from __future__ import annotations
@@ -33,19 +34,26 @@ from fastvdm.unet.blocks import Unit
 
 
 def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
-    """Let ``model`` run on its rank's share of the frames of a one-dimensional ``mesh``.
+    """Let ``model`` run on its rank's frames of a one-dimensional ``mesh``.
 
-    The model is changed in place: ``forward`` takes and returns (B, C, F/P, H, W); all other
-    arguments are those of the whole video, the same on every rank, and so must be the parameters.
-    Gradients of the parameters are each rank's part: ``sum_gradients`` adds them up. Random masks
-    (dropout of the condition, focus) must be drawn by the caller or from equal generators. The
-    first call that is not being compiled compares the shapes of the arguments over the ranks.
+    The model is changed in place: ``forward`` takes and returns (B, C, F/P, H, W). All other
+    arguments are those of the whole video. They and the parameters must be the same on every rank.
+    Each rank computes its part of the gradients of the parameters; ``sum_gradients`` adds them.
+    Random masks (dropout of the condition, focus) must be drawn by the caller or from equal
+    generators. The first uncompiled call compares the shapes of the arguments over the ranks.
+
+    Args:
+        model: the network.
+        mesh: the ranks that share a video.
+
+    Returns:
+        ``model``.
 
     Raises:
-        TypeError: not a UNet3D. ValueError: the mesh has more than one dimension; a rank's
-            network is on another kind of device than the mesh, or differs from rank 0's in its
-            layout or weights (checkpoints of two versions). Every rank raises, also where only one
-            is wrong.
+        TypeError: ``model`` is not a UNet3D.
+        ValueError: the mesh has more than one dimension; or a rank's network is on another kind of
+            device than the mesh, or differs from rank 0's in layout or weights (checkpoints of two
+            versions). Every rank raises even if only one is wrong.
     """
     if not isinstance(model, UNet3D):
         raise TypeError(f"frame_parallel takes a UNet3D, got {type(model).__name__}")
@@ -61,8 +69,8 @@ def frame_parallel(model: UNet3D, mesh: DeviceMesh) -> UNet3D:
 
 
 def _from_all(mine: Any, mesh: DeviceMesh) -> list[Any]:
-    """What each rank has to say. None returns before all have it: on an error one may end its
-    process, and the others would find the connection closed."""
+    """Gather one object from each rank. None returns before all have them: after an error a rank
+    may end its process, and the others would find the connection closed."""
     found: list[Any] = [None] * mesh.size()
     dist.all_gather_object(found, mine, group=mesh.get_group())
     dist.barrier(mesh.get_group())
@@ -70,8 +78,8 @@ def _from_all(mine: Any, mesh: DeviceMesh) -> list[Any]:
 
 
 def _check_first_call(model: UNet3D, mesh: DeviceMesh) -> None:
-    """Compare the ranks' arguments once, at the first call that is not being compiled: shares of
-    different sizes end a process inside the collective, or never meet."""
+    """Compare the ranks' arguments once, at the first uncompiled call. Shares of different sizes
+    would end a process inside the collective, or hang."""
 
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -96,7 +104,7 @@ def _check_first_call(model: UNet3D, mesh: DeviceMesh) -> None:
 
 
 def _check_ranks_agree(model: UNet3D, mesh: DeviceMesh) -> None:
-    """One exchange of fingerprints, so that no rank waits in a collective for one that failed."""
+    """Exchange fingerprints once, so that no rank waits in a collective for one that failed."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     kinds = sorted({t.device.type for t in tensors.values()})
     layout = repr([(k, tuple(t.shape), str(t.dtype)) for k, t in tensors.items()])
@@ -120,7 +128,7 @@ def _check_ranks_agree(model: UNet3D, mesh: DeviceMesh) -> None:
 
 
 def shard_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's frames of (B, C, F, H, W).
+    """The frames of (B, C, F, H, W) that belong to this rank.
 
     Raises:
         ValueError: the number of ranks does not divide F; on every rank, before any communication.
@@ -134,13 +142,13 @@ def shard_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_frames(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The whole video (B, C, F, H, W) on every rank from shards (B, C, F/P, H, W)."""
+    """The whole video (B, C, F, H, W) on every rank, from shards (B, C, F/P, H, W)."""
     whole = collectives.all_gather_tensor(x.transpose(0, 2).contiguous(), 0, mesh.get_group())
     return whole.transpose(0, 2).contiguous()
 
 
 def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Add the ranks' parts of every parameter's gradient, in one flat bucket per dtype."""
+    """Add each parameter's gradient over the ranks, in one flat bucket per dtype."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for dtype in dict.fromkeys(g.dtype for g in gradients):
         bucket = [g for g in gradients if g.dtype == dtype]
@@ -151,10 +159,14 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def fully_shard_unet(model: UNet3D, mesh: DeviceMesh, **options: Any) -> UNet3D:
-    """FSDP2: ``fully_shard`` of every unit of the network, then of the rest.
+    """Apply FSDP2's ``fully_shard`` to every unit of the network, then to the rest.
 
-    FSDP2 takes contiguous parameters only, so weights that are channels-last become contiguous
-    first; ``options`` (mixed precision, offload) go to ``fully_shard``.
+    FSDP2 takes only contiguous parameters, so channels-last weights are made contiguous first.
+
+    Args:
+        model: the network.
+        mesh: the ranks that share the parameters.
+        options: options of ``fully_shard`` (mixed precision, offload).
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -168,7 +180,7 @@ def fully_shard_unet(model: UNet3D, mesh: DeviceMesh, **options: Any) -> UNet3D:
 
 
 class Communication(NamedTuple):
-    """Bytes that one rank sends in one forward pass, and in how many collectives."""
+    """Bytes that one rank sends in one forward pass, and the number of collectives."""
 
     bytes: int
     collectives: int
@@ -176,7 +188,7 @@ class Communication(NamedTuple):
 
 @contextmanager
 def count_communication(model: UNet3D) -> Iterator[list[Communication]]:
-    """Measures the forward passes inside the block; the list receives one entry at its end."""
+    """Measure the forward passes inside the block; the list receives one entry at its end."""
     shards: Any = model.shards
     if shards is None:
         raise ValueError("the model is not frame-parallel")

@@ -1,4 +1,4 @@
-"""The harness every kernel is held to; used by the tests and, before any timing, by the bench."""
+"""The checks that every kernel must pass; used by the tests and, before timing, by benchmarks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastvdm.runtime import extension
 from fastvdm.runtime.config import CPU_ISAS
 
 # Smallest error that counts, relative to the largest reference value: a few ulps of the dtype, so
-# that a baseline which happens to be exact does not ask for the impossible.
+# that an exact baseline does not demand an exact result.
 _FLOOR = {
     torch.float64: 1e-13,
     torch.float32: 2e-6,
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
 }
-# Error of one operation inside a kernel, relative to its operands: an ulp of the accumulator. Where
-# the result has 16 bits, kernels may take shorter polynomials, as long as they are fp32's.
+# Error of one operation inside a kernel, relative to its operands: an ulp of the accumulator. For a
+# 16-bit result kernels may use shorter polynomials, as long as these have fp32 accuracy.
 _INSIDE = {
     torch.float64: torch.finfo(torch.float64).eps,
     torch.float32: torch.finfo(torch.float32).eps,
@@ -37,7 +37,7 @@ _NUDGE = 2.0**-24  # half an ulp of fp32; in fp64 the response to it is linear t
 
 
 def max_error(out: Tensor, ref: Tensor) -> float:
-    """max |out - ref| / max |ref|, in fp64; inf when ``out`` is not finite where ``ref`` is."""
+    """max |out - ref| / max |ref|, in fp64; inf if ``out`` is not finite where ``ref`` is."""
     out, ref = out.detach().double(), ref.detach().double()
     if out.numel() == 0:
         return 0.0
@@ -56,12 +56,20 @@ def assert_close3(
     floor: float | None = None,
     summed: Callable[[], float] | None = None,
 ) -> None:
-    """Three-way tolerance: ``out`` may err at most ``factor`` times as much as ``baseline``.
+    """Three-way tolerance: the error of ``out`` may be ``factor`` times that of ``baseline``.
 
-    ``baseline`` is plain torch in the dtype of ``out``, ``ref64`` the same in fp64. Gradients use
-    ``factor=3``. The criterion is that of flash-attention's tests. ``summed`` gives the size of
-    what was added up to ``ref64``, as ``sizes_of_sums`` does; it is asked only when ``out`` fails
-    without: where terms cancel, their rounding stays, however small the result.
+    The criterion is that of flash-attention's tests. Gradients use ``factor=3``.
+
+    Args:
+        out: the result to check.
+        baseline: the result of plain torch in the dtype of ``out``.
+        ref64: the result of plain torch in fp64.
+        factor: allowed ratio of the errors.
+        name: name for the error message.
+        floor: smallest error that counts, relative to the largest reference value.
+        summed: returns the size of the terms that add up to ``ref64``, as in ``sizes_of_sums``. It
+            is called only if ``out`` fails otherwise: where terms cancel, their rounding errors
+            remain, however small the result is.
 
     Raises:
         AssertionError: with the worst index, both values and the share of bad elements.
@@ -74,7 +82,7 @@ def assert_close3(
         return
     o, b, r = (t.detach().to(out.device, torch.float64) for t in (out, baseline, ref64))
     scale = r.abs().max().clamp_min(1e-30)
-    # More for gradients, as the factor is: one draw of plain torch's error varies fivefold by seed.
+    # The floor grows with factor: a single draw of plain torch's error varies fivefold by seed.
     smallest = (_FLOOR[out.dtype] * factor / 2 if floor is None else floor) * scale
     limit = torch.maximum(factor * (b - r).abs().max(), smallest)
     error = (o - r).abs()
@@ -96,17 +104,17 @@ def assert_close3(
 def make_exact_operand(
     shape: Sequence[int], *, high: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Small integers in [-high, high]: sums of their products are exact, so an index error cannot
-    hide inside a tolerance and the comparison is ``torch.equal``."""
+    """Small integers in [-high, high]. Sums of their products are exact, so the comparison is
+    ``torch.equal`` and an index error cannot hide inside a tolerance."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-high, high + 1, tuple(shape), generator=generator).to(dtype)
 
 
 @contextmanager
 def poison_empty() -> Iterator[None]:
-    """Fill whatever ``torch.empty`` and its relatives return with NaN (integers: their maximum).
+    """Fill the results of ``torch.empty`` and its relatives with NaN (integers: their maximum).
 
-    A kernel that leaves an element of its output unwritten then shows it.
+    This reveals elements of an output that a kernel does not write.
     """
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -130,8 +138,8 @@ def poison_empty() -> Iterator[None]:
 
 
 def opcheck_op(op: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> None:
-    """``torch.library.opcheck`` with all four tests. Use asymmetric shapes: a fake that mixes up
-    two axes passes on a cube."""
+    """``torch.library.opcheck`` with all four tests. Use asymmetric shapes: a fake that swaps two
+    axes passes on a cube."""
     for arg in args:
         if isinstance(arg, Tensor) and arg.ndim > 2 and len(set(arg.shape)) < arg.ndim - 1:
             raise ValueError(f"opcheck wants extents that differ, got {tuple(arg.shape)}")
@@ -143,7 +151,7 @@ def grads(
     inputs: Sequence[Tensor | None],
     douts: Sequence[Tensor] | Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Outputs of ``fn(*inputs)`` and the gradient of each floating-point input (else None)."""
+    """Outputs of ``fn(*inputs)`` and the gradient of each floating-point input (others: None)."""
     leaves = [
         t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         if isinstance(t, Tensor) and t.is_floating_point()
@@ -170,12 +178,12 @@ _PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 
 
 class _Nudged(TorchDispatchMode):
-    """Every fp64 operand of every op off by ``_NUDGE`` of itself, up or down at random.
+    """Changes every fp64 operand of every op by ``_NUDGE`` of itself, up or down at random.
 
-    A product of matrices also rounds each of its K partial sums: added one after another, as most
-    kernels do, that is sqrt(K / 12) of what the operands' rounding comes to (uniform errors of
-    sums that grow as a random walk). A library that adds in blocks has less, in some shapes on some
-    CPUs, so a run of it does not show it.
+    A product of matrices also rounds each of its K partial sums. If they are added one by one, as
+    in most kernels, that amounts to sqrt(K / 12) of the operands' rounding (uniform errors of sums
+    that grow as a random walk). A library that adds in blocks has smaller errors, in some shapes on
+    some CPUs, so a run of it does not show them.
     """
 
     def __init__(self, seed: int) -> None:
@@ -200,14 +208,14 @@ class _Nudged(TorchDispatchMode):
 def sizes_of_sums(
     ref: Callable[..., Tensor], wide: Sequence[Tensor | None], dout: Tensor
 ) -> list[float]:
-    """The size of what is added up to the output of ``ref`` and to each of its gradients.
+    """The size of the terms that add up to the output of ``ref`` and to each of its gradients.
 
-    max |ref| is not it where terms cancel: the bias before a norm of one channel a group has the
-    gradient 0 = Σ dx. Measured by Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997):
-    every operand of every op in the fp64 run, forward and backward, is off by a relative 2^-24 with
-    a random sign (those of a product of matrices by more, ``_Nudged``); the size is the largest
-    change of the result in three runs over 2^-24. To nudge the inputs alone would not do: a result
-    that is 0 for all inputs does not move with them.
+    Where terms cancel, max |ref| is not that size: the bias before a norm with one channel per
+    group has the gradient 0 = Σ dx. The size is measured by Monte Carlo arithmetic (Parker, "Monte
+    Carlo Arithmetic", 1997): every operand of every op in the fp64 run, forward and backward, is
+    changed by a relative 2^-24 with a random sign (those of matrix products by more, ``_Nudged``).
+    The size is the largest change of the result in three runs, divided by 2^-24. Changing only the
+    inputs would not work: a result that is 0 for all inputs does not change with them.
     """
     (out,), gradients = grads(ref, wide, dout)
     exact = [out, *gradients]
@@ -232,8 +240,8 @@ def assert_parity(
     forward_factor: float = 2.0,
     grad_factor: float = 3.0,
 ) -> None:
-    """Forward and every gradient of ``fn`` against ``ref`` in the same dtype and in fp64, by
-    ``assert_close3``; where terms cancel, relative to them (``sizes_of_sums``)."""
+    """Compare the output and every gradient of ``fn`` with ``ref`` in the same dtype and in fp64,
+    by ``assert_close3``; where terms cancel, relative to their size (``sizes_of_sums``)."""
     names = names or [f"input{i}" for i in range(len(inputs))]
     wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     with torch.no_grad():
@@ -260,7 +268,7 @@ def assert_parity(
 
 
 def cpu_isas() -> list[str]:
-    """The instruction sets of the C++ backend that this machine and this build run, best first."""
+    """The instruction sets that this machine and this build of the C++ backend run, best first."""
     if extension.reason_off() is not None:
         return []
     found, before = [], torch.ops.fastvdm_C.cpu_isa()
@@ -275,7 +283,7 @@ def cpu_isas() -> list[str]:
 
 @contextmanager
 def use_cpu_isa(name: str) -> Iterator[None]:
-    """The C++ backend on one instruction set inside the block, then on the one before.
+    """Run the C++ backend on one instruction set inside the block, then on the previous one.
 
     Raises:
         RuntimeError: the extension is off, or this machine or build has no such path.

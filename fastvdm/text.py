@@ -1,8 +1,8 @@
-"""Captions to the conditioning vector of a network: a frozen BERT, then attention pooling.
+"""From captions to the conditioning vector of a network: a frozen BERT, then attention pooling.
 
 Ho et al. 2022, Video Diffusion Models, §4.3: "BERT-large embeddings ... processed using attention
-pooling"; the unconditional branch sees a vector of zeros. What the paper leaves open (size of the
-pooling, drop rate) is an argument here.
+pooling"; the unconditional branch gets a vector of zeros. What the paper leaves open (the size of
+the pooling, the drop rate) is an argument here.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from fastvdm.unet.settings import Pooling
 class TextEncoder:
     """A frozen encoder of the BERT family with its tokenizer.
 
-    Deliberately no ``nn.Module``: it is neither trained nor saved with the network it feeds.
+    It is not an ``nn.Module``, because it is neither trained nor saved with the network.
 
     Args:
-        name: a local folder, or a name in the Hugging Face cache or hub (HF_HUB_OFFLINE=1 keeps
-            away from the network).
-        max_length: longer captions are cut to so many tokens.
-        device, dtype: where and in what precision the encoder runs.
-        local_files_only: take it from a folder or the cache, and fetch nothing.
+        name: a local folder, or a name in the Hugging Face cache or on the hub. HF_HUB_OFFLINE=1
+            prevents downloads.
+        max_length: number of tokens to which longer captions are cut.
+        device: device of the encoder.
+        dtype: dtype of the encoder.
+        local_files_only: use only a folder or the cache, without a download.
+
     Raises:
         ImportError: transformers is missing.
-        ValueError: the encoder cannot be found or loaded, or gives no token states.
+        ValueError: the encoder cannot be found or loaded, or returns no token states.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class TextEncoder:
         transformers = require("transformers", "text")
         self.name, self.max_length = str(name), max_length
         try:
-            # No code of the encoder's own is run, and nobody is asked whether it may be.
+            # Never run code that comes with an encoder, and do not ask the user whether to.
             options = {"local_files_only": local_files_only, "trust_remote_code": False}
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name, **options)
             self.model: Any = transformers.AutoModel.from_pretrained(self.name, **options)
@@ -66,17 +68,18 @@ class TextEncoder:
         return int(self.model.config.hidden_size)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move the encoder to ``device``, and to ``dtype`` if one is given; return it."""
         self.device = torch.device(device)
         self.model.to(self.device, dtype)
         return self
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Last hidden states (B, L, dim) and the mask (B, L), True at tokens and False at padding.
+        """The last hidden states (B, L, dim) and the mask (B, L): True for tokens, not padding.
 
         Raises:
             ValueError: there is no caption.
-            TypeError: a caption is no string.
+            TypeError: a caption is not a string.
         """
         check_captions(captions)
         tokens = self.tokenizer(
@@ -91,6 +94,7 @@ class TextEncoder:
 
 
 def check_captions(captions: Sequence[str]) -> None:
+    """Raise TypeError or ValueError unless ``captions`` is a non-empty list of strings."""
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise TypeError("captions must be a list of strings, one for each video")
     if not captions:
@@ -100,8 +104,13 @@ def check_captions(captions: Sequence[str]) -> None:
 class AttentionPool(nn.Module):
     """One learned query attends over the tokens; the result is projected to ``out_dim``.
 
-    tokens (B, L, dim), mask (B, L) bool → (B, out_dim). Attention has ``heads`` heads of
-    ``dim / heads`` features, by default 64 each as in BERT.
+    Args:
+        dim: features of a token.
+        out_dim: features of the result; default ``dim``.
+        heads: attention heads of ``dim / heads`` features; by default 64 features each, as in BERT.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, out_dim: int | None = None, heads: int | None = None) -> None:
@@ -116,6 +125,7 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(dim, self.out_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Pool tokens (B, L, dim) under mask (B, L), bool and true at a token, to (B, out_dim)."""
         tokens = self.norm(tokens.to(self.query.dtype))
         k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)  # (B, L, heads, D)
         logits = torch.einsum("blhd,hd->bhl", k, self.query) * k.shape[-1] ** -0.5
@@ -124,7 +134,16 @@ class AttentionPool(nn.Module):
 
 
 def masked_mean(tokens: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Mean of the token states without position 0, as video-diffusion-pytorch's ``bert_embed``."""
+    """Mean of the token states without position 0, as ``bert_embed`` in video-diffusion-pytorch.
+
+    Args:
+        tokens: states (B, L, dim).
+        mask: (B, L), true at a token.
+        eps: added to the number of tokens.
+
+    Returns:
+        (B, dim).
+    """
     weight = mask[:, 1:, None].to(tokens.dtype)
     return (tokens[:, 1:] * weight).sum(1) / (weight.sum(1) + eps)
 
@@ -132,17 +151,18 @@ def masked_mean(tokens: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 class TextConditioner(nn.Module):
     """Captions → ``cond`` (B, out_dim) of a network with ``cond_dim=out_dim``.
 
-    Its parameters are those of the pooling: train them with the network and save them with it. The
-    encoder is frozen, is not in the state dict and follows ``.to(device)``.
+    Its parameters are those of the pooling: train and save them with the network. The encoder is
+    frozen, is not in the state_dict, and follows ``.to(device)``.
 
     Args:
         encoder: any callable ``captions -> (tokens (B, L, D), mask (B, L))`` with ``.dim``.
-        out_dim: width of the vector; the encoder's own by default. Only "attention" can change it.
-        pooling: "attention" (the paper), "mean" (video-diffusion-pytorch's default: the masked
-            mean without the first token) or "cls" (its ``text_use_bert_cls``).
+        out_dim: width of the vector; by default that of the encoder. Only "attention" can change
+            it.
+        pooling: "attention" (the paper), "mean" (video-diffusion-pytorch's default, the masked mean
+            without the first token) or "cls" (its ``text_use_bert_cls``).
         heads: heads of the attention pooling.
-        dropout: while training, the share of captions replaced by zeros for classifier-free
-            guidance. The paper gives no rate. 0 where the network drops them (``null_cond_prob``).
+        dropout: share of captions replaced by zeros in training, for classifier-free guidance. The
+            paper gives no rate. Use 0 if the network drops them (``null_cond_prob``).
     """
 
     def __init__(
@@ -178,7 +198,7 @@ class TextConditioner(nn.Module):
         return torch.zeros(batch, self.out_dim, device=device)
 
     def forward(self, captions: Sequence[str | None]) -> Tensor:
-        """cond (B, out_dim); a caption that is None, or dropped, gives zeros."""
+        """cond (B, out_dim); zeros for a caption that is None or dropped."""
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, one for each video")
         if not captions:
@@ -186,8 +206,8 @@ class TextConditioner(nn.Module):
         keep = torch.tensor([c is not None for c in captions])
         if self.training and self.dropout:
             keep &= torch.rand(len(captions)) >= self.dropout
-        # A dropped caption is still encoded: whether it was dropped must not change the graph that
-        # distributed training sees.
+        # Dropped captions are encoded too: distributed training must see the same graph in any
+        # case.
         tokens, mask = self.encoder(["" if c is None else c for c in captions])
         if self.pool is not None:
             cond = self.pool(tokens, mask)

@@ -1,4 +1,4 @@
-"""The options of softmax attention: one value from a layer to a launcher. Needs no Triton."""
+"""The options of softmax attention, passed as one value from layer to launcher. Needs no Triton."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 class AttentionOptions(NamedTuple):
-    """What softmax attention over a sequence of N positions may have beside q, k and v.
+    """Options of softmax attention over a sequence of N positions.
 
-    bias: (heads, N, N) [query, key] in any floating dtype, added to the scaled logits. -inf masks;
-        a row of nothing but -inf gives zeros.
-    rel_k, rel_v: Shaw vectors (1 or heads, 2R+1, D): row clip(j-i, -R, R) + R is added to key j
-        (value j) as query i sees it. Under ``rotary`` rel_k meets the unrotated query.
-    rotary: (2, N, R/2) cosines and sines in fp32; turns the pairs (2i, 2i+1) of the first R
-        features of q and k. Not differentiated.
+    bias: (heads, N, N) [query, key], any floating dtype, added to the scaled logits. -inf masks; a
+        row of only -inf gives zeros.
+    rel_k: Shaw vectors (1 or heads, 2R+1, D). For query i, row clip(j-i, -R, R) + R is added to key
+        j. With ``rotary``, rel_k is multiplied with the unrotated query.
+    rel_v: the same for value j.
+    rotary: (2, N, R/2) cosines and sines in fp32 that rotate the pairs (2i, 2i+1) of the first R
+        features of q and k. It is not differentiated.
     focus_mask: (B,) bool, over time only. True: the frames of this video attend to themselves only,
-        out = v (+ rel_v of distance 0).
-    num_images: K, over time only. The last K frames are images that attend to themselves only, the
+        so out = v (+ rel_v of distance 0).
+    num_images: K, over time only. The last K frames are images that attend to themselves only; the
         first F-K attend to each other.
     """
 
@@ -31,7 +32,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """R/2, how many pairs are turned."""
+        """R/2, the number of rotated pairs."""
         return 0 if self.rotary is None else self.rotary.shape[-1]
 
     @property

@@ -1,7 +1,7 @@
-"""``axis_attention`` in fused kernels of others: torch's, and those of xformers.
+"""``axis_attention`` by fused kernels of torch and xformers.
 
-On views of qkv: nothing is copied where the sequence is space, or the batch one video. The only
-option is a bias. Differentiable through their own autograd.
+They get views of qkv; nothing is copied if the sequence is space or the batch is one video. The
+only option is a bias. Gradients come from their own autograd.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastvdm.kernels.limits import SPACE
 from fastvdm.runtime.optional import require
 
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
-_ALIGNED = 8  # a row of xformers' bias begins at a multiple
+_ALIGNED = 8  # xformers requires each row of the bias to begin at a multiple of this
 
 
 def _sequences(t: Tensor, axis: int) -> Tensor:
@@ -26,7 +26,7 @@ def _sequences(t: Tensor, axis: int) -> Tensor:
 
 
 def _video(out: Tensor, qkv: Tensor, axis: int) -> Tensor:
-    """The way back, (batch, N, heads, D) → (B, F, H, W, heads, D), contiguous."""
+    """The inverse: (batch, N, heads, D) → (B, F, H, W, heads, D), contiguous."""
     b, f, h, w, _, heads, d = qkv.shape
     if axis == SPACE:
         return out.reshape(b, f, h, w, heads, d).contiguous()
@@ -45,7 +45,7 @@ def by_xformers(qkv: Tensor, axis: int, bias: Tensor | None, sm_scale: float) ->
     """One call of ``memory_efficient_attention``.
 
     Raises:
-        ImportError: xformers is not installed; names the extra.
+        ImportError: xformers is not installed; the message names the extra.
     """
     ops = require("xformers.ops", "xformers")
     q, k, v = _sequences(qkv, axis).unbind(2)

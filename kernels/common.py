@@ -1,4 +1,4 @@
-"""What every Triton kernel of the package shares. Imported only where a kernel is launched."""
+"""Shared by all Triton kernels of the package. Imported only when a kernel is launched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 
 from fastvdm.runtime.device import INTERPRETED, facts
 
-# Set when this process runs kernels under TRITON_INTERPRET=1 (tests on a machine without a GPU).
+# True if this process runs kernels under TRITON_INTERPRET=1 (tests on a machine without a GPU).
 INTERPRET = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def acc_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Accumulator of a kernel: fp64 for fp64 input, so that gradcheck runs there; else fp32."""
+    """The accumulator's dtype: fp64 for fp64 input, so that gradcheck works; otherwise fp32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -25,7 +25,7 @@ def acc_torch_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b. The interpreter has no bf16, so there the operands are widened first."""
+    """acc + a @ b. The interpreter has no bf16, so it widens the operands first."""
     if INTERPRET:
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
     else:
@@ -34,9 +34,9 @@ def dot(a, b, acc):
 
 @triton.jit
 def dot_x3(a, b, acc):
-    """As ``dot``, but fp32 operands go to the matrix cores as three TF32 products of their split
-    halves (about 22 bits). "ieee" multiplies on the plain cores and holds the whole inner axis in
-    registers: at 64 x 64 it spills kilobytes (ptxas, sm_90).
+    """Like ``dot``, but fp32 operands become three TF32 products of their split halves (about 22
+    bits) on the tensor cores. "ieee" multiplies on the plain cores and holds the whole inner axis
+    in registers: at 64 x 64 it spills kilobytes (ptxas, sm_90).
     """
     if INTERPRET:
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
@@ -46,21 +46,21 @@ def dot_x3(a, b, acc):
 
 @triton.jit
 def at_least(x, low):
-    """max(x, low), NaN where x is: PTX's plain max and min return the operand that is a number,
-    where torch and the interpreter keep the NaN. For every value, not for indices and counts."""
+    """max(x, low), NaN if x is NaN. PTX's plain max and min return the operand that is a number,
+    whereas torch and the interpreter return NaN. Use it for values, not for indices and counts."""
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def at_most(x, high):
-    """min(x, high), NaN where x is."""
+    """min(x, high), NaN if x is NaN."""
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def widened(x, ACC: tl.constexpr):
-    """x in ACC. bf16 by hand: of two in a register Triton takes the upper one in two instructions,
-    this in one (Triton 3.6, sm_90)."""
+    """x in ACC. bf16 is widened by hand: to extract the upper of two values in a register, Triton
+    takes two instructions and this takes one (Triton 3.6, sm_90)."""
     if INTERPRET or x.dtype != tl.bfloat16 or tl.float32 != ACC:
         return x.to(ACC)
     else:
@@ -69,8 +69,8 @@ def widened(x, ACC: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, on a GPU within an ulp of fp32, denormals flushed: a division takes 8 instructions,
-    half of them for denormals."""
+    """1 / x. On a GPU it is within an ulp of fp32, and denormals are flushed to 0: a division takes
+    8 instructions, half of them for denormals."""
     if INTERPRET or x.dtype.primitive_bitwidth == 64:
         return 1.0 / x
     else:
@@ -81,7 +81,7 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(t):
-    """1 / (1 + exp(-t)): exp overflows to inf and underflows to 0, whose results are exact."""
+    """1 / (1 + exp(-t)). exp may overflow to inf or underflow to 0; the result is exact then."""
     return reciprocal(1.0 + tl.exp2(t * -LOG2E))
 
 
@@ -94,13 +94,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def major(device: torch.device) -> int:
-    """Of the compute capability, by which tiles differ; under the interpreter Hopper's."""
+    """The major compute capability, on which tiles depend; Hopper's under the interpreter."""
     found = facts(device)
     return found.capability // 10 if found.is_gpu else 9
 
 
 def program_budget(device: torch.device) -> int:
-    """How many programs to start where each one walks over many tiles: four per multiprocessor.
-    Under the interpreter a few, so that programs walk several tiles there too."""
+    """The number of programs to start if each walks over many tiles: four per multiprocessor. Under
+    the interpreter it is small, so that programs walk over several tiles there too."""
     found = facts(device)
     return 4 * found.multiprocessors if found.is_gpu else 6

@@ -1,17 +1,17 @@
 """The two elementwise kernels of a guided sampling step (Ho et al. 2022, §3.1, Eqs. 7 and 8).
 
     seed:    x_hat = p_z z + p_m m;
-             seed = known_scale 2 (x_hat - x^a) on given frames + low_scale 2 D^T (D x_hat - y)
+             seed = known_scale 2 (x_hat - x^a) on known frames + low_scale 2 D^T (D x_hat - y)
     update:  x = e_z z + e_m x_hat - grad - direct seed, clipped;  z_next = u_z z + u_x x + u_n n,
-             or k_z z + k_x x^a + k_n n on given frames
+             or k_z z + k_x x^a + k_n n on known frames
 
-z, x_hat, z_next, known, low_res are contiguous (B, C, F, H, W); the network's output m, its
-gradient and seed are read and written by strides, because a channels-last network hands out
-permuted views. One program of ``seed`` owns BLOCK pixels of the low-resolution grid and the
-FACTOR x FACTOR block under each: it sums them, then reads them again (from cache) to write;
-without a low resolution FACTOR is 1. Saved for backward: nothing. Bytes: seed 4 N values, update
-4 N, N = B C F H W. FLOPs are negligible; Philox is about 100 integer operations an element: each
-draws its own 4-word block and uses two words, which is simpler than sharing it.
+z, x_hat, z_next, known, low_res are contiguous (B, C, F, H, W). The network's output m, its
+gradient and seed are read and written by strides, because a channels-last network returns permuted
+views. One program of ``seed`` owns BLOCK pixels of the low-resolution grid and the FACTOR x FACTOR
+block under each: it sums them, then reads them again (from cache) to write. Without a low
+resolution FACTOR is 1. Saved for backward: nothing. Bytes: seed 4 N values, update 4 N,
+N = B C F H W. FLOPs are negligible. Philox takes about 100 integer operations per element; each
+element draws its own 4-word block and uses two words, which is simpler than sharing blocks.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Config(NamedTuple):
 
 @tuned("guidance")
 def pick_config(what: str, dtype: torch.dtype, factor: int = 1) -> Config:
-    """Elements (``what`` = "seed": low-resolution pixels; "update") a program; small, as one video
-    is only some 10^5 elements and all multiprocessors should have a part of it."""
+    """Elements per program (``what`` = "seed": low-resolution pixels; "update"). It is small,
+    because one video has only some 10^5 elements and all multiprocessors should get a part."""
     return Config(256 if factor > 1 or dtype == torch.float64 else 512, 4)
 
 
@@ -51,8 +51,8 @@ def _split(i, F, H, W):
 
 @triton.jit
 def _normal(rng_ptr, i, step, ACC: tl.constexpr):
-    """Standard normals of elements ``i`` of the sample whose key is at ``rng_ptr``; as
-    ``philox_normal`` of the reference."""
+    """Standard normals of elements ``i`` of the sample whose key is at ``rng_ptr``, as in the
+    reference's ``philox_normal``."""
     c0 = (i & 0xFFFFFFFF).to(tl.uint32)
     c1 = (i >> 32).to(tl.uint32)
     c2 = c0 * 0 + step.to(tl.uint32)
@@ -111,7 +111,7 @@ def _guidance_seed_kernel(
     known_scale = tl.load(coef_ptr + b * 4 + 2)
     low_scale = tl.load(coef_ptr + b * 4 + 3)
 
-    # of the top left pixel of each cell
+    # Offsets of the top left pixel of each cell.
     z_offs = (((b * C + c) * F + f) * H + h * FACTOR) * W + w * FACTOR
     m_offs = b * stride_mb + c * stride_mc + f * stride_mf
     m_offs += h * FACTOR * stride_mh + w * FACTOR * stride_mw
@@ -165,7 +165,7 @@ def _guidance_seed_kernel(
         tl.store(seed_at, seed.to(seed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["step"])  # it counts: no recompile at 1 or at multiples of 16
+@triton.jit(do_not_specialize=["step"])  # it counts up; do not recompile at 1 and multiples of 16
 def _guidance_update_kernel(
     z_ptr,
     x_hat_ptr,
@@ -205,7 +205,7 @@ def _guidance_update_kernel(
     HAS_SEED: tl.constexpr,
     HAS_KNOWN: tl.constexpr,
     HAS_NOISE: tl.constexpr,
-    RNG: tl.constexpr,  # columns of rng: 0, 1, or 2 with a place that is added to step
+    RNG: tl.constexpr,  # columns of rng: 0, 1, or 2 (the second is added to step)
     HAS_THRESHOLD: tl.constexpr,
     CLIP: tl.constexpr,
     WANT_X: tl.constexpr,
@@ -314,7 +314,7 @@ def guidance_seed_fwd(
         ACC=acc_dtype(z.dtype),
         BLOCK=config.block,
         num_warps=config.num_warps,
-        maxnreg=128,  # ptxas would rather spill than give up a block
+        maxnreg=128,  # otherwise ptxas limits registers for occupancy, and spills
     )
     return x_hat, seed
 

@@ -2,16 +2,17 @@
 
     q' = softmax_D(q),  k' = softmax_N(k),  ctx = k'ᵀ v  (D, D),  out = sm_scale * q' ctx
 
-qkv (B, F, H, W, 3, heads, D) packed, read by strides; out (B, F, H, W, heads, D). One frame and
-head is one problem. Saved for the backward: log-sum-exp of k over the pixels, and ctx.
+qkv (B, F, H, W, 3, heads, D) is packed and read by strides; out is (B, F, H, W, heads, D). One
+frame and head is one problem. Saved for the backward: log-sum-exp of k over the pixels, and ctx.
 
 Forward: pass 1 reads k, v (online max over the pixels), pass 2 reads q and writes out. Backward:
 pass 1 reads q, dout, writes dq and sums dctx; pass 2 reads k, v and writes dk, dv. The softmax
-gradient of k needs Σ_n k' dk', which is Σ_e ctx dctx, so no third pass. Bytes 4*M*c*e forward and
-7*M*c*e backward, FLOPs 4*M*c*D and 8*M*c*D (M pixels of all frames, c = heads*D, e bytes).
+gradient of k needs Σ_n k' dk', which equals Σ_e ctx dctx, so there is no third pass. Bytes 4*M*c*e
+forward and 7*M*c*e backward, FLOPs 4*M*c*D and 8*M*c*D (M pixels of all frames, c = heads*D, e
+bytes).
 
 With enough frames and heads one program does both passes of its problem. Otherwise the pixels are
-split: partials per chunk, one merge in a fixed order, one program per chunk for the second pass.
+split: one partial per chunk, one merge in a fixed order, one program per chunk for the second pass.
 No atomics: two runs give the same bits.
 """
 
@@ -46,22 +47,22 @@ class Config(NamedTuple):
 
 @tuned("linear_attention", pixels=next_power_of_2)
 def pick_config(dim: int, dtype: torch.dtype, pixels: int, *, backward: bool, major: int) -> Config:
-    """Pixels a tile and warps. A tile holds (block_n, D) operands and a (D, D) accumulator, and
-    spills nowhere (``bench/aot.py``). ``major`` is the device's compute capability; ``pixels`` of a
-    frame tell measured tiles apart."""
+    """Pixels per tile, and warps. A tile holds (block_n, D) operands and a (D, D) accumulator and
+    never spills (``bench/aot.py``). ``major`` is the device's compute capability. ``pixels`` per
+    frame only distinguishes measured tiles."""
     block_d = max(16, next_power_of_2(dim))
     warps = 8 if block_d == 128 or (block_d == 64 and dtype.itemsize > 2) else 4
     if dtype.itemsize > 2:
         return Config(16 if block_d >= 64 else 32, block_d, warps)
     if major < 9 and block_d == 128:
         return Config(32, block_d, warps)
-    # 128: where ptxas would rather spill than give up the fifth block.
+    # 128, because ptxas would otherwise limit registers for a fifth block, and spill.
     most = 128 if major < 9 and block_d <= 32 and not backward else None
     return Config(64, block_d, warps, most)
 
 
 def split_pixels(problems: int, pixels: int, block_n: int, sm_count: int) -> tuple[int, int]:
-    """(splits, pixels a split): two waves of programs, but at least two tiles each."""
+    """(splits, pixels per split): two waves of programs, but at least two tiles per split."""
     tiles = cdiv(pixels, block_n)
     wanted = min(cdiv(2 * sm_count, problems), max(1, tiles // 2))
     chunk = cdiv(tiles, wanted) * block_n
@@ -70,7 +71,7 @@ def split_pixels(problems: int, pixels: int, block_n: int, sm_count: int) -> tup
 
 @triton.jit
 def _load(ptr, row, count, fill, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK_N, BLOCK_D) from ``ptr``, rows ``row`` elements apart, ``count`` of them valid."""
+    """(BLOCK_N, BLOCK_D) from ``ptr``; rows have the stride ``row``, and ``count`` are valid."""
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     return tl.load(ptr + offs_n * row + offs_d, mask=(offs_n < count) & (offs_d < D), other=fill)
@@ -86,7 +87,7 @@ def _store(ptr, row, count, value, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK
 
 @triton.jit
 def _softmax_d(q, ACC: tl.constexpr):
-    """Over the features; ``q`` padded with -inf. (BLOCK_N, BLOCK_D)"""
+    """Softmax over the features of ``q``, which is padded with -inf. (BLOCK_N, BLOCK_D)"""
     q = q.to(ACC)
     m = tl.max(q, 1)
     p = tl.exp(q - tl.where(m == float("-inf"), 0.0, m)[:, None])
@@ -99,7 +100,7 @@ def _context(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Online over the pixels [lo, hi): max m and sum l of exp(k - m) per feature, and vᵀ p, the
-    context transposed: v is transposed where it lies, pᵀ would pass through registers anew."""
+    transposed context. v is transposed in shared memory; pᵀ would have to go through registers."""
     m_i = tl.full([BLOCK_D], float("-inf"), ACC)
     l_i = tl.zeros([BLOCK_D], ACC)
     acc = tl.zeros([BLOCK_D, BLOCK_D], ACC)
@@ -108,7 +109,7 @@ def _context(
         k = _load(at + width, row, hi - n, float("-inf"), D, BLOCK_N, BLOCK_D).to(ACC)
         v = _load(at + 2 * width, row, hi - n, 0.0, D, BLOCK_N, BLOCK_D)
         m_new = tl.maximum(m_i, tl.max(k, 0))
-        # A feature that is -inf so far (padding, or the data's own) must not give inf - inf.
+        # A feature that is -inf so far (padding, or in the data) must not give inf - inf.
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp(m_i - shift)
         p = tl.exp(k - shift[None, :])
@@ -137,9 +138,9 @@ def _apply(
 def _store_stats(
     lse_ptr, ctx_ptr, problem, m, l, acc, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """log-sum-exp and the normalised context of one problem; returns the context."""
+    """Store log-sum-exp and the normalised context of one problem; return the context."""
     offs_d = tl.arange(0, BLOCK_D)
-    l = tl.where(offs_d < D, l, 1.0)  # 0 where padded
+    l = tl.where(offs_d < D, l, 1.0)  # it is 0 in the padding
     tl.store(lse_ptr + problem * D + offs_d, m + tl.log(l), mask=offs_d < D)
     ctx = acc / l[:, None]
     _store(ctx_ptr + problem * D * D, D, D, ctx, D, BLOCK_D, BLOCK_D)
@@ -189,7 +190,7 @@ def _fwd_merge_kernel(
     m_ptr, l_ptr, acc_ptr, lse_ptr, ctx_ptr, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The partials of one problem, in order, into its statistics."""
+    """Merge the partials of one problem, in order, into its statistics."""
     problem = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     m_i = tl.full([BLOCK_D], float("-inf"), ACC)
@@ -235,7 +236,7 @@ def _grad_q(
     SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dq for the pixels [lo, hi), and their share of dctx = sm_scale * q'ᵀ dout."""
+    """dq for the pixels [lo, hi), and their part of dctx = sm_scale * q'ᵀ dout."""
     dctx_t = tl.zeros([BLOCK_D, BLOCK_D], ACC)  # transposed, as in _context
     ctx_t = tl.trans(ctx)
     for n in range(lo, hi, BLOCK_N):
@@ -275,8 +276,8 @@ def _bwd_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """FIRST and SECOND: both passes of a problem (splits = 1). One of them: that pass of a chunk,
-    with dctx (problems, splits, D, D) written by the first, (problems, D, D) read by the second."""
+    """FIRST and SECOND: both passes of a problem (splits = 1). One of them: that pass for a chunk;
+    the first writes dctx (problems, splits, D, D), the second reads dctx (problems, D, D)."""
     part = tl.program_id(0).to(tl.int64)
     problem, split = part // splits, part % splits
     frame, head = problem // heads, problem % heads
@@ -299,7 +300,7 @@ def _bwd_kernel(
             dctx = _load(dctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
         offs_d = tl.arange(0, BLOCK_D)
         lse = tl.load(lse_ptr + problem * D + offs_d, mask=offs_d < D, other=0.0)
-        # Read again: kept across the first pass, the fp32 context would cost D*D registers.
+        # ctx is loaded again: kept across the first pass, it would cost D*D fp32 registers.
         ctx = _load(ctx_ptr + problem * D * D, D, D, 0.0, D, BLOCK_D, BLOCK_D)
         delta = tl.sum(ctx * dctx, 1)
         low = dctx.to(qkv_ptr.dtype.element_ty)
@@ -307,7 +308,7 @@ def _bwd_kernel(
 
 
 def _sm_count(x: Tensor) -> int:
-    """Only decides how far to split; under the interpreter as for an H200."""
+    """Decides only how far to split; under the interpreter that of an H200."""
     return facts(x.device).multiprocessors or H200.multiprocessors
 
 
@@ -358,7 +359,7 @@ def linear_attention_fwd(qkv: Tensor, sm_scale: float) -> tuple[Tensor, Tensor, 
 def linear_attention_bwd(
     dout: Tensor, qkv: Tensor, k_lse: Tensor, ctx: Tensor, sm_scale: float
 ) -> Tensor:
-    """dqkv as ``qkv``."""
+    """dqkv like ``qkv``."""
     b, f, h, w, _, heads, dim = qkv.shape
     dqkv = torch.empty_like(qkv)
     problems, pixels = b * f * heads, h * w

@@ -1,8 +1,8 @@
-"""y = x + o Wᵀ + b: the second half of a block too wide for ``temporal_block``.
+"""y = x + o Wᵀ + b: the second half of an attention block that ``temporal_block`` cannot hold.
 
-o (rows, K), W (N, K), x and y (rows, N); x may be wider than o, as under autocast. The bias and the
-residual are added to the fp32 accumulator and y is rounded once. x is read and y written where the
-library's product, and a sum after it, would write, read twice and write again:
+o (rows, K), W (N, K), x and y (rows, N); x may be wider than o, as under autocast. Bias and
+residual are added to the fp32 accumulator, and y is rounded once. x is read once and y written
+once; a library product followed by a sum would write, read twice and write again.
 rows*(K + 2*N)*e + N*K*e bytes, 2*rows*K*N FLOPs. Backward: two products by the library.
 """
 
@@ -28,9 +28,9 @@ from fastvdm.kernels.tuned import tuned
 
 @dataclass(frozen=True)
 class LinearConfig:
-    BM: int  # rows of a tile
-    BN: int  # features of a tile
-    BK: int  # inner axis of a step
+    BM: int  # rows per tile
+    BN: int  # features per tile
+    BK: int  # depth of a step
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
@@ -40,12 +40,12 @@ class LinearConfig:
 def pick_config(
     rows: int, depth: int, features: int, x_itemsize: int, itemsize: int, *, major: int
 ) -> LinearConfig:
-    """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED.
+    """Tiles that do not spill (``bench/aot.py``). NOT MEASURED.
 
-    Smaller ones where the large would leave multiprocessors without work. With 128 registers two of
-    the large share a multiprocessor of Hopper (``major``, of the compute capability): one
-    multiplies while the other adds and stores; on Blackwell they would spill. ``depth`` tells
-    measured tiles apart.
+    Tiles are smaller if large ones would leave multiprocessors without work. With 128 registers two
+    large tiles share a multiprocessor of Hopper: one multiplies while the other adds and stores. On
+    Blackwell they would spill. ``major`` is that of the compute capability; ``depth`` only
+    distinguishes measured tiles.
     """
     if itemsize > 2:
         return LinearConfig(64, 64, 32, 4, 3)
@@ -59,12 +59,12 @@ def _linear_residual_kernel(
     x_ptr, o_ptr, weight_ptr, bias_ptr, y_ptr, rows, K, N, biases,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One tile; those of the same rows follow each other, so that o comes from the L2."""
+    """One tile. Tiles of the same rows are neighbours, so that o comes from the L2 cache."""
     columns = tl.cdiv(N, BN)
     pid = tl.program_id(0)
     first_row = (pid // columns).to(tl.int64) * BM  # rows * features exceeds 2^31
     left = tl.minimum(rows - first_row, BM).to(tl.int32)
-    # Beyond the end the last row and the last feature again, so that only stores need a mask.
+    # Repeat the last row and feature beyond the end, so that only stores need a mask.
     offs_m, offs_n = tl.arange(0, BM), pid % columns * BN + tl.arange(0, BN)
     row, feature = tl.minimum(offs_m, left - 1), tl.minimum(offs_n, N - 1)
     o_ptr += first_row * K
@@ -85,7 +85,7 @@ def _linear_residual_kernel(
 
 
 def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As ``fastvdm::linear_residual_fwd``."""
+    """The launcher of ``fastvdm::linear_residual_fwd``."""
     features, depth = weight.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
@@ -108,7 +108,7 @@ def linear_residual_fwd(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right by the library in the dtype that they share, whatever autocast says."""
+    """left @ right by the library, in their common dtype and without autocast."""
     with torch.autocast(left.device.type, enabled=False):
         return left @ right
 
@@ -122,7 +122,7 @@ def linear_residual_bwd(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``fastvdm::linear_residual_bwd``."""
+    """The launcher of ``fastvdm::linear_residual_bwd``."""
     do, dweight, dbias = (o.new_empty((0,)) for _ in range(3))
     seeds = dy.view(-1, dy.shape[-1])
     low = seeds.to(weight.dtype) if need_do or need_weight else seeds

@@ -1,13 +1,13 @@
-"""What stands before and after a convolution of the library: weights folded for an upsampling, the
-bias and the residual of what comes out.
+"""The operations around a convolution of the library: weights folded for an upsampling before it,
+bias and residual after it.
 
-    bias_residual   y + bias + residual: 2 reads and a write where torch's two sums read 4 times and
-                    write twice, the sum with the bias one value at a time
+    bias_residual   y + bias + residual: 2 reads and a write. torch's two sums read 4 times and
+                    write twice; the sum with the bias is not vectorised.
     fold_upsample_weight
-                    the 3x3 weight after nearest x2 as the 4x4 one of stride 2: 25 Cin Cout e bytes
-                    in a launch, where torch's nine move twelve times as much. Folded in every
-                    forward: that a weight is still the same no version says (``.data`` has none),
-                    and to compare it is to read it.
+                    the 3x3 weight after nearest x2 as a 4x4 one of stride 2: 25 Cin Cout e bytes in
+                    one launch; torch's nine launches move twelve times as much. It is folded in
+                    every forward, because no version counter shows that a weight is unchanged
+                    (``.data`` has none), and comparing it means reading it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastvdm.kernels.common import acc_dtype, cdiv, next_power_of_2
 
-_VALUES = 4096  # a program: 32 a thread, so that four loads of 16 bytes are under way
-_FOLDED = 32  # channels of a tile, in and out
+_VALUES = 4096  # values per program, 32 per thread, so that four 16-byte loads are in flight
+_FOLDED = 32  # input and output channels per tile
 
 
 @triton.jit(do_not_specialize=["rows", "residuals"])
@@ -45,12 +45,12 @@ def _bias_residual_kernel(
 
 
 def bias_residual_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """As ``fastvdm::bias_residual_fwd``."""
+    """The launcher of ``fastvdm::bias_residual_fwd``."""
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return out
     c = y.shape[-1]
-    block_c = min(64, next_power_of_2(c))  # whole lines in 16 bits, and one tile for all widths
+    block_c = min(64, next_power_of_2(c))  # whole cache lines in 16 bits; one tile for all widths
     block_r = _VALUES // block_c
     rows = y.numel() // c
     _bias_residual_kernel[(cdiv(rows, block_r) * cdiv(c, block_c),)](
@@ -66,8 +66,8 @@ def _fold_upsample_kernel(
     weight_ptr, out_ptr, cin, cout, stride_o, stride_i, stride_h, stride_w,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out (Cin, 4, 4, Cout) of weight (Cout, Cin, 3, 3) with any strides, a tile of channels. Taps
-    along an axis: [w2, w1 + w2, w0 + w1, w0]."""
+    """out (Cin, 4, 4, Cout) from weight (Cout, Cin, 3, 3) with any strides, one tile of channels.
+    The taps along an axis are [w2, w1 + w2, w0 + w1, w0]."""
     blocks = tl.cdiv(cin, BLOCK)
     pid = tl.program_id(0)
     offs_o = pid // blocks * BLOCK + tl.arange(0, BLOCK)
@@ -88,7 +88,7 @@ def _fold_upsample_kernel(
 def _row(
     at, column, mask, stride_h, stride_w, A: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Tap A along the height, in a column of the weight."""
+    """Tap A along the height, for one column of the weight."""
     at += column * stride_w
     if A == 0 or A == 1:
         found = tl.load(at + 2 * stride_h, mask=mask, other=0.0).to(ACC)
@@ -115,7 +115,7 @@ def _tap(w0, w1, w2, B: tl.constexpr):
 
 
 def fold_upsample_weight_fwd(weight: Tensor) -> Tensor:
-    """As ``fastvdm::fold_upsample_weight_fwd``."""
+    """The launcher of ``fastvdm::fold_upsample_weight_fwd``."""
     cout, cin, _, _ = weight.shape
     out = torch.empty(
         (cin, cout, 4, 4), dtype=weight.dtype, device=weight.device,

@@ -1,7 +1,7 @@
-"""``space_conv`` on torch's own kernels (cuDNN, oneDNN, BLAS), with launchers named as Triton's.
+"""``space_conv`` by torch's own kernels (cuDNN, oneDNN, BLAS); the launchers are named as Triton's.
 
-Everything runs on channels-last views of (B, F, H, W, C), so no layout is ever copied. 16-bit types
-that a CPU can only emulate are computed in fp32.
+All of them take channels-last views of (B, F, H, W, C), so no layout is ever converted. 16-bit
+types that a CPU can only emulate are computed in fp32.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ def padding_of(kernel: int) -> int:
 
 
 def images(x: Tensor) -> Tensor:
-    """(B, F, H, W, C) → (B*F, C, H, W) in channels_last: a view."""
+    """View (B, F, H, W, C) as (B*F, C, H, W) in channels_last."""
     return x.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def video(y: Tensor, x: Tensor) -> Tensor:
-    """(B*F, C, H, W) in channels_last → (B, F, H, W, C) with B and F of x: a view (a copy only
-    where C == 1 let the library answer in another layout)."""
+    """View (B*F, C, H, W) in channels_last as (B, F, H, W, C) with B and F of x. It is a copy only
+    if the library returned another layout, which it may for C == 1."""
     y = y.permute(0, 2, 3, 1).contiguous()
     return y.view(*x.shape[:2], *y.shape[1:])
 
 
 def like(t: Tensor, pattern: Tensor) -> Tensor:
-    """``t`` with the strides of ``torch.empty_like(pattern)``, as the fakes promise them."""
+    """``t`` with the strides of ``torch.empty_like(pattern)``, which the fakes promise."""
     out = torch.empty_like(pattern)
     return t if t.stride() == out.stride() and t.dtype == out.dtype else out.copy_(t)
 
 
 def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Computes in fp32 where the machine only emulates the type of the first argument, which the
-    first result has too."""
+    """Compute in fp32 if the machine only emulates the dtype of the first argument. The first
+    result has that dtype too."""
 
     def cast(t: Any, wrong: torch.dtype, right: torch.dtype) -> Any:
         return t.to(right) if isinstance(t, Tensor) and t.dtype == wrong else t
@@ -60,16 +60,16 @@ def _in_fp32(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adds_bias_apart(x: Tensor, kernel: int) -> bool:
-    """Whether the bias of a convolution is a pass of its own. On CUDA a 1x1 of stride 1 is a GEMM,
-    whose epilogue adds it; larger kernels get none from cuDNN, which would add it in an
-    unvectorised pass (sgl-project/sglang#38650): a norm that follows takes it as ``x_bias``."""
+    """Whether the bias of a convolution takes an extra pass. On CUDA a 1x1 convolution of stride 1
+    is a GEMM, whose epilogue adds it. For larger kernels cuDNN would add it in an unvectorised pass
+    (sgl-project/sglang#38650), so it gets none, and a norm that follows adds it as ``x_bias``."""
     return x.is_cuda and kernel > 1
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """One-source convolution, differentiable through torch's own autograd.
 
-    On CUDA a 1x1 is a GEMM. On a CPU oneDNN's convolution takes both, bias included: F.linear needs
+    On CUDA a 1x1 is a GEMM. On a CPU oneDNN's convolution takes both, with the bias: F.linear takes
     1.1-3.4x its time for a 1x1 with bias (forward, 64-1024 channels, fp32 and bf16; 0.8-1.3x with
     gradients; Xeon, one thread, 2026-11).
     """
@@ -90,7 +90,7 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _traced() -> bool:
-    """Whether ``fastvdm.export`` traces this into a functional graph."""
+    """Whether ``fastvdm.export`` is tracing this into a functional graph."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
@@ -103,9 +103,9 @@ def space_conv_fwd(
     residual: Tensor | None,
     stride: int,
 ) -> Tensor:
-    """Of two sources a 1x1 adds a second GEMM to the first; a larger kernel concatenates: 0.95-1.1x
-    the time of two convolutions (Xeon, one thread, fp32, 64-256 channels), one rounding instead of
-    three, and the copy is not kept."""
+    """With two sources a 1x1 adds a second GEMM to the first. A larger kernel concatenates: this
+    takes 0.95-1.1x the time of two convolutions (Xeon, one thread, fp32, 64-256 channels), rounds
+    once instead of three times, and the copy is not kept."""
     if x2 is None:
         y = conv2d(x, weight, bias, stride)
     elif weight.shape[-1] == 1 and stride == 1:
@@ -115,7 +115,7 @@ def space_conv_fwd(
         flat_y = y.view(-1, y.shape[-1])
         if _traced():
             y = torch.addmm(flat_y, rows, flat.t()).view(y.shape)
-        else:  # cuBLAS adds in place, and otherwise into a copy
+        else:  # cuBLAS adds in place; otherwise it would add into a copy
             flat_y.addmm_(rows, flat.t())
     else:
         y = conv2d(torch.cat([x, x2], dim=-1), weight, bias, stride)
@@ -123,7 +123,7 @@ def space_conv_fwd(
 
 
 def _beside(dy: Tensor, weight: Tensor, values: bool = True) -> Tensor:
-    """The weight in the dtype of dy, without its values where only its form is asked for."""
+    """The weight in the dtype of dy; without its values if only its shape is needed."""
     if weight.dtype == dy.dtype:
         return weight
     return weight.to(dy.dtype) if values else torch.empty_like(weight, dtype=dy.dtype)
@@ -162,9 +162,9 @@ def space_conv_bwd(
     dx_of: Callable[[Tensor, Tensor], Tensor] | None = None,
     dw_of: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each source against its own slice of the weight: no concatenation, contiguous gradients.
-    ``dx_of(dy, weight)`` may be another backend's gradient of a source, and
-    ``dw_of(dy, x, x2, weight)`` that of the weight, which may be fp32 beside 16-bit tensors."""
+    """Each source is handled with its own slice of the weight: no concatenation, contiguous
+    gradients. ``dx_of(dy, weight)`` may be another backend's gradient of a source, and
+    ``dw_of(dy, x, x2, weight)`` that of the weight, which may be fp32 with 16-bit tensors."""
     c1 = x.shape[-1]
     whole = dw_of(dy, x, x2, weight) if dw_of is not None and need_dw else None
     by_source = need_dw and whole is None

@@ -1,13 +1,13 @@
-"""Configurations measured on a GPU, asked before the analytic ones.
+"""Configurations measured on a GPU, which take precedence over the analytic ones.
 
-``configs/<gpu>.json`` is written by ``bench/tune.py`` and holds, by kernel and by the arguments
-that its configuration depends on, what was faster there than the analytic choice::
+``bench/tune.py`` writes ``configs/<gpu>.json``. For each kernel and the arguments on which its
+configuration depends, it contains what was faster there than the analytic choice::
 
     {"guidance": {"what='seed', dtype=float32, factor=1": {"config": {"block": .., "num_warps": ..},
         "ms": .., "analytic": {..}, "analytic_ms": .., "job": .., "date": .., "torch": .., ..}}}
 
-Only ``config`` is read. A file is read when the first kernel is launched on that GPU; never under
-the interpreter.
+Only ``config`` is read. A file is read when the first kernel is launched on that GPU, and never
+under the interpreter.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Choice:
-    """One question for a configuration: of which kernel, for what, and the analytic answer."""
+    """A request for a configuration: the kernel, the arguments, and the analytic answer."""
 
     kernel: str
-    key: str  # ``given`` as text, as it stands in the file
+    key: str  # ``given`` as text, as in the file
     given: dict[str, Any]
     analytic: Any
 
@@ -45,7 +45,7 @@ _chooser: ContextVar[Callable[[Choice], Any] | None] = ContextVar("chooser", def
 
 @contextmanager
 def choosing(choose: Callable[[Choice], Any]) -> Iterator[None]:
-    """Within the block, and in this thread alone, ``choose`` answers instead of the files."""
+    """Within the block, in this thread only, ``choose`` answers instead of the files."""
     token = _chooser.set(choose)
     try:
         yield
@@ -54,16 +54,16 @@ def choosing(choose: Callable[[Choice], Any]) -> Iterator[None]:
 
 
 def path_of(gpu: str) -> Path:
-    """The file of a GPU, by the name that CUDA gives it."""
+    """The file of a GPU, by its CUDA name."""
     return FOLDER / f"{gpu.replace(' ', '_').replace('/', '_')}.json"
 
 
 @functools.cache
 def table(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """kernel → key → entry of one file; empty where there is none.
+    """kernel → key → entry, from one file; empty if the file does not exist.
 
     Raises:
-        ValueError: the file is malformed; names it.
+        ValueError: the file is malformed; the message names it.
     """
     if not path.exists():
         return {}
@@ -78,11 +78,11 @@ def table(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 class Tuned(Generic[P, C]):
-    """Decorator of a ``pick_config``: what was measured for the same arguments on the GPU at hand,
-    else what the function itself says, which stays at hand as ``analytic``.
+    """Decorator of a ``pick_config``. It returns what was measured for the same arguments on this
+    GPU, or else the result of the function, which remains available as ``analytic``.
 
-    ``classes`` maps arguments to what tells them apart in the file, e.g. a power of two for a count
-    of pixels; the others count as they are.
+    ``classes`` maps arguments to the value that represents them in the file, e.g. a power of two
+    for a number of pixels; other arguments represent themselves.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Tuned(Generic[P, C]):
     ) -> None:
         self.kernel, self.analytic, self._classes = kernel, analytic, classes
         self._signature = inspect.signature(analytic)
-        # A launch must not bind arguments anew.
+        # Launches must not bind arguments again.
         self._measured: Callable[Concatenate[str, P], C] = functools.cache(self._look_up)
         functools.update_wrapper(self, analytic)
 
@@ -129,5 +129,5 @@ class Tuned(Generic[P, C]):
 
 
 def tuned(kernel: str, **classes: Callable[[Any], Any]) -> Callable[[Callable[P, C]], Tuned[P, C]]:
-    """``@tuned("kernel")``, see ``Tuned``."""
+    """``@tuned("kernel")``; see ``Tuned``."""
     return lambda analytic: Tuned(kernel, analytic, classes)

@@ -1,5 +1,6 @@
-"""Without a GPU the Triton kernels run under the interpreter, or, where FASTVDM_EMULATE names an
-architecture (90), as Triton compiles them for it, in ``ptxemu``. A fallback is an error everywhere.
+"""Fixtures and the order of tests. Without a GPU the Triton kernels run under the interpreter, or,
+if FASTVDM_EMULATE names an architecture (90), compiled for it in ``ptxemu``. A fallback is an error
+everywhere.
 """
 
 from __future__ import annotations

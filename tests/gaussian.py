@@ -1,4 +1,4 @@
-"""Gaussian videos: the perfect denoiser is linear and known, and so is what a sampler should give.
+"""Gaussian videos: the perfect denoiser is linear and known, and so is the result of a sampler.
 
 x ~ N(mean, cov) over the frames, independent over batch, channels and pixels: one call draws as
 many independent samples as there are pixels.

@@ -1,4 +1,4 @@
-"""Triton's interpreter, faster."""
+"""Speeds up Triton's interpreter."""
 
 from __future__ import annotations
 

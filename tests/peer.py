@@ -1,12 +1,12 @@
-"""The real peer, video-diffusion-pytorch, in the two versions whose checkpoints fastvdm reads.
+"""The peer, ``video-diffusion-pytorch`` (lucidrains), in the two versions that fastvdm reads.
 
-``import_peer("0.7.0")`` and ``import_peer("0.6.3")`` return the peer's own module with ``Unet3D``,
-``GaussianDiffusion`` and ``Trainer``. A version that is pip-installed is imported as usual; another
-one comes from a folder that ``make peer`` fills (``.peer/<version>``, or the variable
-``FASTVDM_PEER063`` / ``FASTVDM_PEER070``), and both can live in one process.
+``import_peer("0.7.0")`` and ``import_peer("0.6.3")`` return the peer's module with ``Unet3D``,
+``GaussianDiffusion`` and ``Trainer``. A pip-installed version is imported as usual. Another one
+comes from a folder that ``make peer`` fills (``.peer/<version>``, or the variable
+``FASTVDM_PEER063`` / ``FASTVDM_PEER070``); both can be imported in one process.
 
-The peer imports torchvision for its GIF data set. Where torchvision is not there, the stand-in at
-the end of this file takes its place for the length of that import; a real one is never shadowed.
+The peer imports torchvision for its GIF data set. If torchvision is missing, the stand-in at the
+end of this file replaces it during that import; a real one is never shadowed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Workers in several processes over gloo, each a rank of one group. The processes are kept from one
-test to the next: most of the time of a small test was their imports."""
+"""Workers in several processes over gloo, each a rank of one group. The processes are reused from
+one test to the next, because imports took most of the time of a small test."""
 
 from __future__ import annotations
 

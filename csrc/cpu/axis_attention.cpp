@@ -10,9 +10,10 @@ namespace fastvdm {
 namespace {
 
 constexpr int64_t kTime = 1;
-constexpr int64_t kShort = 32;  // ops/axis_attention.py: up to here lse is neither made nor read
+constexpr int64_t kShort = 32;  // kernels/limits.py: up to here lse is neither written nor read
 
-// Strides of t (B, F, H, W, [3,] heads, D); the last axis is dense and (H, W) walk with one stride.
+// Strides of t (B, F, H, W, [3,] heads, D). The last axis is dense; consecutive pixels of (H, W)
+// have one stride.
 AxisStrides strides_of(const Tensor& t, int64_t axis, bool packed) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1,
@@ -92,12 +93,12 @@ std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTenso
   a.out = out.mutable_data_ptr();
   if (plan.frames > kShort) {
     a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    // Rows that no softmax writes (images, focused videos) read as 0.
+    // Rows that no softmax writes (images, focused videos) must be 0.
     if (num_images > 0 || focus_mask.has_value()) std::fill_n(a.lse, lse.numel(), 0.0f);
   }
   if (out.numel() == 0) return {out, lse};
 
-  // Short sequences take all heads at once: their rows lie together in memory.
+  // Short sequences take all heads at once, because their rows are adjacent in memory.
   const int64_t sequence = static_cast<int64_t>(a.t.np) * a.t.dp;
   a.group = static_cast<int>(
       std::clamp<int64_t>((128 << 10) / (4 * std::max<int64_t>(sequence, 1)), 1, plan.heads));
@@ -130,13 +131,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> axis_attention_bwd(
   const int64_t sequences = a.batch * a.outer;
   const bool table = (need_dbias && bias.has_value()) || need_drel_k || need_drel_v;
   a.parts = std::min<int64_t>(sequences, 64);
-  if (table) {  // at most some 64 MB of partial sums
+  if (table) {  // at most about 64 MB of partial sums
     const int64_t words = plan.heads * (static_cast<int64_t>(a.t.n) * a.t.np +
                                         (a.t.rel_k_length + a.t.rel_v_length) * a.t.dp);
     a.parts = std::min(a.parts, std::max<int64_t>(1, (16 << 20) / std::max<int64_t>(words, 1)));
   }
   a.parts = std::max<int64_t>(a.parts, 1);
-  // A shared Shaw table is summed over the heads, so all of them then belong to one item.
+  // A shared Shaw table is summed over the heads, so all of them belong to one item.
   const bool shared =
       (need_drel_k && a.t.rel_k_heads == 1) || (need_drel_v && a.t.rel_v_heads == 1);
   a.group = shared ? static_cast<int>(plan.heads) : 1;

@@ -1,6 +1,6 @@
-// What the launcher of axis_attention hands to its kernels. A sequence runs along time (one per
-// pixel) or space (one per frame); `outer` counts the sequences of a video. An item is a part of
-// the sequences and a group of heads.
+// The arguments of the kernels of axis_attention. A sequence runs along time (one per pixel) or
+// space (one per frame); `outer` is the number of sequences per video. An item is a part of the
+// sequences and a group of heads.
 #pragma once
 
 #include "common/attention.h"
@@ -17,7 +17,7 @@ struct AxisArgs {
   int dtype;
   AttnTables t;
   int64_t batch, outer, frames;  // frames: length of a sequence, images included
-  int group;                     // heads of an item
+  int group;                     // heads per item
   int64_t parts;                 // parts of the batch * outer sequences
   const uint8_t* focus;          // (batch), or null
   const void *qkv, *dout;
@@ -25,7 +25,7 @@ struct AxisArgs {
   float* lse;  // (batch, outer, heads, frames), or null
   AxisStrides in, grad_out, dense_out, dense_qkv;
   AttnGrads* grads;  // one set per part, or null
-  int64_t scratch;   // fp32 words of one thread
+  int64_t scratch;   // fp32 words per thread
 };
 
 FASTVDM_DECLARE(void axis_attention_fwd(const AxisArgs&, int64_t begin, int64_t end, float*))

@@ -1,5 +1,5 @@
-// axis_attention straight from the packed qkv buffer: a part gathers the rows of its sequence into
-// fp32 scratch (turning q and k on the way), and the core does the rest.
+// axis_attention directly from the packed qkv buffer: a part gathers the rows of its sequence into
+// fp32 scratch, rotating q and k, and the core computes the rest.
 #include "axis_attention.h"
 
 #include "common/attention_kernel.h"
@@ -19,7 +19,7 @@ FASTVDM_INLINE void item_range(const AxisArgs& a, int64_t i, int64_t* first, int
   *heads = a.t.heads - *head0 < a.group ? a.t.heads - *head0 : a.group;
 }
 
-// Rows [begin, end) of the sequence, which attend to themselves only: out = v + rel_v[0 distance].
+// Rows [begin, end) of the sequence, which attend to themselves only: out = v + rel_v[distance 0].
 template <class T>
 FASTVDM_INLINE void identity(const AxisArgs& a, const T* v, T* out, int head, int64_t begin,
                              int64_t end) {
@@ -129,7 +129,7 @@ void bwd(const AxisArgs& a, int64_t begin, int64_t end, float* scratch) {
         if (drel_v != nullptr)
           drel_v +=
               ((t.rel_v_heads > 1 ? (int64_t)h * t.rel_v_length : 0) + t.rel_v_length / 2) * dp;
-        for (int64_t i = attending; i < a.frames; ++i) {  // out was v + rel_v[0 distance]
+        for (int64_t i = attending; i < a.frames; ++i) {  // out was v + rel_v[distance 0]
           const T* from = gout + i * a.grad_out.seq;
           for (int c = 0; c < d; c += VL) {
             const int m = d - c < VL ? d - c : VL;

@@ -20,7 +20,7 @@ const float* dense(const Tensor& t, const char* name, int64_t numel) {
   return static_cast<const float*>(input(t, name, ScalarType::Float, numel));
 }
 
-// The slots of the frames; each must be a place among `places` or negative.
+// The slots of the frames; each must be below `places`, or negative.
 const int32_t* slots(const OptTensor& slot, const char* name, int64_t frames, int64_t places) {
   STD_TORCH_CHECK(slot.has_value(), "guidance: ", name, " is missing");
   const auto* data = static_cast<const int32_t*>(input(*slot, name, ScalarType::Int, frames));

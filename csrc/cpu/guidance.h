@@ -1,5 +1,5 @@
-// What the launchers of the guidance steps hand to their kernels. An item is one row of W pixels of
-// one frame and channel, or under a low resolution the `factor` rows above one of its rows.
+// The arguments of the kernels of the guidance steps. An item is one row of W pixels of one frame
+// and channel or, with a low resolution, the `factor` rows above one of its rows.
 #pragma once
 
 #include "common/isa.h"
@@ -24,12 +24,12 @@ struct GuidanceArgs {
   // seed
   const float *low_res, *extra;
   const int32_t* low_slot;
-  Strided out, seed;  // the network's output; what its backward pass starts from (written)
+  Strided out, seed;  // the network's output; the seed of its backward pass (written)
   float* x_hat;
   // update
   Strided estimate, grad, direct;
   const float *noise, *threshold;
-  const int64_t* rng;  // (B, rng_columns) Philox keys, then places added to step; or null
+  const int64_t* rng;  // (B, rng_columns) Philox keys, then counts added to step; or null
   int rng_columns;     // 1 or 2
   uint32_t step;
   float *x_tilde, *z_next;  // x_tilde may be null

@@ -39,7 +39,7 @@ void narrow_at(const Strided& t, int64_t at, int n, const float* from) {
 }
 
 struct Row {
-  int64_t b, c, f, h;  // h: of the low resolution where there is one
+  int64_t b, c, f, h;  // h: of the low resolution if there is one
 };
 
 FASTVDM_INLINE Row row_of(const GuidanceArgs& a, int64_t item) {
@@ -54,7 +54,7 @@ FASTVDM_INLINE int64_t offset(const Strided& t, const Row& r, int64_t h) {
   return r.b * t.b + r.c * t.c + r.f * t.f + h * t.h;
 }
 
-FASTVDM_INLINE vf clamp(vf x, vf s) { return vmin(s, vmax(-s, x)); }  // so a NaN stays
+FASTVDM_INLINE vf clamp(vf x, vf s) { return vmin(s, vmax(-s, x)); }  // this order keeps NaN
 
 // The first two words of Philox-4x32-10 at counter (element, step, 0), one element per lane.
 FASTVDM_INLINE void philox(uint64_t key, uint64_t element, uint32_t step, uint32_t* a,
@@ -191,7 +191,7 @@ void guidance_update(const GuidanceArgs& a, int64_t begin, int64_t end, float* s
     const bool given = a.known != nullptr && a.slot[at.f] >= 0;
     const float* known =
         given ? a.known + (channel * a.num_known + a.slot[at.f]) * plane + at.h * a.width : nullptr;
-    const float* u = coef + (given ? 6 : 3);  // of z, x and the noise
+    const float* u = coef + (given ? 6 : 3);  // coefficients of z, x and the noise
     const vf s = splat(a.threshold != nullptr ? a.threshold[at.b] : 1.f);
     for (int i = 0; i < width; i += VL) {
       const int n = width - i < VL ? width - i : VL;

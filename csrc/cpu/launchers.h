@@ -1,4 +1,4 @@
-// Every op of the CPU backend, as register.cpp binds them. Contracts: fastvdm/ops/<stem>.py.
+// All ops of the CPU backend, which register.cpp binds. Contracts: fastvdm/ops/<stem>.py.
 #pragma once
 
 #include <functional>
@@ -7,14 +7,14 @@
 
 namespace fastvdm {
 
-// pack(), the weight in one of a kernel's forms; kept from the second call on that finds the content
-// which the one before it found, and as long as it does.
+// pack(), the weight in one of a kernel's forms. It is kept from the second consecutive call that
+// finds the same content, and as long as the content stays the same.
 Tensor packed_weights(const Tensor& weight, int64_t form, const std::function<Tensor()>& pack);
-int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the limit before
+int64_t set_packed_weights_limit(int64_t bytes);  // 0: off. Returns the previous limit
 // Bytes kept, entries kept, weights known, calls served.
 std::tuple<int64_t, int64_t, int64_t, int64_t> packed_weights_state();
 
-// Of free memory kept; 0: off. Returns the limit before.
+// The limit of free memory that is kept; 0: off. Returns the previous limit.
 int64_t set_output_pool_limit(int64_t bytes);
 int64_t output_pool_bytes();
 

@@ -6,8 +6,8 @@
 namespace fastvdm {
 namespace {
 
-// y (..., N) = x (..., K) Wᵀ + bias with weight (N, K) of any strides in the type of x; transposed:
-// x W with weight (K, N), the gradient of the former.
+// y (..., N) = x (..., K) Wᵀ + bias with weight (N, K), of any strides, in the dtype of x.
+// transposed: y = x W with weight (K, N); dx of the first form is dy multiplied so.
 void multiply(const Tensor& x, const Tensor& weight, const OptTensor& bias, bool transposed,
               const Tensor& y) {
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && weight.is_cpu() &&

@@ -23,8 +23,8 @@ LinearArgs make_args(const Tensor& qkv, double sm_scale) {
   a.pixels = qkv.size(2) * qkv.size(3);
   a.scale = static_cast<float>(sm_scale);
   a.qkv = input(qkv, "qkv", qkv.scalar_type(), qkv.numel());
-  // All heads of a frame together read memory in order; fewer where frames are too few to share
-  // out. The result of a head does not depend on it.
+  // All heads of a frame together read memory in order. There are fewer per item if there are too
+  // few frames to share out. The result of a head does not depend on it.
   const int64_t wanted = 2 * torch::stable::get_num_threads();
   a.group = static_cast<int>(std::clamp<int64_t>(heads * a.frames / wanted, 1, heads));
   return a;

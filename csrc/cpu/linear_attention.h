@@ -1,5 +1,5 @@
-// What the launcher of linear_attention hands to its kernels. An item is a frame and a group of
-// heads; every tensor is dense.
+// The arguments of the kernels of linear_attention. An item is a frame and a group of heads; every
+// tensor is dense.
 #pragma once
 
 #include "common/isa.h"
@@ -9,7 +9,7 @@ namespace fastvdm {
 struct LinearArgs {
   int dtype;
   int heads, d, dp;  // dp: d rounded up to 16
-  int group;         // heads of an item
+  int group;         // heads per item
   int64_t frames, pixels;
   float scale;
   const void *qkv, *dout;
@@ -17,7 +17,7 @@ struct LinearArgs {
   float *lse, *ctx;  // (frames, heads, d), (frames, heads, d, d); read in the backward
 };
 
-constexpr int kLinearRows = 64;  // pixels of a chunk
+constexpr int kLinearRows = 64;  // pixels per chunk
 
 inline int64_t linear_scratch(const LinearArgs& a) {
   const int64_t ctx = static_cast<int64_t>(a.dp) * a.dp, rows = kLinearRows * a.dp;

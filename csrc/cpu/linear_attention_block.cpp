@@ -1,5 +1,5 @@
 // Launchers of linear_attention_block; the contract is in fastvdm/ops/linear_attention_block.py.
-// Frames go through in chunks that bound the memory of their matrices.
+// Frames are processed in chunks, to bound the memory of their matrices.
 #include "linear_attention_block.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -14,7 +14,7 @@
 namespace fastvdm {
 namespace {
 
-constexpr int64_t kFrameBytes = 64 << 20;  // of one chunk's matrices
+constexpr int64_t kFrameBytes = 64 << 20;  // for the matrices of one chunk
 
 struct Plan {
   LinearBlockArgs a{};
@@ -26,12 +26,12 @@ struct Plan {
 
 uint16_t bits(float x) { return c10::BFloat16(x).x; }
 
-// Weights in fp32, panels of one head.
+// Weights in fp32, in panels of one head each.
 void make_panels(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, bool backward) {
   LinearBlockArgs& a = plan.a;
   const int64_t heads = a.heads, d = a.d, dp = a.dp, C = a.channels, cp = a.cp;
   const int64_t inner = plan.inner, panel = linear_block_panel(a);
-  const auto each = [&](const auto& body) {  // body(head, feature of it)
+  const auto each = [&](const auto& body) {  // body(head, feature in the head)
     torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
         for (int64_t c = 0; c < d; ++c) body(h, c);
@@ -76,7 +76,7 @@ void make_panels(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight,
   });
 }
 
-// The projections of q and k as operands of bf16 products; `plan` has them in fp32.
+// The projections of q and k as operands of bf16 products; `plan` already has them in fp32.
 void make_tiles(Plan& plan, const Tensor& qkv_weight, bool backward) {
   LinearBlockArgs& a = plan.a;
   const int64_t kp = round_up(a.channels, 32), dk = round_up(a.dp, 32), depth = a.heads * dk;
@@ -132,9 +132,9 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   a.scale = static_cast<float>(std::pow(static_cast<double>(d), -0.5));
   a.pixels = x.size(2) * x.size(3);
   plan.all_frames = x.size(0) * x.size(1);
-  // 96: whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2.
+  // 96 is whole panels of 24, 32 or 48 columns; x̂ and its transpose stay in the L2 cache.
   a.rows = static_cast<int>(std::clamp<int64_t>(round_up(a.pixels, 32), 32, 96));
-  // Enough items for 32 threads, whatever the machine has: the result does not depend on it.
+  // Enough items for 32 threads on any machine, because the result must not depend on it.
   const int64_t wanted = ceil_div(32, std::max<int64_t>(1, plan.all_frames));
   a.span = std::max<int64_t>(round_up(ceil_div(a.pixels, wanted), a.rows), 2 * a.rows);
   a.splits = std::max<int64_t>(1, ceil_div(a.pixels, a.span));
@@ -189,7 +189,7 @@ void make_plan(Plan& plan, const Tensor& x, const Tensor& norm_weight, const Opt
   }
 }
 
-// Calls body(args) for each chunk of frames, its pointers into the tensors moved along.
+// Calls body(args) for each chunk of frames, with its pointers into the tensors advanced.
 template <class Body>
 void each_chunk(const Plan& plan, const Tensor& x, const void* dy, const Tensor& y, const Tensor& g,
                 const Tensor& lse, const Body& body) {

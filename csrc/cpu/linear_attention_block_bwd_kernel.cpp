@@ -1,7 +1,8 @@
-// Backward of linear_attention_block. With y = q' M, M = ctx W_outᵀ, ctx = scale G W_vᵀ, G = k'ᵀ x̂:
+// Backward of linear_attention_block. With y = q' M, M = ctx W_outᵀ, ctx = scale G W_vᵀ and
+// G = k'ᵀ x̂:
 //   dM = q'ᵀ dy,  dq' = dy Mᵀ,  dctx = dM W_out,  dG = dctx W_v,  dk' = x̂ dGᵀ,  dx̂ += k' dG,
-// and as k' sums to one over the pixels, its softmax subtracts Σ_n k' dk' = Σ ctx dctx (a row). So
-// v and the output of the attention do not appear here either. q and k are computed again.
+// and as k' sums to one over the pixels, its softmax subtracts Σ_n k' dk' = Σ ctx dctx (per row).
+// So v and the output of the attention do not occur here either. q and k are recomputed.
 #include "linear_attention_block_parts.h"
 
 namespace fastvdm {
@@ -26,7 +27,7 @@ void unfold(const LinearBlockArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// The items of part i out of a.parts.
+// The first item of part `part` of `parts`.
 FASTVDM_INLINE int64_t first_of(int64_t items, int64_t part, int64_t parts) {
   return items * part / parts;
 }
@@ -145,8 +146,8 @@ void bwd_k(const LinearBlockArgs& a, int64_t begin, int64_t end, float* memory) 
             const float lse = a.lse[head * a.d + c];
             vexp_rows<kDegree<T>>(k, VL, a.rows / VL, splat(lse));
             float r = a.r[head * a.dp + c];
-            // Where a chunk is the frame, the sum of k' dk' itself cancels better: exactly for a
-            // single pixel, whose softmax is constant.
+            // If the chunk is the whole frame, the sum of k' dk' itself cancels better: exactly for
+            // a single pixel, whose softmax is constant.
             if (n == a.pixels) {
               r = 0.f;
               for (int i = 0; i < n; ++i) r += k[i] * dk[i];

@@ -1,13 +1,13 @@
-// x + out(linear attention(LayerNorm_C(x))) without v and without the attention's output: with
-// G = k'ᵀ x̂ the context is G W_vᵀ, and out after it is one (features, channels) matrix a frame. So a
-// pixel costs four products of features by channels, where q, k, v and out alone are four.
+// x + out(linear attention(LayerNorm_C(x))) without v and without the attention's output. With
+// G = k'ᵀ x̂ the context is G W_vᵀ, and with out it becomes one (features, channels) matrix per
+// frame. So a pixel takes four products of features by channels, as many as q, k, v and out alone.
 #include "linear_attention_block_parts.h"
 
 namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-// k of one head to exp(k - max) in place, max and sum brought forward; g, summed so far, follows.
+// One head: k becomes exp(k - max) in place; max, sum and the partial sum g are updated.
 template <class T>
 FASTVDM_INLINE void running_softmax(const LinearBlockArgs& a, int n, bool first, float* k,
                                     float* max, float* sum, float* g) {

@@ -1,9 +1,9 @@
-// What the forward and the backward kernels of linear_attention_block share: a chunk of pixels and
-// the three products that everything is made of, in fp32 or, for bf16, in bf16.
+// Shared by the forward and backward kernels of linear_attention_block: a chunk of pixels and the
+// three products of which they consist, in fp32 or, for bf16, in bf16.
 //
-// Per head, features run down and pixels across, (dp, rows): a projection is then W x̂ᵀ with the
-// weight as it lies, and both softmaxes, over the features of q and over the pixels of k, need no
-// transposition.
+// Per head, features run down and pixels across, (dp, rows). A projection is then W x̂ᵀ with the
+// weight in its own layout, and neither softmax (over the features of q, over the pixels of k)
+// needs a transposition.
 #pragma once
 
 #include "common/exp.h"
@@ -16,8 +16,8 @@ namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-// A (pixels, channels) operand of a chunk, (rows, cp), and its transpose (cp, rows); on tiles both
-// also as right operands.
+// An operand (pixels, channels) of a chunk, (rows, cp), and its transpose (cp, rows); for tiles
+// both also as right operands.
 struct Operand {
   float *rows, *across;
   bf16 *rows_tiles, *across_tiles;
@@ -26,9 +26,9 @@ struct Operand {
 struct Scratch {
   Operand x, dy;
   float *hat, *inv;  // of the norm: x_hat (rows, cp), 1/σ (rows)
-  float *t, *u;      // (dp, rows): of one head
+  float *t, *u;      // (dp, rows), for one head
   bf16* left;        // (dp, rows): t or u as a left operand
-  bf16 *all, *all2;  // (heads dk, rows): of all heads as a right operand
+  bf16 *all, *all2;  // (heads dk, rows): all heads as a right operand
 };
 
 template <class T>
@@ -71,7 +71,7 @@ FASTVDM_INLINE Part part_of(const LinearBlockArgs& a, int64_t item) {
   return p;
 }
 
-// to (columns, ldt) = the transpose of from (rows, ldf); both extents multiples of VL.
+// to (columns, ldt) = the transpose of from (rows, ldf); both extents are multiples of VL.
 FASTVDM_INLINE void transpose(const float* from, int rows, int columns, int64_t ldf, float* to,
                               int64_t ldt) {
   for (int r = 0; r < rows; r += VL)
@@ -79,8 +79,8 @@ FASTVDM_INLINE void transpose(const float* from, int rows, int columns, int64_t 
       transpose_block(from + r * ldf + c, ldf, to + c * ldt + r, ldt);
 }
 
-// Completes an operand of n pixels: zero rows up to the chunk's; then its transpose, or both forms in
-// bf16.
+// Completes an operand of n pixels: clears the other rows of the chunk, then makes its transpose,
+// or both forms in bf16.
 FASTVDM_INLINE void finish(const LinearBlockArgs& a, const Operand& o, int n) {
   memset(o.rows + (int64_t)n * a.cp, 0, sizeof(float) * (a.rows - n) * a.cp);
 #if FASTVDM_BF16
@@ -97,7 +97,7 @@ FASTVDM_INLINE void finish(const LinearBlockArgs& a, const Operand& o, int n) {
   transpose(o.rows, a.rows, a.cp, a.cp, o.across, a.rows);
 }
 
-// The normalised x of n pixels from `row` on; `hat` and `inv` for the backward where asked for.
+// The normalised x of n pixels from `row` on; for the backward also `hat` and `inv`.
 template <class T>
 FASTVDM_INLINE void load_x(const LinearBlockArgs& a, const Scratch& s, int64_t frame, int64_t row,
                            int n, bool backward) {
@@ -120,7 +120,7 @@ FASTVDM_INLINE void load_dy(const LinearBlockArgs& a, const Scratch& s, int64_t 
     widen_row(dy + (int64_t)r * a.channels, s.dy.rows + (int64_t)r * a.cp, a.channels, a.cp);
 }
 
-// t (dp, rows) = w oᵀ, w a panel.
+// t (dp, rows) = w oᵀ, where w is a panel.
 FASTVDM_INLINE void down(const LinearBlockArgs& a, const float* w, const uint16_t* w_tiles,
                          const Operand& o, float* t) {
 #if FASTVDM_BF16
@@ -158,8 +158,8 @@ FASTVDM_INLINE void pair_features(const LinearBlockArgs& a, const float* t, int 
 }
 #endif
 
-// y (n, cp) = or += tᵀ w of one head, w a panel. In bf16 it only notes t in `all`; `up_all`, once behind
-// the heads, multiplies.
+// y (n, cp) = or += tᵀ w of one head, where w is a panel. In bf16 it only stores t in `all`;
+// `up_all`, called once after all heads, multiplies.
 FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n, const float* w,
                        float* y, bool accumulate, bf16* all) {
 #if FASTVDM_BF16
@@ -176,8 +176,8 @@ FASTVDM_INLINE void up(const LinearBlockArgs& a, int head, const float* t, int n
   gemm<true>(n, a.cp, a.d, t, a.rows, w, a.cp, y, a.cp, accumulate);
 }
 
-// In bf16: y (n, cp) = or += the product of `all` with the panels `w` of all heads, and of `all2` with
-// `w2` where given. work: (cp, rows) and (rows, cp), for tiles.
+// For bf16: y (n, cp) = or += the product of `all` with the panels `w` of all heads, and of `all2`
+// with `w2` unless null. work: (cp, rows) and (rows, cp), for tiles.
 FASTVDM_INLINE void up_all(const LinearBlockArgs& a, const bf16* all, const uint16_t* w,
                            const bf16* all2, const uint16_t* w2, int n, float* work,
                            float* transposed, float* y, bool accumulate) {
@@ -215,15 +215,15 @@ FASTVDM_INLINE void softmax_features(const LinearBlockArgs& a, float* t) {
   }
 }
 
-// From pixel n to the end of the chunk, and from feature d to dp: zero.
+// Clears pixels from n to the end of the chunk, and features from d to dp.
 FASTVDM_INLINE void clear_beyond(const LinearBlockArgs& a, float* t, int n) {
   for (int c = 0; c < a.d && n < a.rows; ++c)
     memset(t + (int64_t)c * a.rows + n, 0, sizeof(float) * (a.rows - n));
   memset(t + (int64_t)a.d * a.rows, 0, sizeof(float) * (a.dp - a.d) * a.rows);
 }
 
-// The two forms in which a frame's panels are operands in bf16: left ones as they are, and those of
-// `up_all`: on tiles left ones of the transpose, (cp, heads dk), else pairs of features.
+// The two forms of a frame's panels as bf16 operands: left operands as they are, and those of
+// `up_all`: for tiles left operands of the transpose, (cp, heads dk), else pairs of features.
 FASTVDM_INLINE void make_operands(const LinearBlockArgs& a, const float* panels, uint16_t* tiles,
                                   uint16_t* transposed) {
 #if FASTVDM_BF16
@@ -246,7 +246,7 @@ FASTVDM_INLINE void make_operands(const LinearBlockArgs& a, const float* panels,
 #endif
 }
 
-// ctx (dp, dp) = scale g vᵀ and m = ctx outᵀ of one head, g a panel.
+// ctx (dp, dp) = scale g vᵀ and m = ctx outᵀ of one head, where g is a panel.
 FASTVDM_INLINE void fold_head(const LinearBlockArgs& a, int head, const float* g, float* ctx,
                               float* m) {
   const int64_t panel = linear_block_panel(a);

@@ -1,5 +1,5 @@
-// Linear attention over the pixels of a frame. The softmax of k keeps a running maximum, so no
-// bound on the logits is assumed; that of q is formed transposed, pixels in the lanes.
+// Linear attention over the pixels of a frame. The softmax of k keeps a running maximum, so it
+// assumes no bound on the logits; that of q is computed transposed, with pixels in the lanes.
 #include "linear_attention.h"
 
 #include "common/exp.h"
@@ -11,9 +11,9 @@ namespace FASTVDM_ISA {
 namespace {
 
 constexpr int R = kLinearRows;
-constexpr int RB = 16;  // pixels of a chunk of the backward: all heads of it stay in L2
+constexpr int RB = 16;  // pixels per chunk of the backward, so that all its heads stay in L2
 
-// Rows [row, row + n) of q, k or v of a head, in fp32; up to a multiple of VL they are zero.
+// Rows [row, row + n) of q, k or v of a head, in fp32, with zeros up to a multiple of VL.
 template <class T>
 FASTVDM_INLINE void gather(const LinearArgs& a, int64_t frame, int64_t row, int n, int which,
                            int head, float* to) {
@@ -32,7 +32,7 @@ FASTVDM_INLINE void from_lanes(const float* x, int dp, float* out) {
   for (int i = 0; i < dp; i += VL) transpose_block(x + i * VL, VL, out + i, dp);
 }
 
-// Softmax down the d rows of x (dp, VL); the rows beyond d become zero.
+// Softmax down the d rows of x (dp, VL); rows beyond d become zero.
 template <class T>
 FASTVDM_INLINE void softmax_down(float* x, int d, int dp) {
   vf m = load(x);
@@ -73,7 +73,7 @@ void fwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
           float grown[VL];
           store(grown, m - before);
           for (int l = 0; l < VL; ++l) grew |= grown[l] > 0.f;
-          if (grew) {  // bring what was summed so far to the new maximum
+          if (grew) {  // rescale the sums so far to the new maximum
             const vf f = vexp(before - m);
             s = s * f;
             float by[VL];
@@ -154,7 +154,7 @@ void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
         softmax_down<T>(p, d, dp);
         gemm<false>(d, dp, n, p, VL, o, dp, dctx + h * size, dp, true);
         to_lanes(o, dp, v);
-        // (ctx doutᵀ), pixels in the lanes
+        // ctx doutᵀ, with pixels in the lanes
         gemm<false>(d, VL, d, ctx + h * size, dp, v, VL, g, VL, false);
         vf delta = {};
         for (int c = 0; c < d; ++c) delta += load(p + c * VL) * load(g + c * VL);
@@ -187,8 +187,8 @@ void bwd(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
         for (int c = 0; c < dp; c += VL) vexp_rows<kDegree<T>>(k + c, dp, n, load(lse_h + c));
         gemm<false>(n, dp, d, k, dp, dctx + h * size, dp, o, dp, false);
         gemm<false>(n, dp, d, v, dp, dctx_t + h * size, dp, p, dp, false);
-        // r is also Σ k' p over all pixels. Where these are all, that sum cancels better against p:
-        // exactly for a single pixel, whose softmax is constant.
+        // r is also Σ k' p over all pixels. If the chunk is the whole frame, that sum cancels
+        // better against p: exactly for a single pixel, whose softmax is constant.
         for (int c = 0; c < dp && n == a.pixels; c += VL) {
           vf s = {};
           for (int i = 0; i < n; ++i) s += load(k + i * dp + c) * load(p + i * dp + c);

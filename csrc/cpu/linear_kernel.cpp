@@ -1,4 +1,4 @@
-// y = x Wᵀ + b with the rows widened to fp32 a block at a time.
+// y = x Wᵀ + b, with the rows widened to fp32 one block at a time.
 #include "linear.h"
 
 #include "common/gemm.h"

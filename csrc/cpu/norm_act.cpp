@@ -9,15 +9,15 @@
 namespace fastvdm {
 namespace {
 
-constexpr int64_t kChunkElements = 16384;  // of one item: half a megabyte of L2 at most, in fp32
+constexpr int64_t kChunkElements = 16384;  // per item: at most half a megabyte of L2 in fp32
 
-// What forward and backward share: shapes, pointers and the coefficients of each instance.
+// Shared by forward and backward: shapes, pointers and the coefficients of each instance.
 struct Plan {
   NormArgs p{};
   int64_t batch = 0, instances = 0, items = 0;
   int64_t C = 0;
   std::vector<int64_t> stats_shape;
-  std::vector<float> weight, bias, scale, shift;  // scale holds 1 + scale, or nothing
+  std::vector<float> weight, bias, scale, shift;  // scale contains 1 + scale, or is empty
   std::vector<float> mu, inv, a, b;
 
   int64_t video(int64_t instance) const { return instance / (instances / batch); }
@@ -27,7 +27,8 @@ const void* optional_input(const OptTensor& t, const char* name, ScalarType dtyp
   return t.has_value() ? input(*t, name, dtype, numel) : nullptr;
 }
 
-// On a CPU the convolutions add their biases themselves; ops/norm_act.py adds one before the call.
+// On a CPU the convolutions add their biases themselves; ops/norm_act.py adds a given one
+// beforehand.
 void refuse(const OptTensor& x_bias) {
   STD_TORCH_CHECK(!x_bias.has_value(), "norm_act: x_bias is not for the CPU's kernels");
 }
@@ -128,7 +129,7 @@ void compute_stats(Plan& plan, float* mean, float* rstd, double eps) {
   torch::stable::parallel_for(0, plan.items, 1, [&](int64_t begin, int64_t end) {
     kernel(p, begin, end, static_cast<float*>(scratch(3 * plan.C * sizeof(float))));
   });
-  // Chan's formula over the chunks, always in their order.
+  // Chan's formula over the chunks, always in the same order.
   for (int64_t i = 0; i < plan.instances; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
       double n = 0, m = 0, m2 = 0;
@@ -226,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     sums(p, begin, end, static_cast<float*>(scratch(2 * C * sizeof(float))));
   });
 
-  // Sums of du and du x_hat over each instance, its chunks in order.
+  // Sums of du and du x_hat over each instance, with its chunks in order.
   std::vector<double> g(plan.instances * C, 0.0), gx(plan.instances * C, 0.0);
   for (int64_t i = 0; i < plan.items; ++i) {
     double* to_g = g.data() + i / p.chunks * C;
@@ -281,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_bwd(
     for (int64_t i = 0; i < plan.instances; ++i) {
       const int64_t video = plan.video(i);
       for (int64_t c = 0; c < C; ++c) {
-        const double b = plan.bias.empty() ? 0.0 : plan.bias[c];  // weight holds √C for rms
+        const double b = plan.bias.empty() ? 0.0 : plan.bias[c];  // for rms the weight includes √C
         ds[video * C + c] += plan.weight[c] * gx[i * C + c] + b * g[i * C + c];
         dsh[video * C + c] += g[i * C + c];
       }

@@ -1,6 +1,6 @@
 // norm_act: norm → affine → FiLM → SiLU → dropout → + residual, forward and backward.
-// Group kind: one pass for the statistics (shifted sums of each channel in a chunk, merged by Chan's
-// formula), one to apply. Row kinds (rms, layer): one pass, the row stays in L1.
+// Group kind: one pass for the statistics (shifted sums of each channel in a chunk, merged by
+// Chan's formula), one to apply them. Row kinds (rms, layer): one pass; the row stays in L1.
 #include "norm_act.h"
 
 #include "common/exp.h"
@@ -10,7 +10,7 @@ namespace FASTVDM_ISA {
 namespace {
 
 struct Item {
-  int64_t instance, row, rows;  // first row, counted over the whole tensor
+  int64_t instance, row, rows;  // row: the first one, counted over the whole tensor
 };
 
 FASTVDM_INLINE Item item_of(const NormArgs& p, int64_t i) {
@@ -20,13 +20,13 @@ FASTVDM_INLINE Item item_of(const NormArgs& p, int64_t i) {
   return {instance, instance * p.rows + first, left < p.chunk ? left : p.chunk};
 }
 
-constexpr int kRows = 4;  // whose statistics are made side by side: each is a chain of its own
+constexpr int kRows = 4;  // rows whose statistics are interleaved; each is a dependency chain
 
-// Vectors of the backward that go side by side: more of them do not fit AVX2's sixteen registers.
+// Interleaved vectors of the backward; more would not fit the sixteen registers of AVX2.
 constexpr int kBackward = VL == 16 ? 4 : 1;
 
-// body<vectors>(offset, count) over the n elements of a segment: N vectors at a time, whose activations
-// are made side by side, then one, of which the last has `count` elements.
+// body<vectors>(offset, count) over the n elements of a segment: N vectors at a time, whose
+// activations are interleaved, then single vectors, of which the last has `count` elements.
 template <int N, class Body>
 FASTVDM_INLINE void in_groups(int n, Body body) {
   int i = 0;
@@ -53,7 +53,7 @@ FASTVDM_INLINE vf mask_at(const NormArgs& p, int64_t at, int n) {
   return load(f);
 }
 
-// Whether a channel's mean is further from the shift than its spread: then q - s²/rows cancels.
+// Whether a channel's mean is further from the shift than its spread, so that q - s²/rows cancels.
 FASTVDM_INLINE bool far_off(const float* s, const float* q, int n, int64_t rows) {
   for (int i = 0; i < n; ++i) {
     if (s[i] * s[i] > 0.5f * q[i] * (float)rows) return true;
@@ -61,9 +61,9 @@ FASTVDM_INLINE bool far_off(const float* s, const float* q, int n, int64_t rows)
   return false;
 }
 
-// Mean and M2 of each group of an item. Shifted by the mean of its first rows, so that a mean far
-// from zero costs no digits; where these were no guide (an outlier, an edge), once more with the
-// mean that was found.
+// Mean and M2 of each group of an item. Values are shifted by the mean of the first rows, so that a
+// large mean costs no digits. If these rows were not representative (an outlier, an edge), it is
+// repeated with the mean that was found.
 template <class T>
 void stats(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
   const int C = p.c1 + p.c2;
@@ -152,7 +152,7 @@ FASTVDM_INLINE void row_stats(const NormArgs& p, const T* x, const T* x2, float*
   vf q = {};
   const auto square = [&](const T* row, int o, int n) {
     vf d = FASTVDM_LOAD(row, o, n) - m;
-    if (n < VL) {  // what lies beyond the row is 0 - m
+    if (n < VL) {  // lanes beyond the row contain 0 - m
       float lane[VL];
       store(lane, d);
       for (int i = n; i < VL; ++i) lane[i] = 0.f;
@@ -177,7 +177,7 @@ FASTVDM_INLINE void row_stats(const NormArgs& p, const T* x, const T* x2, float*
 template <class T, bool ACT>
 void apply(const NormArgs& p, int64_t begin, int64_t end) {
   const int C = p.c1 + p.c2;
-  float mean[kRows], inv[kRows];  // of the row kinds
+  float mean[kRows], inv[kRows];  // for the row kinds
   for (int64_t i = begin; i < end; ++i) {
     const Item it = item_of(p, i);
     const float *a = p.a + it.instance * C, *b = p.b + it.instance * C;
@@ -223,7 +223,7 @@ void apply(const NormArgs& p, int64_t begin, int64_t end) {
   }
 }
 
-// du, the gradient before the activation, of the vectors from x_hat `h`; dy begins at `at`.
+// du, the gradient before the activation, for vectors x_hat `h`; dy starts at `at`.
 template <class T, bool ACT, int N>
 FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const vf (&a)[N], const float* b,
                            int64_t at, int n, vf (&g)[N]) {
@@ -243,7 +243,7 @@ FASTVDM_INLINE void grad_u(const NormArgs& p, const vf (&h)[N], const vf (&a)[N]
 template <class T, bool ACT>
 void bwd_sums(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
   const int C = p.c1 + p.c2;
-  float *hat = scratch, *ag = scratch + C;  // of one row, for the row kinds
+  float *hat = scratch, *ag = scratch + C;  // one row, for the row kinds
   for (int64_t i = begin; i < end; ++i) {
     const Item it = item_of(p, i);
     const float *a = p.a + it.instance * C, *b = p.b + it.instance * C;
@@ -276,7 +276,7 @@ void bwd_sums(const NormArgs& p, int64_t begin, int64_t end, float* scratch) {
             const int c = c0 + o + l * VL;
             FASTVDM_STORE(sum_g, c, FASTVDM_LOAD(sum_g, c, n) + g[l], n);
             FASTVDM_STORE(sum_gx, c, FASTVDM_LOAD(sum_gx, c, n) + g[l] * h[l], n);
-            if (p.row_kind != 0) {  // beyond n, a and so a g are zero
+            if (p.row_kind != 0) {  // beyond n, a is zero and so is a g
               const vf scaled = av[l] * g[l];
               s1 += scaled;
               s2 += scaled * h[l];

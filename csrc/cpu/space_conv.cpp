@@ -8,17 +8,17 @@
 namespace fastvdm {
 namespace {
 
-// The tile of a convolution of x (..., H, W, C) or, turned, of dy.
+// The tile size of a convolution of x (..., H, W, C) or, turned, of dy.
 //
-// F(2x2) in fp32 errs no more than the direct sum; F(4x4), 1e-6 to 3e-6 of the largest output, is for
-// 16-bit storage only. It depends on sizes alone, so that the bits of a result never depend on the
-// cache of transformed weights.
+// F(2x2) in fp32 has no larger error than the direct sum. F(4x4) has an error of 1e-6 to 3e-6 of
+// the largest output, so it is for 16-bit storage only. The choice depends only on sizes, so that
+// the bits of a result never depend on the cache of transformed weights.
 //
-// Time of F(2x2) against oneDNN in fp32, weights kept / transformed at every call (two threads of an
-// EPYC Zen 3 with AVX2, 2026-11): 0.66 / 0.66 for 16 images of 64x64x64, 0.49 / 0.53 at 16x16x512,
-// 0.37 / 0.44 at 8x8x1024; for one image 0.32 / 0.38 at 8x8x512, 0.21 / 0.44 at 8x8x1024. F(4x4) has
-// over twice as many weights to transform and to read; against F(2x2): 0.75 / 1.03 for 16 images of
-// 8x8x1024, 0.73 / 1.29 for 9, 1.0 / 1.6 for 4, 1.1 / 1.9 for one.
+// Time of F(2x2) against oneDNN in fp32, with weights kept / transformed at every call (two threads
+// of an EPYC Zen 3 with AVX2, 2026-11): 0.66 / 0.66 for 16 images of 64x64x64, 0.49 / 0.53 at
+// 16x16x512, 0.37 / 0.44 at 8x8x1024; for one image 0.32 / 0.38 at 8x8x512, 0.21 / 0.44 at
+// 8x8x1024. F(4x4) has over twice as many weights to transform and read; against F(2x2): 0.75 /
+// 1.03 for 16 images of 8x8x1024, 0.73 / 1.29 for 9, 1.0 / 1.6 for 4, 1.1 / 1.9 for one.
 int64_t tile_of(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 4, "space_conv: weight must be (Co, C, 3, 3)");
   if (x.scalar_type() == ScalarType::Float) return 2;
@@ -26,7 +26,7 @@ int64_t tile_of(const Tensor& x, const Tensor& weight) {
   return pixels < std::max(weight.size(0), weight.size(1)) ? 2 : 4;
 }
 
-// fixed: in fixed point if the call can be, and in fp32 after all if its numbers cannot.
+// fixed: use fixed point if the call allows it, and fp32 after all if its values do not.
 Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, const OptTensor& bias,
                   const OptTensor& residual, bool turned, int64_t tile, bool fixed) {
   STD_TORCH_CHECK(x.dim() >= 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
@@ -79,8 +79,8 @@ Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, co
   if (a.tiles == 0) return y;
 
   const int64_t points = (tile + 2) * (tile + 2);
-  // The points are a line more than a power of two apart: a step touches one line of each, and all
-  // of them would share few sets of the L1.
+  // The points are a power of two plus one cache line apart. A step touches one line of each, and
+  // otherwise all of these would share few sets of the L1 cache.
   const int64_t depth = a.fixed ? ceil_div(cin, 2) : cin;
   a.u_point = depth * a.outp + 16;
   const Tensor u = packed_weights(weight, 2 * tile + turned + (a.fixed ? 1 << 8 : 0), [&] {
@@ -108,14 +108,14 @@ Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, co
   int unfit = a.fixed ? *reinterpret_cast<const int*>(a.u_scale + a.outp) : 0;
   if (unfit) return conv3x3_by(x, x2, weight, bias, residual, turned, tile, false);
   a.unfit = &unfit;
-  // Small weights: the transformed tiles and products of a block share the L2 with them. Large ones
-  // stream past once per block, so the block is as large as the threads leave it. The result does
-  // not depend on it: every tile is summed in the same order.
+  // If the weights are small, the transformed tiles and products of a block share the L2 cache with
+  // them. Large weights are read once per block, so the block is as large as the threads allow. The
+  // result does not depend on it, because every tile is summed in the same order.
   const int64_t tile_bytes = points * ((a.fixed ? 2 : 4) * a.cinp + 4 * a.outp);
   const int64_t weight_bytes = 4 * points * depth * a.outp;
   const int64_t threads = torch::stable::get_num_threads(), share = ceil_div(a.tiles, threads);
   int64_t block = std::clamp<int64_t>((1 << 20) / tile_bytes / 8 * 8, 16, 64);
-  if (a.fixed) {  // as many blocks for each thread
+  if (a.fixed) {  // give each thread the same number of blocks
     const int64_t most = weight_bytes > 8 << 20 ? 256 : 32;
     block = ceil_div(a.tiles, threads * ceil_div(share, most));
   } else if (weight_bytes > 3 << 19) {
@@ -134,10 +134,11 @@ Tensor conv3x3_by(const Tensor& x, const OptTensor& x2, const Tensor& weight, co
 
 }  // namespace
 
-// y (..., H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual; x (..., H, W, C), x2 and
-// residual dense, weight (Co, C, 3, 3) of any strides. turned: the gradient with respect to the input
-// instead, where x is dy and weight (C, Co, 3, 3) that of the forward, its filters turned by 180
-// degrees. tile: 2 or 4, the outputs of a Winograd tile along each axis; the ops below choose it.
+// y (..., H, W, Co) = conv2d([x, x2], weight, padding 1) + bias + residual. x is (..., H, W, C); x2
+// and residual are dense; weight is (Co, C, 3, 3) with any strides.
+// turned: computes the gradient of x instead. The argument x is then dy, and weight is the
+// forward's, (C, Co, 3, 3); its filters are turned by 180 degrees.
+// tile: 2 or 4, the outputs of a Winograd tile along each axis. The ops below choose it.
 Tensor conv3x3(Tensor x, OptTensor x2, Tensor weight, OptTensor bias, OptTensor residual,
                bool turned, int64_t tile) {
   return conv3x3_by(x, x2, weight, bias, residual, turned, tile, true);

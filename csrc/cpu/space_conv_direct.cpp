@@ -11,7 +11,7 @@
 namespace fastvdm {
 namespace {
 
-// The weight as (out, in, k, k) by its strides, whichever way it lies.
+// The weight as (out, in, k, k) with its strides, in either layout.
 struct Kernel {
   int64_t out, in, size, stride_out, stride_in, row, column;
 };
@@ -24,7 +24,7 @@ Kernel kernel_of(const Tensor& weight, bool transposed) {
           weight.stride(1 - out), weight.stride(2),     weight.stride(3)};
 }
 
-// Words of the sums, as the kernel reads them: pairs of channels for bf16.
+// Packs the words of the sums as the kernel reads them; for bf16 these are pairs of channels.
 template <class T, class Get>
 void pack(const DirectArgs& a, const Kernel& k, const int (*taps)[kMaxTaps], const T* weight,
           bool pairs, void* to, const Get& get) {
@@ -96,7 +96,7 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   a.outp = static_cast<int>(round_up(k.out, 16));
   a.h = x.size(last - 2);
   a.w = x.size(last - 1);
-  int from[4][kMaxTaps];  // the weight's tap of each
+  int from[4][kMaxTaps];  // the weight's tap for each of them
   if (transposed) {
     STD_TORCH_CHECK(k.size == 4 && stride == 2,
                     "direct_conv: a transposed kernel is 4x4, stride 2");
@@ -151,15 +151,15 @@ Tensor run(const Tensor& x, const OptTensor& x2, const Tensor& weight, const Opt
   a.y = y.mutable_data_ptr();
   if (outputs == 0) return y;
   a.depth = a.taps * (c1 + c2) / (pairs ? 2 : 1);
-  // c1 and c2 decide where a pair or a source begins; the form of a kept weight says which.
+  // c1 and c2 decide where a pair or a source begins, so the form of a kept weight includes them.
   const int64_t form = (c1 << 12 | static_cast<int64_t>(pairs) << 11 |
                         static_cast<int64_t>(transposed) << 10 | 1 << 9)
                        << 20;
   const Tensor kept =
       packed_weights(weight, form, [&] { return weights_of(a, weight, k, from, pairs); });
   a.weights = kept.const_data_ptr();
-  // 48 outputs: eight tiles of 6 rows, six of 8. More where the weights come from far, fewer where
-  // there are few outputs.
+  // 48 outputs are eight tiles of 6 rows, or six of 8. Use more if the weights come from an outer
+  // cache, and fewer if there are few outputs.
   const int64_t share = ceil_div(outputs * a.up * a.up, 4 * torch::stable::get_num_threads());
   const int64_t wanted = a.depth * a.outp * 4 > (1 << 19) ? 192 : 48;
   a.block = static_cast<int>(std::clamp<int64_t>(ceil_div(share, 24) * 24, 24, wanted));

@@ -1,5 +1,6 @@
-// The direct convolution: small products whose rows are pixels of the input, in fp32 or in pairs of
-// bf16, where the CPU multiplies these. A block of sums stays in registers over all taps and both sources.
+// The direct convolution: small products whose rows are pixels of the input, in fp32, or in pairs
+// of bf16 if the CPU multiplies them. A block of sums stays in registers over all taps and both
+// sources.
 #include "space_conv_direct.h"
 
 #include "common/dots.h"
@@ -9,7 +10,7 @@ namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-// What one step of a sum reads of a row and of the weights: a value, or a pair of bf16.
+// The data that one step of a sum reads from a row and the weights: a value, or a pair of bf16.
 template <class T, bool PAIRS>
 struct Step {
   typedef T left;
@@ -63,7 +64,7 @@ FASTVDM_NOINLINE void tile(const Rows& rows, int sources, int m0, const typename
     for (int n = 0; n < NR; ++n) store(C + m * ldc + n * VL, c[m][n]);
 }
 
-// 16 NP columns; MR of the rows at a time.
+// 16 NP columns, for MR of the rows at a time.
 template <class S, int NP, int MR>
 FASTVDM_INLINE void columns(const Rows& rows, int sources, int count, const typename S::right* B,
                             int64_t panel, float* C, int64_t ldc) {
@@ -75,7 +76,7 @@ FASTVDM_INLINE void columns(const Rows& rows, int sources, int count, const type
   for (; m < count; ++m) tile<S, 1, NR>(rows, sources, m, B, panel, C + m * ldc, ldc);
 }
 
-// Where output `i` of a phase lies, and those behind it.
+// The position of output `i` of a phase, and of the following ones.
 struct Output {
   int64_t image, y, x;
   Output(const DirectArgs& a, int64_t i)

@@ -8,13 +8,14 @@
 namespace fastvdm {
 namespace {
 
-// F(4x4) but for a few pixels, where (m + 2)² sums of every filter cost more than the products:
-// against F(2x2) 0.6 to 0.65 of the time in fp32 and 0.6 to 0.7 in bf16 for 16 images of 8x8 to
-// 64x64, 1.05 and 1.3 for one of 8x8 with 512 channels (one thread of an EPYC Zen 4, 2026-11).
+// F(4x4), except for few pixels, where the (m + 2)² sums of every filter cost more than the
+// products. It takes 0.6 to 0.65 of the time of F(2x2) in fp32 and 0.6 to 0.7 in bf16 for 16 images
+// of 8x8 to 64x64, but 1.05 and 1.3 for one of 8x8 with 512 channels (one thread of an EPYC Zen 4,
+// 2026-11).
 //
-// The largest error relative to max |dw| of F(4x4) in fp32 is 0.9e-6 to 1.5e-6, of F(2x2) 4e-7, of
-// oneDNN 2e-7 to 2e-6 (64 to 512 channels, 16 images of 64x64 to 4x4, normal x and dy; less where
-// they are smooth or have a mean).
+// The largest error relative to max |dw| in fp32 is 0.9e-6 to 1.5e-6 for F(4x4), 4e-7 for F(2x2),
+// and 2e-7 to 2e-6 for oneDNN (64 to 512 channels, 16 images of 64x64 to 4x4, normal x and dy; less
+// if they are smooth or have a mean).
 int64_t tile_of(const Tensor& x) {
   const int64_t pixels = x.numel() / std::max<int64_t>(x.size(x.dim() - 1), 1);
   return pixels < 128 ? 2 : 4;
@@ -22,9 +23,9 @@ int64_t tile_of(const Tensor& x) {
 
 }  // namespace
 
-// dw (Co, C1 + C2, 3, 3), with the strides that torch.empty_like(weight) has, of y = conv2d([x,
-// x2], weight, padding 1); dy (..., H, W, Co), x and x2 dense. tile: 2 or 4. The bits of dw do not
-// depend on the number of threads.
+// dw (Co, C1 + C2, 3, 3), with the strides of torch.empty_like(weight), for y = conv2d([x, x2],
+// weight, padding 1). dy is (..., H, W, Co); x and x2 are dense. tile: 2 or 4. The bits of dw do
+// not depend on the number of threads.
 Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile) {
   STD_TORCH_CHECK(x.dim() >= 4 && dy.dim() == x.dim() && weight.dim() == 4 && weight.size(2) == 3 &&
                       weight.size(3) == 3,
@@ -72,9 +73,9 @@ Tensor conv3x3_dw(Tensor dy, Tensor x, OptTensor x2, Tensor weight, int64_t tile
   a.tiles_h = ceil_div(a.h, tile);
   a.tiles = pixels / (a.h * a.w) * a.tiles_h * a.tiles_w;
 
-  // A product reads 128 tiles of a panel, 32 KB, over and over. One pass, whose sums
-  // need not be kept, if 16 MB hold its tiles; else passes of 4 MB, for the outer cache. All of
-  // it follows from the sizes alone, as a sum's order does; the units do not change it.
+  // A product reads 128 tiles of a panel, 32 KB, repeatedly. If 16 MB hold all tiles there is one
+  // pass, whose sums need not be stored; otherwise there are passes of 4 MB, for the outer cache.
+  // All of this, and so the order of a sum, depends only on the sizes; the units do not change it.
   const int64_t points = wgrad_points(a), threads = torch::stable::get_num_threads();
   a.depth = static_cast<int>(std::min<int64_t>(128, a.tiles));
   a.v_point = a.depth * a.cinp + 16;

@@ -1,8 +1,8 @@
-// Weight gradient of the 3x3 convolution, stride 1, padding 1, channels last, by Winograd's minimal
-// filtering. The forward is Aᵀ[(G g Gᵀ) ∘ (Bᵀ d B)]A of every tile d, so the gradient of g is
-// Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G over all tiles: each of the (m + 2)² points is one matrix product
-// whose depth is the tiles, and only the sums are transformed back. 2.25 (m = 2) or 4 (m = 4) times
-// fewer multiplications than the direct sum.
+// The weight gradient of the 3x3 convolution, stride 1, padding 1, channels last, by Winograd's
+// minimal filtering. The forward is Aᵀ[(G g Gᵀ) ∘ (Bᵀ d B)]A for every tile d, so the gradient of g
+// is Gᵀ[Σ (A dy Aᵀ) ∘ (Bᵀ d B)]G over all tiles: each of the (m + 2)² points is one matrix product
+// whose depth is the tiles, and only the sums are transformed back. The direct sum has 2.25 (m = 2)
+// or 4 (m = 4) times as many multiplications.
 #include "space_conv_dw.h"
 #include "space_conv_winograd.h"
 
@@ -56,9 +56,9 @@ FASTVDM_INLINE void spread_1d(const vf* d, int ds, vf* v, int vs) {
     input_1d<M>(d, ds, v, vs);
 }
 
-// Transforms the patch at (y0, x0), zero outside of the image, of the first n channels at `image`,
-// whose pixels are c apart: m x m of dy or (m + 2)² of x, to points `stride` apart. WHOLE: the
-// patch is inside of the image, and n = VL.
+// Transforms the patch at (y0, x0) of the first n channels at `image`, whose pixels are c apart, to
+// points `stride` apart. The patch is m x m of dy or (m + 2)² of x, and zero outside the image.
+// WHOLE: the patch is inside the image, and n = VL.
 template <class T, int M, bool GRADIENT, bool WHOLE>
 FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y0, int64_t x0,
                           int n, float* to, int64_t stride) {
@@ -70,7 +70,7 @@ FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y
   for (int i = 0; i < S; ++i) row[i] = y0 + i >= 0 && y0 + i < h;
   vf half[N * S], line[N];
 #pragma GCC unroll 6
-  for (int j = 0; j < S; ++j) {  // columns first
+  for (int j = 0; j < S; ++j) {  // the columns first
     const bool column = x0 + j >= 0 && x0 + j < w;
 #pragma GCC unroll 6
     for (int i = 0; i < S; ++i) {
@@ -92,13 +92,13 @@ FASTVDM_INLINE void patch(const T* image, int64_t h, int64_t w, int c, int64_t y
   }
 }
 
-// 16 channels of x, x2 or dy, zero beyond the last.
+// 16 channels of x, x2 or dy; zero beyond the last.
 template <class T>
 struct Group {
   const T* data;
-  int c, n;  // channels of a pixel, and those of the group
+  int c, n;  // channels per pixel, and in the group
   bool gradient;
-  int at, channels;  // its place among all channels of its side
+  int at, channels;  // its position among all channels of its side
   Group(const WgradArgs& a, int64_t group) {
     const int first = (int)group * 16;
     gradient = first >= a.cinp;
@@ -161,9 +161,9 @@ void transform(const WgradArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Tiles that are added up one after another. Those sums are added up in their turn within a pass,
-// and the passes' sums at last: what fp32 loses grows with the square root of each of the three
-// numbers.
+// Number of tiles that are added one after another. These sums are added within a pass, and the
+// sums of the passes last, so the rounding error of fp32 grows with the square root of each of the
+// three numbers.
 constexpr int kChunk = 32;
 
 // The filters of one unit, from its sums to dw.

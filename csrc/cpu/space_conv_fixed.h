@@ -1,15 +1,14 @@
-// The 3x3 convolution of bf16 in fixed point: the transformed tiles and filters as integers of 16 bits,
-// products and sums in 32 (vpdpwssd), at twice the rate of fp32.
+// The 3x3 convolution of bf16 in fixed point: transformed tiles and filters are 16-bit integers,
+// products and sums are 32-bit (vpdpwssd), at twice the rate of fp32.
 //
-// Over the channels, which are summed, every row of the two operands is scaled to an Euclidean norm
-// of 32760. So no sum, and no part of one, leaves 32 bits (Cauchy-Schwarz), and what is rounded is
-// 1/32760 of the norm: an error of 6e-4 at 64 channels, 1.2e-3 at 256, 1.7e-3 at 512, root mean
-// square, relative to y, where rounding y to bf16 costs 1.7e-3. bf16 itself in place of the integers
-// costs 1.4e-2.
+// Every row of the two operands along the channels, which are summed, is scaled to a Euclidean norm
+// of 32760. So no sum, and no part of one, exceeds 32 bits (Cauchy-Schwarz). Rounding is by 1/32760
+// of the norm: an error of 6e-4 at 64 channels, 1.2e-3 at 256, 1.7e-3 at 512 (root mean square,
+// relative to y); rounding y to bf16 has 1.7e-3. With bf16 instead of integers it would be 1.4e-2.
 //
-// That holds where y is as large as its operands promise, and not where a large channel or pixel meets
-// small weights: so every pixel of y is held against the noise of its tile. Where one drowns, or
-// where squares leave fp32's range, `unfit` is set, and the launcher computes all of it in fp32.
+// This holds if y is as large as its operands suggest, and not if a large channel or pixel meets
+// small weights. So every pixel of y is compared with the noise of its tile. If one drowns in it,
+// or if squares exceed fp32's range, `unfit` is set and the launcher computes everything in fp32.
 #pragma once
 
 #include "common/dots.h"
@@ -25,8 +24,9 @@ constexpr float kFixedNorm = 32760.f;
 
 FASTVDM_INLINE void set_flag(int* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
-// The norm of row r of G: by it the filters of the points differ where the weights are alike, so the
-// product of two of them is taken out of the filters' scale and goes into that of the tiles.
+// The norm of row r of G. With similar weights the filters of the points differ by these norms, so
+// the product of two of them is taken out of the scale of the filters and put into that of the
+// tiles.
 template <int M>
 FASTVDM_INLINE void point_norms(float* norms) {
   constexpr int N = M + 2;
@@ -60,7 +60,7 @@ FASTVDM_INLINE bool all_within(vf v, float low, float high) {
 #endif
 }
 
-// The nearest integers of numbers below 2^22.
+// The nearest integers to numbers below 2^22.
 FASTVDM_INLINE vi nearest(vf v) {
 #if defined(__AVX512F__)
   return (vi)_mm512_cvtps_epi32((__m512)v);
@@ -74,7 +74,7 @@ FASTVDM_INLINE void store_short(int16_t* to, vi v) {
   memcpy(to, &s, sizeof(s));
 }
 
-// Of groups of 16 output channels. scratch: ((m + 2)², cin + 1, 16).
+// For groups of 16 output channels. scratch: ((m + 2)², cin + 1, 16).
 template <class W, int M>
 void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scratch) {
   constexpr int P = (M + 2) * (M + 2);
@@ -112,7 +112,7 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
       store(scale, top);
       store(back, all);
       for (int i = 0; i < VL; ++i) {
-        // Squares beyond fp32's range, or no number at all, or too small and yet not zero.
+        // The squares exceed fp32's range, or are NaN, or are too small without being zero.
         if (!(back[i] < 1e30f) || (back[i] < 1e-25f && tops[l + i] > 0.f)) set_flag(a.unfit);
         const float norm = __builtin_sqrtf(scale[i]);
         scale[i] = norm > 0.f ? kFixedNorm / norm : 0.f;
@@ -132,7 +132,7 @@ void fixed_weights(const WinogradArgs& a, int64_t begin, int64_t end, float* scr
   }
 }
 
-// Whether all of a row are zeros.
+// Whether a row is all zeros.
 FASTVDM_NOINLINE bool all_zero(const float* v, int n) {
   bool zero = true;
   for (int c = 0; c < n; ++c) zero &= v[c] == 0.f;
@@ -173,8 +173,8 @@ FASTVDM_INLINE void round_tile(const WinogradArgs& a, const float* tile, int64_t
   }
 }
 
-// The mean over the outputs of a tile of their squared weights: what noise of variance 1 at a point
-// leaves in y.
+// The mean over the outputs of a tile of their squared weights: the variance in y of noise of
+// variance 1 at a point.
 template <int M>
 FASTVDM_INLINE void noise_weights(float* weights) {
   constexpr int N = M + 2;
@@ -189,11 +189,11 @@ FASTVDM_INLINE void noise_weights(float* weights) {
   for (int p = 0; p < N * N; ++p) weights[p] = sum[p / N] * sum[p % N];
 }
 
-// Rounding two rows of norm 32760 to integers leaves this variance in their product.
+// Rounding two rows of norm 32760 to integers causes this variance in their product.
 constexpr float kNoise = 2 * kFixedNorm * kFixedNorm / 12;
-constexpr float kMostNoise = 6e-3f;  // of a pixel of y, root mean square over the channels
+constexpr float kMostNoise = 6e-3f;  // relative to a pixel of y, root mean square over channels
 
-// Whether a pixel of the tile is smaller, squared and summed, than `least`.
+// Whether the sum of squares of any pixel of the tile is below `least`.
 template <int M>
 FASTVDM_INLINE bool drowned(const WinogradArgs& a, int64_t item, const float (&squares)[M * M][VL],
                             float least) {
@@ -212,15 +212,15 @@ void fixed_conv(const WinogradArgs& a, int64_t begin, int64_t end, float* scratc
   const int64_t stride = a.cinp + 16, vs = a.v_point, ms = a.m_point;
   float *tile = scratch, *back = tile + P * stride, *m = back + a.block * PP;
   int16_t* v = (int16_t*)(m + P * ms);
-  float worth[PP] = {};  // what scaling by the filters left, and the integers' norm
+  float worth[PP] = {};  // the scale that the filters left, times the integers' norm
   point_norms<M>(worth);
   for (int p = 0; p < P; ++p) worth[p] /= kFixedNorm;
   float weights[PP] = {};
   noise_weights<M>(weights);
-  float all_scales = 0.f;  // Σ of the squares
+  float all_scales = 0.f;  // Σ of the squared scales
   for (int o = 0; o < a.out; ++o) all_scales += a.u_scale[o] * a.u_scale[o];
   const float limit = all_scales * kNoise / (kMostNoise * kMostNoise);
-  memset(tile, 0, sizeof(float) * P * stride);  // beyond the channels it stays so
+  memset(tile, 0, sizeof(float) * P * stride);  // beyond the channels it stays zero
   for (int64_t item = begin; item < end; ++item) {
     if (__atomic_load_n(a.unfit, __ATOMIC_RELAXED)) return;
     const int64_t first = item * a.block;

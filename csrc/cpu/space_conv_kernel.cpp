@@ -1,11 +1,11 @@
-// 3x3 convolution, stride 1, padding 1, channels last, by Winograd's F(m x m, 3 x 3): input tiles
-// are transformed with the channels in the lanes, each of the (m + 2)² points is one matrix product
-// over the channels, and the products of a tile are transformed back. 2.25 (m = 2) or 4 (m = 4)
-// times fewer multiplications than the direct sum.
+// 3x3 convolution, stride 1, padding 1, channels last, by Winograd's F(m x m, 3 x 3). Input tiles
+// are transformed with channels in the lanes, each of the (m + 2)² points is one matrix product
+// over the channels, and the products of a tile are transformed back. The direct sum has 2.25
+// (m = 2) or 4 (m = 4) times as many multiplications.
 //
 // Points 0, ±1, ∞ for m = 2: as accurate as the direct sum. 0, ±3/4, ±5/4, ∞ for m = 4: an error of
-// 1.4e-6 at 64 channels and 2.8e-6 at 256 relative to max |y|, a third of that of 0, ±1, ±2, and far
-// below the rounding of a 16-bit result.
+// 1.4e-6 at 64 channels and 2.8e-6 at 256 relative to max |y|, a third of that of 0, ±1, ±2, and
+// far below the rounding of a 16-bit result.
 #include "space_conv_fixed.h"
 
 namespace fastvdm {

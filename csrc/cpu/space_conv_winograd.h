@@ -1,5 +1,5 @@
-// The transforms of Winograd's minimal filtering, channels in the lanes; space_conv_kernel.cpp says
-// which points.
+// The transforms of Winograd's minimal filtering, with channels in the lanes; space_conv_kernel.cpp
+// gives the points.
 #pragma once
 
 #include "common/gemm.h"
@@ -69,12 +69,12 @@ FASTVDM_INLINE void weight_1d(const vf* g, int gs, vf* u, int us) {
   }
 }
 
-// A step's filters, kStep input channels of kLanes output channels, are first copied together: those
-// of neighbouring outputs may lie a multiple of 4 KiB apart, where few of them share the L1.
+// The filters of a step, kStep input channels of kLanes output channels, are first copied together:
+// those of neighbouring outputs may be a multiple of 4 KiB apart, so that few of them share the L1.
 constexpr int kStep = 16, kLanes = VL < 16 ? 2 * VL : 16;  // no panel starts within kLanes
 static_assert(kStep * 9 % VL == 0);
 
-// taps (kStep 9, kLanes): the filters of `count` input channels from `first` on, of kLanes output
+// taps (kStep 9, kLanes): the filters of `count` input channels from `first` on and kLanes output
 // channels from `co` on, zero beyond the last.
 template <class W>
 FASTVDM_INLINE void gather_taps(const WinogradArgs& a, int co, int64_t first, int count,
@@ -103,7 +103,7 @@ FASTVDM_INLINE void gather_taps(const WinogradArgs& a, int co, int64_t first, in
       transpose_block(raw[l] + k, kStep * 9, taps + k * kLanes + l, kLanes);
 }
 
-// U of VL filters: taps of one input channel, (9, kLanes).
+// U of VL filters; taps are those of one input channel, (9, kLanes).
 template <int M>
 FASTVDM_INLINE void filter(const WinogradArgs& a, const float* taps, vf* u) {
   constexpr int N = M + 2;
@@ -124,7 +124,7 @@ FASTVDM_INLINE void input_tile(const T* image, int64_t h, int64_t w, int c, int6
     const int n = c - o < VL ? c - o : VL;
     vf half[N * N], line[N];
 #pragma GCC unroll 6
-    for (int j = 0; j < N; ++j) {  // columns first
+    for (int j = 0; j < N; ++j) {  // the columns first
 #pragma GCC unroll 6
       for (int i = 0; i < N; ++i) {
         const int64_t y = y0 + i, x = x0 + j;
@@ -146,8 +146,8 @@ FASTVDM_INLINE void input_tile(const T* image, int64_t h, int64_t w, int c, int6
   }
 }
 
-// The m x m outputs of a tile: `half` holds (m, m + 2) vectors, the columns transformed already. Adds
-// the squares of the sums alone where asked for.
+// The m x m outputs of a tile: `half` has (m, m + 2) vectors whose columns are already transformed.
+// Adds the squares of the sums, without bias and residual, to `squares` unless null.
 template <class T, int M>
 FASTVDM_INLINE void write_tile(const WinogradArgs& a, int64_t item, const vf* half, vf scale, int o,
                                float (*squares)[VL] = nullptr) {

@@ -12,7 +12,7 @@
 namespace fastvdm {
 namespace {
 
-constexpr int64_t kTileRows = 64;  // of xn: as much as L1 holds of q, k, v, o of one head
+constexpr int64_t kTileRows = 64;  // rows of xn for which L1 holds q, k, v, o of one head
 
 struct Plan {
   BlockArgs a{};
@@ -71,7 +71,7 @@ void make_tiles(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, 
   const int64_t kp = round_up(C, 32), dk = round_up(dp, 32), panel = kp * dp, inner = heads * d;
   a.kp = static_cast<int>(kp);
   a.dk = static_cast<int>(dk);
-  // value(w, h, k, n): feature n of head h of q, k or v (w) of channel k.
+  // value(w, h, k, n): feature n of head h of q, k or v (w) for channel k.
   const auto qkv = [&](const std::vector<float>& raw, int64_t w, int64_t h, int64_t c, int64_t k) {
     return c < d && k < C ? raw[((w * heads + h) * d + c) * C + k] : 0.f;
   };
@@ -93,7 +93,7 @@ void make_tiles(Plan& plan, const Tensor& qkv_weight, const Tensor& out_weight, 
                      [&](int64_t k, int64_t n) { return qkv(raw, i % 3, i / 3, n, k); });
         });
       });
-  // k runs over all heads (and q, k, v) here, so the columns are shared out.
+  // k runs over all heads (and q, k, v) here, so the columns are divided among threads.
   a.out_tiles =
       plan.forms->get<uint16_t>(out_weight, kTemporalOutTiles, heads * dk * cp, [&](uint16_t* to) {
         const std::vector<float> raw = out_weights();

@@ -1,5 +1,6 @@
-// What the launcher of temporal_block hands to its kernels. An item is a part of the tiles; a tile
-// is `pixels` neighbouring pixels of one video with all their frames, rows ordered [pixel][frame].
+// The arguments of the kernels of temporal_block. An item is a part of the tiles. A tile is
+// `pixels` neighbouring pixels of one video with all their frames; its rows are ordered
+// [pixel][frame].
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,8 @@
 
 namespace fastvdm {
 
-// Sums over tiles, one set per part; null where not wanted. Layouts as the weights below.
+// Sums over tiles, one set per part; null if not needed. The layouts are those of the weights
+// below.
 struct BlockGrads {
   float *norm_weight, *norm_bias;  // (cp)
   float* qkv;                      // (heads, 3, dp, cp)
@@ -22,10 +24,10 @@ struct BlockGrads {
 struct BlockArgs {
   int dtype;
   AttnTables t;
-  int channels, cp;  // cp: rounded up to 16
+  int channels, cp;  // cp: channels rounded up to 16
   float eps;
   int64_t batch, frames, hw;
-  int pixels;                    // of a tile
+  int pixels;                    // per tile
   int64_t tiles, tiles_a_video;  // the last tile of a video may be smaller
   int64_t parts;
   const uint8_t* focus;  // (batch), or null
@@ -39,27 +41,27 @@ struct BlockArgs {
   const float* qkv;                      // backward: (heads, 3, dp, cp)
   const float* out;                      // backward: (heads, channels, dp)
   BlockGrads* grads;                     // backward: one set per part
-  // For bf16 where the CPU multiplies it (products.h), else null: the same weights packed as B of
-  int kp, dk;                  // products of depth kp and dk: channels and dp rounded up to 32
+  // For bf16 if the CPU multiplies it (products.h), else null: the same weights packed as operand B
+  int kp, dk;                  // of products of depth kp and dk: channels and dp rounded up to 32
   const uint16_t* qkv_tiles;   // xn -> q, k or v: (heads, 3) of (kp, dp)
   const uint16_t* out_tiles;   // o -> y: (heads dk, cp)
   const uint16_t* dout_tiles;  // backward, dy -> do: (heads) of (kp, dp)
   const uint16_t* dqkv_tiles;  // backward, dq, dk, dv -> dxn: (heads 3 dk, cp)
 };
 
-// Rows of a tile's buffers: room to round up to 16.
+// Rows of a tile's buffers, with room to round up to 16.
 inline int64_t block_rows(const BlockArgs& a) {
   return static_cast<int64_t>(a.pixels) * a.frames + 16;
 }
 
-// fp32 words of scratch of one thread for the bf16 operands of tile products, at its start.
+// fp32 words of scratch per thread for the bf16 operands of tile products, at its start.
 inline int64_t block_tile_scratch(const BlockArgs& a, bool backward) {
   if (a.qkv_tiles == nullptr) return 0;
   const int64_t wide = a.kp, heads = static_cast<int64_t>(a.t.heads) * a.dk;
   return block_rows(a) * (backward ? 4 * wide + 8 * heads : wide + heads) / 2;
 }
 
-// fp32 words of scratch of one thread.
+// fp32 words of scratch per thread.
 inline int64_t block_scratch(const BlockArgs& a, bool backward) {
   const int64_t rows = block_rows(a), wide = rows * a.cp, head = rows * a.t.dp;
   return block_tile_scratch(a, backward) +

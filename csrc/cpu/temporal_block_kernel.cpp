@@ -1,5 +1,5 @@
-// x + out(attention(LayerNorm_C(x))) for a few pixels at a time: norm, projections, attention and
-// residual stay in L1/L2, only x is read and y written. The backward recomputes all of it from x.
+// x + out(attention(LayerNorm_C(x))) for a few pixels at a time. Norm, projections, attention and
+// residual stay in L1/L2; only x is read and y written. The backward recomputes all of it from x.
 #include "temporal_block.h"
 
 #include "common/attention_dots.h"
@@ -31,8 +31,8 @@ FASTVDM_INLINE int64_t row_at(const BlockArgs& a, const Tile& t, int r) {
   return ((t.batch * a.frames + f) * a.hw + p) * a.channels;
 }
 
-// LayerNorm of the tile: xn (rows, cp), zero beyond the channels. Where given, hat receives x_hat
-// and rstd its scale.
+// LayerNorm of the tile: xn (rows, cp), zero beyond the channels. hat receives x_hat and rstd its
+// scale, unless null.
 template <class T>
 FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, float* hat,
                               float* rstd) {
@@ -45,16 +45,16 @@ FASTVDM_INLINE void normalise(const BlockArgs& a, const Tile& t, float* xn, floa
   }
 }
 
-// The bf16 operands of products, or nothing where they run in fp32: rows of the normalised x and of dy
-// (rows, kp), and of what all heads give: o (rows, heads dk); backward also dq, dk, dv (rows, 3 heads
-// dk). pairs: memory for pairs of rows of all of them.
+// The bf16 operands of products; empty if they run in fp32. Rows of the normalised x and of dy
+// (rows, kp), and the outputs of all heads: o (rows, heads dk); in the backward also dq, dk, dv
+// (rows, 3 heads dk). pairs: memory for pairs of rows of all of them.
 struct Operands {
   bf16 *xn = nullptr, *dy = nullptr, *o = nullptr, *grads = nullptr;
   uint32_t* pairs = nullptr;
   int64_t heads = 0;  // width of o
 };
 
-// From the start of the scratch memory on.
+// They are at the start of the scratch memory.
 template <class T>
 FASTVDM_INLINE Operands operands(const BlockArgs& a, float* scratch, bool backward) {
   Operands m;
@@ -83,7 +83,7 @@ FASTVDM_INLINE void weight_gradients(const BlockArgs& a, int rows, int parts, co
   interleave_rows(left, rows, width, pairs);
   interleave_rows(right, rows, a.kp, others);
   const int whole = a.t.dp == a.dk ? 1 : parts,
-            features = parts / whole * a.t.dp;  // of one product
+            features = parts / whole * a.t.dp;  // per product
   for (int i = 0; i < whole; ++i)
     dot_gemm<true>(features, a.cp, (rows + 1) / 2, pairs + (int64_t)i * a.dk, width,
                    {others, a.kp, 16}, to + (int64_t)i * a.t.dp * a.cp, a.cp, true);
@@ -119,7 +119,7 @@ FASTVDM_INLINE void rotate_rows(const BlockArgs& a, const Tile& t, float* x) {
     }
 }
 
-// o = v + rel_v[0 distance] for the frames from `first` on of every pixel.
+// o = v + rel_v[distance 0] for the frames from `first` on, for every pixel.
 FASTVDM_INLINE void identity(const BlockArgs& a, const Tile& t, int head, int first, const float* v,
                              float* o) {
   const AttnTables& s = a.t;

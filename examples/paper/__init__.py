@@ -1,1 +1,1 @@
-"""What ``make paper-tables`` runs: the paper's claims in the small."""
+"""The code of ``make paper-tables``: the paper's claims at a small scale."""

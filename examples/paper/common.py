@@ -1,4 +1,4 @@
-"""What every part of the tables shares: a table as data, and results kept between runs."""
+"""Shared by all parts of the tables: a table as data, and results kept between runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Table(NamedTuple):
 
 
 def cached(out: Path, name: str, make: Callable[[], Any]) -> Any:
-    """The result of ``make()`` (what JSON can hold), kept as ``out/name.json`` for the next run."""
+    """The result of ``make()`` (JSON-able), stored as ``out/name.json`` for the next run."""
     path = out / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -1,8 +1,8 @@
-"""Clips whose law is known: a coloured glyph (one of ten) bounces over a colour gradient.
+"""Clips with a known distribution: one of ten coloured glyphs bounces over a colour gradient.
 
-Everything that is drawn persists for ever (the glyph, three colours, the motion), so the true
-continuation of a clip is known, and ``read`` finds it in any frame in closed form, without a judge
-network. The law of a window is the same at every place of a long clip.
+All that is drawn persists for ever (the glyph, three colours, the motion), so the true continuation
+of a clip is known, and ``read`` finds it in any frame in closed form, without a judge network. A
+window has the same distribution at every place of a long clip.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def continued(batch: Batch, frames: int) -> Tensor:
 
 
 class Tables:
-    """What both ``read`` and the exact denoiser need of glyphs at places.
+    """Values of glyphs at places that ``read`` and the exact denoiser share.
 
     A frame of glyph d at place p is a sum of three pictures: the two ends of the background outside
-    the mask, and the mask. The mask is orthogonal to the others.
+    the mask, and the mask. The mask is orthogonal to the other two.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -148,7 +148,7 @@ class Reading(NamedTuple):
 def read(video: Tensor, chunk: int = 512) -> Reading:
     """The best glyph, position and three colours of each frame of (B, 3, F, 16, 16).
 
-    In closed form: least squares for all 640 glyphs and places; what leaves the least wins.
+    In closed form: least squares for all 640 glyphs and places; the smallest residual wins.
     """
     if video.ndim != 5 or video.shape[1] != 3 or video.shape[3:] != (SIZE, SIZE):
         raise ValueError(f"expected (B, 3, F, {SIZE}, {SIZE}), got {tuple(video.shape)}")
@@ -164,7 +164,7 @@ def read(video: Tensor, chunk: int = 512) -> Reading:
 
 def _read(frames: Tensor, tables: Tables, inverse: Tensor) -> tuple[Tensor, ...]:
     n = len(frames)
-    # a constant added to a frame is added to its colours: without it fewer digits cancel
+    # A constant added to a frame is added to its colours; without it fewer digits cancel.
     mean = frames.mean(dim=2, keepdim=True)
     frames = frames - mean
     inside = (frames @ tables.inside).unflatten(2, (2, -1))  # (N, 3, 2, 640)

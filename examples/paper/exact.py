@@ -1,10 +1,10 @@
 """The perfect denoiser of the clips of ``paper.data``: E[x | z] in closed form, and its gradient.
 
 A clip is a mixture of 10 glyphs x 420 motions; given both, it is linear in nine Gaussian numbers,
-three colours of three channels (that a colour coefficient outside [-1, 1] is drawn again, 0.13 %,
-is neglected). So the posterior of a noisy clip needs, for every glyph and motion, the inner
+three colours of three channels. (A colour coefficient outside [-1, 1], 0.13 %, is drawn again; this
+is neglected.) So the posterior of a noisy clip needs, for every glyph and motion, the inner
 products of z with three pictures, a 2 x 2 solve that the channels share, and a softmax. A sampler
-with it shows what the method does where the network has learned all there is to learn.
+with this denoiser shows what the method does if the network has learned everything.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Exact:
     """``model(z, log_snr)`` or ``model(z, log_snr, cond=one_hot)``: (B, 3, F, 16, 16) → the same.
 
     Args:
-        frames: of a clip. A z with several times as many is taken apart and every part denoised on
-            its own: ``Exact(1)`` is the best that can be done with each frame alone.
+        frames: frames of a clip. A z with a multiple of that is split, and every part is denoised
+            separately: ``Exact(1)`` is the best that can be done with each frame alone.
         prediction: what is returned, "x" or "v" (for a loss).
-        chunk: frames of one pass; the temporaries of a small one stay in the cache.
+        chunk: frames per pass; the temporaries of a small chunk stay in the cache.
 
     ``cond`` (B, 10) holds the relative probabilities of the glyphs; a row of zeros is no condition.
-    Gradients flow to z, once. Computes in the dtype of z.
+    Gradients flow to z, once. It computes in the dtype of z.
 
     Raises:
-        ValueError: a z or cond of another shape.
+        ValueError: z or cond has another shape.
     """
 
     time_input = "logsnr"
@@ -112,8 +112,8 @@ class Exact:
 class _Posterior(torch.autograd.Function):
     """E[x | z], one chunk of clips after the other.
 
-    Its Jacobian is the posterior covariance times alpha/sigma^2, hence symmetric: backward is
-    another walk through the mixture, with the probabilities and colours of forward.
+    Its Jacobian is the posterior covariance times alpha/sigma^2 and therefore symmetric, so the
+    backward is another pass over the mixture, with the probabilities and colours of the forward.
     """
 
     @staticmethod
@@ -139,10 +139,10 @@ class _Posterior(torch.autograd.Function):
 class _Chunk:
     """The mixture for some noisy clips.
 
-    Tensors of all components are (M, 10, 3, B): motion, glyph, channel and clip, so that what
-    belongs to one place of a frame lies together. Where a few components have all the probability
-    (at most 32 above 1e-9: below a log-SNR of about 0 they have not) the rest is dropped, and
-    these are (K, 3, B). In place where that matters: new memory costs more than the arithmetic.
+    Tensors of all components are (M, 10, 3, B): motion, glyph, channel and clip, so that values of
+    one place of a frame are adjacent. If a few components have all the probability (at most 32
+    above 1e-9; not below a log-SNR of about 0), the others are dropped, and these tensors are (K,
+    3, B). Operations are in place where it matters, because new memory costs more than arithmetic.
     """
 
     def __init__(self, exact: Exact, z: Tensor, log_snr: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The tables that need no training: samplers and guidance with the exact denoiser.
 
-What is wrong here is wrong in the sampler, not in a network. Every row is a job of its own, kept
-as a small file, so that an interrupted run goes on where it was; about 13 minutes on two cores.
+What is wrong here is wrong in the sampler, not in a network. Every row is a job of its own, stored
+as a small file, so that an interrupted run continues; about 13 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Exact denoisers that know only a part, as networks do: a part of what the class tells, or of what
-frames share. What they draw is what a network of the same loss can be expected to draw."""
+frames share. A network with the same loss can be expected to draw what they draw."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where a weight is too large, and when the corrector pays: closed forms, seconds a row.
+"""Where a weight is too large, and when the corrector pays: closed forms, seconds per row.
 
-Two denoisers: the exact one of the clips, and Gaussian videos, whose denoiser is a matrix over
-frames and whose true conditional law is known.
+There are two denoisers: the exact one of the clips, and that of Gaussian videos, which is a matrix
+over frames; their true conditional distribution is known.
 """
 
 from __future__ import annotations

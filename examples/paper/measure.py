@@ -1,4 +1,4 @@
-"""What the tables measure: what persists, seams, and Fréchet distances with their floor."""
+"""What the tables measure: persistence, seams, and Fréchet distances with their floor."""
 
 from __future__ import annotations
 

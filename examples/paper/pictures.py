@@ -1,4 +1,4 @@
-"""What the jobs have left in the cache, as curves and as clips side by side."""
+"""The results in the cache as curves and as clips side by side."""
 
 from __future__ import annotations
 

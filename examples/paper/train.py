@@ -1,6 +1,6 @@
 """Networks for the tables: small 3D U-Nets, trained until they know more than single frames tell.
 
-The bar is the held-out loss of the best denoiser that treats every frame on its own: a network
+The bar is the held-out loss of the best denoiser that treats every frame separately: a network
 above it need not have learned that anything persists. Training resumes from its last checkpoint,
 and an interrupted run gives the same network.
 """
@@ -25,8 +25,8 @@ from fastvdm.diffusion.joint import append_images, joint_loss
 from paper import data
 from paper.measure import Mean
 
-# Cleaner clips are seen by no sampler here (24 steps look at 5.4 last), and a small network cannot
-# tell what noise is left in them: it would spend its time on that.
+# No sampler here sees cleaner clips (24 steps end at 5.4), and a small network cannot tell what
+# noise is left in them: it would spend its time on that.
 SCHEDULE = CosineSchedule(logsnr_max=5.0)
 
 

@@ -1,4 +1,4 @@
-"""The peer's GaussianDiffusion, unchanged but for the import of the network."""
+"""The peer's (video-diffusion-pytorch) GaussianDiffusion; only the network's import changes."""
 
 from __future__ import annotations
 

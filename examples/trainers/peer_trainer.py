@@ -1,7 +1,7 @@
-"""The peer's own Trainer on a folder of gifs, unchanged but for the import of the network.
+"""The Trainer of video-diffusion-pytorch on a folder of gifs; only the network's import changes.
 
-That Trainer moves every batch with ``.cuda()``, so it wants a GPU; the test of this file runs it on
-a CPU by making that one call the identity.
+That Trainer moves every batch with ``.cuda()``, so it needs a GPU. The test of this file runs it on
+a CPU by making that call the identity.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastvdm.video import list_videos, read_video, write_video
 
 
 def make_gifs(folder: str | Path, gifs: Path) -> Path:
-    """The first frames of every video as a gif, which is what the peer's data set reads."""
+    """Write the first frames of every video as a gif, which the peer's data set reads."""
     for path in list_videos(folder):
         write_video(gifs / f"{path.stem}.gif", read_video(path, FRAMES, size=SIZE))
     return gifs

@@ -11,12 +11,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# What a user can cause and mend: printed without a traceback.
+# Errors that a user can cause and fix: printed without a traceback.
 _EXPECTED = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 1 after an error, 2 for a wrong command line, 130
+    """Run one command and return the exit code: 1 after an error, 2 for a wrong command line, 130
     after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(show: Any) -> Any:
-    """Our own warnings without the place in the code that they come from: ours, or Typer's where
-    they name the caller."""
+    """Print our own warnings, and those at a caller in Typer, without their place in the code."""
     package = str(Path(__file__).parents[1])
 
     def shown(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:

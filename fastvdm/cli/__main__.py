@@ -1,4 +1,4 @@
-"""``python -m fastvdm.cli``, as ``accelerate launch -m`` needs it."""
+"""``python -m fastvdm.cli``, which ``accelerate launch -m`` needs."""
 
 from __future__ import annotations
 

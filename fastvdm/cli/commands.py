@@ -1,4 +1,4 @@
-"""The commands that draw. Each reads, checks everything, computes, then writes atomically."""
+"""The commands that draw. Each one reads, checks everything, computes, and writes atomically."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sample(
             run.unet,
             (len(part), *shape),
             cond=None if cond is None else cond[first : first + len(part)],
-            seed=[options.seed + i for i in part],  # a video does not depend on the batch size
+            seed=[options.seed + i for i in part],  # so a video does not depend on the batch size
             **run.options,
         )
         for i, clip in zip(part, videos):

@@ -1,4 +1,4 @@
-"""What the commands share on the command line."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Weights = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of every command that reads a model and writes a file."""
+    """Options of every command that reads a model and writes a file."""
 
     size: Annotated[
         int | None,
@@ -71,7 +71,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Options(ModelOptions):
-    """The options that every sampling command has."""
+    """Options of every sampling command."""
 
     caption: Annotated[
         list[str] | None, typer.Option(help="Once for all videos, or once for each.")
@@ -156,7 +156,7 @@ class Options(ModelOptions):
 
 @dataclass(frozen=True)
 class Windows:
-    """The options of the commands that draw a video from another, window by window."""
+    """Options of the commands that draw a video from another one, window by window."""
 
     overlap: Annotated[
         int, typer.Option(help="Frames that a window shares with the one before.")
@@ -184,7 +184,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class FrameWindows(Windows):
-    """Where the input is frames of the output."""
+    """Options if the input is a part of the frames of the output."""
 
     method: Annotated[
         str,
@@ -197,7 +197,7 @@ class FrameWindows(Windows):
 
 @dataclass(frozen=True)
 class LowResWindows(Windows):
-    """Where it is the output in a low resolution."""
+    """Options if the input is the output in a lower resolution."""
 
     downsample: Annotated[
         str,
@@ -213,8 +213,8 @@ class LowResWindows(Windows):
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose arguments that are dataclasses become their fields on the command line, a
-    class's own before those that it inherits."""
+    """Replace arguments that are dataclasses by options for their fields, a class's own fields
+    before inherited ones."""
     shared: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for p in inspect.signature(command, eval_str=True).parameters.values():

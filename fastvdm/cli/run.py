@@ -1,4 +1,4 @@
-"""A model ready to sample: the checks before any step, and what is read and written."""
+"""A model ready to sample: all checks before the first step, reading and writing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastvdm.unet.checkpoint import read_source
 
 
 class Run:
-    """A model ready to sample: everything that can be wrong is found here, before any step.
+    """A model ready to sample. All errors in the options are found here, before the first step.
 
-    ``options`` are those of ``fastvdm.diffusion.sample``; where there are ``windows``, of the
-    functions of ``fastvdm.diffusion.extend``.
+    ``options`` are those of ``fastvdm.diffusion.sample``; with ``windows``, those of the functions
+    of ``fastvdm.diffusion.extend``.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Run:
         self, path: Path, size: int | tuple[int, int] | None, frames: int | None = None,
         frameskip: int = 1, fps: float | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """(1, C, F, H, W) in [-1, 1]; latents as they are."""
+        """Read (1, C, F, H, W) in [-1, 1]; latents stay as they are."""
         clip = files.read_video(
             path,
             frames,
@@ -105,14 +105,14 @@ class Run:
         return 2 * clip - 1 if self.is_pixels else clip
 
     def rate(self, path: Path) -> float:
-        """Frames per second of an input; as the model's where it says none (pictures, arrays)."""
+        """Frames per second of an input; the model's if it has none (pictures, arrays)."""
         try:
             return files.video_fps(path)
         except files.VideoReadError:
             return self.settings.fps * self.settings.frameskip
 
     def write(self, path: Path, video: torch.Tensor, fps: float) -> None:
-        """(C, F, H, W) in [-1, 1], at ``fps`` unless the command line says another rate."""
+        """Write (C, F, H, W) in [-1, 1] at ``fps``, unless the command line sets another rate."""
         if self.is_pixels:
             video = (video + 1) / 2
         files.write_video(path, video, fps if self.given.fps is None else self.given.fps)
@@ -120,10 +120,10 @@ class Run:
 
 
 def guidance(windows: Windows) -> dict[str, Any]:
-    """Those that are of a ``Condition``, checked before anything is read.
+    """The options for a ``Condition``, checked before anything is read.
 
     Raises:
-        ValueError: a weight that is neither auto nor a number, or whatever a ``Condition`` refuses.
+        ValueError: a weight is neither "auto" nor a number, or ``Condition`` refuses an option.
     """
     from fastvdm.diffusion import Condition
 
@@ -142,7 +142,7 @@ def guidance(windows: Windows) -> dict[str, Any]:
 
 
 def load_model(model: str, options: ModelOptions, **settings: Any) -> Bundle:
-    """The model of a command line on its device; ``settings`` are fields of ``Settings``."""
+    """Load the model of a command line to its device; ``settings`` are fields of ``Settings``."""
     if options.weights not in ("ema", "raw"):
         raise ValueError(f"weights must be ema or raw, got {options.weights!r}")
     groups = options.resnet_groups
@@ -161,7 +161,7 @@ def load_model(model: str, options: ModelOptions, **settings: Any) -> Bundle:
 
 
 def _device(name: str) -> torch.device:
-    """Raises ValueError for a device that does not exist, or not here."""
+    """The device. Raises ValueError if it does not exist on this machine."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -174,10 +174,11 @@ def _device(name: str) -> torch.device:
 
 
 def read_cond(path: Path) -> torch.Tensor:
-    """The one tensor in a .npy, .pt or .safetensors file.
+    """Read the one tensor in a .npy, .pt or .safetensors file.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it does not hold one tensor of numbers.
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not contain exactly one tensor of numbers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} for --cond")
@@ -196,17 +197,18 @@ def read_cond(path: Path) -> torch.Tensor:
 
 
 def check_positive(**values: float | None) -> None:
-    """Raises ValueError for what was given and is not above 0; names as on the command line."""
+    """Raise ValueError if a given value is not above 0; the names are those of the options."""
     for name, value in values.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
 def check_output(path: Path, overwrite: bool, suffixes: tuple[str, ...]) -> None:
-    """Before anything is computed: a name that can be written, and nothing in its place.
+    """Check, before anything is computed, that the output can be written and does not exist.
 
     Raises:
-        ValueError: another suffix. OSError: something is there, or its folder cannot be written.
+        ValueError: the suffix is not one of ``suffixes``.
+        OSError: the output exists, or its folder cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"the output must end in {', '.join(suffixes)}, got {path.name!r}")

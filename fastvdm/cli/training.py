@@ -1,4 +1,4 @@
-"""The commands around training: train, config, check, push."""
+"""The training commands: train, config, check, push."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", dict: "JSON", bool: None}
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """An option for every field of ``TrainConfig``, absent unless given."""
+    """An option for every field of ``TrainConfig``, without a default."""
     made = []
     for f in fields(TrainConfig):
         if f.name == "output":
@@ -46,7 +46,7 @@ def _parameters() -> list[inspect.Parameter]:
             show_default=_shown(default),
             rich_help_panel=f.metadata["group"],
         )
-        is_optional = type(None) in get_args(TYPES[f.name])  # "none" can be typed, too
+        is_optional = type(None) in get_args(TYPES[f.name])  # then "none" can be typed
         typed = kind if kind in (bool, int, float) and not is_optional else str
         made.append(
             inspect.Parameter(
@@ -58,7 +58,7 @@ def _parameters() -> list[inspect.Parameter]:
 
 
 def _shown(default: Any) -> str | bool:
-    """A default as one would type it; False where there is none to show."""
+    """A default as the user would type it; False if there is none to show."""
     if default in (None, "", {}):
         return False
     if isinstance(default, tuple):
@@ -69,10 +69,10 @@ def _shown(default: Any) -> str | bool:
 
 
 def parse(name: str, value: Any) -> Any:
-    """What was typed for a field, as ``TrainConfig`` takes it.
+    """Convert the text typed for a field to the value that ``TrainConfig`` takes.
 
     Raises:
-        ValueError: it is no JSON object, or no number, or no list of them.
+        ValueError: it is not a JSON object, a number or a list of numbers, as the field needs.
     """
     if not isinstance(value, str):
         return value
@@ -101,10 +101,11 @@ def parse(name: str, value: Any) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields in a .yaml or .json file.
+    """Read the fields in a .yaml or .json file.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it does not hold fields and values.
+        FileNotFoundError: there is no such file.
+        ValueError: it does not contain fields and values.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} for --config")
@@ -114,7 +115,7 @@ def read_config(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train")
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
-        """Takes 1e-4 for a number and no for a word, as YAML 1.2 does."""
+        """Reads 1e-4 as a number and no as a word, as YAML 1.2 does."""
 
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":bool")]
@@ -154,9 +155,9 @@ def train(
     continues exactly: fastvdm train OUTPUT --resume. Ctrl-C and SIGTERM finish the step, save and
     end; SIGUSR1 saves.
     """
-    if hasattr(signal, "SIGUSR1"):  # before the first step there is nothing to save
+    if hasattr(signal, "SIGUSR1"):  # there is nothing to save before the first step
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Imported here: it pulls in accelerate.
+    # Imported here because it imports accelerate.
     training = importlib.import_module("fastvdm.training.trainer")
     given = {name: parse(name, value) for name, value in values.items() if value is not None}
     stored = output / "config.json"
@@ -168,7 +169,7 @@ def train(
     elif resume and stored.is_file():
         base = read_config(stored)
     settings = TrainConfig.create({**base, **given, "output": str(output)})
-    # What a stored configuration names is not fetched: it may be of somebody else's folder.
+    # Do not download what a stored configuration names: somebody else may have written it.
     fetch = not resume or config is not None or "text_encoder" in given
     trainer = training.Trainer(settings, resume=resume, fetch=fetch, progress=not quiet)
     try:
@@ -187,7 +188,7 @@ def train(
 
 
 def _told(trainer: Any, last: Path) -> str:
-    """The last line of a run."""
+    """The last lines that a run prints."""
     c, lines = trainer.config, []
     if trainer.skipped:
         bad = trainer.output.path / "bad-clips.csv"
@@ -203,7 +204,7 @@ def _told(trainer: Any, last: Path) -> str:
 
 
 def _with_fields(command: Any) -> Any:
-    """``train`` with the generated options in place of ``**values``."""
+    """``train`` with the generated options instead of ``**values``."""
     own = [
         p
         for p in inspect.signature(command, eval_str=True).parameters.values()

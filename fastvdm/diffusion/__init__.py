@@ -1,4 +1,4 @@
-"""Schedules, losses, samplers and guidance: what knows time and noise (Ho et al. 2022)."""
+"""Schedules, losses, samplers and guidance of video diffusion (Ho et al. 2022)."""
 
 from __future__ import annotations
 

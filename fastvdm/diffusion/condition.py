@@ -1,7 +1,7 @@
-"""What is known about the video to be drawn, and how sampling is held to it.
+"""What is known about the video to be drawn, and how sampling enforces it.
 
-Frames at given places (prediction, interpolation, infill: Eq. 7) or the pixels of a mask
-(inpainting), a low-resolution version (Eq. 8), or both (Ho et al. 2022, §3.1).
+Known are frames at given places (prediction, interpolation, infill: Eq. 7), pixels in a mask
+(inpainting), a low-resolution version of the video (Eq. 8), or both (Ho et al. 2022, §3.1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvdm.runtime.choices import check_choice
 Method = Literal["reconstruction", "replacement"]
 Limit = Literal["stable", "none"]
 Replacement = Literal["marginal", "posterior"]
-Known = Literal["average", "bilinear"]  # the D of this package
+Known = Literal["average", "bilinear"]  # the downsamplings D of this package
 
 
 @dataclass(frozen=True)
@@ -30,41 +30,53 @@ class Condition:
 
     Args:
         frames: (B, C, K, H, W) known frames x^a in [-1, 1].
-        frame_index: their K places in the video, each once, in the order of ``frames``; negative
-            counts from the end. The first K by default (prediction). ``[0, -1]`` is interpolation.
-        mask: which values of ``frames`` are known, where not all are (inpainting): 1 or True at
-            known ones, 0 or False elsewhere, bool or any numbers. Five axes, each of 1 or of the
-            size of ``frames``, which then has all F frames of the video and no ``frame_index``;
-            what it holds at unknown places is not looked at.
-        low_res: (B, C, L, h, w) a low-resolution video.
-        low_res_index: the L frames it belongs to; the first L by default.
-        downsample: D of Eq. 8: "average" pooling (default; its adjoint is in the kernel),
-            "bilinear", or any differentiable callable on (B, C, L, H, W).
-        method: "reconstruction": x_tilde of Eqs. 7-8, with z^a replaced as well. "replacement":
-            replaced only, which lacks the term that ties the rest of the video to what is known.
-        guidance_weight: w_r of the known frames. The squared error is a sum over all elements, as
-            in the paper. "auto" (default) is 2 F/n for n known frames of F: 32 for 1 of 16, where
-            the paper takes 50, and 6.4 for 5 of 16, where it takes 9; less in the steps where that
-            would carry what all frames share beyond the known ones. 1 is the derived value; 0 is
-            replacement at the price of replacement.
-        low_res_weight: of the low resolution, in units of 1/|D|^2, the square of the largest gain
-            of a linear D (1/k^2 for averaging by k; measured for any other, at random values in
-            [-1, 1] where it is not linear). "auto" (default) ends the error of every step at once;
-            in the last step that is 1.
+        frame_index: the places of the K frames in the video, in the order of ``frames``, each once.
+            Negative places count from the end. The default is the first K (prediction); ``[0, -1]``
+            is interpolation.
+        mask: the known values of ``frames``, if not all are known (inpainting): 1 or True where
+            known, 0 or False elsewhere, as bool or numbers. It has five axes, each of size 1 or of
+            the size in ``frames``. ``frames`` then has all F frames of the video, and
+            ``frame_index`` is not given. The values at unknown places are ignored.
+        low_res: (B, C, L, h, w) a low-resolution video in [-1, 1].
+        low_res_index: the places of its L frames in the video; the first L by default.
+        downsample: D of Eq. 8: "average" pooling (default; the kernel has its adjoint), "bilinear",
+            or any differentiable callable on (B, C, L, H, W).
+        method: "reconstruction" computes x_tilde of Eqs. 7 and 8, and replaces z^a as well.
+            "replacement" only replaces z^a; it lacks the term that makes the rest of the video
+            consistent with what is known.
+        guidance_weight: reconstruction guidance weight w_r of the known frames. As in the paper,
+            the squared error is summed over all elements. "auto" (default) is 2 F/n for n known
+            frames of F: 32 for 1 of 16, where the paper uses 50, and 6.4 for 5 of 16, where it uses
+            9. It is lowered in the steps where it would overshoot in what all frames share. 1 is
+            the derived value; 0 equals replacement and costs no more.
+        low_res_weight: weight of the low resolution in units of 1/|D|^2, where |D| is the largest
+            gain of D. For averaging over k x k pixels |D|^2 is 1/k^2; for any other D it is
+            measured, at random values in [-1, 1] if D is not linear. "auto" (default) removes the
+            error of each step at once; it is 1 in the last step.
         guidance_limit: "stable" (default) lowers both weights in the steps where they would amplify
-            an error (``fastvdm.diffusion.stability``); a warning says so where a number was asked
-            for. "none" takes numbers as they are, and "auto" as 2 F/n and 1.
-        replacement: how z^a_s is drawn: "marginal", q(z_s | x^a) (default, the method as the paper
-            introduces it), or "posterior", q(z_s | x^a, z^a_t), its alternative: the weaker one
-            without guidance, at times the better one with it.
-        clip_before_loss: clamp x_hat to [-1, 1] before the error is taken. Saturated pixels then
-            get no gradient, so the default is not to; the paper does not say.
+            an error (``fastvdm.diffusion.stability``), with a warning if a number was given. "none"
+            uses numbers as given, and for "auto" 2 F/n and 1.
+        replacement: how z^a_s is drawn: "marginal" from q(z_s | x^a) (default, the method as the
+            paper introduces it) or "posterior" from q(z_s | x^a, z^a_t), the paper's alternative.
+            "posterior" is the weaker one without guidance and sometimes the better one with it.
+        clip_before_loss: clamp x_hat to [-1, 1] before the error is computed. Saturated pixels then
+            get no gradient, so the default is False; the paper does not say.
 
     Raises:
-        ValueError, TypeError: nothing known, places out of range or twice, sizes that do not fit,
-            a negative or non-finite weight, a guidance option with replacement, NaN or infinite
-            values at known places, a mask of other values than 0 and 1, of another shape, beside a
-            ``frame_index`` or of nothing.
+        ValueError: nothing is known; places are out of range or repeated; sizes do not fit; a
+            weight is negative or not finite; a guidance option is given with "replacement"; known
+            values are NaN or infinite; the mask has values other than 0 and 1 or another shape, is
+            given with ``frame_index``, or selects nothing.
+        TypeError: an option has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from fastvdm import UNet3D
+        >>> from fastvdm.diffusion import Condition, sample
+        >>> first = torch.rand(1, 3, 1, 16, 16) * 2 - 1  # one known frame
+        >>> network = UNet3D(16, dim_mults=(1, 2), attn_heads=2)
+        >>> sample(network, (1, 3, 4, 16, 16), num_steps=8, condition=Condition(first)).shape
+        torch.Size([1, 3, 4, 16, 16])
     """
 
     frames: Tensor | None = None
@@ -123,23 +135,24 @@ class Condition:
                 raise ValueError(f"{name} holds NaN or infinite values")
 
     def known_values(self) -> Tensor | None:
-        """``frames``, with zeros at the places that a mask leaves out."""
+        """``frames``, with zeros where a mask marks values as unknown."""
         if self.mask is None or self.frames is None:
             return self.frames
         return torch.where(self.mask.to(self.frames.device), self.frames, 0)
 
     def _refuse(self, names: Sequence[str], what: str) -> None:
-        """Options that would do nothing; the class holds their defaults."""
+        """Refuse options that have no effect; the class attributes are their defaults."""
         for name in names:
             if getattr(self, name) != getattr(Condition, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is of {what}")
 
 
 def _mask(mask: Any, frames: Tensor | None, frame_index: Sequence[int] | None) -> Tensor:
-    """The mask as bool.
+    """Check the mask and convert it to bool.
 
     Raises:
-        ValueError, TypeError: see ``Condition``.
+        ValueError: see ``Condition``.
+        TypeError: see ``Condition``.
     """
     if frames is None:
         raise ValueError("mask says which values of frames are known: there are no frames")
@@ -175,10 +188,10 @@ def _weight(name: str, value: Any) -> float | str:
 
 
 def check_range(name: str, video: Tensor | None, clip: str | None) -> None:
-    """With clipping everything drawn is in [-1, 1], and so must be what is known.
+    """With clipping, all drawn values are in [-1, 1], so known values must be too.
 
     Raises:
-        ValueError: values beyond, or NaN.
+        ValueError: there are values outside that range, or NaN.
     """
     if video is None or clip is None or video.numel() == 0:
         return

@@ -1,5 +1,5 @@
-"""What a run takes from the settings of its network (``fastvdm.unet.Settings``) where the caller
-says nothing, and the names that stand for schedules and samplers."""
+"""The defaults that a run takes from the settings of its network (``fastvdm.unet.Settings``), and
+the names of schedules and samplers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ Clip = Literal["auto", "static", "dynamic"]
 
 
 def make_schedule(settings: Settings, time_input: str | None) -> CosineSchedule | DiscreteSchedule:
-    """The schedule, giving the network the time it takes; None is the schedule's own.
+    """Make the schedule of the settings. ``time_input`` is what the network takes as time; None
+    means the schedule's own.
 
     Raises:
-        ValueError: "cosine" for a network that takes step indices.
+        ValueError: the schedule is "cosine" and the network takes step indices.
     """
     index = time_input == "index"
     kind: dict[str, Any] = {} if time_input is None else {"time_input": time_input}
@@ -41,10 +42,12 @@ def make_schedule(settings: Settings, time_input: str | None) -> CosineSchedule 
 def schedule_for(
     model: Model, asked: Schedule | ScheduleName | None, time_input: str | None
 ) -> Schedule:
-    """As asked; else as the settings say; else the one of the time that the network takes.
+    """The schedule that was asked for, else that of the settings, else the one whose time the
+    network takes.
 
     Raises:
-        ValueError, TypeError: another name, no schedule, or one that does not fit the network.
+        ValueError: the name is unknown, or the schedule does not fit the network.
+        TypeError: the object is not a schedule.
     """
     check_choice("time_input", time_input, TimeInput | None)
     if isinstance(asked, str):
@@ -63,10 +66,12 @@ def schedule_for(
 def sampler_for(
     model: Model, sampler: Sampler | SamplerName | None, corrector: Langevin | str | None
 ) -> tuple[Sampler, Langevin | None]:
-    """Both as asked. Without a sampler the settings say both, with "ancestral" its gamma.
+    """The sampler and corrector that were asked for. Without a sampler the settings decide both;
+    "ancestral" takes its gamma from them.
 
     Raises:
-        ValueError, TypeError: another name, or no sampler or corrector.
+        ValueError: a name is unknown.
+        TypeError: an object is not a sampler or corrector.
     """
     told = told_by(model)
     if isinstance(corrector, str):
@@ -88,17 +93,17 @@ def sampler_for(
 
 
 def steps_for(model: Model, asked: int | None, schedule: Any) -> int | None:
-    """As asked; else of the settings, unless the schedule is an object of the caller's."""
+    """The number asked for, else that of the settings unless the schedule is an object."""
     if asked is not None or not (schedule is None or isinstance(schedule, str)):
         return asked
     return told_by(model).get("num_steps")
 
 
 def clip_for(model: Model, asked: Clip | None) -> Clip | None:
-    """As asked; "auto" is none for a network whose settings say that it draws latents.
+    """The clipping asked for. "auto" means none if the settings say that the network draws latents.
 
     Raises:
-        ValueError: another word.
+        ValueError: the word is unknown.
     """
     check_choice("clip", asked, Clip | None)
     if asked != "auto":
@@ -107,10 +112,11 @@ def clip_for(model: Model, asked: Clip | None) -> Clip | None:
 
 
 def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...]:
-    """(B, C, F, H, W) as asked, or B videos as the settings describe them, one by default.
+    """The shape (B, C, F, H, W): as asked, or B videos (default 1) as the settings describe them.
 
     Raises:
-        ValueError, TypeError: no five extents, or a network that does not say them.
+        ValueError: there are not five extents, or the network's settings do not say them.
+        TypeError: an extent is not an int.
     """
     if (isinstance(asked, Integral) and not isinstance(asked, bool)) or asked is None:
         told, channels = told_by(model), getattr(unwrap(model), "channels", None)
@@ -131,7 +137,7 @@ def shape_for(model: Model, asked: Sequence[int] | int | None) -> tuple[int, ...
 
 
 def check_value_range(value_range: Any) -> tuple[float, float]:
-    """Raises ValueError, TypeError unless it is (low, high), both finite, low < high."""
+    """Check that it is (low, high), finite, with low < high; raise ValueError or TypeError."""
     try:
         low, high = value_range
     except (TypeError, ValueError):
@@ -144,10 +150,10 @@ def check_value_range(value_range: Any) -> tuple[float, float]:
 
 
 def check_object(name: str, value: Any, method: str, example: str, names: Any) -> None:
-    """The classes have the method too, but cannot be called by it.
+    """Check that an object has the method. Its class has the method too, but no instance.
 
     Raises:
-        TypeError: it does not do what such an object does.
+        TypeError: the object lacks the method, or it is a class.
     """
     if isinstance(value, type) or not callable(getattr(value, method, None)):
         words = ", ".join(map(repr, names.__args__))

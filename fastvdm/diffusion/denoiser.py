@@ -1,4 +1,4 @@
-"""How samplers and losses call a network: ours, the peer's, or any callable."""
+"""How samplers and losses call a network: a ``UNet3D``, the peer's, or any callable."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Model = Callable[..., Tensor]  # model(z (B, C, F, H, W), time (B,), cond=...) -
 
 
 def unwrap(model: Model) -> Model:
-    """The network inside wrappers that hide its methods (DDP, ``AveragedModel`` with EMA)."""
+    """The network inside wrappers that hide its methods (DDP, an EMA ``AveragedModel``)."""
     inner = getattr(model, "module", None)
     return unwrap(inner) if isinstance(model, nn.Module) and isinstance(inner, nn.Module) else model
 
 
 def module_of(model: Model) -> nn.Module | None:
-    """The module behind a callable: itself, or the owner of a bound method; else None."""
+    """The module behind a callable: the callable itself, the owner of a bound method, or None."""
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 
 
 def time_input_of(model: Model, schedule_default: str, asked: str | None) -> str:
-    """What the network is given as time: as asked, else as it says itself, else as its schedule."""
+    """Which time the network takes: as asked, else its own ``time_input``, else the schedule's."""
     own = getattr(unwrap(model), "time_input", None)
     return asked or (own if isinstance(own, str) else schedule_default)
 
 
 def told_by(model: Model) -> Mapping[str, Any]:
-    """The fields of ``fastvdm.unet.Settings`` that the network carries; none of a callable."""
+    """The fields of ``fastvdm.unet.Settings`` that the network has; empty for other callables."""
     settings = getattr(unwrap(model), "settings", None)
     return settings if isinstance(settings, Mapping) else {}
 
 
 def prediction_of(model: Model, asked: Prediction | None) -> Prediction:
-    """What the network returns: as asked, else as the ``settings`` it was loaded with say, else
-    "eps". Raises ValueError for another name."""
+    """What the network returns: as asked, else as its ``settings`` say, else "eps". Raises
+    ValueError if the name is unknown."""
     own: Any = told_by(model).get("prediction", "eps")
     check_prediction(own if asked is None else asked)
     return own if asked is None else asked
@@ -49,14 +49,14 @@ def prediction_of(model: Model, asked: Prediction | None) -> Prediction:
 
 @contextmanager
 def input_gradient(model: Model) -> Iterator[None]:
-    """Gradients flow to the input of ``model`` and to nothing else.
+    """Let gradients flow to the input of ``model`` and to nothing else.
 
-    Inside, its parameters do not require a gradient: backward is dgrad only, no weight gradient is
-    computed, and activations that only a weight gradient needs are not saved. The flags are put
-    back on exit, also after an error, and ``.grad`` is not touched.
+    Inside the context its parameters do not require a gradient: the backward pass computes only
+    dgrad, no weight gradients, and activations needed only for weight gradients are not saved. The
+    flags are restored on exit, also after an error; ``.grad`` is not touched.
 
-    A module compiled before entering keeps the graph it has traced: the result is the same, the
-    saving may not be. Compile inside the context, or freeze the network yourself.
+    A module compiled before entering keeps the graph it has traced: the result is the same, but
+    the work may not be saved. Compile inside the context, or freeze the network yourself.
     """
     module = module_of(model)
     frozen = [p for p in module.parameters() if p.requires_grad] if module is not None else []
@@ -71,7 +71,7 @@ def input_gradient(model: Model) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """Dropout and its like off; each submodule's own training flag is put back on exit."""
+    """Switch dropout etc. off; the training flag of each submodule is restored on exit."""
     module = module_of(model)
     training = [m for m in module.modules() if m.training] if module is not None else []
     for m in training:
@@ -87,17 +87,19 @@ class Denoiser:
     """A network with its conditioning and classifier-free guidance.
 
     Args:
-        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``, z (B, C, F, H, W),
-            time (B,), returning the shape of z. A module with ``forward_with_cond_scale`` (UNet3D
-            and the peer's Unet3D) is asked for guidance through it.
+        model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)`` with z (B, C, F, H,
+            W) and time (B,), returning the shape of z. A module with ``forward_with_cond_scale``
+            (``UNet3D``, the peer's ``Unet3D``) computes the guidance itself.
         cond: (B, ...) conditioning, or None.
-        guidance_scale: 1 + w of Eq. 6: eps = eps(z) + scale (eps(z, c) - eps(z)); 1 is no guidance.
-            Published "weights" are ambiguous between w and 1 + w, hence the name.
-        null_cond: (1 or B, ...) what stands for "no condition" in a plain callable; zeros by
-            default, as in the paper. One batched pass serves both halves.
+        guidance_scale: 1 + w of Eq. 6: eps = eps(z) + scale (eps(z, c) - eps(z)); 1 means no
+            guidance. It is not called a weight, because published weights are w or 1 + w.
+        null_cond: (1 or B, ...) the null condition for a callable without
+            ``forward_with_cond_scale``; zeros by default, as in the paper. One batched pass
+            computes both branches.
 
     Raises:
-        TypeError, ValueError: no callable, a scale below 0, guidance without a condition.
+        TypeError: ``model`` is not callable.
+        ValueError: the scale is below 0, or guidance is asked for without a condition.
     """
 
     def __init__(
@@ -132,20 +134,21 @@ class Denoiser:
         self._dtype = parameters.dtype if parameters is not None else None
 
     def compute_dtype(self, device: str) -> torch.dtype | None:
-        """Of the network's arithmetic as far as it can be seen: autocast, or its parameters."""
+        """The dtype in which the network computes: autocast's, else that of its parameters."""
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self._dtype
 
     def __call__(self, z: Tensor, time: Tensor) -> Tensor:
-        """The network's output at z (B, C, F, H, W), time (B,): same shape, the network's dtype.
+        """The network's output at z (B, C, F, H, W) and time (B,): same shape, its own dtype.
 
         Raises:
-            ValueError, TypeError: the network returns another shape, or no tensor.
+            ValueError: the network returns another shape.
+            TypeError: the network does not return a tensor.
         """
         device = z.device.type
         if self._dtype is not None and self._dtype != z.dtype:
-            # 16-bit weights outside autocast take 16-bit input; the sampler's state stays wide
+            # 16-bit weights without autocast need 16-bit input; the sampler's state stays wide.
             narrow = not torch.is_autocast_enabled(device) and self._dtype.is_floating_point
             x = z.to(self._dtype) if narrow else z
         else:

@@ -1,4 +1,4 @@
-"""D of Eq. 8: from a video to its low resolution, and how large its gain is."""
+"""The downsampling D of Eq. 8 and its largest gain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def average_downsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def bilinear_downsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """torch's bilinear interpolation per frame, without antialiasing (at factor 2 = averaging)."""
+    """Bilinear interpolation of each frame, without antialiasing (averaging at factor 2)."""
     b, c, f = x.shape[:3]
     images = x.transpose(1, 2).flatten(0, 1)
     small = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
@@ -25,8 +25,8 @@ def bilinear_downsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def norm_squared(down: Downsample, zeros: Tensor) -> Tensor:
-    """(B,) |D|^2, the largest ||D v||^2/||v||^2, by power iteration; of the slope of D where it has
-    one. 1 for a sample that D does not look at.
+    """Measure |D|^2, the largest ||D v||^2/||v||^2, per sample (B,) by power iteration. If D is not
+    linear its derivative is used. The result is 1 for a sample that D ignores.
 
     Raises:
         ValueError: D is not differentiable, not finite, or does not depend on its input.
@@ -34,7 +34,7 @@ def norm_squared(down: Downsample, zeros: Tensor) -> Tensor:
     g = torch.Generator().manual_seed(0)
     at, v = torch.rand((2, *zeros.shape), generator=g, dtype=zeros.dtype).to(zeros.device)
     at = 2 * at - 1
-    v, step = v + 1, 0.01  # averages are largest on constants
+    v, step = v + 1, 0.01  # averages have their largest gain on constants
     with torch.enable_grad():
         at.requires_grad_()
         value = down(at)
@@ -44,7 +44,9 @@ def norm_squared(down: Downsample, zeros: Tensor) -> Tensor:
         gain = torch.zeros(len(v))
         for _ in range(16):
             v = v / size.to(v).clamp_min(1e-30)
-            slope = (down(at.detach() + step * v).detach() - value.detach()) / step  # J v
+            slope = (
+                down(at.detach() + step * v).detach() - value.detach()
+            ) / step  # J v, D's Jacobian J
             (v,) = torch.autograd.grad(
                 value, at, slope, retain_graph=True, allow_unused=True, materialize_grads=True
             )

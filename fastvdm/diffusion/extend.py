@@ -1,8 +1,8 @@
-"""Videos longer, denser in time or larger than one network call: a window that moves along them.
+"""Draw videos that are longer, denser in time or larger than one network call, window by window.
 
-Each window is one conditional ``sample``: what is given inside it, plus the frames that the windows
-before it have drawn, are known (Ho et al. 2022, §3.1 and §4.3.3). Only one window is in memory on
-the device at a time.
+Each window is one conditional ``sample``. Known in it are the given frames and the frames that
+earlier windows have drawn (Ho et al. 2022, §3.1 and §4.3.3). Only one window at a time is in the
+memory of the device.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def extend_blocks(
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """The new frames of ``extend``, one (B, C, <= window - overlap, H, W) block after the other.
+    """Yield the new frames of ``extend`` in blocks of (B, C, <= window - overlap, H, W).
 
-    Memory does not grow with ``num_frames``: write each block out and drop it.
+    Memory does not grow with ``num_frames`` if each block is written out and dropped. Arguments and
+    errors are those of ``extend``.
     """
     check_video(video, "video")
     given = video.shape[2]
@@ -52,7 +53,7 @@ def extend_blocks(
     if num_frames < window:
         raise ValueError(f"num_frames must be at least the window {window}, got {num_frames}")
     places = range(given)
-    if given > window:  # older frames can be in no window
+    if given > window:  # a window never reaches back to older frames
         places, video = range(given - window, given), video[:, :, -window:]
     timeline = Timeline(num_frames, video, places)
     b, c, _, h, w = video.shape
@@ -78,25 +79,25 @@ def extend(
     seed: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Continues a video block-autoregressively to any length (paper §3.1, Table 6).
+    """Continue a video block-autoregressively to any length (paper §3.1, Table 6).
 
     Args:
         model: as for ``sample``.
-        video: (B, C, F, H, W) in [-1, 1]; kept as it is.
+        video: (B, C, F, H, W) in [-1, 1]; it is the beginning of the result.
         num_frames: frames of the result.
-        window: frames of one network call, what it was trained on (16).
-        overlap: frames of the past that a window is conditioned on. The paper conditions BAIR on 1
-            and Kinetics on 5 in prediction and does not say for extension; 1 is the default.
-        seed: an int; each window gets a stream of its own.
+        window: frames per network call, as in training (16).
+        overlap: known frames at the beginning of a window. In prediction the paper conditions on 1
+            frame for BAIR and 5 for Kinetics; for extension it does not say. The default is 1.
+        seed: an int; each window gets its own stream of noise.
         options: ``method``, ``guidance_weight``, ``guidance_limit``, ``replacement`` and
-            ``clip_before_loss`` as in ``Condition``; all others go to ``sample``.
+            ``clip_before_loss`` are those of ``Condition``; all others go to ``sample``.
 
     Returns:
-        (B, C, num_frames, H, W) fp32 on the CPU. The device holds one window at a time; with
-        ``extend_blocks`` the result need not be in memory either.
+        (B, C, num_frames, H, W) fp32 on the CPU. With ``extend_blocks`` the result need not be in
+        memory as a whole.
 
     Raises:
-        ValueError: fewer frames asked than given, a window or overlap out of range.
+        ValueError: ``num_frames`` is below F, or ``window`` or ``overlap`` is out of range.
     """
     new = extend_blocks(
         model, video, num_frames, window=window, overlap=overlap, seed=seed, **options
@@ -115,25 +116,28 @@ def interpolate_frames(
     seed: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Raises the frame rate: frame i of ``video`` becomes frame ``factor * i`` of the result, the
-    frames between are drawn (paper §3.1: x^a are the low-rate frames).
+    """Raise the frame rate of a video: draw the frames between the given ones (paper §3.1).
+
+    Frame i of ``video`` becomes frame ``factor * i`` of the result; these are the x^a of Eq. 7.
 
     Args:
-        model: trained at the higher frame rate.
-        factor: at least 2.
-        window: frames of one network call.
-        overlap: frames before the first missing one that the next window sees, 0 as 1; a
-            window draws up to the last given frame in it, so ``factor <= window - overlap``
-            unless one window holds all that is given.
-        num_frames: of the result; (F - 1) * factor + 1 by default, which ends on a given frame.
+        model: a network trained at the higher frame rate.
+        video: (B, C, F, H, W) in [-1, 1].
+        factor: ratio of the frame rates, at least 2.
+        window: frames per network call.
+        overlap: known frames before the first missing one of a window; 0 acts like 1. A window
+            draws up to the last given frame in it, so ``factor <= window - overlap`` unless one
+            window holds all given frames.
+        num_frames: frames of the result; (F - 1) * factor + 1 by default, so that it ends on a
+            given frame.
+        seed: as for ``extend``.
         options: as for ``extend``.
 
     Returns:
         (B, C, num_frames, H, W) fp32 on the CPU.
 
     Raises:
-        ValueError: a factor, window, overlap or number of frames out of range, or a factor above
-            ``window - overlap``.
+        ValueError: an argument is out of range, or ``factor`` is above ``window - overlap``.
     """
     check_video(video, "video")
     if factor < 2:
@@ -166,28 +170,30 @@ def upscale(
     seed: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draws a video whose downsampled version is ``low_res``, by Eq. 8 and autoregression.
+    """Draw a video whose downsampled version is ``low_res``, by Eq. 8 and autoregression.
 
-    The network is an ordinary unconditional one of the larger size: it knows nothing of the low
-    resolution (paper Fig. 2).
+    The network is an ordinary unconditional one of the larger size, trained without low-resolution
+    input (paper Fig. 2).
 
     Args:
-        model: draws (B, C, window, *size).
+        model: a network that draws (B, C, window, *size).
         low_res: (B, C, L, h, w) in [-1, 1].
         size: (H, W) of the result.
-        window, overlap: as for ``extend``; the paper's network has 9 frames and its overlap is not
-            given.
-        frameskip: low-resolution frame i is frame ``frameskip * i`` of the result; above 1 a window
-            draws up to the last of them in it, so ``frameskip <= window - overlap``.
-        num_frames: of the result, L * frameskip by default; the last ``frameskip - 1`` then have no
-            low-resolution frame after them.
-        options: as for ``extend``; ``downsample`` and ``low_res_weight`` as in ``Condition``.
+        window: frames per network call; 9 in the paper.
+        overlap: as for ``extend``; the paper does not give it.
+        frameskip: low-resolution frame i is frame ``frameskip * i`` of the result. Above 1 a window
+            draws up to the last such frame in it, so ``frameskip <= window - overlap``.
+        num_frames: frames of the result; L * frameskip by default. The last ``frameskip - 1`` then
+            have no low-resolution frame after them.
+        seed: as for ``extend``.
+        options: as for ``extend``; ``downsample`` and ``low_res_weight`` are those of
+            ``Condition``.
 
     Returns:
         (B, C, num_frames, H, W) fp32 on the CPU.
 
     Raises:
-        ValueError: sizes, a window or an overlap out of range, or such a frameskip too large.
+        ValueError: a size, ``window``, ``overlap`` or ``frameskip`` is out of range.
     """
     return collect(
         _upscale(model, low_res, size, window, overlap, frameskip, num_frames, seed, options), None
@@ -205,7 +211,7 @@ def _upscale(
     seed: int | None,
     options: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """The windows of ``upscale``; everything is checked, nothing drawn yet."""
+    """The windows of ``upscale``, lazily; all checks are done at the call."""
     check_video(low_res, "low_res")
     if not isinstance(size, Sequence) or len(size) != 2:
         raise TypeError(f"size must be (H, W), got {size!r}")
@@ -240,20 +246,29 @@ def cascade(
     base_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The two-stage cascade of Fig. 2: a coarse video, then one larger and denser in time.
+    """The two-stage cascade of Fig. 2: draw a coarse video, then upscale it in space and time.
 
-    In the paper 16x64x64 at frameskip 4 by ``base``, then 64x128x128 at frameskip 1 by a 9-frame
-    network: ``cascade(base, sr, (1, 3, 16, 64, 64), (128, 128), window=9)``.
+    In the paper ``base`` draws 16x64x64 at frameskip 4, and a 9-frame network makes 64x128x128 at
+    frameskip 1: ``cascade(base, sr, (1, 3, 16, 64, 64), (128, 128), window=9)``.
 
     Args:
-        shape: (B, C, F, h, w) of the coarse video. size: (H, W) of the result.
-        base_options: of the first ``sample``; ``options``: of the second stage, as for ``upscale``.
+        base: network of the first stage, for ``sample``.
+        upsampler: network of the second stage, for ``upscale``.
+        shape: (B, C, F, h, w) of the coarse video.
+        size: (H, W) of the result.
+        window: as for ``upscale``.
+        overlap: as for ``upscale``.
+        frameskip: as for ``upscale``.
+        seed: as for ``extend``.
+        base_options: options of ``sample`` for the first stage.
+        options: options of ``upscale`` for the second stage.
 
     Returns:
         (coarse (B, C, F, h, w), fine (B, C, F * frameskip, H, W)).
 
     Raises:
-        ValueError, TypeError: as ``upscale``, before anything is drawn.
+        ValueError: as ``upscale``, before anything is drawn.
+        TypeError: as ``upscale``, before anything is drawn.
     """
     first = dict(base_options or {})
     clips = [
@@ -266,7 +281,7 @@ def cascade(
         )
     later = None if seed is None else seed + 1
     plan = (size, window, overlap, frameskip, None, later, options)
-    if len(shape) == 5:  # checked before the first stage is drawn for nothing
+    if len(shape) == 5:  # check the second stage before the first one is drawn
         _upscale(upsampler, torch.zeros(tuple(shape)), *plan)
     coarse = sample(base, shape, seed=seed, **first)
     return coarse, collect(_upscale(upsampler, coarse, *plan), None)

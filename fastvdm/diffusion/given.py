@@ -1,4 +1,4 @@
-"""A ``Condition`` as the steps of a run need it: checked against a shape, on the device."""
+"""A ``Condition`` in the form that sampling steps need: checked against a shape, on the device."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from fastvdm.diffusion.downsample import Downsample, bilinear_downsample, norm_s
 
 
 class Given:
-    """A ``Condition`` checked against the shape (B, C, F, H, W) to be drawn, on the device: all
-    that a step needs.
+    """A ``Condition`` checked against the shape (B, C, F, H, W) of the video, on the device.
 
     Raises:
-        ValueError, TypeError: sizes or places that do not fit the shape.
+        ValueError: sizes or places do not fit the shape.
+        TypeError: places are not ints.
     """
 
     def __init__(self, condition: Condition, shape: tuple[int, ...], device, dtype) -> None:
         f = shape[2]
         self.limited = condition.guidance_limit == "stable"
-        # Numbers, or "auto"; 0 where there is nothing of the kind.
-        self.weight: float | str = 0.0  # w_r
+        # The weights are numbers or "auto"; 0 without such a condition.
+        self.weight: float | str = 0.0  # reconstruction guidance weight w_r
         self.low_weight: float | str = 0.0  # in units of 1/|D|^2
-        self.norm_squared = torch.ones(1)  # |D|^2, one or (B,)
-        # Of the values of a video how many there are and are known, one or (B,); frames for frames.
+        self.norm_squared = torch.ones(1)  # |D|^2, (1,) or (B,)
+        # Number of all values of a video and of its known ones, (1,) or (B,); of frames if whole
+        # frames are known.
         self.count = torch.tensor([float(f)], dtype=torch.float64)
         self.num_known = torch.zeros(1, dtype=torch.float64)
         self.replacement = condition.replacement
         self.clip_before_loss = condition.clip_before_loss
         self.known: Tensor | None = None
         self.slot: Tensor | None = None
-        self.mask: Tensor | None = None  # bool, of the values of ``known`` that are known
+        self.mask: Tensor | None = None  # bool: which values of ``known`` are known
         self.low_res: Tensor | None = None
         self.low_slot: Tensor | None = None
         self._down: Downsample | None = None
@@ -83,7 +84,7 @@ class Given:
             got = tuple(trial.shape) if isinstance(trial, Tensor) else type(trial).__name__
             raise ValueError(f"downsample gives {got}, low_res is {tuple(low.shape)}")
         if condition.low_res_weight != 0:
-            # a D of one's own may do something else with every sample, as a mask does
+            # A caller's D may differ between samples, as a mask does.
             same = condition.downsample == "bilinear"
             self.norm_squared = norm_squared(self._down, zeros[:1] if same else zeros)
 
@@ -93,28 +94,28 @@ class Given:
 
     @property
     def autograd_low_res(self) -> bool:
-        """Whether D is not the average pooling that the kernel knows."""
+        """Whether D is something other than the average pooling that the kernel implements."""
         return self._down is not None
 
     def targets(self) -> dict[str, Tensor | None]:
-        """The arguments of ``guidance_seed`` that the kernel resolves by itself."""
+        """The arguments of ``guidance_seed`` for the terms that the kernel computes itself."""
         out: dict[str, Tensor | None] = self.frames()
         if self.low_res is not None and self._down is None:
             out |= {"low_res": self.low_res, "low_slot": self.low_slot}
         return out
 
     def frames(self) -> dict[str, Tensor | None]:
-        """The arguments of the kernels on whole known frames."""
+        """The arguments of the kernels for whole known frames."""
         return {} if self.mask is not None else {"known": self.known, "slot": self.slot}
 
     def seed_of_pixels(
         self, z: Tensor, model_out: Tensor, x_hat: Tensor, coef: Tensor, seed: Tensor
     ) -> Tensor:
-        """``seed`` of ``guidance_seed`` with the part of the known pixels of a mask."""
+        """Add the term of the known pixels of a mask to the ``seed`` of ``guidance_seed``."""
         assert self.mask is not None and self.known is not None
         p_z, p_m, scale = (coef[:, i].reshape(-1, 1, 1, 1, 1) for i in (0, 1, 2))
         here = self.mask
-        if self.clip_before_loss:  # saturated values have no gradient
+        if self.clip_before_loss:  # saturated values get no gradient
             here = here & ((p_z * z + p_m * model_out.to(z.dtype)).abs() <= 1)
         pixels = torch.where(here, 2 * scale * (x_hat - self.known), 0)
         return (seed.to(z.dtype) + pixels).to(seed.dtype)
@@ -122,7 +123,7 @@ class Given:
     def extra_gradient(self, z: Tensor, model_out: Tensor, coef: Tensor) -> Tensor:
         """d||y - D(x_hat)||^2/dx_hat for any differentiable D, by autograd through D alone.
 
-        The direction D^T(2(D x_hat - y)); these few launches are the price of a D of one's own.
+        The direction is D^T(2(D x_hat - y)). A caller's D costs these few extra launches.
         """
         assert self._down is not None and self.low_res is not None
         p_z, p_m = (coef[:, i].reshape(-1, 1, 1, 1, 1) for i in (0, 1))
@@ -137,10 +138,10 @@ class Given:
 
 
 def check_factor(condition: Condition, size: Sequence[int]) -> float:
-    """By how much (H, W) is larger than ``low_res``; any factor but of averaging is 1.
+    """The factor between (H, W) and ``low_res``; 1 unless D is averaging.
 
     Raises:
-        ValueError: averaging over parts of pixels, or a size that is not square blocks of them.
+        ValueError: averaging would split pixels, or the blocks of pixels are not square.
     """
     if condition.low_res is None or condition.downsample != "average":
         return 1.0
@@ -186,7 +187,7 @@ def _send(video: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _slots(index: list[int], frames: int, device: torch.device) -> Tensor:
-    """(F,) int32: the place of each frame among the given ones, -1 for the others."""
+    """(F,) int32: the index of each frame among the given ones, -1 for the others."""
     slots = torch.full((frames,), -1, dtype=torch.int32)
     slots[torch.tensor(index)] = torch.arange(len(index), dtype=torch.int32)
     return slots.to(device)

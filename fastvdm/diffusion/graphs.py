@@ -1,10 +1,10 @@
 """Sampling steps as CUDA graphs: recorded once, replayed for every row of the plan.
 
-At batch 1 a step is bound by the launches of its thousand kernels; a graph makes one of them. The
-buffers that a graph reads stay where they are, so a row is copied into them, and the place in the
-noise stream is a number on the device beside the seeds. Rows differ in kind (whether they draw
-noise, whether they differentiate): each kind has a graph of its own, and a kind with few rows, such
-as the last step, which has no noise, runs as it is.
+At batch 1 a step is bound by the launches of about a thousand kernels; a graph makes them one
+launch. A graph reads buffers at fixed addresses, so each row is copied into them; the position in
+the noise stream is a number on the device next to the seeds. Rows differ in kind (whether they draw
+noise, whether they differentiate), and each kind has its own graph. A kind with few rows is run
+without one, e.g. the last step, which has no noise.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fastvdm.layers.plain import hangs_on
 from fastvdm.unet.network import FactorizedUNet
 
 Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
-# Records a step: (replay, the outputs that every replay overwrites).
+# Records a step. Returns a replay function and the outputs that every replay overwrites.
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 FEWEST_ROWS = 4  # a recording costs the time of three steps
-# Where nobody asked: a recording pays where the host is well behind the device, and it may not be.
+# The same bound if the caller did not ask: a recording pays only if the host is the bottleneck.
 FEWEST_ROWS_UNASKED = 16
-# Values of the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 a video: of eight the roof is 4 ms
-# (bench/static.py), about what a host takes for its launches.
+# Number of values at the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 per video. The roofline
+# time of eight such videos is 4 ms (bench/static.py), about what the host needs for the launches.
 SMALL = 1 << 25
 _CAPTURING = threading.Lock()  # torch captures one graph at a time
 
 
 def why_not(device: torch.device, generator: torch.Generator | None, downsample: Any) -> str | None:
-    """What a graph cannot hold: no CUDA device, noise from a generator, or a downsampling of the
-    caller's; None where it can."""
+    """Why a graph cannot record the run, or None: no CUDA device, noise from a generator, or a
+    caller's downsampling."""
     if device.type != "cuda":
         return f"needs a CUDA device, the videos are on {device}"
     if generator is not None:
@@ -54,14 +54,15 @@ def why_not(device: torch.device, generator: torch.Generator | None, downsample:
 def decide(
     asked: bool | Literal["auto"], model: Any, shape: Sequence[int], reason: str | None
 ) -> bool:
-    """Whether steps are recorded, where ``reason`` says why they cannot be.
+    """Whether steps are recorded. ``reason`` says why they cannot be, or is None.
 
-    "auto" records a network that is all ours and on which nothing hangs, as of others nobody knows
-    whether they wait for the device or keep state; and a small batch, of ``shape`` as the network
-    sees it: a large one keeps the device busy, and a graph's memory is its own. NOT MEASURED.
+    "auto" records small batches of a network that consists of modules of torch and fastvdm without
+    hooks. Other modules may synchronise with the device or keep state. Large batches keep the
+    device busy without a graph, and a graph needs memory of its own. ``shape`` is the batch as the
+    network sees it. NOT MEASURED.
 
     Raises:
-        ValueError: ``asked`` is True and there is a reason, or it is none of the three.
+        ValueError: ``asked`` is True and there is a reason, or ``asked`` is another value.
     """
     if asked is True and reason is not None:
         raise ValueError(f"cuda_graph=True {reason}")
@@ -76,26 +77,26 @@ def decide(
 
 
 def _ours(module: nn.Module) -> bool:
-    """A module of torch's or of this package, called as it is written."""
+    """Whether a module is of torch or fastvdm and its ``forward`` is called unchanged."""
     known = type(module).__module__.split(".")[0] in ("torch", "fastvdm")
     return known and not hangs_on(module) and module._compiled_call_impl is None
 
 
 def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """``step`` recorded as a CUDA graph on the current device.
+    """Record ``step`` as a CUDA graph on the current device.
 
     Raises:
-        RuntimeError: something in the step waits for the device, or allocates outside of it.
+        RuntimeError: the step synchronises with the device or allocates outside the graph's pool.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are compiled and workspaces made outside of the recording
+        for _ in range(2):  # compile kernels and allocate workspaces before the recording
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads go on allocating.
+        # Other threads may keep allocating.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = step()
     except RuntimeError as error:
@@ -108,7 +109,7 @@ def capture_cuda(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outpu
 
 
 class DeviceNoise:
-    """Seeds with their place in the stream, (B, 2) int64 on the device."""
+    """Seeds with their position in the noise stream, (B, 2) int64 on the device."""
 
     def __init__(self, seeds: Tensor) -> None:
         self.rng = torch.stack((seeds, torch.zeros_like(seeds)), dim=1)
@@ -118,11 +119,11 @@ class DeviceNoise:
 
 
 class _Graph:
-    """One kind of step: its static inputs, the recording, and what that writes."""
+    """One kind of step: its static inputs, its recording and its outputs."""
 
     def __init__(self, advance: Callable[..., Outputs], z: Tensor, row: Any, noise: Any) -> None:
         self.z = z.clone()
-        # Only what this kind reads is copied at each step.
+        # Each step copies only what this kind reads.
         self._names = ("time", "guide", "after") if row.guided else ("time", "direct")
         self.row = row._replace(**{n: getattr(row, n).clone() for n in self._names})
         self._step = lambda: advance(self.z, self.row, noise)
@@ -139,16 +140,16 @@ class _Graph:
 
 
 class StepGraphs:
-    """Advances a run by graphs where a kind of row has enough rows, else by ``advance`` itself.
+    """Run steps as graphs if their kind has enough rows, otherwise by calling ``advance``.
 
     Args:
         advance: ``advance(z, row, noise) -> (x_tilde, z_next)``, a function of tensors only.
         seeds: (B,) int64 on the device.
-        rows: all rows (of the sampler's plan) that will be run, in any order.
-        count: draws made so far; a row that draws moves it on.
-        asked: by the caller, to whom it is an error where a step cannot be recorded; else that is
-            a warning, and the steps run as they are.
-        capture: what records; the tests give one that calls again.
+        rows: all rows of the sampler's plan that will be run, in any order.
+        count: number of draws so far; a row that draws increments it.
+        capture: the function that records; the tests pass one that calls the step again.
+        asked: whether the caller asked for graphs. If so, a step that cannot be recorded is an
+            error; otherwise it is a warning, and the steps run without graphs.
     """
 
     def __init__(
@@ -168,15 +169,15 @@ class StepGraphs:
         self._graphs: dict[tuple[bool, bool], _Graph] = {}
 
     def __call__(self, z: Tensor, row: Any) -> Outputs:
-        """(x_tilde, z_next), which the next call of the same kind overwrites."""
+        """Return (x_tilde, z_next); the next call of the same kind overwrites them."""
         if row.noisy:
-            self._noise.rng[:, 1].fill_(self._count)  # a kernel's argument: no wait
+            self._noise.rng[:, 1].fill_(self._count)  # a kernel argument: no synchronisation
             self._count += 1
         kind = (row.noisy, row.guided)
         if kind not in self._recorded:
             return self._advance(z, row, self._noise)
         if kind not in self._graphs:
-            if not _CAPTURING.acquire(blocking=self._asked):  # another thread records: next time
+            if not _CAPTURING.acquire(blocking=self._asked):  # another thread is recording
                 return self._advance(z, row, self._noise)
             graph = _Graph(self._advance, z, row, self._noise)
             try:

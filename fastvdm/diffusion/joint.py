@@ -1,9 +1,9 @@
 """Joint image-video training: independent image frames appended to each video.
 
 Ho et al. 2022, Video Diffusion Models, §3 and §4.3.1: K frames of random other videos of the data
-set follow the F frames of a video; in temporal attention they attend to themselves only
-(``num_images=K`` of ``UNet3D``). They are exactly isolated only if no other operation mixes frames:
-build the network with ``norm_per_frame=True``.
+set follow the F frames of a video. In temporal attention they attend to themselves only
+(``num_images=K`` of ``UNet3D``). They are exactly isolated only if no other operation mixes frames,
+so build the network with ``norm_per_frame=True``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastvdm.diffusion.schedule import CosineSchedule
 
 
 def append_images(video: Tensor, images: Tensor) -> Tensor:
-    """(B, C, F, H, W) and (B, C, K, H, W) → (B, C, F + K, H, W).
+    """Append images to videos: (B, C, F, H, W) and (B, C, K, H, W) → (B, C, F + K, H, W).
 
     Raises:
-        ValueError: anything but the number of frames differs.
+        ValueError: the shapes differ in more than the number of frames.
     """
     v, i = tuple(video.shape), tuple(images.shape)
     if video.ndim != 5 or images.ndim != 5 or v[:2] != i[:2] or v[3:] != i[3:]:
@@ -36,15 +36,18 @@ def append_images(video: Tensor, images: Tensor) -> Tensor:
 def images_from_batch(
     video: Tensor, num_images: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """K random frames for each video, taken from the other videos of the batch.
+    """Draw K random frames for each video from the other videos of the batch.
 
     Args:
         video: (B, C, F, H, W), B >= 2.
+        num_images: K.
         generator: a CPU generator; the global one by default.
+
     Returns:
-        (B, C, K, H, W). Frames of one sample come from different videos as long as there are any.
+        (B, C, K, H, W). The frames of one sample come from different videos if there are enough.
+
     Raises:
-        ValueError: a single video has no others.
+        ValueError: the batch has only one video.
     """
     _check_count(num_images)
     batch, _, frames = video.shape[:3]
@@ -64,15 +67,15 @@ def _check_count(num_images: int) -> None:
 
 
 def _others(own: int, total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` of the indices 0..total-1 but ``own``, uniform and in random order.
+    """``count`` of the indices 0..total-1 except ``own``, uniform and in random order.
 
-    They are distinct, or repeated by whole rounds where there are too few.
+    They are distinct; if there are too few, all are repeated in whole rounds.
     """
     rest = total - 1
     if 2 * count > rest > 0:
         rounds = [torch.randperm(rest, generator=generator) for _ in range(-(-count // rest))]
         order = torch.cat(rounds)[:count]
-    else:  # by rejection: a permutation of millions of videos for a few of them takes seconds
+    else:  # by rejection: a permutation of millions of videos takes seconds
         drawn: dict[int, None] = {}
         while len(drawn) < count:
             new = torch.randint(rest, (count - len(drawn),), generator=generator)
@@ -82,15 +85,17 @@ def _others(own: int, total: int, count: int, generator: torch.Generator | None 
 
 
 class JointDataset(Dataset):
-    """A data set of clips whose items carry K frames of random other items at their end.
+    """A data set of clips in which each item ends with K frames of random other items.
 
-    Items of ``dataset`` are clips (C, F, H, W), or pairs (clip, caption or other condition). Items
-    here are (C, F + K, H, W), or (that, captions) with 1 + K captions, the video's first. A method
-    ``dataset.frame(index)`` that returns one random frame (C, H, W) is used where there is one
-    (``VideoFolder``), so that a whole clip need not be decoded for it.
+    Args:
+        dataset: its items are clips (C, F, H, W) or pairs (clip, caption or other condition). If it
+            has a method ``frame(index)`` that returns one random frame (C, H, W), as
+            ``VideoFolder`` does, that is used, so that no whole clip is decoded for one frame.
+        num_images: K. Items become (C, F + K, H, W), or (that, captions) with 1 + K captions, the
+            video's first.
 
     Raises:
-        ValueError: fewer than two items.
+        ValueError: the data set has fewer than two items.
     """
 
     def __init__(self, dataset: Any, num_images: int) -> None:
@@ -129,9 +134,9 @@ class JointDataset(Dataset):
 class JointCollate:
     """A ``collate_fn`` that appends K frames of the other videos of the batch to each video.
 
-    Cheaper than ``JointDataset`` (nothing more is decoded), but the frames are those of clips which
-    are in the batch as videos too. Items are (C, F, H, W) or (clip, caption); batches are
-    (B, C, F + K, H, W) or (that, captions) with a list of 1 + K captions for each sample.
+    It is cheaper than ``JointDataset``, because nothing more is decoded, but the frames come from
+    clips that are in the batch as videos too. Items are (C, F, H, W) or (clip, caption); batches
+    are (B, C, F + K, H, W) or (that, captions) with a list of 1 + K captions for each sample.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -156,7 +161,7 @@ class JointCollate:
 
 
 def _check_model(model: Any) -> None:
-    """The mask is the network's business: without it image frames would leak into the videos."""
+    """Check that the network masks image frames; otherwise they would leak into the videos."""
     inner = unwrap(model)
     call = inner.forward if isinstance(inner, nn.Module) else inner
     parameters = inspect.signature(call).parameters
@@ -183,26 +188,32 @@ def joint_loss(
 ) -> Tensor:
     """``diffusion_loss`` on videos whose last ``num_images`` frames are independent images.
 
-    The paper does not say whether an image frame has its own noise level, conditioning or weight.
-    The defaults are the literal reading of one sequence with one embedding: all shared, weight 1.
+    The paper does not say whether an image frame has its own noise level, condition or weight. The
+    defaults read it literally, as one sequence with one embedding: all are shared, the weight is 1.
 
     Args:
-        model: takes ``num_images`` (``UNet3D``), wrapped or not.
+        model: a network that takes ``num_images`` (``UNet3D``), or a wrapper of one.
         x: (B, C, F + K, H, W) in [-1, 1].
-        cond: (B, cond_dim) of the videos.
-        image_weight: weight of an image frame's loss against a video frame's; 0 switches the image
-            loss off.
-        image_time: "shared": the t of its video; "own": drawn for each image. A network has one
-            time and one condition a sample, so that "own" runs the images as videos of one frame in
-            a second call: the same function where the network keeps frames apart.
-        image_cond: "shared": the condition of its video; "none": trained as unconditional; or
-            "own", by passing the tensor (B, K, cond_dim). The last two also take a second call.
+        num_images: K.
+        cond: (B, cond_dim) conditions of the videos.
+        image_weight: weight of an image frame's loss relative to a video frame's; 0 switches the
+            image loss off.
+        image_time: "shared": an image has the t of its video; "own": t is drawn for each image. A
+            network has one time and one condition per sample, so "own" runs the images as videos of
+            one frame in a second call. This is the same function if the network keeps frames apart.
+        image_cond: "shared": an image has the condition of its video; "none": images are trained
+            unconditionally; a tensor (B, K, cond_dim): their own conditions. The last two also take
+            a second call.
         reduction: "mean", or "none" for (B,).
-        options: of ``diffusion_loss``. A given ``t`` (B,) and ``noise`` (B, C, F + K, H, W) apply
-            to the videos and, where the time is shared, to the images.
+        options: options of ``diffusion_loss``. A given ``t`` (B,) and ``noise`` (B, C, F + K, H, W)
+            apply to the videos and, if the time is shared, to the images.
+
+    Returns:
+        The loss: a scalar, or (B,).
+
     Raises:
-        TypeError: the network cannot take image frames.
-        ValueError: an option or a shape.
+        TypeError: the network does not take image frames.
+        ValueError: an option or a shape does not fit.
     """
     _check_count(num_images)
     if x.ndim != 5 or num_images >= x.shape[2]:
@@ -240,7 +251,7 @@ def joint_loss(
             num_images=num_images,
             **options,
         )
-    # One level for a video and its images even though they go through the network apart.
+    # A video and its images share a noise level even if they go through the network separately.
     if image_time == "shared" and options.get("t") is None:
         options["t"] = _draw(options, batch, x)
     noise = options.pop("noise", None)
@@ -270,7 +281,7 @@ def _images_loss(
     noise: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """(B,): the loss of the image frames, each as a video of one frame."""
+    """The loss (B,) of the image frames, each run as a video of one frame."""
     count = x.shape[2] - frames
 
     def as_videos(t: Tensor) -> Tensor:  # (B, C, F + K, H, W) -> (B*K, C, 1, H, W)
@@ -287,7 +298,7 @@ def _images_loss(
     elif cond is not None:
         cond = cond.repeat_interleave(count, 0)
         if image_cond == "none" and hasattr(unwrap(model), "forward_with_cond_scale"):
-            options["null_cond_prob"] = 1.0  # its own null vector, which may be a learned one
+            options["null_cond_prob"] = 1.0  # the network's own null vector may be learned
         elif image_cond == "none":
             cond = torch.zeros_like(cond)
     loss = diffusion_loss(model, as_videos(x), cond=cond, reduction="none", **options)
@@ -298,16 +309,17 @@ class JointDiffusion(nn.Module):
     """Joint training inside an existing trainer: wraps the module that the trainer calls with data.
 
     ``JointDiffusion(GaussianDiffusion(UNet3D(..., norm_per_frame=True), ...), num_images=8)`` goes
-    into the peer's ``Trainer`` as it is: each training call appends frames of the other videos of
-    the batch (or takes a batch that ``JointDataset`` or ``JointCollate`` has extended) and passes
-    ``num_images`` down. Everything else, also ``sample``, ``num_frames`` and the state_dict, is the
-    wrapped module's own.
+    into the peer's ``Trainer`` unchanged. Each training call appends frames of the other videos of
+    the batch (or takes a batch already extended by ``JointDataset`` or ``JointCollate``) and passes
+    ``num_images`` down. Everything else, including ``sample``, ``num_frames`` and the state_dict,
+    is that of the wrapped module.
 
     Args:
-        diffusion: called as ``diffusion(x, *args, num_images=K, **kwargs)``; if it has
-            ``num_frames``, that is F, and F + K while it runs.
+        diffusion: called as ``diffusion(x, *args, num_images=K, **kwargs)``. If it has
+            ``num_frames`` (F), that is set to F + K during the call.
         num_images: K.
-        appended: the data already carry the K frames.
+        appended: the data already have the K frames.
+
     Raises:
         TypeError: the network inside (``denoise_fn``) takes no ``num_images``.
     """
@@ -325,13 +337,15 @@ class JointDiffusion(nn.Module):
             return getattr(super().__getattr__("diffusion"), name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The state of the diffusion model, without names for this wrapper."""
         return self.diffusion.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load what ``state_dict`` gave."""
         return self.diffusion.load_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The wrapped module's loss of x (B, C, F, H, W); F + K frames if ``appended``."""
+        """The wrapped module's loss of x (B, C, F, H, W), or of F + K frames if ``appended``."""
         if self.num_images == 0:
             return self.diffusion(x, *args, **kwargs)
         if not self.appended:
@@ -339,7 +353,7 @@ class JointDiffusion(nn.Module):
         frames = getattr(self.diffusion, "num_frames", None)
         if frames is None:
             return self.diffusion(x, *args, num_images=self.num_images, **kwargs)
-        self.diffusion.num_frames = frames + self.num_images  # the peer checks its input with it
+        self.diffusion.num_frames = frames + self.num_images  # the peer checks its input against it
         try:
             return self.diffusion(x, *args, num_images=self.num_images, **kwargs)
         finally:

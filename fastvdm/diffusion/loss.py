@@ -19,13 +19,18 @@ Reduction = Literal["mean", "none"]
 
 
 def q_sample(x: Tensor, log_snr: Tensor, noise: Tensor) -> Tensor:
-    """z_t = alpha_t x + sigma_t noise; x, noise (B, ...), log_snr (B,); or (B, C, F, H, W) and
-    (B, F), a level for each frame."""
+    """z_t = alpha_t x + sigma_t noise, the forward process (Ho et al. 2022, eq. 1).
+
+    Args:
+        x: data (B, ...).
+        log_snr: (B,), or (B, F) with x (B, C, F, H, W): a level per frame.
+        noise: standard normal, of the shape of x.
+    """
     return expand(alpha_of(log_snr), x) * x + expand(sigma_of(log_snr), x) * noise
 
 
 def drop_cond(cond: Tensor, prob: float, generator: torch.Generator | None = None) -> Tensor:
-    """Each sample's condition replaced by zeros with probability ``prob`` (paper: c = 0)."""
+    """Replace each sample's condition by zeros with probability ``prob`` (paper: c = 0)."""
     keep = torch.rand(cond.shape[0], device=cond.device, generator=generator) >= prob
     return cond * expand(keep, cond)
 
@@ -48,31 +53,38 @@ def diffusion_loss(
     generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
-    """E ||eps_hat(z_t) - eps||^2 over t ~ U[0, 1]: a scalar, or (B,) with ``reduction="none"``.
+    """The training loss E ||eps_hat(z_t) - eps||^2 over t ~ U[0, 1] (Ho et al. 2022, §2).
 
     Args:
         model: called as ``model(z, time, cond=cond, **model_kwargs)``.
         x: (B, C, F, H, W) clean videos in [-1, 1].
-        schedule: by default as in ``sample``.
-        prediction: what the network returns; by default as in ``sample``.
-        loss_space: where the error is taken. "eps" (default) is what the paper says in general,
-            also for its v models; "prediction" is the network's own target, "x" and "v" the others.
+        schedule: noise schedule; the default is that of ``sample``.
+        prediction: what the network returns; the default is that of ``sample``.
+        cond: (B, cond_dim) conditions, or None.
+        loss_space: the space of the error. "eps" (default) is what the paper says in general, also
+            for its v models; "prediction" is the network's own target; "x" and "v" are the others.
             In epsilon space an x prediction is weighted by the SNR, up to e^20.
-        time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
-            that of the schedule.
-        loss_type: "mse" (paper); "l1" is the peer's default.
-        t: (B,) times instead of random ones, or (B, F), one for each frame (diffusion forcing), of
-            which the network gets (B, F) too, as ``UNet3D`` with norms of single frames takes it.
+        loss_type: "mse" (paper) or "l1" (the peer's default).
+        time_input: what the network takes as time: "logsnr", "t" or "index"; by default its own
+            ``time_input``, else that of the schedule.
+        t: times (B,) instead of random ones; or (B, F), one per frame (diffusion forcing). The
+            network then gets (B, F) too, as a ``UNet3D`` with norms over single frames takes it.
         noise: (B, C, F, H, W) instead of random noise.
-        cond_drop_prob: probability of training a sample without its condition. The paper gives none
-            and 0 is the default; without it classifier-free guidance has nothing to guide against.
-            A network with ``null_cond_prob`` in its forward (UNet3D, the peer's) gets it as such,
-            for any other callable the condition becomes zeros.
-        frame_weight: (F,) or (B, F) weights of the frames, e.g. of appended images (default: all 1;
-            the mean is over the weights).
+        cond_drop_prob: probability of training a sample without its condition, which
+            classifier-free guidance requires. The paper gives no value; the default is 0. A network
+            whose forward takes ``null_cond_prob`` (``UNet3D``, the peer's) gets it as such; for
+            other callables the condition is set to zeros.
+        frame_weight: (F,) or (B, F) weights of the frames, e.g. of appended images; 1 by default.
+            The mean is the weighted mean.
+        reduction: "mean", or "none" for one loss per sample.
+        generator: generator of all random numbers drawn here.
+        model_kwargs: further arguments of the network.
+
+    Returns:
+        A scalar, or (B,) with ``reduction="none"``.
 
     Raises:
-        ValueError: shapes that do not agree, an option out of its range.
+        ValueError: shapes do not agree, or an option is out of range.
     """
     schedule = schedule_for(model, schedule, time_input)
     prediction = prediction_of(model, prediction)
@@ -93,7 +105,7 @@ def diffusion_loss(
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     if noise.shape != x.shape:
         raise ValueError(f"noise must be {tuple(x.shape)}, got {tuple(noise.shape)}")
-    # levels in fp32 at least: a 16-bit time cannot tell steps apart
+    # Levels are at least fp32: a 16-bit time cannot distinguish steps.
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     log_snr = schedule.log_snr(t)
     time = schedule.network_time(t, time_input_of(model, schedule.time_input, time_input))
@@ -113,8 +125,8 @@ def diffusion_loss(
         target = expand(alpha_of(log_snr), x) * noise - expand(sigma_of(log_snr), x) * x
     else:
         target = noise if prediction == "eps" else x
-    # The map between parametrisations is affine with one z: errors differ by its slope alone,
-    # which keeps the digits that converting both sides would cancel.
+    # All parametrisations are affine in the output at the same z, so their errors differ by the
+    # slope alone. Scaling the error keeps digits that converting both sides would cancel.
     error = expand(slope(log_snr, prediction, space), x) * (out - target)
     error = error.square() if loss_type == "mse" else error.abs()
     per_frame = error.mean(dim=(1, 3, 4))  # (B, F)

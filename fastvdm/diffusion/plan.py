@@ -1,6 +1,7 @@
-"""The tables of a sampling run: what every network call and its update need, per step and sample.
+"""The coefficients of a sampling run: what each network call and its update need, per sample.
 
-Computed in fp64 on the CPU and sent to the device once, so that a step never waits for the host.
+They are computed in fp64 on the CPU and sent to the device once, so that no step waits for the
+host.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from fastvdm.diffusion.stability import auto_weight, stable_weights, still_weigh
 
 
 class Row(NamedTuple):
-    """Everything per-sample that one network call and its update need, on the device."""
+    """What one network call and its update need per sample, on the device."""
 
     time: Tensor  # (B,)
     guide: Tensor  # (B, 4) for guidance_seed
-    after: Tensor  # (B, 9) for guidance_update, estimate = x_hat
-    direct: Tensor  # (B, 9) the same, estimate = the network's output
-    noisy: bool  # whether the update draws noise at all
+    after: Tensor  # (B, 9) for guidance_update with estimate = x_hat
+    direct: Tensor  # (B, 9) for guidance_update with estimate = the network's output
+    noisy: bool  # whether the update draws noise
     guided: bool
 
 
@@ -52,19 +53,19 @@ class Plan:
         ls[-1] = torch.inf  # the final step returns x_hat itself
         steps = Update(*sampler.update(lt, ls))
         replace = posterior(lt, ls) if given and given.replacement == "posterior" else marginal(ls)
-        # The last update is exact by construction, whatever rounding the rule would leave.
+        # The last update returns x_hat exactly, without the rounding of the rule.
         for rule in (steps, replace):
             for column, value in zip(rule, (0.0, 1.0, 0.0)):
                 column[-1] = value
         time = levels.network_time(time_input)
         self._send = (batch, device, dtype)
         self._replaces = given is not None and given.known is not None
-        self.notes: list[str] = []  # what the caller should know
+        self.notes: list[str] = []  # warnings for the caller
         weights = _weights(given, steps.u_x / alpha_of(ls), self.notes)
         self.steps = self._rows(lt, time, prediction, steps, replace, weights, guided)
         self.corrections: list[Row] = []
         if corrector is not None:
-            still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a stays as it is
+            still = Update(torch.ones(n), torch.zeros(n), torch.zeros(n))  # z^a does not change
             fix = corrector.update(lt)
             on = guided and corrector.guided
             weights = _weights(given, fix.u_x / alpha_of(lt), [])
@@ -75,7 +76,7 @@ class Plan:
         self.start = self._table(start)[0]
 
     def _table(self, columns: list[Tensor]) -> Tensor:
-        """(N, B, n) from n columns (N,), or (N, B) of numbers that differ between samples."""
+        """(N, B, n) from n columns, each (N,), or (N, B) if it differs between samples."""
         batch, device, dtype = self._send
         wide = [c.double().view(len(c), -1).expand(-1, batch) for c in columns]
         return torch.stack(wide, dim=2).to(dtype).contiguous().to(device)
@@ -107,15 +108,15 @@ class Plan:
 
 
 def _weights(given: Given | None, contraction: Tensor, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """The factors (N, 1 or B) of the two squared errors, within the stable range.
+    """The factors (N, 1 or B) of the two squared errors, lowered to the stable range.
 
-    ``notes`` takes a sentence on each number that is lowered.
+    A sentence on each lowered number is appended to ``notes``.
     """
     c = contraction.abs().clamp_min(1e-12)[:, None]
     if given is None or not given.guided:
         return torch.zeros_like(c), torch.zeros_like(c)
     f, n = given.count, given.num_known
-    some = (n > 0) & (n < f)  # of the other samples nothing is drawn, or nothing is known
+    some = (n > 0) & (n < f)  # in the other samples all values are known, or none
     n = torch.where(some, n, f / 2)
     auto = auto_weight(f, n) if given.weight == "auto" else torch.full_like(n, float(given.weight))
     known = auto * torch.ones_like(c)

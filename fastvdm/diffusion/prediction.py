@@ -1,7 +1,7 @@
 """What a network predicts (noise, v or x) and the conversions between the three.
 
-Salimans & Ho 2022: v = alpha noise - sigma x. Every conversion is linear in (z, prediction), which
-is what lets classifier-free guidance act on any of them alike.
+Salimans & Ho 2022: v = alpha noise - sigma x. Every conversion is linear in (z, prediction), so
+classifier-free guidance acts on all three alike.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fastvdm.unet.settings import Prediction
 
 
 def check_prediction(prediction: str) -> None:
-    """Raises ValueError unless ``prediction`` is "eps", "v" or "x"."""
+    """Raise ValueError unless ``prediction`` is "eps", "v" or "x"."""
     check_choice("prediction", prediction, Prediction)
 
 
 def x_coefficients(log_snr: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(p_z, p_m) with x_hat = p_z z + p_m prediction, each shaped as ``log_snr``.
+    """(p_z, p_m) with x_hat = p_z z + p_m prediction, each with the shape of ``log_snr``.
 
     eps: x_hat = (z - sigma eps)/alpha with 1/alpha = sqrt(1 + e^-log_snr) and sigma/alpha =
-    e^(-log_snr/2); v: x_hat = alpha z - sigma v; x: the prediction itself.
+    e^(-log_snr/2); v: x_hat = alpha z - sigma v; x: x_hat is the prediction.
     """
     check_prediction(prediction)
     if prediction == "eps":
-        # e^(softplus/2) = sqrt(1 + e^-l), finite in fp32 for every level in use
+        # e^(softplus/2) = sqrt(1 + e^-l), finite in fp32 for all levels in use
         return torch.exp(0.5 * torch.nn.functional.softplus(-log_snr)), -torch.exp(-0.5 * log_snr)
     if prediction == "v":
         return alpha_of(log_snr), -sigma_of(log_snr)
@@ -67,8 +67,8 @@ _TARGETS = {"x": x_coefficients, "eps": eps_coefficients, "v": v_coefficients}
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) scalars of samples shaped to broadcast over ``like`` (B, ...), or (B, F) of frames over
-    (B, C, F, H, W)."""
+    """Reshape (B,) scalars of samples to broadcast over ``like`` (B, ...), or (B, F) scalars of
+    frames to broadcast over (B, C, F, H, W)."""
     if value.ndim == 2:
         return value.to(like.dtype)[:, None, :, None, None]
     return value.to(like.dtype).reshape(-1, *([1] * (like.ndim - 1)))
@@ -77,15 +77,20 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 def convert(
     value: Tensor, z: Tensor, log_snr: Tensor, *, source: Prediction, target: Prediction
 ) -> Tensor:
-    """The same denoiser output in another parametrisation.
+    """Convert a network's output to another parametrisation.
 
     Args:
-        value: (B, ...) the network's output, a ``source``.
-        z: (B, ...) the noisy input it was computed from.
+        value: (B, ...) the network's output.
+        z: (B, ...) the noisy input of the network.
         log_snr: (B,) the level of each sample.
+        source: the parametrisation of ``value``: "eps", "v" or "x".
+        target: the parametrisation of the result.
+
+    Returns:
+        The converted output, (B, ...).
 
     Raises:
-        ValueError: an unknown parametrisation, or shapes that differ.
+        ValueError: a parametrisation is unknown, or shapes differ.
     """
     check_prediction(source)
     check_prediction(target)
@@ -100,5 +105,5 @@ def convert(
 
 
 def slope(log_snr: Tensor, source: Prediction, target: Prediction) -> Tensor:
-    """d target / d source at fixed z: how an error in one parametrisation reads in another."""
+    """d target / d source at fixed z: the factor between errors in two parametrisations."""
     return _TARGETS[target](log_snr, source)[1]

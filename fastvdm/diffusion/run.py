@@ -1,4 +1,4 @@
-"""One sampling run: its noise, its state and what a step does to it (Ho et al. 2022, §2, §3.1)."""
+"""One sampling run: its noise, its state and the effect of a step (Ho et al. 2022, §2, §3.1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvdm.ops.guidance import guidance_seed, guidance_update
 
 
 class Noise:
-    """Standard normals from a torch generator, or the (seed, counter) pairs of in-kernel Philox."""
+    """Standard normals from a torch generator, or (seed, counter) pairs for in-kernel Philox."""
 
     def __init__(
         self,
@@ -33,14 +33,14 @@ class Noise:
         self.rng: Tensor | None = None
         if generator is not None:
             return
-        if seed is None:  # follows torch.manual_seed
+        if seed is None:  # take one from torch.manual_seed's generator
             seed = int(torch.randint(2**62, (1,)).item())
         try:
             if isinstance(seed, Sequence):
                 seeds = [operator.index(s) % 2**63 for s in seed]
             else:
                 one = operator.index(seed)
-                # distinct keys; a video's noise does not depend on how many are in the batch
+                # Seeds are distinct, and a video's noise does not depend on the batch size.
                 seeds = [(one + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(batch)]
         except TypeError:
             raise TypeError(f"seed must be one int or {batch} of them, got {seed!r}") from None
@@ -49,7 +49,7 @@ class Noise:
         self.rng = torch.tensor(seeds, dtype=torch.int64).to(device)
 
     def draw(self, like: Tensor) -> dict[str, Any]:
-        """Arguments of ``guidance_update`` for the next draw."""
+        """The arguments of ``guidance_update`` for the next draw."""
         self.count += 1
         if self.rng is not None:
             return {"rng": self.rng, "step": self.count - 1}
@@ -60,7 +60,7 @@ class Noise:
 
 
 class Run:
-    """One sampling run: the state z and how a row of the plan advances it."""
+    """One sampling run: the state z, and how a row of the plan advances it."""
 
     def __init__(
         self,
@@ -77,14 +77,14 @@ class Run:
     def start(
         self, plan: Plan, shape: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """z_1 ~ N(0, I), given frames at their own marginal."""
+        """z_1 ~ N(0, I); known frames are drawn from their own marginal."""
         z = torch.zeros(tuple(shape), device=device, dtype=dtype)
         return self._update(z, z, plan.start, **self.noise.draw(z), want_x=False)[1]
 
     def _update(
         self, z: Tensor, estimate: Tensor, coef: Tensor, want_x: bool = True, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """``guidance_update``, holding z and x to what is known."""
+        """``guidance_update``; known values of z and x are kept."""
         given = self.given
         options["want_x"] = want_x
         if given is not None and given.mask is None:
@@ -92,7 +92,7 @@ class Run:
         x, z_next = guidance_update(z, estimate, coef, **options)
         if given is None or given.mask is None or given.known is None:
             return x, z_next
-        # The kernel once more, on frames that are known as a whole: with the same noise.
+        # A mask: run the kernel again with all frames known and the same noise, then select.
         noise = {k: options[k] for k in ("noise", "rng", "step") if k in options}
         held = guidance_update(
             z, z, coef, known=given.known, slot=given.slot, want_x=False, **noise
@@ -103,9 +103,9 @@ class Run:
     def advance(
         self, z: Tensor, row: Row, noise: Noise | DeviceNoise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x_tilde, z_next): one network call, and its backward pass where the row is guided.
+        """(x_tilde, z_next): one network call, with its backward pass if the row is guided.
 
-        A function of its tensors alone, apart from the place in the stream of ``Noise``.
+        The result depends on the tensors only, apart from the position in the stream of ``Noise``.
         """
         options: dict[str, Any] = {}
         if row.guided:
@@ -149,17 +149,17 @@ class Run:
             cotangent = given.seed_of_pixels(z, detached, x_hat, row.guide, cotangent)
         gradient = _scaled_gradient if half else _gradient
         options = {"grad": gradient(out, leaf, cotangent)}
-        if given.has_low_res:  # D(x_hat) depends on z directly as well, x_hat^a on z^b does not
+        if given.has_low_res:  # D(x_hat) also depends on z directly; x_hat^a not on z^b
             options["seed"] = cotangent
         return x_hat, options
 
     def _threshold(
         self, z: Tensor, estimate: Tensor, coef: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde| per sample.
+        """Dynamic thresholding: the larger of 1 and a quantile of |x_tilde|, per sample.
 
         A quantile is not elementwise, so this mode costs launches of its own. torch.quantile
-        refuses 2^24 elements and reads a tensor on the host; this is its formula.
+        refuses 2^24 elements and reads a tensor on the host, so its formula is repeated here.
         """
         x, _ = self._update(z, estimate, coef, **options)
         ordered = x.abs().flatten(1).sort(dim=1).values
@@ -174,8 +174,8 @@ def _gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def _scaled_gradient(out: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
-    """The same in fp16, whose largest number a cotangent passes where there is much noise: scaled
-    by a power of two per sample, so that its largest value is near 1."""
+    """``_gradient`` in fp16. At high noise the cotangent exceeds the largest fp16 number, so it is
+    scaled by a power of two per sample, to a maximum near 1."""
     tiny = torch.finfo(cotangent.dtype).tiny
     most = cotangent.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(tiny)
     scale = torch.exp2(most.log2().round())

@@ -22,13 +22,13 @@ from fastvdm.unet.settings import Prediction, ScheduleName
 
 
 class Step(NamedTuple):
-    """What a callback sees after each step (corrector included)."""
+    """What a callback receives after each step (corrector included)."""
 
     number: int  # 0 .. num_steps - 1
     num_steps: int
-    log_snr: float  # of z; the last z is clean, whatever the schedule ends at
-    z: Tensor  # (B, C, F, H, W) the state reached
-    x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate it was made from
+    log_snr: float  # of z; the last z is clean, whatever the end of the schedule
+    z: Tensor  # (B, C, F, H, W) the new state
+    x_tilde: Tensor  # (B, C, F, H, W) the (guided, clipped) estimate of the clean video
 
 
 def _progress(count: int, on: bool) -> Iterator[int]:
@@ -42,7 +42,7 @@ def _progress(count: int, on: bool) -> Iterator[int]:
 
 
 def _callers_level() -> int:
-    """``stacklevel`` of a warning in ``sample`` for the first caller outside this package."""
+    """The ``stacklevel`` of a warning in ``sample`` that points outside this package."""
     frame, level = sys._getframe(2), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith("fastvdm.diffusion."):
         frame, level = frame.f_back, level + 1
@@ -74,54 +74,71 @@ def sample(
     value_range: tuple[float, float] = (-1.0, 1.0),
     cuda_graph: bool | Literal["auto"] = "auto",
 ) -> Tensor:
-    """Draws videos from a network: (B, C, F, H, W) in [-1, 1], or in ``value_range``.
+    """Draw videos from a network: (B, C, F, H, W) in [-1, 1], or in ``value_range``.
 
-    What the caller does not say is taken from ``model.settings`` (``fastvdm.unet.Settings``), with
-    which ``UNet3D.from_pretrained`` loads a network: ``sample(model)`` is one video as the model is
-    meant to be sampled.
+    The defaults come from ``model.settings`` (``fastvdm.unet.Settings``), which
+    ``UNet3D.from_pretrained`` loads with the weights. ``sample(model)`` then draws one video as the
+    model is meant to be sampled.
 
     Args:
         model: any callable ``model(z, time)`` or ``model(z, time, cond=cond)``; see ``Denoiser``.
-            Give an EMA copy to sample with averaged weights. A module runs in eval mode, its flags
-            are put back; of a function around one neither mode nor ``time_input`` are known.
-        shape: (B, C, F, H, W); an int B or None, for B = 1, where the settings say the rest.
-        schedule: "cosine", "discrete" (the peer's; with the timesteps and betas of the settings) or
-            an object such as ``CosineSchedule()``; by default as the settings say, or else discrete
-            for a network that takes step indices (peer checkpoints) and cosine for any other.
-        prediction: what the network returns, "eps", "v" or "x"; by default what the settings say,
-            or else "eps".
-        sampler: "ancestral" (with the gamma of the settings, or else 0; the default), "ddim", or an
-            object such as ``DDIM(eta=0.5)``, with ``update``.
-        corrector: "langevin", or ``Langevin(delta)``, is the paper's predictor-corrector: one more
-            call a step. None is none; "auto" (default) is none unless the settings say it and no
-            ``sampler`` is given.
-        num_steps: any number; by default as the settings say, unless ``schedule`` is an object, or
-            else 256, all T of a ``DiscreteSchedule``.
-        clip: of x_tilde, "static" to [-1, 1] (the paper is silent, the code of its nearest relative
-            does it), "dynamic" to a quantile of |x_tilde| per sample, or None; "auto" (default) is
-            "static", and None for a network of latents (``value_range=None`` in its settings).
-        clip_percentile: of "dynamic", the peer's 0.9.
-        cond, guidance_scale, null_cond: conditioning vector and classifier-free guidance; the scale
-            is 1 + w of Eq. 6.
+            Pass an EMA copy to sample with averaged weights. A module runs in eval mode; its
+            training flags are restored. If it is wrapped in a function, its mode and ``time_input``
+            are unknown.
+        shape: (B, C, F, H, W); or B (default 1) if the settings give the rest.
+        schedule: "cosine" (the paper's), "discrete" (the peer's, with the timesteps and betas of
+            the settings) or an object such as ``CosineSchedule()``. The default is that of the
+            settings, else "discrete" for a network that takes step indices (peer checkpoints) and
+            "cosine" for any other.
+        prediction: what the network returns: "eps", "v" or "x"; by default what the settings say,
+            else "eps".
+        sampler: "ancestral" (default, with the gamma of the settings, else 0), "ddim", or an object
+            with ``update`` such as ``DDIM(eta=0.5)``.
+        corrector: "langevin" or ``Langevin(delta)`` for the paper's predictor-corrector, with one
+            more network call per step; None for none. "auto" (default) means none unless the
+            settings ask for it and no ``sampler`` is given.
+        num_steps: number of steps; by default that of the settings unless ``schedule`` is an
+            object, else 256, or all T of a ``DiscreteSchedule``.
+        clip: clipping of x_tilde: "static" to [-1, 1] (the paper does not say; the code of its
+            nearest relative does it), "dynamic" to a quantile of |x_tilde| per sample, or None.
+            "auto" (default) means "static", and None for a network of latents
+            (``value_range=None`` in its settings).
+        clip_percentile: the quantile for "dynamic"; the peer's is 0.9.
+        cond: conditioning vector (B, cond_dim).
+        guidance_scale: scale 1 + w of classifier-free guidance (Eq. 6).
+        null_cond: see ``Denoiser``.
         condition: known frames or a low-resolution video; see ``Condition``.
-        time_input: "logsnr", "t" or "index"; by default the network's own ``time_input``, or else
-            that of the schedule.
-        generator: noise from it, by ``torch.randn`` (on the device of the videos).
-        seed: one int or B of them: counter-based noise, drawn inside the update kernel, the same
-            for a video in any batch and on any backend to rounding. Without either, a seed is
-            taken from torch's global generator.
+        time_input: what the network takes as time: "logsnr", "t" or "index"; by default its own
+            ``time_input``, else that of the schedule.
+        generator: source of the noise, through ``torch.randn`` on the device of the videos.
+        seed: one int, or B ints, for counter-based noise drawn inside the update kernel. The noise
+            of a video is the same in any batch and, to rounding, on any backend. Without ``seed``
+            and ``generator``, a seed is taken from torch's global generator.
         callback: called after every step with a ``Step``.
-        dtype: of the state, fp32 or fp64; the network may be narrower.
-        value_range: what -1 and 1 become in the result: (0, 1) is what ``write_video`` takes. All
-            else stays in [-1, 1]: the videos of ``condition``, and what ``callback`` sees.
-        cuda_graph: record a step as a CUDA graph and replay it; the model must then neither wait
-            for the device nor keep state in Python, and its weights may change in place alone.
-            Noise is that of ``seed``. "auto" does it on CUDA at small batches, for a network of
-            this package without hooks and at least 16 steps.
+        progress: show a progress bar.
+        device: device of the videos; by default that of the network.
+        dtype: dtype of the state, fp32 or fp64; the network's may be narrower.
+        value_range: the range to which [-1, 1] is mapped in the result; ``write_video`` takes
+            (0, 1). The videos of ``condition`` and those for ``callback`` stay in [-1, 1].
+        cuda_graph: record a step as a CUDA graph and replay it. The model must not synchronise with
+            the device nor keep state in Python, and its weights may change only in place. The noise
+            is that of ``seed``. "auto" does this on CUDA for small batches, a network of this
+            package without hooks, and at least 16 steps.
+
+    Returns:
+        (B, C, F, H, W) of dtype ``dtype``.
 
     Raises:
-        ValueError, TypeError: a shape, option or condition that does not fit; before any call.
-        RuntimeError: with ``cuda_graph=True``, a step that cannot be recorded.
+        ValueError: a shape, option or condition does not fit; raised before any network call.
+        TypeError: an argument has the wrong type; raised before any network call.
+        RuntimeError: ``cuda_graph=True`` and a step cannot be recorded.
+
+    Example:
+        >>> from fastvdm import UNet3D
+        >>> from fastvdm.diffusion import DDIM, sample
+        >>> network = UNet3D(16, dim_mults=(1, 2), attn_heads=2)
+        >>> sample(network, (1, 3, 4, 16, 16), sampler=DDIM(), num_steps=8, seed=0).shape
+        torch.Size([1, 3, 4, 16, 16])
     """
     shape, denoiser, given, plan, where, record, clip = prepare(
         model,
@@ -146,7 +163,7 @@ def sample(
     )
     for note in plan.notes:
         warnings.warn(note, stacklevel=_callers_level())
-    # A guided step differentiates: neither no_grad nor inference_mode of the caller may reach it.
+    # Guided steps differentiate, so the caller's no_grad or inference_mode must not apply.
     with torch.inference_mode(False), torch.no_grad():
         noise = Noise(shape[0], where, generator, seed)
         run = Run(denoiser, given, noise, clip, clip_percentile, callback is not None)
@@ -166,4 +183,4 @@ def sample(
         low, high = value_range
         if (low, high) != (-1, 1):
             return (z + 1) * ((high - low) / 2) + low
-        return z.clone() if record else z  # a graph's own memory goes with it
+        return z.clone() if record else z  # the graph's memory is freed with the graph

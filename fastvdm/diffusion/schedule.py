@@ -1,7 +1,8 @@
 """Noise schedules: the paper's continuous cosine in log-SNR, and the peer's discrete one.
 
-Everywhere log_snr = log(alpha^2 / sigma^2), alpha^2 = sigmoid(log_snr), sigma^2 =
+Throughout, log_snr = log(alpha^2 / sigma^2), alpha^2 = sigmoid(log_snr), sigma^2 =
 sigmoid(-log_snr), z_t = alpha_t x + sigma_t noise (Ho et al. 2022, Video Diffusion Models, §2).
+The peer is ``video-diffusion-pytorch`` (lucidrains).
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ def alpha_of(log_snr: Tensor) -> Tensor:
 
 
 def sigma_of(log_snr: Tensor) -> Tensor:
-    """sigma = sqrt(sigmoid(-log_snr)), same shape; keeps its digits where alpha is near 1."""
+    """sigma = sqrt(sigmoid(-log_snr)), same shape; accurate also where alpha is near 1."""
     return torch.sigmoid(-log_snr).sqrt()
 
 
 class Levels(NamedTuple):
-    """The noise levels of one sampling run, coarsest first; CPU tensors, fp64 (indices: int64)."""
+    """The noise levels of a sampling run, noisiest first: CPU tensors, fp64 (indices: int64)."""
 
-    log_snr: Tensor  # (N + 1,); the last one is where the final step ends
+    log_snr: Tensor  # (N + 1,); the final step ends at the last one
     t: Tensor  # (N + 1,) in [0, 1]
     indices: Tensor | None  # (N,) step index of a discrete schedule, None for a continuous one
 
     def network_time(self, time_input: str) -> Tensor:
-        """(N,) the time that the network is given at each level.
+        """The time (N,) that the network takes at each level.
 
         Raises:
-            ValueError: "index" asked of a continuous schedule, or an unknown name.
+            ValueError: "index" is asked of a continuous schedule, or the name is unknown.
         """
         check_choice("time_input", time_input, TimeInput)
         if time_input == "logsnr":
@@ -53,10 +54,10 @@ class Levels(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What samplers and losses ask of a schedule."""
+    """The interface of schedules that samplers and losses use."""
 
     @property
-    def time_input(self) -> str: ...  # what the network is given unless the caller says otherwise
+    def time_input(self) -> str: ...  # what the network takes unless the caller says otherwise
 
     def log_snr(self, t: Tensor) -> Tensor: ...
 
@@ -79,12 +80,15 @@ def _check_steps(num_steps: int, most: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """log_snr(t) = -2 log tan(a t + b), t in [0, 1].
+    """The paper's schedule: log_snr(t) = -2 log tan(a t + b), t in [0, 1].
 
-    b = arctan(e^(-max/2)), a + b = arctan(e^(-min/2)).
+    b = arctan(e^(-max/2)), a + b = arctan(e^(-min/2)), with the log-SNR truncated to [min, max]
+    (Ho et al. 2022, Appendix A). The network takes the log-SNR (``time_input="logsnr"``).
 
-    The paper's schedule with the log-SNR truncated to [-20, 20] (its Appendix A). The network sees
-    the log-SNR (``time_input="logsnr"``).
+    Args:
+        logsnr_min: log-SNR at t = 1; -20 in the paper.
+        logsnr_max: log-SNR at t = 0; 20 in the paper.
+        time_input: what the network takes: the log-SNR, as in the paper, or t.
 
     Raises:
         ValueError: the bounds are not finite or not in order.
@@ -103,16 +107,16 @@ class CosineSchedule:
 
     @property
     def _ends(self) -> tuple[float, float, float]:
-        """(a, b, c): the angle is a t + b, its complement to pi/2 is a (1 - t) + c."""
+        """(a, b, c): the angle is a t + b, and pi/2 minus the angle is a (1 - t) + c."""
         b = math.atan(math.exp(-0.5 * self.logsnr_max))
         c = math.atan(math.exp(0.5 * self.logsnr_min))
         return 0.5 * math.pi - b - c, b, c
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log-SNR of times in [0, 1], same shape and dtype.
+        """The log-SNR of times in [0, 1], with their shape and dtype.
 
-        Beyond t = 1/2 the complement of the angle is used: near pi/2 the tangent has lost the
-        digits (in fp32 it would be off by 2e-3 at t = 1).
+        Beyond t = 1/2 it is computed from the complement of the angle, because the tangent loses
+        digits near pi/2 (in fp32 the error would be 2e-3 at t = 1).
         """
         a, b, c = self._ends
         early = -2 * torch.log(torch.tan(a * t.clamp_max(0.5) + b))
@@ -120,7 +124,7 @@ class CosineSchedule:
         return torch.where(t <= 0.5, early, late)
 
     def levels(self, num_steps: int | None = None) -> Levels:
-        """t uniform from 1 to 0 in ``num_steps`` steps (default 256, the paper's most used)."""
+        """Levels at uniform t from 1 to 0, in ``num_steps`` steps (the paper's 256 by default)."""
         num_steps = 256 if num_steps is None else num_steps
         _check_steps(num_steps)
         t = torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
@@ -137,7 +141,7 @@ class CosineSchedule:
         return torch.rand(batch, device=device, generator=generator)
 
     def network_time(self, t: Tensor, time_input: str) -> Tensor:
-        """What the network is given at times ``t``: "logsnr" or "t" itself."""
+        """What the network takes at times ``t``: the log-SNR for "logsnr", ``t`` for "t"."""
         if time_input == "logsnr":
             return self.log_snr(t)
         if time_input == "t":
@@ -146,17 +150,17 @@ class CosineSchedule:
 
 
 class DiscreteSchedule:
-    """The T-step schedule of ``video-diffusion-pytorch`` (its ``GaussianDiffusion``).
+    """The T-step schedule of the peer's ``GaussianDiffusion`` (``video-diffusion-pytorch``).
 
-    alpha_bar(i) = cos^2(((i/T) + s)/(1 + s) pi/2) / alpha_bar(0), beta clipped to [0, 0.9999]; all
-    derived in fp64, given out in fp32 (``buffers``). Index i = 0..T-1; its continuous time is
-    t = (i + 1)/T, so that t = 0 is clean data. The network sees the index.
+    alpha_bar(i) = cos^2(((i/T) + s)/(1 + s) pi/2) / alpha_bar(0), with beta clipped to [0, 0.9999].
+    Everything is derived in fp64 and returned in fp32 (``buffers``). Index i = 0..T-1 has the
+    continuous time t = (i + 1)/T, so t = 0 is clean data. The network takes the index.
 
     Args:
         timesteps: T.
-        s: the offset of the cosine, the peer's 0.008.
-        betas: (T,) another discrete schedule instead, e.g. the ``betas`` of a checkpoint.
-        time_input: "index" (the peer's networks), "logsnr" or "t".
+        s: offset of the cosine; the peer's is 0.008.
+        betas: (T,) betas of another discrete schedule, e.g. those of a checkpoint.
+        time_input: what the network takes: "index" (the peer's networks), "logsnr" or "t".
     """
 
     def __init__(
@@ -189,9 +193,11 @@ class DiscreteSchedule:
     def from_state_dict(cls, state_dict: dict[str, Tensor]) -> DiscreteSchedule:
         """The schedule of a peer checkpoint (``GaussianDiffusion.state_dict()``).
 
+        A checkpoint stores betas rounded to fp32. If they are those of the cosine schedule to that
+        rounding, the exact fp64 schedule is returned.
+
         Raises:
-            KeyError: it has no ``betas``. A checkpoint stores them rounded to fp32; where they are
-                the cosine schedule to that rounding, the exact fp64 one is used.
+            KeyError: the state_dict has no ``betas``.
         """
         if "betas" not in state_dict:
             raise KeyError("no 'betas' in this state_dict: not a GaussianDiffusion checkpoint")
@@ -202,7 +208,7 @@ class DiscreteSchedule:
         return cls(betas=betas)
 
     def buffers(self) -> dict[str, Tensor]:
-        """The twelve fp32 buffers of the peer's ``GaussianDiffusion``, under its names."""
+        """The twelve fp32 buffers of the peer's ``GaussianDiffusion``, by its names."""
         bar = self.alphas_cumprod
         prev = torch.cat((bar.new_ones(1), bar[:-1]))
         variance = self.betas * (1 - prev) / (1 - bar)
@@ -228,15 +234,15 @@ class DiscreteSchedule:
         return (wide + 1) / self.timesteps
 
     def t_to_index(self, t: Tensor) -> Tensor:
-        """The nearest index in 0..T-1 of a time in [0, 1], int64."""
+        """The nearest index in 0..T-1 to times in [0, 1], int64."""
         return (t * self.timesteps).round().long().sub(1).clamp(0, self.timesteps - 1)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log-SNR of times in [0, 1] (rounded to their index), in the dtype of ``t``."""
+        """The log-SNR of times in [0, 1], rounded to an index, in the dtype of ``t``."""
         return self._log_snr.to(t.device)[self.t_to_index(t)].to(t.dtype)
 
     def levels(self, num_steps: int | None = None) -> Levels:
-        """Indices from T-1 down to 0, evenly strided; all T of them by default, as the peer runs.
+        """Indices from T-1 down to 0, evenly strided; by default all T, as in the peer.
 
         The final step ends at clean data (log-SNR +inf).
         """
@@ -258,12 +264,12 @@ class DiscreteSchedule:
         device: torch.device | str = "cpu",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Times of indices drawn uniformly from 0..T-1, (batch,) fp32."""
+        """Times of uniformly drawn indices 0..T-1, (batch,) fp32."""
         index = torch.randint(0, self.timesteps, (batch,), device=device, generator=generator)
         return self.index_to_t(index)
 
     def network_time(self, t: Tensor, time_input: str) -> Tensor:
-        """What the network is given at times ``t``: "index" (int64), "logsnr" or "t"."""
+        """What the network takes at times ``t``: "index" (int64), "logsnr" or "t"."""
         check_choice("time_input", time_input, TimeInput)
         if time_input == "index":
             return self.t_to_index(t)

@@ -1,4 +1,4 @@
-"""Everything that ``sample`` looks at before its first call of the network: all of its checks."""
+"""The checks of ``sample``, all done before its first network call."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fastvdm.unet.settings import Prediction, ScheduleName
 
 
 class Setup(NamedTuple):
-    """What a run is made of."""
+    """The parts of a run."""
 
     shape: tuple[int, ...]  # (B, C, F, H, W)
     denoiser: Denoiser
     given: Given | None
     plan: Plan
     device: torch.device
-    record: bool  # a step as a CUDA graph
+    record: bool  # whether steps become CUDA graphs
     clip: Clip | None  # never "auto"
 
 
@@ -64,7 +64,7 @@ def prepare(
     cuda_graph: bool | Literal["auto"] = False,
     **_: Any,
 ) -> Setup:
-    """The arguments and errors of ``sample``; those that only its loop needs are not looked at."""
+    """Check the arguments of ``sample``; those used only by its loop are ignored here."""
     num_steps = steps_for(model, num_steps, schedule)
     schedule = schedule_for(model, schedule, time_input)
     sampler, corrector = sampler_for(model, sampler, corrector)
@@ -85,7 +85,7 @@ def prepare(
         raise ValueError(f"cond must have {shape[0]} rows, got {tuple(cond.shape)}")
     if condition is not None:
         check_range("frames", condition.known_values(), clip)
-        if not callable(condition.downsample):  # any other D may give any other values
+        if not callable(condition.downsample):  # a caller's D may map values outside [-1, 1]
             check_range("low_res", condition.low_res, clip)
     where = torch.device(device) if device is not None else _device_of(model, condition, cond)
     reason = why_not(where, generator, condition.downsample if condition else None)

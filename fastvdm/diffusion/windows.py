@@ -1,5 +1,5 @@
-"""A window that moves along a video: which frames it sees, which it puts out, and the checks of a
-whole run before its first window is drawn."""
+"""The window that moves along a video: which frames it sees and puts out, and the checks of a whole
+run before its first window is drawn."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastvdm.diffusion.sample import sample
 from fastvdm.diffusion.setup import prepare
 
 _SAMPLE = inspect.signature(sample).parameters
-# Options of the Condition that a window is given; the rest of ``options`` goes to ``sample``.
+# Options that belong to the Condition of a window; the others go to ``sample``.
 _FRAMES = ("guidance_weight", "replacement")
 _LOW_RES = ("low_res_weight", "downsample")
 _CONDITION = ("method", "guidance_limit", "clip_before_loss", *_FRAMES, *_LOW_RES)
 
 
 class Timeline:
-    """What is given along the whole output: frames and low-resolution frames at their places."""
+    """The frames and low-resolution frames that are given along the whole output."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Timeline:
         self.given = self.place.keys() | self.low_place.keys()
 
     def frame(self, f: int) -> Tensor | None:
-        """Frame ``f`` (B, C, H, W) if it is given in full."""
+        """Frame ``f`` (B, C, H, W), or None if it is not given in full."""
         if self.frames is None or f not in self.place:
             return None
         return self.frames[:, :, self.place[f]].detach()
@@ -51,7 +51,7 @@ class Timeline:
 def _split_options(
     model: Model, options: dict[str, Any], timeline: Timeline, size: tuple[int, ...], overlap: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of a ``Condition`` and those of ``sample``, checked against all that is given."""
+    """Split options between ``Condition`` and ``sample``; check them against all given frames."""
     ours = {k: options[k] for k in _CONDITION if k in options}
     rest = {k: v for k, v in options.items() if k not in _CONDITION}
     for name in rest:
@@ -71,7 +71,7 @@ def _split_options(
             raise ValueError(f"{name} is of known frames, and overlap=0 leaves none")
     frames, low_res = timeline.frames, timeline.low_res
     clip = clip_for(model, rest.get("clip", _SAMPLE["clip"].default))
-    drawn = torch.zeros(1, 1, 1, 1, 1)  # later windows know frames, whatever is given
+    drawn = torch.zeros(1, 1, 1, 1, 1)  # later windows have known frames in any case
     whole = Condition(frames=drawn if frames is None else frames, low_res=low_res, **ours)
     check_range("the video", frames, clip)
     if low_res is not None and not callable(whole.downsample):
@@ -88,10 +88,10 @@ def check_window(window: int, overlap: int, length: int) -> None:
 
 
 def check_steps(name: str, step: int, count: int, length: int, window: int, overlap: int) -> int:
-    """Windows over ``count`` frames given every ``step``: the overlap to use.
+    """Check windows over ``count`` frames given at every ``step``; return the overlap to use.
 
-    A window begins after a given frame and must reach the next one, or it would have to guess. The
-    given frame before it is seen in any case: without it nothing ties the windows together.
+    A window begins after a given frame and must reach the next one, which it would otherwise have
+    to guess. It always sees the given frame before it, or nothing would tie the windows together.
     """
     if step < 1:
         raise ValueError(f"{name} must be at least 1, got {step}")
@@ -124,13 +124,13 @@ def blocks(
     seed: int | None,
     options: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """The frames from ``start`` on, window by window; given ones as they are.
+    """Draw the frames from ``start`` on, window by window; given frames stay as they are.
 
-    A window begins ``overlap`` frames before the first frame that is missing and is put out up to
-    the last frame given in it (in full or in low resolution), if there is one after that: what
-    lies behind would be drawn without a view of the next given frame, and jump there. The last
-    window is put out whole and moved back to end with the video, as networks are trained on one
-    length. Everything is checked at the call, not at the first window.
+    A window begins ``overlap`` frames before the first missing frame. It puts out frames up to the
+    last one given in it (in full or in low resolution), if there is one after the first missing
+    frame: later frames would be drawn without seeing the next given frame, and the video would jump
+    there. The last window puts out all its frames, and is moved back to end with the video because
+    networks are trained on one length. Everything is checked at the call, not at the first window.
     """
     if seed is not None and not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, every window has a stream of its own; got {seed!r}")
@@ -154,7 +154,7 @@ def _draw(
 ) -> Iterator[Tensor]:
     batch, channels, height, width = size
     shape = (batch, channels, window, height, width)
-    drawn: dict[int, Tensor] = {}  # the last frames drawn, at most one window
+    drawn: dict[int, Tensor] = {}  # the frames drawn last, at most one window
     done = start
     number = 0
     while done < timeline.length:
@@ -166,7 +166,7 @@ def _draw(
         first = max(0, min(done - overlap, timeline.length - window))
         inside = range(first, first + window)
         condition = _condition(timeline, drawn, first, window, condition_options)
-        # every window has its own stream of noise
+        # Every window has its own stream of noise.
         extra: dict[str, Any] = {} if seed is None else {"seed": seed + 0x632BE5AB * number}
         block = sample(model, shape, condition=condition, **sample_options, **extra)
         number += 1
@@ -186,7 +186,7 @@ def _condition(
     window: int,
     options: dict[str, Any],
 ) -> Condition | None:
-    """Of the window that begins at frame ``first``: what is given in it or has been drawn."""
+    """The condition of the window from ``first`` on: what is given in it or already drawn."""
     parts: dict[str, Any] = {}
     known: dict[int, Tensor] = {}
     for f in range(first, first + window):
@@ -213,7 +213,7 @@ def check_video(video: Tensor, name: str) -> None:
 
 
 def collect(blocks: Iterator[Tensor], head: Tensor | None) -> Tensor:
-    """All blocks on the CPU, after the frames that were there already."""
+    """Collect all blocks on the CPU, after the frames that were already there."""
     parts = [] if head is None else [head.detach().cpu().float()]
     parts += [block.cpu().float() for block in blocks]
     return torch.cat(parts, dim=2)

@@ -1,4 +1,4 @@
-"""The attention layer with its norm and residual: x (B, F, H, W, C) in, the same out."""
+"""The attention layer with its norm and residual: x (B, F, H, W, C) to the same shape."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class TimeContext(NamedTuple):
-    """What every temporal attention of one forward pass shares; computed once.
+    """Values that all temporal attentions of one forward pass share; computed once.
 
-    biases: (heads, F, F) by number of heads; rotary (2, F, R/2) or None; focus_mask (B,) bool or
-    None, True where each frame attends to itself only; num_images: the last frames are images, each
-    on its own.
+    biases: number of heads -> (heads, F, F). rotary: (2, F, R/2) or None. focus_mask: (B,) bool or
+    None; True for samples in which each frame attends to itself only. num_images: the last frames
+    are images, each of which attends to itself only.
     """
 
     biases: dict[int, Tensor]
@@ -34,10 +34,10 @@ class TimeContext(NamedTuple):
 class Attention(nn.Module):
     """x + out(core(qkv(norm(x)))).
 
-    ``core``: softmax attention over "time" or "space", or "linear" attention over space. Options
-    are those of the two families: biases on the projections (with linear attention on the output's
-    alone, always) and a zero-initialised output (distillation code), a Shaw table of its own
-    (paper §3), and over time whatever the ``TimeContext`` of the forward pass carries.
+    ``core`` is softmax attention over "time" or "space", or "linear" attention over space. The
+    options are those of the two layouts: biases on the projections (linear attention always has one
+    on the output and never on qkv), a zero-initialised output (distillation code), an own Shaw
+    table (paper §3), and for time everything in the ``TimeContext`` of the forward pass.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         own: dict[str, Any] = self._modules
         options = self._options(time)
         norm, qkv, out = own["norm"], own["qkv"], own["out"]
-        # Not those of a module that something hangs on or stands in the place of.
+        # None if a module was replaced or has hooks; then it must be called itself.
         first, last = weights_of(qkv, Linear), weights_of(out, Linear)
         shards = self.shards if self.core == "time" else None
         if shards is None and first is not None and last is not None:
@@ -77,7 +77,7 @@ class Attention(nn.Module):
                     norm_bias=normed[1], qkv_bias=first[1], out_bias=last[1],
                     eps=1e-5 if norm.eps is None else norm.eps, options=options,
                 )  # fmt: skip
-        h = norm(x)  # whose statistics need the frames' layout, where sequences need the pixels'
+        h = norm(x)  # group statistics need the layout by frames, before it becomes one by pixels
         if shards is not None:
             h = out(attention(qkv(shards.to_pixels(h)), self.core, self.heads, options))
             return x + shards.to_frames(h, *x.shape[2:4])

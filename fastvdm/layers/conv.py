@@ -1,4 +1,4 @@
-"""Space-only convolutions on (B, F, H, W, C). The parameters are torch's own Conv2d ones."""
+"""Space-only convolutions on (B, F, H, W, C), with the parameters of torch's Conv2d."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Size = int | tuple[int, ...]
 
 
 def _one(name: str, size: Size) -> int:
-    """The extent of a square; torch keeps it once per axis."""
+    """The side of a square size; torch stores it once per axis."""
     sizes = (size,) if isinstance(size, int) else tuple(size)
     if not sizes or any(n != sizes[0] for n in sizes):
         raise ValueError(f"{name} must be one number, or the same for height and width, got {size}")
@@ -22,18 +22,18 @@ def _one(name: str, size: Size) -> int:
 
 
 def _check_fixed(**options: tuple[Any, Any]) -> None:
-    """Of what torch's constructors take and this one does not change: (given, the only value)."""
+    """Check options of torch's constructors that have one supported value: (given, supported)."""
     for name, (given, only) in options.items():
         if given != only:
             raise ValueError(f"{name} must be {only!r}, got {given!r}")
 
 
 class _Fixed(nn.Module):
-    """A convolution whose kernels know one padding and no dilation or groups: to set another on it,
-    as is done for seamless tiles, would change nothing.
+    """A convolution whose kernels support one padding and no dilation or groups. Setting another
+    value on it, as is done for seamless tiles, would have no effect, so it raises.
 
     Raises:
-        ValueError: one of them is set to something else.
+        ValueError: such an option is set to another value.
     """
 
     _FIXED = frozenset({"kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"})
@@ -48,9 +48,9 @@ class _Fixed(nn.Module):
 class SpaceConv(_Fixed, nn.Conv2d):
     """A 1 x k x k convolution over every frame: (B, F, H, W, C_in) → (B, F, Ho, Wo, C_out).
 
-    The arguments are ``nn.Conv2d``'s, so that ``type(conv)(...)`` makes another: the weight is
-    (C_out, C_in, k, k), k odd, or 4 with ``stride`` 2; the stride is 1 or 2. ``padding`` is that
-    which keeps or halves the extents, k // 2, or 1 for k = 4.
+    The arguments are those of ``nn.Conv2d``, so ``type(conv)(...)`` makes another one. The weight
+    is (C_out, C_in, k, k) with k odd, or k = 4 with ``stride`` 2; the stride is 1 or 2. ``padding``
+    keeps or halves the extents: k // 2, or 1 for k = 4.
 
     Raises:
         ValueError: another kernel, stride or padding; dilation, groups or a padding mode.
@@ -91,11 +91,11 @@ class SpaceConv(_Fixed, nn.Conv2d):
 
 
 class SpaceConvTranspose(_Fixed, nn.ConvTranspose2d):
-    """The 1 x 4 x 4 stride-2 transposed convolution that doubles height and width; the arguments
-    are ``nn.ConvTranspose2d``'s.
+    """The 1 x 4 x 4 transposed convolution with stride 2 that doubles height and width. The
+    arguments are those of ``nn.ConvTranspose2d``.
 
     Raises:
-        ValueError: any but that kernel, stride and padding.
+        ValueError: another kernel, stride or padding.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class SpaceConvTranspose(_Fixed, nn.ConvTranspose2d):
 
 
 def join(x: Tensor, x2: Tensor | None) -> Tensor:
-    """[x, x2] along the channels."""
+    """Concatenate x and x2 along the channels; x2 may be None."""
     return x if x2 is None else torch.cat((x, x2), dim=-1)
 
 
 def nearest_up(x: Tensor) -> Tensor:
-    """Nearest-neighbour x2 of every frame of (B, F, H, W, C)."""
+    """Double every frame of (B, F, H, W, C) by nearest neighbour."""
     b, f, h, w, c = x.shape
     y = x[:, :, :, None, :, None].expand(b, f, h, 2, w, 2, c)
     return y.reshape(b, f, 2 * h, 2 * w, c)
@@ -148,11 +148,11 @@ def convolve(
     *,
     upsample: bool = False,
 ) -> Tensor:
-    """conv([x, x2]) + residual, ``upsample`` doubling height and width first: one op of a plain
-    ``SpaceConv``; anything else is called on the one tensor that it would see in a plain network.
+    """conv([x, x2]) + residual; ``upsample`` doubles height and width first. A plain ``SpaceConv``
+    runs as one op. Any other module is called on the one tensor that a plain network would pass.
 
     Raises:
-        ValueError: DoRA, whose convolution takes channels on axis 1 of whatever comes.
+        ValueError: the module is DoRA, whose convolution takes channels on axis 1.
     """
     weights = weights_of(conv, SpaceConv)
     if weights is not None:

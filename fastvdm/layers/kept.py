@@ -1,4 +1,4 @@
-"""Tables of constants, made once and not at each forward, where they are a dozen tiny launches."""
+"""Constant tables, made once instead of in each forward, where they take a dozen tiny launches."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 P = ParamSpec("P")
 
-# Never emptied: a CUDA graph reads a table where it was when it was captured.
+# Never emptied: a captured CUDA graph reads a table at its address.
 _TABLES: dict[tuple, Tensor] = {}
 _MOST = 1024
-# Of tables that their stream may not have made yet.
+# Events of tables whose stream may not have computed them yet.
 _PENDING: dict[tuple, torch.cuda.Event] = {}
 
 
 def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Decorates what makes a table, which must depend on its arguments alone, among them a device
-    with its index. The table is shared, and must not be written to."""
+    """Decorate a function that makes a table. The table must depend only on the arguments, one of
+    which is a device with its index. It is shared and must not be written to."""
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -40,8 +40,8 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def watched() -> bool:
-    """Whether tensors made or met here are not those of eager calls: a compiler's, a transform's, a
-    fake's."""
+    """Whether tensors made here now are not those of eager calls: they belong to a compiler, a
+    transform or a fake mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -52,8 +52,8 @@ def watched() -> bool:
 
 
 def _lasts(key: tuple, table: Tensor) -> bool:
-    """Not of a graph that is being captured: its values come when that is run. Of others the place
-    in their stream is noted."""
+    """Whether a table may be kept. One made in a graph capture has no values until the graph runs.
+    For others an event marks its place in the stream."""
     if table.device.type != "cuda":
         return True
     if torch.cuda.is_current_stream_capturing():
@@ -63,7 +63,7 @@ def _lasts(key: tuple, table: Tensor) -> bool:
 
 
 def _arrives(key: tuple, table: Tensor) -> bool:
-    """Whether the current stream may read it: it was made, or the stream will wait for that."""
+    """Whether the current stream may read a table. It waits for the table's event if necessary."""
     if torch.cuda.is_current_stream_capturing():
         return False
     event = _PENDING.get(key)

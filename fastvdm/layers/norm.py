@@ -1,4 +1,4 @@
-"""The normalisations of both network families, one module over one op."""
+"""The normalisations of both layouts: one module around one op."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Norm(nn.Module):
         if self.shards is not None and self.kind == "group" and not self.per_frame:
             x, x2 = join(x, x2), None
             stats = self.shards.group_stats(x, self.groups, 1e-5 if self.eps is None else self.eps)
-            if torch.is_grad_enabled():  # the kernel's backward would miss the other ranks' part
+            if torch.is_grad_enabled():  # the kernel's backward would lack the other ranks' terms
                 y = self._apply_stats(x, *stats)
                 return _finish(y, scale, shift, act, dropout_mask, residual).to(x.dtype)
         return norm_act(
@@ -104,7 +104,7 @@ def _finish(
     dropout_mask: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """What ``Norm`` does behind the affine, in plain torch."""
+    """What ``Norm`` does after the affine map, in plain torch."""
     b, c = y.shape[0], y.shape[-1]
     y = y if scale is None else y * (1 + scale.view(b, 1, 1, 1, c))
     y = y if shift is None else y + shift.view(b, 1, 1, 1, c)
@@ -114,8 +114,8 @@ def _finish(
 
 
 def normalise(norm: nn.Module, x: Tensor, x2: Tensor | None = None, **options: Any) -> Tensor:
-    """norm([x, x2]), then ``options`` as in ``Norm.forward``: one op of a plain ``Norm``; anything
-    else is called on the one tensor, and the options follow, in fp32 at least."""
+    """norm([x, x2]), then ``options`` as in ``Norm.forward``. A plain ``Norm`` runs as one op. Any
+    other module is called on one tensor, and the options follow in at least fp32."""
     if weights_of(norm, Norm) is not None:
         return norm(x, x2=x2, **options)
     y = norm(join(x, x2))

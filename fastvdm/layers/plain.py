@@ -1,8 +1,8 @@
-"""Which submodules a fused op may stand for.
+"""Decides which submodules a fused op may replace.
 
-A fused op reads the parameters of several modules and calls none of them, so whatever hangs on a
-module would be bypassed. Where anything does, its owner calls it, as any other module, on one
-tensor, and does the rest of the fused op around it.
+A fused op reads the parameters of several modules and calls none of them, so it would bypass hooks
+and replacements. If a module has any, its owner calls it like any module, on one tensor, and runs
+the rest of the fused op around it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 def hangs_on(module: nn.Module) -> bool:
-    """Whether something wants to know of this very module's calls: a hook, or a ``forward`` of its
-    own, as offloading gives it. Hooks on all modules are not asked for."""
+    """Whether this module has a hook, or a ``forward`` set on the instance, as offloading does.
+    Global hooks are not considered."""
     own = module.__dict__
     return bool(
         own["_forward_pre_hooks"]
@@ -28,19 +28,19 @@ def hangs_on(module: nn.Module) -> bool:
 
 
 def weights_of(module: nn.Module, kind: type[nn.Module]) -> Weights | None:
-    """The weight and bias of ``module`` where a call of it is what ``kind`` does with them, and no
-    more; else None.
+    """The weight and bias of ``module`` if calling it does exactly what ``kind`` does with them,
+    otherwise None.
 
-    It is of that very class (adapters and parametrizations put another in its place), no hook is on
-    it or on all modules, ``forward`` is not replaced on the instance (as offloading does), and its
-    parameters are plain tensors (a quantised or a distributed one is a subclass that knows only
-    torch's own ops).
+    The conditions: its class is exactly ``kind`` (adapters and parametrizations replace it); no
+    hook is on it or on all modules; ``forward`` is not replaced on the instance (as offloading
+    does); its parameters are plain tensors (a quantised or distributed one is a subclass that
+    supports only torch's own ops).
     """
     if type(module) is not kind or hangs_on(module) or _has_any_global_hook():
         return None
-    # __getattr__ of a module costs more than all that is asked here
+    # A module's __getattr__ costs more than all checks here.
     own, parameters = module.__dict__, module.__dict__["_parameters"]
-    # a replica has plain attributes
+    # A replica of DataParallel has its parameters as plain attributes.
     weight = own["weight"] if "weight" in own else parameters.get("weight")
     bias = own["bias"] if "bias" in own else parameters.get("bias")
     if weight is None or own["_buffers"]:

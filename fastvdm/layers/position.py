@@ -12,10 +12,10 @@ from fastvdm.layers.plain import weights_of
 
 
 def t5_bucket(relative: Tensor, num_buckets: int = 32, max_distance: int = 32) -> Tensor:
-    """Bucket of ``relative`` = key - query (Raffel et al. 2020, §2.1), as the peer computes it.
+    """The bucket of ``relative`` = key - query (Raffel et al. 2020, §2.1), as the peer computes it.
 
-    Half the buckets for each direction; in each half the first half are exact distances, the rest
-    grow logarithmically up to ``max_distance``.
+    Each direction has half of the buckets. Half of those are exact distances; the others grow
+    logarithmically up to ``max_distance``.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -34,7 +34,7 @@ def _t5_buckets(n: int, num_buckets: int, max_distance: int, device: torch.devic
 
 @kept
 def causal_bias(heads: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(heads, n, n) [query, key]: -inf at later positions, else 0."""
+    """(heads, n, n) [query, key]: -inf for keys after the query, 0 otherwise."""
     future = torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
     table = torch.zeros(heads, n, n, dtype=dtype, device=device)
     return table.masked_fill(future, -torch.inf)
@@ -51,7 +51,7 @@ class T5RelativeBias(nn.Module):
     def forward(self, n: int, device: torch.device) -> Tensor:
         bucket = _t5_buckets(n, self.num_buckets, self.max_distance, device)
         table = self.relative_attention_bias
-        # Contiguous, as kernels read it: each attention of a forward would copy it.
+        # Contiguous, as kernels read it; otherwise each attention of a forward would copy it.
         weights = None if torch.is_grad_enabled() else weights_of(table, nn.Embedding)
         if weights is None:
             return table(bucket).permute(2, 0, 1).contiguous()
@@ -61,7 +61,7 @@ class T5RelativeBias(nn.Module):
 class ShawTable(nn.Module):
     """Vectors (T, 2R+1, head_dim) per clipped distance key - query (Shaw et al. 2018, Eq. 3-4).
 
-    T is ``heads``, 1 where the heads share them; ``values`` adds a table for the values.
+    T is ``heads``, or 1 if the heads share the table; ``values`` adds a table for the values.
     """
 
     def __init__(self, head_dim: int, max_distance: int, *, values: bool, heads: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The two residual blocks: conv-norm-act (the peer's) and norm-act-conv (the paper's)."""
+"""The two residual blocks: conv-norm-act (peer layout) and norm-act-conv (paper layout)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MakeNorm = Callable[[int], Norm]
 def dropout_mask(
     x: Tensor, channels: int, p: float, training: bool, factor: int = 1
 ) -> Tensor | None:
-    """(B, F, H * factor, W * factor, channels) of 0 with probability p, else 1 / (1 - p); None
-    where it is off."""
+    """(B, F, H * factor, W * factor, channels): 0 with probability p, otherwise 1 / (1 - p). None
+    if dropout is off."""
     if not training or p == 0:
         return None
     b, f, h, w, _ = x.shape
@@ -29,7 +29,7 @@ def dropout_mask(
 
 
 class Films:
-    """The embedding with what FiLM layers make of it, all in one product."""
+    """The embedding together with the outputs of FiLM layers, computed in one product."""
 
     def __init__(self, emb: Tensor, layers: Sequence[nn.Linear]) -> None:
         weight = torch.cat([layer.weight for layer in layers])
@@ -40,8 +40,8 @@ class Films:
 
 
 def films(emb: Tensor | Films, layers: Sequence[nn.Module]) -> Tensor | Films:
-    """``emb`` for blocks whose projections are ``layers``, in one product where each may be part of
-    it. Without the gradient of a weight: it would have to be cut into those of all."""
+    """Project ``emb`` for all ``layers`` in one product, if all of them are plain and none needs a
+    weight gradient, which would have to be split between them. Otherwise return ``emb``."""
     if torch.compiler.is_compiling() or not layers or isinstance(emb, Films):
         return emb
     plain = [layer for layer in layers if weights_of(layer, nn.Linear) is not None]
@@ -81,10 +81,10 @@ def _conv_norm(
     upsample: bool = False,
     **options: Any,
 ) -> Tensor:
-    """conv → norm → FiLM → SiLU → dropout → + residual; the statistics come with the convolution
-    where its kernel has them, but for statistics that come from all ranks."""
+    """conv → norm → FiLM → SiLU → dropout → + residual. The convolution's kernel computes the
+    statistics if it can, unless they are combined over ranks."""
     first, last = weights_of(conv, SpaceConv), weights_of(norm, Norm)
-    if first is None or last is None or norm.shards is not None:  # each module is called
+    if first is None or last is None or norm.shards is not None:  # call each module
         return normalise(norm, convolve(conv, x, x2, upsample=upsample), act=True, **options)
     return conv_group_norm(
         x,
@@ -103,9 +103,9 @@ def _conv_norm(
 class ResnetBlock(nn.Module):
     """conv → norm → FiLM → SiLU → conv → norm → SiLU → + skip(x)   (peer order).
 
-    ``forward(x, emb, x2)``: x (B, F, H, W, C1); x2 (B, F, H, W, C2), the skip connection, stands
-    behind x on the channels; emb (B, emb_dim) is the conditioning embedding after its SiLU, or the
-    ``films`` of it.
+    ``forward(x, emb, x2)``: x (B, F, H, W, C1); x2 (B, F, H, W, C2), the skip connection, whose
+    channels follow those of x; emb (B, emb_dim), the conditioning embedding after its SiLU, or its
+    ``films``.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ResnetBlock(nn.Module):
         own: dict[str, Any] = self._modules
         scale, shift = _film(own.get("film"), emb)
         if x2 is not None and x.is_cuda and not torch.is_grad_enabled():
-            # cuDNN wants them joined, and then the skip is one product; a backward would keep it.
+            # cuDNN needs one tensor, and the skip becomes one product. A backward would save it.
             x, x2 = join(x, x2), None
         mask = dropout_mask(x, self.out_channels, self.dropout, self.training)
         conv, norm, skip = own["conv1"], own["norm1"], own.get("skip")
@@ -143,10 +143,10 @@ class ResnetBlock(nn.Module):
 class PreNormResnetBlock(nn.Module):
     """norm → SiLU → [resample] → conv → norm → FiLM → SiLU → dropout → conv → + skip(x).
 
-    The layout of the distillation code, inflated to 1x3x3 (Salimans & Ho 2022; Ho et al. 2022 name
-    its keys). ``resample`` "down" halves height and width by average pooling, "up" doubles them by
-    nearest neighbour, on both branches. ``conditioning`` "scale_shift" is FiLM in the second norm;
-    "add" adds the embedding to the output of the first convolution.
+    The layout of the distillation code, inflated to 1x3x3 (Salimans & Ho 2022; Ho et al. 2022 use
+    the names of its keys). ``resample`` "down" halves height and width by average pooling, "up"
+    doubles them by nearest neighbour, on both branches. ``conditioning`` "scale_shift" is FiLM in
+    the second norm; "add" adds the embedding to the output of the first convolution.
     """
 
     def __init__(
@@ -183,10 +183,10 @@ class PreNormResnetBlock(nn.Module):
         h = normalise(self.norm1, x, x2, act=True)
         if self.resample == "down":
             h = avg_pool(h)
-        up = self.resample == "up"  # with the convolution one folded op; pooling has no such form
+        up = self.resample == "up"  # folded into the convolution; pooling cannot be
         mask = dropout_mask(h, self.out_channels, self.dropout, self.training, 2 if up else 1)
         if self.additive and self.film is not None and emb is not None:
-            h = convolve(self.conv1, h, upsample=up)  # the embedding stands between conv and norm
+            h = convolve(self.conv1, h, upsample=up)  # the embedding is added before the norm
             h = h + _project(self.film, emb)[:, None, None, None].to(h.dtype)
             h = normalise(self.norm2, h, act=True, dropout_mask=mask)
         else:

@@ -1,4 +1,4 @@
-"""Frames sharded over ranks: the two exchanges that layers need. See ``fastvdm.parallel``."""
+"""Frames sharded over ranks: the exchanges that layers need. See ``fastvdm.parallel``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of equal parts along axis 0; its transpose is itself."""
+    """All-to-all of equal parts along axis 0; it is its own transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -23,7 +23,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the ranks; all copies contribute to the loss, so its transpose is the sum."""
+    """Sum over the ranks. Every rank's copy contributes to the loss, so its transpose is a sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -40,14 +40,14 @@ def _wait(x: Tensor) -> Tensor:
 
 
 class FrameShards:
-    """The ranks that share a video, ``size`` of them, in ``group``; counts what it sends."""
+    """The ``size`` ranks of ``group`` that share a video. It counts the bytes that it sends."""
 
     def __init__(self, group: Any, size: int) -> None:
         self.group, self.size = group, size
         self.bytes_sent, self.calls = 0, 0
 
     def __deepcopy__(self, memo: dict) -> FrameShards:
-        return self  # a process group cannot be copied, and a copied model uses the same one
+        return self  # a process group cannot be copied; a copied model uses the same one
 
     def _count(self, x: Tensor, share: float) -> None:
         if not torch.compiler.is_compiling():
@@ -83,8 +83,8 @@ class FrameShards:
         return _Sum.apply(x, self.group) / self.size
 
     def group_stats(self, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-        """mean and 1/std, each (B, groups), of GroupNorm over a whole video of which x
-        (B, F/P, H, W, C) is this rank's part. Chan et al. 1983: means first, then deviations."""
+        """Mean and 1/std, each (B, groups), of GroupNorm over a whole video of which x
+        (B, F/P, H, W, C) is this rank's part. Chan et al. 1983: first means, then deviations."""
         b, c = x.shape[0], x.shape[-1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide.reshape(b, -1, groups, c // groups)

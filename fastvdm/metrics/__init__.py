@@ -1,8 +1,8 @@
-"""FVD, FID and Inception Score with a feature network that the user brings.
+"""FVD, FID and Inception Score with a feature network that the user provides.
 
-No weights are shipped or downloaded: the network is an ``nn.Module`` or a TorchScript file (I3D
-for FVD, C3D for the UCF101 numbers, Inception for frames). Accumulation is torchmetrics'. Which
-network, layer and resize make a number comparable with a published one: docs/training.md.
+No weights are shipped or downloaded: the network is an ``nn.Module`` or a TorchScript file (I3D for
+FVD, C3D for the UCF101 numbers, Inception for frames). torchmetrics accumulates the features.
+docs/training.md says which network, layer and resize make a number comparable with published ones.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ FRAMES = ("video", "average", "first")
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), computed in fp64.
+    """The Fréchet distance |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), computed in fp64.
 
-    The trace of the square root is the sum of the singular values of C1^(1/2) C2^(1/2): no matrix
-    square root of a product that is not symmetric, so rank-deficient covariances are fine.
+    The trace of the square root is the sum of the singular values of C1^(1/2) C2^(1/2). This avoids
+    the square root of a non-symmetric product, so the covariances may be rank-deficient.
 
     Args:
-        mean1, mean2: (D,);  cov1, cov2: (D, D), symmetric and positive semidefinite.
+        mean1: (D,).
+        cov1: (D, D), symmetric and positive semidefinite.
+        mean2: (D,).
+        cov2: (D, D), symmetric and positive semidefinite.
+
+    Returns:
+        A scalar.
+
     Raises:
-        ValueError: shapes that do not fit, or values that are not finite.
+        ValueError: shapes do not fit, or values are not finite.
     """
     dim = mean1.shape[-1]
     for name, t, shape in (
@@ -52,7 +59,7 @@ def _sqrt(cov: Tensor) -> Tensor:
 
 
 def frechet_feature_distance(real: Tensor, fake: Tensor) -> Tensor:
-    """Fréchet distance of two sets of features (N, D) and (M, D), unbiased covariances, fp64."""
+    """Fréchet distance of two sets of features (N, D) and (M, D): unbiased covariances, fp64."""
     for name, t in (("real", real), ("fake", fake)):
         if t.ndim != 2 or t.shape[0] < 2:
             raise ValueError(f"{name} must be (N, D) with N >= 2, got {tuple(t.shape)}")
@@ -61,7 +68,7 @@ def frechet_feature_distance(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
-    """A TorchScript feature network from a local file, frozen and in eval mode."""
+    """Load a TorchScript feature network from a local file, frozen and in eval mode."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no TorchScript file at {path}")
     network = torch.jit.load(str(path), map_location="cpu").eval()
@@ -74,14 +81,16 @@ class VideoFeatures(nn.Module):
     """Prepares a video and calls the user's network: (B, C, F, H, W) in [0, 1] → (B, D).
 
     Args:
-        network: a module or the path of a TorchScript file. For ``frames="video"`` it takes
-            (B, C, F, H, W), else images (N, C, H, W); it returns (N, D), trailing ones allowed.
-        size: resize each frame to this height and width first (bilinear); None leaves it. I3D of
-            the usual FVD takes 224, C3D 112, Inception 299.
-        value_range: what [0, 1] is mapped to, e.g. (-1, 1) for I3D.
-        frames: "video" for a video network; for an image network "average" of the frames'
-            features, or the "first" frame only (the paper's FID-avg and FID-first).
-        num_features: D; found by a call on zeros of ``example`` shape when not given.
+        network: a module, or the path of a TorchScript file. With ``frames="video"`` it takes
+            (B, C, F, H, W), otherwise images (N, C, H, W). It returns (N, D), or that with trailing
+            axes of size 1.
+        size: resize each frame to this height and width first (bilinear); None does not resize. The
+            usual I3D of FVD takes 224, C3D 112, Inception 299.
+        value_range: the range to which [0, 1] is mapped, e.g. (-1, 1) for I3D.
+        frames: "video" for a video network. For an image network "average" takes the mean of the
+            frames' features and "first" those of the first frame (the paper's FID-avg and
+            FID-first).
+        num_features: D; if not given, it is found by a call on zeros of shape ``example``.
         example: (C, F, H, W) of that call.
     """
 
@@ -103,10 +112,11 @@ class VideoFeatures(nn.Module):
         self.network = network.eval()
         self.size = (size, size) if isinstance(size, int) else size
         self.value_range, self.frames = value_range, frames
-        # The name under which torchmetrics asks for D.
+        # torchmetrics reads D under this name.
         self.num_features = num_features or self(torch.zeros(1, *example)).shape[1]
 
     def train(self, mode: bool = True) -> VideoFeatures:
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @torch.no_grad()
@@ -114,8 +124,8 @@ class VideoFeatures(nn.Module):
         """Features (B, D) in fp32.
 
         Raises:
-            ValueError: no (B, C, F, H, W), NaN, values outside [0, 1], or the network returns
-                something else than one vector for each input.
+            ValueError: the video is not (B, C, F, H, W), has NaN or values outside [0, 1]; or the
+                network does not return one vector per input.
         """
         if video.ndim != 5 or not video.is_floating_point():
             raise ValueError(
@@ -149,22 +159,35 @@ class VideoFeatures(nn.Module):
 
 
 def FVD(features: nn.Module, **kwargs: Any) -> Any:
-    """Fréchet video distance: ``update(video, real=True | False)``, then ``compute()``.
+    """Fréchet video distance: call ``update(video, real=True | False)``, then ``compute()``.
 
-    A ``torchmetrics.image.fid.FrechetInceptionDistance`` on ``features``, a ``VideoFeatures`` or a
-    module of your own from (B, C, F, H, W) to (B, D) with ``num_features``. Being a torchmetrics
-    metric it accumulates over batches and processes. With ``VideoFeatures(frames="average")`` or
-    ``"first"`` and an image network it is the FID of a video model.
+    It is a ``torchmetrics.image.fid.FrechetInceptionDistance``, so it accumulates over batches and
+    processes. With ``VideoFeatures(frames="average")`` or ``"first"`` and an image network it is
+    the FID of a video model.
+
+    Args:
+        features: a ``VideoFeatures``, or a module from (B, C, F, H, W) to (B, D) that has
+            ``num_features``.
+        kwargs: options of ``FrechetInceptionDistance``.
     """
     fid = require("torchmetrics.image.fid", "metrics")
     return fid.FrechetInceptionDistance(feature=features, **kwargs)
 
 
 def InceptionScore(features: nn.Module, splits: int = 10, **kwargs: Any) -> Any:
-    """exp E KL(p(y|x) || p(y)): ``update(video)``, then ``compute()`` → (mean, std over splits).
+    """Inception Score exp E KL(p(y|x) || p(y)): call ``update(video)``, then ``compute()``.
 
-    ``features`` returns class logits. The samples are shuffled before they are split, from torch's
-    global generator. One split, as in the paper, has no spread: its deviation is 0.
+    ``compute`` returns (mean, standard deviation over splits). The samples are shuffled with
+    torch's global generator before they are split. With one split, as in the paper, the deviation
+    is 0.
+
+    Args:
+        features: a module that returns class logits.
+        splits: number of splits.
+        kwargs: options of ``torchmetrics.image.inception.InceptionScore``.
+
+    Raises:
+        ValueError: ``splits`` is below 1.
     """
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")

@@ -1,4 +1,4 @@
-"""The metric behind ``fastvdm.metrics.InceptionScore``, apart because it imports torchmetrics."""
+"""The metric behind ``fastvdm.metrics.InceptionScore``, in a file that imports torchmetrics."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 
 class SplitScore(InceptionScore):
-    """torchmetrics accumulates; the score is the same, but never NaN for finite logits.
+    """torchmetrics' Inception Score, but never NaN for finite logits.
 
-    Its own deviation of a single split is NaN, and so is its score where every sample of a split
+    torchmetrics' deviation of a single split is NaN. So is its score if every sample of a split
     gives a class a probability that is 0 in fp32.
     """
 

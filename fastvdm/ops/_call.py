@@ -1,5 +1,6 @@
-"""One call of an op, from its tensors to a launcher: they are checked, an implementation is chosen,
-it runs. Every public op is these three steps; what they read, ``_op`` and ``dispatch`` wrote.
+"""One call of an op: check the tensors, choose an implementation, run it.
+
+Every public op consists of these three steps. ``_op`` and ``dispatch`` hold what they look up.
 
     check_tensors(x, ("scale", scale, (b, c)))
     which = select("norm_act", x.device, x, kind, channels)
@@ -51,12 +52,12 @@ def check_tensors(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     same: tuple[str, ...] = (),
 ) -> None:
-    """Of each (name, tensor or None, shape): the shape, the device of ``x``, one of ``dtypes``.
-    Those named in ``same`` have the dtype of ``x``; under autocast all but fp64 mix.
+    """Check each (name, tensor or None, shape): its shape, the device of ``x``, one of ``dtypes``.
+    Those named in ``same`` must have the dtype of ``x``; autocast may mix all dtypes but fp64.
 
     Raises:
         ValueError: a shape or a device does not fit.
-        TypeError: a dtype does not fit, or it is no tensor.
+        TypeError: a dtype does not fit, or it is not a tensor.
     """
     device, dtype = x.device, x.dtype
     usual = dtype if dtype in dtypes else None
@@ -76,14 +77,14 @@ def check_tensors(
 
 
 def wrong_form(name: str, t: Any, form: str) -> Exception:
-    """The error of a ``t`` that has not the ``form``, or is no tensor at all."""
+    """The error for a ``t`` that lacks the ``form``, or is no tensor."""
     if isinstance(t, Tensor):
         return ValueError(f"{name} must be {form}, got {tuple(t.shape)}")
     return TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:
-    """ "fp32, bf16 or fp64"."""
+    """Name the dtypes, e.g. "fp32, bf16 or fp64"."""
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     short |= {torch.float64: "fp64", torch.int32: "int32", torch.int64: "int64", torch.bool: "bool"}
     short |= {torch.uint8: "uint8"}
@@ -92,24 +93,24 @@ def listed(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def mix(a: Tensor, b: Tensor) -> bool:
-    """Whether autocast brings the two to one dtype."""
+    """Whether autocast converts both to one dtype."""
     return torch.float64 not in (a.dtype, b.dtype) and autocast_on(a.device.type)
 
 
 def autocast_on(device: str) -> bool:
-    """Whether autocast is on for this type of device. Some have none, such as meta; to ask torch
-    for that takes a microsecond, in every op."""
+    """Whether autocast is on for this type of device. Some types, such as meta, have none. Asking
+    torch takes a microsecond in every op, so "cpu" and "cuda" are not asked about."""
     known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix op on ``x`` runs in: autocast's where it is on, else ``x``'s own.
+    """The dtype in which a matrix op on ``x`` runs: autocast's if it is on, else that of ``x``.
 
-    As torch's autocast does, fp64 is left alone.
+    fp64 is left alone, as in torch's autocast.
     """
     dtype = x.dtype
-    # ``device.type`` would make a string.
+    # Avoid ``device.type``, which makes a string.
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     if dtype == torch.float64 or not autocast_on(device):
         return dtype
@@ -117,8 +118,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
-    """``tensors`` in ``dtype``, as autocast brings the inputs of its own ops. ``to`` would take a
-    microsecond to find that there is nothing to do."""
+    """``tensors`` in ``dtype``, as autocast converts the inputs of its own ops. ``to`` would take a
+    microsecond to find that there is nothing to convert."""
     found: list = [*tensors]
     for i, t in enumerate(tensors):
         if t is not None and t.dtype != dtype:
@@ -128,30 +129,30 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list:
 
 # --- choose --------------------------------------------------------------------------------------
 
-# The Triton interpreter is a test device: only ever chosen by name.
+# Triton's interpreter is for tests only, so it must be chosen by name.
 _AUTO = {"cuda": "triton", "cpu": "cpu"}
 _WORDS = {"library": "torch's library", "torch": "torch's own", "parts": "its parts"}
 
 
 def backend_in_force() -> str:
-    """The configured backend, "auto" or a name; "reference" inside forward-mode autograd and the
-    transforms of ``torch.func`` (vmap, grad, vjp, jvp, ...), whatever was configured.
+    """The configured backend, "auto" or a name. Inside forward-mode autograd and the transforms of
+    ``torch.func`` (vmap, grad, vjp, jvp, ...) it is always "reference".
 
-    The kernels have neither tangents nor rules for batches, and would lose the former in silence;
-    plain torch has both. As with ``ByDesign`` this is no fallback: no warning, no error in strict
-    mode.
+    The kernels have no tangents and no batching rules, and would silently drop tangents; plain
+    torch has both. As with ``ByDesign`` this is not a fallback: it gives no warning, and no error
+    in strict mode.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         return "reference"
-    # Dynamo folds it into a constant, behind a guard.
+    # Dynamo folds this into a constant with a guard.
     if transforms():
         return "reference"
     return config.active.backend
 
 
 def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | None]:
-    """(implementation, what was lost): the latter None, or (backend, why it is off, why it refuses)
-    of a kernel that should have taken the call."""
+    """(implementation, lost). ``lost`` is None, or describes the kernel that should have taken the
+    call: (backend, why it is off, why it refuses)."""
     backend = backend_in_force()
     if backend == "reference":
         return backend, None
@@ -178,7 +179,7 @@ def choose(op: str, device: torch.device, call: tuple) -> tuple[str, tuple | Non
 
 
 def select(op: str, device: torch.device, *call: Any) -> str:
-    """The implementation of this call of ``op``, whose generator takes ``call``.
+    """Choose the implementation of this call of ``op``; its generator takes ``call``.
 
     Raises:
         FallbackError: a kernel is missing or refuses the call, and FASTVDM_STRICT=1.
@@ -190,7 +191,7 @@ def select(op: str, device: torch.device, *call: Any) -> str:
 
 
 def examples(op: str, device: torch.device) -> dict[str, str]:
-    """Kind of call -> the implementation that takes it on ``device``."""
+    """Map each kind of call to the implementation that takes it on ``device``."""
     return {kind: choose(op, device, call)[0] for kind, call in OPS[op].examples(device).items()}
 
 
@@ -198,7 +199,7 @@ def _fallback(op: str, name: str, backend: str, off: str | None, reason: str | N
     instead = _WORDS.get(name, "the torch reference")
     if config.active.strict:
         raise FallbackError(f"{op} fell back to {instead}: {off or f'{backend}: {reason}'}")
-    if off is not None:  # of every op, so it is said once
+    if off is not None:  # it affects every op, so warn only once
         _warn(f"fastvdm runs on plain torch: {off} ({_MEANT})")
     else:
         _warn(f"fastvdm.{op} uses {instead}: {backend}: {reason}")
@@ -214,29 +215,32 @@ def _warn(text: str) -> None:
         warnings.warn(text, stacklevel=5)
 
 
-# Dynamo calls it while it traces, and traces nothing of it.
+# Dynamo calls this while tracing, but does not trace into it.
 _traced_over: Any = _warn
 _traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
 
 # --- run -----------------------------------------------------------------------------------------
 
-BODIES: dict[str, Callable[..., Any]] = {}  # of every op that was defined, by its name
-NODES: dict[str, Callable[..., Any]] = {}  # what puts them into autograd's graph, by the same
-TENSORS: dict[str, tuple[int, ...]] = {}  # places of their tensors
-DENSE: dict[str, tuple[int, ...]] = {}  # of those that launchers take contiguous
+BODIES: dict[str, Callable[..., Any]] = {}  # op name -> its body
+NODES: dict[
+    str, Callable[..., Any]
+] = {}  # op name -> the function that adds it to autograd's graph
+TENSORS: dict[str, tuple[int, ...]] = {}  # op name -> positions of its tensors
+DENSE: dict[str, tuple[int, ...]] = {}  # op name -> positions of tensors that must be contiguous
 _VMAP = torch._C._dispatch_key_parse("VmapMode")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
 
 
 def run(op: OpOverload, *args: Any) -> Any:
-    """``op(*args)`` with every argument given and, but for the strided ones, contiguous; past the
-    dispatcher where nobody listens to it.
+    """Run ``op(*args)`` with all arguments given; make tensors contiguous unless strides are
+    allowed. The dispatcher is bypassed if nobody listens to it.
 
-    An op in Python passes through it three times a call, with all its arguments: to autograd, to
-    the body, to the launcher. That is a third of an eager call of a small network, and a GPU at
-    batch 1 waits for nothing else. The body's own operators, the launcher among them, pass through
-    it as ever. What would miss the op itself, and has no public way to be found out, is a kernel
-    that somebody registers for ``fastvdm::`` and an ``ExecutionTraceObserver``.
+    An op in Python passes through the dispatcher three times per call, with all its arguments: to
+    autograd, to the body, to the launcher. That is a third of an eager call of a small network, and
+    at batch 1 a GPU waits for it. The operators inside the body, including the launcher, still go
+    through the dispatcher. Two listeners would miss the op itself, because there is no public way
+    to detect them: a kernel that somebody registers for ``fastvdm::`` and an
+    ``ExecutionTraceObserver``.
     """
     given, name = list(args), op._opname
     for i in DENSE[name]:
@@ -251,8 +255,8 @@ def run(op: OpOverload, *args: Any) -> Any:
 
 
 def observed(name: str, args: Sequence[Any]) -> bool:
-    """Whether the dispatcher would do more with this call of an op than run it: for a mode, a
-    transform, a profiler, a tracer, a subclass of Tensor or a view of -x among ``args``."""
+    """Whether the dispatcher would do more with this call than run it, because of a mode, a
+    transform, a profiler, a tracer, a subclass of Tensor, or a lazily negated view in ``args``."""
     if (
         _len_torch_dispatch_stack()
         or _len_torch_function_stack()
@@ -271,7 +275,7 @@ def observed(name: str, args: Sequence[Any]) -> bool:
 
 
 def gathered(args: Sequence[Any], value: tuple[int, Any] | None) -> Sequence[Any]:
-    """``args`` of a schema with the NamedTuple ``value``, (place, class), instead of its fields."""
+    """``args`` with the fields of the NamedTuple ``value`` (position, class) gathered into one."""
     if value is None:
         return args
     at, kind = value
@@ -280,8 +284,8 @@ def gathered(args: Sequence[Any], value: tuple[int, Any] | None) -> Sequence[Any
 
 
 def body_of(stem: str, name: str, value: tuple[int, Any] | None = None) -> Callable[..., Any]:
-    """The body of most ops: the launcher of the backend that the last argument names. In Python it
-    gets the NamedTuple ``value``, (place, class), in C++ its fields."""
+    """The body of most ops: call the launcher of the backend named by the last argument. A Python
+    launcher gets the NamedTuple ``value`` (position, class); a C++ launcher gets its fields."""
     of_extension: Any = None
 
     def launch(*args: Any) -> Any:
@@ -297,7 +301,7 @@ def body_of(stem: str, name: str, value: tuple[int, Any] | None = None) -> Calla
 
 @functools.cache
 def _of_extension(name: str) -> Any:
-    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default._op  # a frame less
+    return getattr(torch.ops.fastvdm_C, f"{name}_cpu").default._op  # saves a Python frame
 
 
 @functools.cache
@@ -306,8 +310,8 @@ def _kernels(file: str) -> Any:
 
 
 def launcher(stem: str, name: str, backend: str) -> Any:
-    """A backend's launcher, in the file ``stem``: ``norm_act_fwd`` of Triton, in C++ registered as
-    ``norm_act_fwd_cpu``. Only called inside opaque op bodies."""
+    """The launcher of a backend for the op file ``stem``, e.g. ``norm_act_fwd`` of Triton, or
+    ``norm_act_fwd_cpu`` registered by C++. It is called only inside opaque op bodies."""
     if backend == "cpu":
         return _of_extension(name)
     if backend == "library":
@@ -317,11 +321,11 @@ def launcher(stem: str, name: str, backend: str) -> Any:
 
 
 def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """On the device of its tensors: a Triton launch goes to the current one."""
+    """Launch on the device of the tensors: a Triton launch goes to the current device."""
 
     def call(*args: Any) -> Any:
         device = next(a.device for a in args if isinstance(a, Tensor))
-        if device.index == torch.cuda.current_device():  # to enter a context takes 3 us
+        if device.index == torch.cuda.current_device():  # entering a context takes 3 us
             return launch(*args)
         with torch.cuda.device(device):
             return launch(*args)

@@ -1,4 +1,4 @@
-"""What several ops ask of their tensors before anything is launched, in one wording."""
+"""Checks that several ops make before a launch, with the same messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvdm.ops._call import FLOATS, check_tensors, listed, mix, wrong_form
 
 
 def check_video(x: Tensor, name: str = "x") -> None:
-    """A floating-point (B, F, H, W, C)."""
+    """Check for a floating-point video (B, F, H, W, C)."""
     if getattr(x, "ndim", 0) != 5:
         raise wrong_form(name, x, "(B, F, H, W, C)")
     if x.dtype not in FLOATS:
@@ -20,11 +20,11 @@ def check_video(x: Tensor, name: str = "x") -> None:
 def check_projection(
     x: Tensor, name: str, weight: Tensor, *others: tuple[str, Tensor | None]
 ) -> None:
-    """The residual stream ``x`` has the dtype of the projection ``weight``, or is fp32 over a
-    16-bit one; the others have its dtype. Under autocast all but fp64 mix.
+    """Check that the residual stream ``x`` has the dtype of the projection ``weight``, or is fp32
+    with a 16-bit weight. The others must have the weight's dtype. Autocast may mix all but fp64.
 
     Raises:
-        TypeError: one has another.
+        TypeError: a dtype does not fit.
     """
     dtype = weight.dtype
     if x.dtype != dtype:
@@ -55,11 +55,12 @@ def check_block(
     heads: int,
     eps: float,
 ) -> None:
-    """What the attention blocks ask of their norm and projections: x (B, F, H, W, C), the norm
-    (C,), qkv (3 * heads * D, C), out (C, heads * D).
+    """Check the norm and the projections of an attention block: x (B, F, H, W, C), the norm (C,),
+    qkv (3 * heads * D, C), out (C, heads * D).
 
     Raises:
-        ValueError, TypeError: the first that does not fit.
+        ValueError: a shape, a device or ``eps`` does not fit.
+        TypeError: a dtype does not fit.
     """
     if getattr(x, "ndim", 0) != 5:
         check_video(x)
@@ -83,7 +84,7 @@ def check_block(
         x, "qkv_weight", qkv_weight,
         ("out_weight", out_weight), ("qkv_bias", qkv_bias), ("out_bias", out_bias),
     )  # fmt: skip
-    if out_weight.dtype != qkv_weight.dtype:  # under autocast, too
+    if out_weight.dtype != qkv_weight.dtype:  # an error under autocast too
         raise TypeError(
             f"out_weight must be {qkv_weight.dtype} like qkv_weight, got {out_weight.dtype}"
         )
@@ -97,13 +98,13 @@ def check_options(
     low: torch.dtype,
     beside: str = "x",
 ) -> AttentionOptions:
-    """The options of softmax attention against the ``shape`` of qkv, (B, F, H, W, 3, heads, D),
-    which ``attention_block`` need not form; the device is that of ``qkv_like``. Returns them with
-    the Shaw tables in the dtype ``low``, that of the products.
+    """Check the options of softmax attention against the ``shape`` (B, F, H, W, 3, heads, D) of
+    qkv, a tensor that ``attention_block`` may not have, and the device of ``qkv_like``. Returns
+    them with the Shaw tables in ``low``, the dtype of the products.
 
     Raises:
         ValueError: a shape, a device or a combination is wrong.
-        TypeError: a dtype is wrong, or ``options`` are none.
+        TypeError: a dtype is wrong, or ``options`` is of another type.
     """
     if not isinstance(options, AttentionOptions):
         raise TypeError(f"options must be AttentionOptions, got {type(options).__name__}")

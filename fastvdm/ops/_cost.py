@@ -1,12 +1,12 @@
-"""What the ops count as in ``torch.utils.flop_counter.FlopCounterMode``.
+"""FLOPs of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
-An op is opaque to the counter, and one without a formula counts as nothing, in silence. As torch's
-own formulas do, ours count the multiplications and additions of matrix products, convolutions and
-attention, two for each pair, and nothing elementwise: norms and the ends of a guided step are 0.
-The numbers are those of the ops' cost functions: what the call needs, however a kernel gets there,
-so that a Winograd convolution counts as a direct one. In a backward the products of the gradients
-that are wanted; of what a kernel makes again only the scores of a softmax attention (as torch's
-flash attention counts them) and the small products of a frame's context.
+An op is opaque to the counter, and the counter silently counts an op without a formula as zero.
+Like torch's own formulas, these count two operations per multiply-add of matrix products,
+convolutions and attention, and nothing elementwise: norms and the ends of a guided step are 0. The
+numbers come from the ops' cost functions: what a call needs, whatever a kernel does, so a Winograd
+convolution counts as a direct one. A backward counts the products of the gradients that are needed.
+Of what a kernel recomputes it counts only the scores of softmax attention (as torch's flash
+attention does) and the small products of a frame's context.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from fastvdm.runtime import extension
 
 
 class Cost(NamedTuple):
-    """Floating-point operations and the least bytes moved to and from memory: what an op must at
-    least do, the numerator of every "% of the limit" in the benchmarks."""
+    """Floating-point operations and the fewest bytes to and from memory that an op needs. They are
+    the numerator of every "% of the limit" in the benchmarks."""
 
     flops: int
     bytes: int
 
 
 Formula = Callable[..., "Cost | int"]
-FORMULAS: dict[str, Formula] = {}  # by the qualified name of an op
+FORMULAS: dict[str, Formula] = {}  # qualified name of an op -> its formula
 _COUNTER = "torch.utils.flop_counter"
 
 
 def flops(*ops: OpOverload) -> Callable[[Formula], Formula]:
-    """Decorates the formula of ``ops`` and of the C++ launchers of their names: it is called with
-    the op's arguments by name, shapes in the place of tensors, and returns a Cost or a number."""
+    """Decorate the formula of ``ops`` and of the C++ launchers with the same names. It is called
+    with the op's arguments by name, shapes in place of tensors, and returns a Cost or a number."""
 
     def announce(formula: Formula) -> Formula:
         for op in ops:
@@ -53,7 +53,7 @@ def flops(*ops: OpOverload) -> Callable[[Formula], Formula]:
 
 
 def flops_of_launcher(name: str) -> Callable[[Formula], Formula]:
-    """As ``flops``, for a C++ launcher ``fastvdm_C::<name>`` that is no op's; where it is there."""
+    """Like ``flops``, for a C++ launcher ``fastvdm_C::<name>`` without an op, if it exists."""
 
     def announce(formula: Formula) -> Formula:
         if extension.has_launcher(name):
@@ -82,8 +82,8 @@ def _register(counter: ModuleType, name: str) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas once somebody imports the counter: importing it here would bring
-    Triton, and longer than all of fastvdm takes."""
+    """Registers the formulas when the counter is imported. Importing it here would import Triton
+    and take longer than all of fastvdm."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _COUNTER:

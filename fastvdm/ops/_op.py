@@ -1,18 +1,18 @@
 """How an op becomes a ``torch.library`` op: schema, opaque body, fakes, gradient, launchers.
 
-The signature of the forward is the only fact. Where a gradient is wanted, ``backward`` names what
-its launcher takes and ``grads`` what comes out; all else is derived::
+Everything is derived from the signature of the forward. For a gradient, ``backward`` names what its
+launcher takes and ``grads`` what it returns::
 
     @op("linear", backward="dy x weight", grads="x:dx weight:dw bias:db")
     def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))  # the fake: outputs without data
 
-One argument may be a NamedTuple. The schema has its fields in its place, and so have ``run`` and
-C++; the fake and Triton's launchers get the one value.
+One argument may be a NamedTuple. The schema, ``run`` and C++ have its fields instead; the fake and
+Triton's launchers get the NamedTuple.
 
 ``torch.library.custom_op`` does more on every call: it reads the schema back from C++ to fill in
-defaults and looks for outputs that alias inputs. Here ``opcheck`` looks for aliases, in the tests.
-``run`` in ``_call`` goes further: see there.
+defaults, and it looks for outputs that alias inputs. Here ``opcheck`` looks for aliases in the
+tests. ``run`` in ``_call`` saves even more.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(body: Callable[..., Any]) -> OpOverload:
-    """The op ``fastvdm::<name of body>``: mutates nothing, returns nothing that aliases an input.
-    ``body``, which neither the compiler nor autograd looks into, runs it on every device."""
+    """Define the op ``fastvdm::<name of body>``. It mutates nothing and returns no alias of an
+    input. ``body`` runs it on every device; the compiler and autograd do not look into it."""
     name = body.__name__
     schema = torch.library.infer_schema(body, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # torch.compiler.disable would import dynamo here, which takes longer than all of fastvdm.
+    # torch.compiler.disable would import dynamo here, which takes longer than importing fastvdm.
     _LIBRARY.impl(name, torch._disable_dynamo(body), "CompositeExplicitAutograd")
     BODIES[name] = body
     found = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -48,7 +48,7 @@ def define(body: Callable[..., Any]) -> OpOverload:
 
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the function that makes the op's outputs without data."""
+    """Decorate the function that makes the op's outputs without data."""
     return torch.library.register_fake(op, lib=_LIBRARY)
 
 
@@ -57,10 +57,10 @@ def autograd(
     backward: Callable[..., Any],
     setup_context: Callable[[Any, tuple, Any], None] | None = None,
 ) -> None:
-    """Gives ``op`` its gradient, as ``torch.library.register_autograd`` does: ``backward(ctx,
-    *grads)`` returns one gradient or None per argument, ``setup_context(ctx, inputs, output)``
-    saves what it needs."""
-    # The dispatcher takes off trailing arguments that equal their default.
+    """Give ``op`` its gradient, like ``torch.library.register_autograd``: ``backward(ctx, *grads)``
+    returns one gradient or None per argument, and ``setup_context(ctx, inputs, output)`` saves what
+    it needs."""
+    # The dispatcher drops trailing arguments that equal their default.
     defaults = tuple(a.default_value for a in op._schema.arguments)
 
     name = op._opname
@@ -74,7 +74,7 @@ def autograd(
             return out
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        # A profile shows this name with Backward behind it.
+        # A profile shows this name with "Backward" appended.
         return type(name + "_", (torch.autograd.Function,), methods)
 
     heard, unheard = node(True), node(False)
@@ -86,13 +86,13 @@ def autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    # What Function.apply does before this is for the transforms of torch.func, which ``run`` sees.
+    # Function.apply first handles the transforms of torch.func; ``run`` has excluded them.
     NODES[name] = super(torch.autograd.Function, unheard).apply
     _LIBRARY.impl(name, through_dispatcher, "Autograd")
 
 
 def no_double_backward(op: OpOverload) -> None:
-    """Makes the gradient of the backward op ``op`` an error that says what to do."""
+    """Make differentiating the backward op ``op`` an error with advice."""
     name = op._opname.removesuffix("_bwd")
 
     def refuse(ctx: Any, *_: Any) -> Any:
@@ -118,30 +118,30 @@ def op(
     backward_body: Callable[..., Any] | None = None,
     shares: OpOverload | None = None,
 ) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Declares the op ``<name>_fwd`` and, of ``grads``, its backward op ``<name>_bwd``.
+    """Declare the op ``<name>_fwd`` and, given ``grads``, its backward op ``<name>_bwd``.
 
-    The decorated function is the fake. Its last argument, ``backend``, says whose launcher of the
-    same name does the work, in the file ``stem``, with the other arguments.
+    The decorated function is the fake. Its last argument, ``backend``, selects the launcher: the
+    one of the same name in the file ``stem``, which takes the other arguments.
 
     Args:
+        stem: name of the op file and of its launchers' files.
         backward: what the backward's launcher takes, in order: the gradient of the first output,
-            then arguments and outputs of the forward. One flag for each group of ``grads`` follows.
-        grads: "argument:group", in the order in which the launcher returns the gradients; those of
-            a group are wanted together, and ``need_<group>`` says whether any is; "argument!" is
-            made always. Each is shaped and typed as its argument, contiguous, or (0,) where it is
-            not wanted or its argument is None. One whose argument ``backward`` leaves out, a bias,
-            is one row of the first output's gradient.
-        outputs: names of what the forward returns; but for the first they have no gradient. One
-            that bears the name of an argument is saved in its place where that is None.
+            then arguments and outputs of the forward. One flag per group of ``grads`` follows.
+        grads: "argument:group", in the order in which the launcher returns the gradients. The
+            gradients of a group are computed together if ``need_<group>`` is set; "argument!" is
+            always computed. Each has the shape and dtype of its argument, contiguous, or is (0,) if
+            it is not needed or its argument is None. If ``backward`` leaves the argument out (a
+            bias), the gradient is shaped like one row of the first output's gradient.
+        outputs: names of the forward's outputs. Only the first has a gradient. An output with the
+            name of an argument is saved in its place if that argument is None.
         residual: an argument whose gradient is that of the first output.
-        strided: arguments that launchers take with any strides; the others ``run`` makes
+        strided: arguments that launchers take with any strides; ``run`` makes the others
             contiguous.
-        laid_out: arguments whose gradient has their strides, as ``torch.empty_like`` gives them.
-        seed: makes the gradient of the first output what the launcher takes.
-        unsaved: may replace what the backward does not need, by name, before it is saved.
-        backward_body: does the work of the backward where that is not one launcher's; it gets every
-            argument.
-        shares: another op's backward, in the place of one of its own.
+        laid_out: arguments whose gradient has their strides, as from ``torch.empty_like``.
+        seed: converts the gradient of the first output to the form that the launcher takes.
+        unsaved: may replace values that the backward does not need, by name, before they are saved.
+        backward_body: body of the backward, if it is not a single launcher; it gets every argument.
+        shares: another op's backward, used instead of an own one.
     """
 
     def declare(fake_of: Callable[..., Any]) -> OpOverload:
@@ -170,7 +170,7 @@ def op(
 
 
 def backward_of(op: OpOverload) -> OpOverload:
-    """The op that ``op`` was declared with."""
+    """The backward op that was declared with ``op``."""
     name = _backward_name(op._opname)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -180,7 +180,7 @@ def _backward_name(name: str) -> str:
 
 
 class _Grad(NamedTuple):
-    """A gradient that a backward makes: always ("x!", "") or where its group is wanted."""
+    """A gradient that a backward computes: always ("x!", ""), or if its group is needed."""
 
     spelled: str
     group: str
@@ -191,18 +191,18 @@ class _Grad(NamedTuple):
 
 
 def _groups(wanted: list[_Grad]) -> list[str]:
-    """In the order of their flags."""
+    """The groups, in the order of their flags."""
     return list(dict.fromkeys(g.group for g in wanted if not g.spelled.endswith("!")))
 
 
 def _value(kinds: dict[str, Any]) -> tuple[int, Any] | None:
-    """(place, class) of the NamedTuple among the arguments."""
+    """(position, class) of the NamedTuple among the arguments, or None."""
     places = enumerate(kinds.values())
     return next(((i, kind) for i, kind in places if hasattr(kind, "_fields")), None)
 
 
 def _flat(kinds: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the fields of the NamedTuple in its place."""
+    """The arguments, with the NamedTuple replaced by its fields."""
     found: dict[str, Any] = {}
     for name, kind in kinds.items():
         found |= get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
@@ -210,7 +210,7 @@ def _flat(kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., Any]) -> OpOverload:
-    """``body`` as an op of this name, argument types and result."""
+    """Define ``body`` as an op with this name, these argument types and this result."""
 
     def call(*args: Any) -> Any:
         return body(*args)
@@ -221,8 +221,8 @@ def _declare(name: str, kinds: dict[str, Any], result: Any, body: Callable[..., 
     call.__name__ = call.__qualname__ = name
     call.__annotations__ = {**kinds, "return": result}
     found = define(call)
-    BODIES[name] = body  # a frame less
-    DENSE[name] = ()  # what a backward gets is what was saved
+    BODIES[name] = body  # saves a Python frame
+    DENSE[name] = ()  # a backward gets what was saved
     return found
 
 
@@ -233,8 +233,8 @@ def _declare_backward(
     laid_out: list[str],
     body: Callable[..., Any] | str,
 ) -> OpOverload:
-    """The backward op, with a fake that gives each gradient the form of its argument. ``body``, or
-    the file of its launcher."""
+    """Declare the backward op. Its fake gives each gradient the form of its argument. ``body`` is
+    its body, or the file of its launcher."""
     name = _backward_name(forward)
     arguments = _flat(takes) | {f"need_{group}": bool for group in _groups(wanted)}
     arguments["backend"] = str
@@ -276,13 +276,13 @@ def _connect(
     seed: Callable[[Tensor], Tensor],
     unsaved: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> None:
-    """Makes ``backward``, which takes ``kept``, the gradient of ``forward``, of ``names``."""
+    """Make ``backward`` the gradient of ``forward``; they take ``kept`` and ``names``."""
     index = {n: i for i, n in enumerate(names)}
     plain = {a.name for a in backward._schema.arguments if "Tensor" not in str(a.type)}
-    # Tensors are saved apart from the rest; the backward takes both mixed.
+    # Tensors are saved separately from the other values; the backward takes both mixed.
     tensors = [n for n in kept if n not in plain]
     rest = [n for n in kept if n in plain]
-    # (name, place among the inputs, place among the outputs), None where it is not among them.
+    # (name, index among the inputs or None, index among the outputs or None)
     sources = [(n, index.get(n), outputs.index(n) if n in outputs else None) for n in tensors]
     places, backend = [index[n] for n in rest], index["backend"]
     order = [(n in plain, (rest if n in plain else tensors).index(n)) for n in kept]
@@ -304,7 +304,7 @@ def _connect(
         ctx.rest, ctx.backend = [inputs[i] for i in places], inputs[backend]
         if len(made) > 1:
             ctx.mark_non_differentiable(*made[1:])
-            ctx.set_materialize_grads(False)  # else zeros are made for those
+            ctx.set_materialize_grads(False)  # otherwise zeros are allocated for them
 
     def backprop(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(names)

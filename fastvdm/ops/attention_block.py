@@ -1,10 +1,11 @@
-"""x + out(core(norm(x))): an attention block, with softmax attention over the frames of each pixel,
-over the pixels of each frame, or with linear attention over the latter.
+"""``attention_block``: x + out(core(norm(x))), an attention block with norm and residual.
 
-Ho et al. 2022, "Video Diffusion Models", section 3; for linear attention Shen et al. 2021 (arXiv
-1812.01243). Over time it is one kernel, ``temporal_block``, and with linear attention one op,
-``linear_attention_block``, on a GPU where they fit into the registers; else the parts: norm_act,
-linear, the attention, linear_residual.
+The core is softmax attention over the frames of each pixel or over the pixels of each frame, or
+linear attention over the pixels of each frame. Ho et al. 2022, "Video Diffusion Models", section 3;
+linear attention by Shen et al. 2021 (arXiv 1812.01243). Attention over time is one kernel
+(``temporal_block``) and linear attention is one op (``linear_attention_block``) if the GPU's
+registers can hold them. Otherwise the block is run in parts: norm_act, linear, the attention,
+linear_residual.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _(
     options: AttentionOptions = NO_OPTIONS,
     low: torch.dtype | None = None,
 ) -> Implementations:
-    """``low``: of the projections, if it is not the dtype in which ``qkv_weight`` is kept."""
+    """``low`` is the dtype of the projections if it differs from that of ``qkv_weight``."""
     low = low or qkv_weight.dtype
     fp64 = x.dtype == torch.float64
     shaw = options.rel_k is not None or options.rel_v is not None
@@ -78,7 +79,7 @@ def _(
             yield "triton", ByDesign(exceeds)
             yield "parts", left if x.device.type == "cpu" else None
         else:
-            # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
+            # Triton 3.6 cannot compile fp64 products of computed operands; its interpreter can.
             yield "triton", FP64 if fp64 and x.is_cuda else None
             yield "parts", FUSED
 
@@ -100,20 +101,25 @@ def attention_block(
     """x + out(core(qkv(LayerNorm_C(x)))).
 
     Args:
-        x: (B, F, H, W, C); may be fp32 with 16-bit projections (as under autocast).
-        norm_weight, norm_bias: (C,), the channel LayerNorm (biased variance, ``eps``).
-        qkv_weight, qkv_bias: (3 * heads * D, C) and (3 * heads * D,); q | k | v, head-major.
-        out_weight, out_bias: (C, heads * D) and (C,).
-        core: "time" or "space", softmax attention (``axis_attention``), or "linear"
-            (``linear_attention``), without a qkv_bias.
+        x: (B, F, H, W, C); it may be fp32 with 16-bit projections (as under autocast).
+        norm_weight: (C,), weight of the LayerNorm over channels (biased variance).
+        qkv_weight: (3 * heads * D, C); rows q | k | v, head-major.
+        out_weight: (C, heads * D).
+        core: "time" or "space" for softmax attention (``axis_attention``), or "linear"
+            (``linear_attention``), which takes no ``qkv_bias``.
         heads: number of heads.
-        options: of attention over time.
+        norm_bias: (C,), or None.
+        qkv_bias: (3 * heads * D,), or None.
+        out_bias: (C,), or None.
+        eps: epsilon of the LayerNorm.
+        options: options of attention over time.
 
     Returns:
         (B, F, H, W, C) in the dtype of x.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
+        ValueError: a shape, device or value does not fit; raised before any launch.
+        TypeError: a dtype does not fit; raised before any launch.
     """
     check_block(x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps)
     low = autocast_dtype(qkv_weight)
@@ -127,11 +133,11 @@ def attention_block(
     elif core == "linear" and qkv_bias is not None:
         raise ValueError("core 'linear' takes no qkv_bias")
     which = select("attention_block", x.device, core, x, qkv_weight, heads, options, low)
-    if which != "cpu":  # whose kernels take weights in any dtype, and keep what they make of them
+    if which != "cpu":  # the C++ kernels take weights of any dtype and cache their packed form
         qkv_weight, qkv_bias, out_weight, out_bias = cast(
             low, qkv_weight, qkv_bias, out_weight, out_bias
         )
-    if which == "parts":  # each chooses its own backend
+    if which == "parts":  # each part chooses its own backend
         normed = norm_act(x, norm_weight, norm_bias, kind="layer", eps=eps, act=False)
         if not autocast_on(x.device.type):
             normed = normed.to(low)
@@ -155,7 +161,7 @@ def attention_block(
 
 
 def attention(qkv: Tensor, core: str, heads: int, options: AttentionOptions) -> Tensor:
-    """What stands between the projections: (..., 3 * heads * D) to (..., heads * D)."""
+    """The attention between the projections: (..., 3 * heads * D) to (..., heads * D)."""
     qkv = qkv.unflatten(-1, (3, heads, qkv.shape[-1] // (3 * heads)))
     found = linear_attention(qkv) if core == "linear" else attend(qkv, core, options)
     return found.flatten(-2)

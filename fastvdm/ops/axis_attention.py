@@ -6,12 +6,13 @@
 With dp_ij = dout_i·(v_j + rel_v[j-i]) and δ_i = Σ_j p_ij dp_ij the backward is
     ds = p (dp - δ),  dbias = Σ ds,  dq_i = sm_scale Σ_j ds_ij (k_j + rel_k[j-i]),
     dk_j = sm_scale Σ_i ds_ij q_i,  dv_j = Σ_i p_ij dout_i.
-q and k of the first product carry the rotary embedding, q of the Shaw term does not.
+Rotary embedding is applied to q and k of the first product, but not to q of the Shaw term.
 
 Launchers (Triton: ``fastvdm.kernels.axis_attention``; C++: ``axis_attention_fwd_cpu`` …) take the
-arguments of the two custom ops below without ``backend`` and may rely on: every tensor checked and
-on one device; the last axis of ``qkv`` and ``dout`` has stride 1 and (H, W) walks with one stride
-(``merged``), the other strides are free, 0 included; all other tensors contiguous.
+arguments of the two custom ops below without ``backend``. They may rely on this: every tensor is
+checked and on one device; the last axis of ``qkv`` and ``dout`` has stride 1, and consecutive
+pixels of (H, W) have one stride (``merged``); their other strides are arbitrary, 0 included; all
+other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ _NONE = AttentionOptions()
 
 
 def merged(t: Tensor) -> bool:
-    """Whether the last axis has stride 1 and the pixels (H, W) walk with one stride."""
+    """Whether the last axis has stride 1 and consecutive pixels of (H, W) have one stride."""
     h, w = t.shape[2], t.shape[3]
     return t.stride(-1) == 1 and (h == 1 or w == 1 or t.stride(2) == w * t.stride(3))
 
 
 def sequence(shape: torch.Size, axis: int) -> tuple[int, int]:
-    """(N, outer): length of the sequence, and how many of them each video has per head."""
+    """(N, outer): the length of a sequence, and the number of sequences per video and head."""
     _, f, h, w = shape[:4]
     return (f, h * w) if axis == TIME else (h * w, f)
 
 
 def _unsaved(values: dict) -> dict:
-    """One tile recomputes everything from q, k, v: keeping out alive would double what is saved."""
+    """One tile recomputes everything from q, k, v; saving out would double what is saved."""
     return values if values["lse"].numel() else values | {"out": values["lse"]}
 
 
@@ -58,18 +59,18 @@ def _unsaved(values: dict) -> dict:
     backward="dout qkv out lse axis options sm_scale",
     grads="qkv:dqkv bias:dbias rel_k:drel_k rel_v:drel_v",
     strided="qkv",
-    # contiguous() would leave an empty one the strides of an expanded gradient.
+    # contiguous() would leave an empty tensor with the strides of an expanded gradient.
     seed=lambda d: d if merged(d) else d.clone(memory_format=torch.contiguous_format),
     unsaved=_unsaved,
 )
 def axis_attention_fwd(
     qkv: Tensor, axis: int, options: AttentionOptions, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """out (B, F, H, W, heads, D) contiguous, in the dtype of qkv; lse (B, outer, heads, N) =
-    log Σ_j exp s_ij in the accumulator's dtype, empty (0,) where N <= SHORT. Rows of lse that
-    belong to an image or to a focused sample are 0, empty rows (all -inf) +inf.
+    """out (B, F, H, W, heads, D), contiguous, in the dtype of qkv; and lse (B, outer, heads, N) =
+    log Σ_j exp s_ij in the accumulator's dtype, which is empty (0,) if N <= SHORT. Rows of lse are
+    0 for images and focused samples, and +inf for empty rows (all -inf).
 
-    axis: TIME or SPACE. The Shaw tables of ``options`` are in the dtype of qkv.
+    axis is TIME or SPACE. The Shaw tables of ``options`` are in the dtype of qkv.
     """
     b, f, h, w, _, heads, d = qkv.shape
     n, outer = sequence(qkv.shape, axis)
@@ -86,10 +87,10 @@ def _examples(device: torch.device) -> dict[str, tuple]:
 
 
 def _by_torch(qkv: Tensor, axis: int, options: AttentionOptions) -> bool:
-    """Whether torch's fused attention takes a call that ours would: over space in 16 bits, and
-    without gradients. Estimates for sm_90, NOT MEASURED: at N=1024 cuDNN's forward reaches about
-    390 TFLOP/s, ours 250-300. What its backward gains goes into stacking dq, dk and dv, which ours
-    writes in place, and two runs of it would differ in their bits."""
+    """Whether torch's fused attention takes a call that our kernel could take: over space, in 16
+    bits, without gradients. Estimates for sm_90, NOT MEASURED: at N=1024 cuDNN's forward reaches
+    about 390 TFLOP/s, ours 250-300. Its faster backward would be spent on stacking dq, dk and dv,
+    which ours writes in place, and two runs of it would differ in their bits."""
     if axis != SPACE or not qkv.is_cuda or qkv.element_size() != 2:
         return False
     if options != _NONE:
@@ -97,12 +98,12 @@ def _by_torch(qkv: Tensor, axis: int, options: AttentionOptions) -> bool:
     if torch.is_grad_enabled() and qkv.requires_grad:
         return False
     _, _, h, w, _, _, d = qkv.shape
-    fits = h * w > 64 and _on_grid(qkv, axis)  # one tile of ours
+    fits = h * w > 64 and _on_grid(qkv, axis)  # up to 64 pixels our kernel has a single tile
     return fits and d % 8 == 0 and not torch.are_deterministic_algorithms_enabled()
 
 
 def _on_grid(qkv: Tensor, axis: int) -> bool:
-    """Whether the sequences fit on an axis of a grid of CUDA, over which others launch them."""
+    """Whether the number of sequences fits one axis of a CUDA grid, as other kernels need it."""
     b, f, h, w, _, heads, _ = qkv.shape
     return b * heads * (f if axis == SPACE else h * w) <= 65535
 
@@ -113,8 +114,8 @@ def _(qkv: Tensor, axis: int = TIME, options: AttentionOptions = _NONE) -> Imple
     wide = f"head dim {d} is above {_MAX_DIM}" if d > _MAX_DIM else None
     yield "cpu", wide or (FP64 if fp64 else None)
     if wide and qkv.is_cuda and options._replace(bias=None) == _NONE and _on_grid(qkv, axis):
-        # One head of that size fills the registers of ours. The two have the same kernels where
-        # there is a bias; without one xformers brings FlashAttention 3 to a Hopper.
+        # One head of that size fills the registers of our kernel. xformers and torch have the same
+        # kernels for a bias; without one xformers has FlashAttention 3 on Hopper.
         yield "triton", ByDesign(wide)
         absent = ByDesign("not installed: pip install 'fastvdm[xformers]'")
         yield "xformers", None if library.HAS_XFORMERS and not fp64 else absent
@@ -123,7 +124,7 @@ def _(qkv: Tensor, axis: int = TIME, options: AttentionOptions = _NONE) -> Imple
         yield "triton", ByName("torch's fused attention is ahead of it without options")
         yield "torch", None
     else:
-        # Triton 3.6 fails to compile fp64 products of computed operands; interpreted they work.
+        # Triton 3.6 cannot compile fp64 products of computed operands; its interpreter can.
         yield "triton", wide or (FP64 if fp64 and qkv.is_cuda else None)
 
 
@@ -139,17 +140,25 @@ def axis_attention(
     num_images: int = 0,
     sm_scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention along time (N = F, each pixel apart) or space (N = H*W, each frame apart).
+    """Softmax attention along time (N = F, per pixel) or space (N = H*W, per frame).
+
+    Ho et al. 2022, "Video Diffusion Models", section 3.
 
     Args:
-        qkv: (B, F, H, W, 3, heads, D), the packed output of one projection; read by strides, copied
-            only if the pixels do not walk with one stride. fp32, fp16, bf16 or fp64.
+        qkv: (B, F, H, W, 3, heads, D), the packed output of one projection, fp32, fp16, bf16 or
+            fp64. Strides are arbitrary; it is copied only if consecutive pixels do not have one
+            stride.
         axis: "time" or "space" (pixels in row-major order).
-        bias, rel_k, rel_v, rotary, focus_mask, num_images: see ``AttentionOptions``.
+        bias: see ``AttentionOptions``.
+        rel_k: see ``AttentionOptions``.
+        rel_v: see ``AttentionOptions``.
+        rotary: see ``AttentionOptions``.
+        focus_mask: see ``AttentionOptions``.
+        num_images: see ``AttentionOptions``.
         sm_scale: factor on the logits before the bias; D**-0.5 by default.
 
     Returns:
-        (B, F, H, W, heads, D) in the dtype of ``qkv`` (of autocast, where it is on).
+        (B, F, H, W, heads, D) in the dtype of ``qkv``, or of autocast if it is on.
 
     Raises:
         ValueError: a shape, a device or a combination of arguments is wrong.
@@ -162,7 +171,7 @@ def axis_attention(
 def attend(
     qkv: Tensor, axis: str, options: AttentionOptions, sm_scale: float | None = None
 ) -> Tensor:
-    """``axis_attention`` with its options in one."""
+    """``axis_attention`` with its options in one value."""
     if axis not in _AXES:
         raise ValueError(f"axis must be 'space' or 'time', got {axis!r}")
     if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
@@ -196,13 +205,13 @@ def axis_attention_cost(
     need_drel_k: bool = True,
     need_drel_v: bool = True,
 ) -> Cost:
-    """Of one call on ``qkv`` of this shape; ``backward`` counts the backward alone.
+    """The cost of one call on ``qkv`` of this shape; ``backward`` counts the backward alone.
 
-    Forward: q, k, v read and out written once, two products of 2*N*D a row. Backward: q, k, v, dout
-    read and dq, dk, dv written once, five products (without dqkv two); beyond one tile out is read
-    too. Images pass v (its gradient) through. Shaw tables of ``rel_k`` and ``rel_v`` rows each add
-    a product with as many of their rows as a query meets, and its gradients; they are too small for
-    their bytes to count.
+    Forward: reads q, k, v and writes out once; two products of 2*N*D per row. Backward: reads q, k,
+    v, dout and writes dq, dk, dv; five products (two without dqkv); beyond one tile it also reads
+    out. Images only copy v (or its gradient). Shaw tables of ``rel_k`` and ``rel_v`` rows each add
+    a product with as many of their rows as a query meets, and its gradients; their bytes are too
+    few to count.
     """
     b, f, h, w, _, heads, d = shape
     n, outer = (f - num_images, h * w) if axis == "time" else (h * w, f)
@@ -219,7 +228,7 @@ def axis_attention_cost(
 
 
 def table_rows(shape: tuple[int, ...] | None) -> int:
-    """2R+1 of a Shaw table (T, 2R+1, D); 0 without one."""
+    """The rows 2R+1 of a Shaw table (T, 2R+1, D); 0 without one."""
     return 0 if shape is None else shape[1]
 
 

@@ -1,7 +1,7 @@
 """``conv_group_norm``: a per-frame convolution, then norm → FiLM → SiLU → + residual.
 
-The heart of the network in two launches: the convolution, and one read and one write for all that
-follows it. Saved for the backward are the input, the convolution's output and the statistics; the
+It takes two launches: the convolution, and one kernel that reads its output once and writes the
+result once. The input, the convolution's output and the statistics are saved for the backward; the
 normalised activation is recomputed. The parts are re-exported from here.
 """
 
@@ -44,29 +44,41 @@ def conv_group_norm(
 ) -> Tensor:
     """norm_act(space_conv(x, weight, bias, x2=x2, upsample=upsample), norm_weight, ...).
 
-    The block of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, App. B), on every frame.
+    This is the block of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, App. B), applied
+    to every frame.
 
     Args:
-        x, x2: (B, F, H, W, C1), (B, F, H, W, C2): convolved side by side along the channels.
-        weight: (Cout, C1 + C2, k, k), k odd; stride 1. bias: (Cout,), added where it is cheapest:
-            by the convolution, or by the norm where the convolution needs a pass of its own for it.
-        norm_weight, norm_bias: (Cout,). scale, shift: (B, Cout).
-        residual, dropout_mask: as the result.
+        x: (B, F, H, W, C1).
+        weight: (Cout, C1 + C2, k, k), k odd; stride 1.
+        bias: (Cout,), or None. It is added by the convolution, or by the norm if the convolution
+            would need an extra pass for it.
+        norm_weight: (Cout,).
+        norm_bias: (Cout,), or None.
+        kind: as in ``norm_act``.
+        groups: as in ``norm_act``.
+        per_frame: as in ``norm_act``.
+        eps: as in ``norm_act``.
+        scale: (B, Cout), as in ``norm_act``.
+        shift: (B, Cout), as in ``norm_act``.
+        act: as in ``norm_act``.
+        residual: added to the result; shaped like it.
+        dropout_mask: shaped like the result, as in ``norm_act``.
+        x2: (B, F, H, W, C2), further input channels after those of x.
         upsample: "nearest" doubles H and W before a 3x3 kernel.
-        The rest as in ``norm_act``.
 
     Returns:
-        (B, F, H, W, Cout), or 2H, 2W, contiguous, in the dtype of the convolution's output.
+        (B, F, H, W, Cout), or with 2H, 2W; contiguous, in the dtype of the convolution's output.
 
     Raises:
-        ValueError, TypeError: as ``space_conv`` and ``norm_act``.
+        ValueError: as in ``space_conv`` and ``norm_act``.
+        TypeError: as in ``space_conv`` and ``norm_act``.
     """
     check_conv(x, x2, weight, bias, 1, None, upsample)
     which = choose(x, weight, 1, x2, upsample)
     x_bias, stats = None, None
     if bias is not None and which in ("library", "torch") and adds_bias_apart(x, weight.shape[-1]):
         x_bias, bias = bias, None
-    # Triton's epilogue has the statistics for nothing.
+    # The epilogue of the Triton kernel computes the statistics at no cost.
     if which == "triton" and kind == "group" and upsample is None:
         y, *stats = space_conv_stats(
             x, weight, bias, x2=x2, groups=groups, per_frame=per_frame,

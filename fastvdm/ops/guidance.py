@@ -1,10 +1,10 @@
 """The two elementwise ends of a guided sampling step: contract, torch.library ops, cost.
 
-``guidance_seed`` runs before the network's backward pass, ``guidance_update`` after it (or alone,
-where a step is not guided): one kernel each, nothing else elementwise in the step. The formulas are
-those of ``fastvdm.reference.guidance``; every per-sample scalar of the schedule arrives in a (B, n)
-table row, so that a step never waits for the host. Neither op has a gradient: sampling does not
-need one, and a backward through them raises.
+``guidance_seed`` runs before the network's backward pass and ``guidance_update`` after it, or alone
+in a step without guidance. Each is one kernel; the step has no other elementwise work. The formulas
+are those of ``fastvdm.reference.guidance``. Every per-sample scalar of the schedule comes in a row
+of a (B, n) table, so a step never waits for the host. Neither op has a gradient: sampling needs
+none, and a backward through them raises.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def guidance_seed_fwd(
     clip: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """x_hat contiguous in the dtype of z; seed in the dtype and strides of model_out."""
+    """x_hat, contiguous, in the dtype of z; seed, in the dtype and strides of model_out."""
     return torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(model_out)
 
 
@@ -100,7 +100,7 @@ def _check_state(z: Tensor, other: Tensor, name: str, coef: Tensor, names: tuple
 
 
 def _check_frames(z: Tensor, values: Tensor | None, slot: Tensor | None, name: str) -> int:
-    """The downsampling factor of ``values``; the slots themselves stay on the device unread."""
+    """The downsampling factor of ``values``. The slots stay on the device and are not read."""
     if (values is None) != (slot is None):
         raise ValueError(f"{name} and its slot come together")
     if values is None or slot is None:
@@ -135,17 +135,20 @@ def guidance_seed(
     extra: Tensor | None = None,
     clip: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """From the network's output to the estimate and to what its backward pass starts from.
+    """Before the network's backward pass: from its output to x_hat and the seed of that pass.
+
+    Ho et al. 2022, §3.1, Eqs. 7 and 8; the formulas are in ``fastvdm.reference.guidance``.
 
     Args:
         z: (B, C, F, H, W) fp32 or fp64.
         model_out: the network's output at z, any strides, fp32/fp16/bf16/fp64.
         coef: (B, 4) p_z, p_m, known_scale, low_scale in the dtype of z: x_hat = p_z z + p_m
             model_out; the scales are p_m alpha/2 times the weight of each squared error.
-        known, slot: (B, C, K, H, W) given frames; (F,) int32, the place of each frame among them,
-            -1 for a frame that is not given.
-        low_res, low_slot: (B, C, L, H/k, W/k) a low-resolution video and the place of each frame
-            in it; D is average pooling over k x k, its adjoint is taken in the kernel.
+        known: (B, C, K, H, W) known frames.
+        slot: (F,) int32, the index of each frame in ``known``, or -1 for an unknown frame.
+        low_res: (B, C, L, H/k, W/k) a low-resolution video. D is average pooling over k x k; the
+            kernel computes its adjoint.
+        low_slot: (F,) int32, the index of each frame in ``low_res``, or -1.
         extra: (B, C, F, H, W) d||y - D(x_hat)||^2/dx_hat of any other D, from autograd.
         clip: clamp x_hat to [-1, 1] before the loss; saturated elements then get no gradient.
 
@@ -154,7 +157,8 @@ def guidance_seed(
         gradient of the weighted squared errors with respect to ``model_out``.
 
     Raises:
-        ValueError, TypeError: shapes, slots or dtypes that do not fit.
+        ValueError: shapes or slots do not fit.
+        TypeError: dtypes do not fit.
     """
     _check_state(z, model_out, "model_out", coef, SEED_COEFFICIENTS)
     _check_frames(z, known, slot, "known")
@@ -189,28 +193,35 @@ def guidance_update(
     clip: bool = False,
     want_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient to the guided, clipped x_tilde and the next z with its noise.
+    """After the network's backward pass: the guided, clipped x_tilde and the next, noisy z.
 
     x = e_z z + e_m estimate - grad - direct seed, clamped to [-s, s] and divided by s if ``clip``;
-    z_next = u_z z + u_x x + u_n noise. On given frames x is the given frame and z_next = k_z z +
-    k_x x + k_n noise (the replacement). Ancestral, DDIM and Langevin steps differ in ``coef``
-    alone.
+    z_next = u_z z + u_x x + u_n noise. On known frames x is the known frame and z_next = k_z z +
+    k_x x + k_n noise (the replacement). Ancestral, DDIM and Langevin steps differ only in ``coef``.
 
     Args:
         z: (B, C, F, H, W) fp32 or fp64.
-        estimate: x_hat, or the network's output itself (e_z, e_m then turn it into x_hat); any
-            strides.
+        estimate: x_hat, or the network's output, which e_z and e_m turn into x_hat; any strides.
         coef: (B, 9) e_z, e_m, direct, u_z, u_x, u_n, k_z, k_x, k_n.
-        grad: the network's input gradient started from ``seed``, any strides; None: unguided.
-        seed: needed where D(x_hat) has a direct z term (low resolution); direct = p_z/p_m.
-        noise: (B, C, F, H, W); or rng: (B,) int64 seeds, and ``step``, the position in their
-            streams (Philox-4x32-10, same words on every backend); neither is no noise. rng may be
-            (B, 2): seeds, and what is added to ``step``, so that a CUDA graph can count.
+        grad: the gradient of the network's input, started from ``seed``, any strides; None without
+            guidance.
+        seed: required if D(x_hat) depends on z directly (low resolution); direct = p_z/p_m.
+        known: as in ``guidance_seed``.
+        slot: as in ``guidance_seed``.
+        noise: (B, C, F, H, W). Without ``noise`` and ``rng`` there is no noise.
+        rng: (B,) int64 seeds of Philox-4x32-10, which gives the same words on every backend. In
+            (B, 2) the second column is added to ``step``, so that a CUDA graph can count.
+        step: position in the streams of ``rng``.
         threshold: (B,) the s of dynamic clipping; 1 by default.
-        want_x: write x_tilde out; otherwise an empty tensor is returned in its place.
+        clip: clamp x.
+        want_x: return x_tilde; otherwise an empty tensor is returned in its place.
+
+    Returns:
+        (x_tilde, z_next), contiguous, in the dtype of z.
 
     Raises:
-        ValueError, TypeError: shapes, slots or dtypes that do not fit; both noise and rng.
+        ValueError: shapes or slots do not fit, or ``noise`` and ``rng`` are both given.
+        TypeError: dtypes do not fit.
     """
     _check_state(z, estimate, "estimate", coef, UPDATE_COEFFICIENTS)
     _check_frames(z, known, slot, "known")
@@ -234,7 +245,7 @@ def guidance_update(
             z, estimate, coef, grad=grad, seed=seed, known=known, slot=slot, noise=noise, rng=rng,
             step=step, threshold=threshold, clip=clip,
         )  # fmt: skip
-    # Of an fp32 state no kernel reads fp64.
+    # With an fp32 state no kernel reads fp64.
     grad, seed = (
         t if t is None or t.dtype != torch.float64 else t.to(z.dtype) for t in (grad, seed)
     )
@@ -249,7 +260,7 @@ def guidance_update(
 def guidance_seed_cost(
     shape: tuple[int, ...], itemsize: int = 4, *, known: int = 0, low_res: int = 0
 ) -> Cost:
-    """z and model_out read, x_hat and seed written; ``known``, ``low_res``: frames given."""
+    """Reads z and model_out, writes x_hat and seed. ``known``, ``low_res``: given frames."""
     b, c, f, h, w = shape
     n = b * c * f * h * w
     given = b * c * h * w * known
@@ -257,8 +268,8 @@ def guidance_seed_cost(
 
 
 def guidance_update_cost(shape: tuple[int, ...], itemsize: int = 4, *, guided: bool = True) -> Cost:
-    """z, x_hat and the gradient read, z_next written; about 100 integer operations of Philox and
-    8 floating-point ones an element."""
+    """Reads z, x_hat and the gradient, writes z_next. Per element about 100 integer operations of
+    Philox and 8 floating-point operations."""
     b, c, f, h, w = shape
     n = b * c * f * h * w
     return Cost(flops=(8 + 2 * guided) * n, bytes=2 * n * 4 + (1 + guided) * n * itemsize)

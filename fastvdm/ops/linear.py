@@ -1,9 +1,9 @@
 """``linear``: torch's own, except for 16-bit types on a CPU that has no 16-bit arithmetic.
 
-There oneDNN emulates: a bf16 product costs three times the fp32 one (64 → 768 features over 65536
-rows, Xeon with AVX-512 but without bf16 instructions, 2026-11). The kernel of ``csrc/cpu/linear``
-keeps the 16-bit storage and multiplies in fp32 in the L2. By name, FASTVDM_BACKEND=cpu, it takes
-fp32 too, and on any machine.
+On such a CPU oneDNN emulates them: a bf16 product takes three times as long as an fp32 one (64 →
+768 features over 65536 rows, Xeon with AVX-512 but without bf16 instructions, 2026-11). The kernel
+in ``csrc/cpu/linear.cpp`` keeps 16-bit storage and multiplies in fp32 in the L2 cache. With
+FASTVDM_BACKEND=cpu it also takes fp32, and runs on any machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _backward(
     need_db: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x is the launcher's, the sums over rows are torch's, in fp32."""
+    """The launcher computes the gradient of x; torch computes the sums over rows, in fp32."""
     dx = launcher("linear", "linear_dx", backend)(dy, weight) if need_dx else dy.new_empty(0)
     rows = dy.reshape(-1, dy.shape[-1]).float() if need_dw or need_db else dy
     dw, db = dy.new_empty(0), dy.new_empty(0)
@@ -85,11 +85,16 @@ def _(dtype: torch.dtype) -> Implementations:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y (..., N) = x (..., K) weight (N, K)ᵀ + bias (N,), as ``torch.nn.functional.linear``.
 
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,), or None.
+
     Raises:
         ValueError: a shape or a device does not fit.
-        TypeError: not floating point or, outside autocast, not all of one dtype.
+        TypeError: a dtype is not floating point or, outside autocast, the dtypes differ.
     """
-    if is_traceable_wrapper_subclass(weight):  # quantised or distributed: it knows torch's own ops
+    if is_traceable_wrapper_subclass(weight):  # quantised or distributed: supports torch's ops only
         return F.linear(x, weight, bias)
     if getattr(weight, "ndim", 0) != 2 or min(weight.shape) < 1:
         raise wrong_form("weight", weight, "(N, K)")
@@ -108,14 +113,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` through ``linear``; the same parameters and state_dict."""
+    """``nn.Linear`` that calls ``linear``; it has the same parameters and state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """``linear`` of the input (..., in_features) → (..., out_features)."""
         return linear(input, self.weight, self.bias)
 
 
 def linear_cost(rows: int, k: int, n: int, itemsize: int) -> Cost:
-    """Of one forward call: x and the weight read, y written. Each gradient is as many FLOPs."""
+    """One forward call: reads x and the weight, writes y. Each gradient takes as many FLOPs."""
     return Cost(flops=2 * rows * k * n, bytes=(rows * (k + n) + k * n) * itemsize)
 
 

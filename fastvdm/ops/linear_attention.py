@@ -6,7 +6,7 @@ with N = H*W pixels, once per frame and head (Shen et al. 2021, arXiv 1812.01243
     dctx = q'ᵀ dout,   dq' = dout ctxᵀ,   dk' = v dctxᵀ,   dv = k' dctx,
 and because k' sums to one over the pixels, the row sum of its softmax gradient is
     Σ_n k'[n,d] dk'[n,d] = Σ_e ctx[d,e] dctx[d,e],
-so neither direction passes over the frame more than twice.
+so forward and backward each pass over the frame at most twice.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _MAX_DIM = 128
 def linear_attention_fwd(
     qkv: Tensor, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, F, H, W, heads, D); k_lse (B, F, heads, D) = log Σ_n exp k; ctx (B, F, heads, D, D)
-    with its rows the features of k. The last two in fp32 (fp64 for fp64)."""
+    """out (B, F, H, W, heads, D); k_lse (B, F, heads, D) = log Σ_n exp k; ctx (B, F, heads, D, D),
+    whose rows are the features of k. k_lse and ctx are in fp32 (fp64 for fp64)."""
     b, f, h, w, _, heads, d = qkv.shape
     acc = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return (
@@ -60,19 +60,19 @@ def _(qkv: Tensor) -> Implementations:
 
 
 def linear_attention(qkv: Tensor, *, sm_scale: float | None = None) -> Tensor:
-    """Linear attention over the H*W pixels of each frame.
+    """Linear attention over the H*W pixels of each frame (Shen et al. 2021, arXiv 1812.01243).
 
     Args:
-        qkv: (B, F, H, W, 3, heads, D), the packed output of one projection; copied if it is not
-            contiguous. fp32, fp16, bf16 or fp64.
+        qkv: (B, F, H, W, 3, heads, D), the packed output of one projection, fp32, fp16, bf16 or
+            fp64; copied if it is not contiguous.
         sm_scale: factor on softmax_D(q); D**-0.5 by default.
 
     Returns:
-        (B, F, H, W, heads, D) in the dtype of ``qkv`` (of autocast, where it is on).
+        (B, F, H, W, heads, D) in the dtype of ``qkv``, or of autocast if it is on.
 
     Raises:
-        ValueError: wrong rank or axis 4 is not 3.
-        TypeError: dtype not among the four.
+        ValueError: the rank is wrong, or axis 4 is not 3.
+        TypeError: the dtype is not one of the four.
     """
     if getattr(qkv, "ndim", 0) != 7 or qkv.shape[4] != 3:
         raise wrong_form("qkv", qkv, "(B, F, H, W, 3, heads, D)")
@@ -86,10 +86,10 @@ def linear_attention(qkv: Tensor, *, sm_scale: float | None = None) -> Tensor:
 
 
 def linear_attention_cost(shape: tuple[int, ...], itemsize: int, *, backward: bool = False) -> Cost:
-    """Of one call on ``qkv`` of this shape; ``backward`` counts the backward alone.
+    """The cost of one call on ``qkv`` of this shape; ``backward`` counts the backward alone.
 
-    Forward: q, k, v read and out written once, two products. Backward: q, k, v, dout read and
-    dq, dk, dv written once, four products.
+    Forward: reads q, k, v and writes out once; two products. Backward: reads q, k, v, dout and
+    writes dq, dk, dv once; four products.
     """
     b, f, h, w, _, heads, d = shape
     rows = b * f * h * w * heads

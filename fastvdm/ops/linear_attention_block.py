@@ -3,11 +3,12 @@
     q' = softmax_D(x̂ W_qᵀ),  k' = softmax_N(x̂ W_kᵀ),  G = k'ᵀ x̂,  ctx = D^-½ G W_vᵀ,
     y = x + q' (ctx W_outᵀ) + b
 
-with N = H*W pixels. v and the output of the attention, the largest tensors of the network after
-q and k, are never made: k'ᵀ v = (k'ᵀ x̂) W_vᵀ and (q' ctx) W_outᵀ = q' (ctx W_outᵀ), both once per
-frame and head. Of 4 C heads D multiplications a pixel and twice those of the attention itself only
-the former remain. Saved for the backward: x, G and log Σ exp k. This is what ``attention_block``
-with linear attention is on a CPU, and on a GPU where ``exceeds_registers`` does not object.
+with N = H*W pixels. v and the output of the attention, the largest tensors of the network after q
+and k, are never computed: k'ᵀ v = (k'ᵀ x̂) W_vᵀ and (q' ctx) W_outᵀ = q' (ctx W_outᵀ), both once per
+frame and head. This takes 4 C heads D multiplications per pixel; separate steps take as many, and
+the two products of the attention. Saved for the backward are x, G and log Σ exp k. On a CPU, and on
+a GPU unless ``exceeds_registers`` gives a reason, ``attention_block`` with linear attention is this
+op.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def linear_attention_block_fwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, F, H, W, C); G (B, F, heads, D, C) and k's log Σ exp (B, F, heads, D) in fp32, in fp64
-    of fp64."""
+    """y (B, F, H, W, C); G (B, F, heads, D, C) and log Σ exp k (B, F, heads, D), both in fp32 (fp64
+    for fp64)."""
     b, f, _, _, c = x.shape
     d = qkv_weight.shape[0] // (3 * heads)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -52,12 +53,12 @@ linear_attention_block_bwd = backward_of(linear_attention_block_fwd)
 
 
 def exceeds_registers(x: Tensor, qkv_weight: Tensor, heads: int, low: torch.dtype) -> str | None:
-    """Why Triton's kernels would not hold the block in registers, or are not to, or None.
+    """Why Triton's kernels cannot, or should not, hold the block in registers; None if they do.
 
-    What a frame keeps, G and M, are heads D by C: with fewer pixels than channels they are larger
-    than q and k, which they save, and making M takes more products than the attention. The programs
-    keep tiles of pixels all C channels wide, and sums of features by channels: above C = 128 ptxas
-    spills, for sm_80, sm_90 and sm_100, and so it does with fp32 operands.
+    A frame's G and M are heads D by C. With fewer pixels than channels they are larger than q and
+    k, which they replace, and M takes more products than the attention. The programs keep tiles of
+    pixels with all C channels, and sums of features by channels: above C = 128 ptxas spills on
+    sm_80, sm_90 and sm_100. It also spills with fp32 operands.
     """
     pixels, channels = x.shape[2] * x.shape[3], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
@@ -82,12 +83,12 @@ def linear_attention_block_cost(
     need_qkv: bool = True,
     need_out: bool = True,
 ) -> Cost:
-    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with the
-    gradients of the projections that are needed and, of what it recomputes, ctx and M alone.
+    """The cost of one fused call on x of this shape; ``backward`` counts the backward alone: the
+    needed gradients of the projections and, of what it recomputes, only ctx and M.
 
-    Forward: x read twice, y written, the projections read; four products of rows by C by heads D,
-    and per frame two of heads D² C. Backward: x and dy read twice, dx written, the projections
-    read and their gradients written; per row dM, dq', dk', x̂'s three shares and two of the weight.
+    Forward: reads x twice and the projections, writes y; four products of rows by C by heads D, and
+    two of heads D² C per frame. Backward: reads x and dy twice and the projections, writes dx and
+    gradients of the projections; per row dM, dq', dk', three terms of x̂ and two of the weight.
     """
     b, f, h, w, c = shape
     rows, inner = b * f * h * w, heads * dim

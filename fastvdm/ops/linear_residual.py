@@ -1,8 +1,8 @@
 """``linear_residual``: x + o weightᵀ + bias, the second half of an attention block.
 
-For blocks that no one kernel does whole (``attention_block``). The Triton kernel adds bias
-and residual to its accumulator, and rounds once.
-Where there is no such kernel it is ``linear``, then a sum.
+``attention_block`` uses it if no single kernel computes the whole block. The Triton kernel adds
+bias and residual to its accumulator and rounds once. Without that kernel the op is ``linear``
+followed by a sum.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from fastvdm.runtime.dispatch import FP64, ByDesign, Implementations, implementa
 def linear_residual_fwd(
     x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> Tensor:
-    """y as x, of contiguous inputs; o, weight and bias share a dtype."""
+    """y like x; the inputs are contiguous, and o, weight and bias share a dtype."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 linear_residual_bwd = backward_of(linear_residual_fwd)
 
 
-# By count: a step of 64 is 134 issue cycles beside 256 of the tensor cores (sm_90), 50 to 60 % of
-# their rate where cuBLAS has 75 %. Its sum after the product is three passes over x: at 3 to 4 TB/s
-# they cost more than that difference up to a depth of 1300 to 1900 (H200, H100), 1100 (A100).
+# Counted, not measured: a step of depth 64 takes 134 issue cycles beside 256 cycles of the tensor
+# cores (sm_90), so the kernel reaches 50 to 60 % of their rate; cuBLAS reaches 75 %. cuBLAS needs a
+# sum afterwards, three passes over x. At 3 to 4 TB/s the passes cost more than that difference up
+# to a depth of 1300 to 1900 (H200, H100) or 1100 (A100).
 _DEEPEST = 1024
 
 
@@ -69,15 +70,17 @@ def linear_residual(x: Tensor, o: Tensor, weight: Tensor, bias: Tensor | None = 
     """x + o weightᵀ + bias.
 
     Args:
-        x: (..., N), in the dtype of ``o`` or, over a 16-bit one, in fp32.
+        x: (..., N), in the dtype of ``o``, or in fp32 if that is 16-bit.
         o: (..., K), in the dtype of ``weight`` outside autocast.
-        weight, bias: (N, K) and (N,).
+        weight: (N, K).
+        bias: (N,), or None.
 
     Returns:
         (..., N) in the dtype of ``x``.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
+        ValueError: a shape or a device does not fit; raised before any launch.
+        TypeError: a dtype does not fit; raised before any launch.
     """
     if getattr(weight, "ndim", 0) != 2 or min(weight.shape) < 1:
         raise wrong_form("weight", weight, "(N, K)")
@@ -106,8 +109,9 @@ def linear_residual_cost(
     x_itemsize: int | None = None,
     backward: bool = False,
 ) -> Cost:
-    """Of one fused call: x, o and the weight read, y written. ``backward`` counts the backward
-    alone with the weight's gradient: dy and o read, do written; the gradient of x is dy."""
+    """The cost of one fused call: reads x, o and the weight, writes y. ``backward`` counts the
+    backward alone, with the weight's gradient: reads dy and o, writes do; the gradient of x is dy.
+    """
     wide = itemsize if x_itemsize is None else x_itemsize
     product, weight = 2 * rows * depth * features, depth * features * itemsize
     if backward:

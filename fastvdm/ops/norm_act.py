@@ -1,11 +1,11 @@
-"""``norm_act``: the norm side of ``conv_group_norm``, with all that stands around a convolution.
+"""``norm_act``: a norm and the elementwise operations after it, as they follow a convolution.
 
     z = norm([x + x_bias, x2]) * weight + bias  the statistics are over channels, or a group
     y = SiLU(z * (1 + scale) + shift) * dropout_mask + residual
 
-One read and one write when the statistics are given, else two reads and one write. The backward
-recomputes the normalised activation: what is saved is x and, for groups, the mean and 1/std.
-x_bias is the bias of the convolution that made x, where that would add it in a pass of its own.
+It reads once and writes once if the statistics are given; otherwise it reads twice. The backward
+recomputes the normalised activation; saved are x and, for groups, the mean and 1/std. x_bias is the
+bias of the convolution that computed x, if that would need an extra pass to add it.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def norm_act_fwd(
     act: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of contiguous inputs; only the rows of scale and shift may lie further apart
-    than C, as halves of one (B, 2C) projection do. y (B, F, H, W, C1 + C2) in the dtype of x. mean,
-    rstd (N, groups) in fp32 (fp64 for fp64), N = B*F per frame, else B; of shape (0,) where there
-    are none to save: the kind is not "group", or they were given. x_bias (C,) is not for "cpu"."""
+    """(y, mean, rstd). The inputs are contiguous; only the rows of scale and shift may have a
+    stride above C, as halves of one (B, 2C) projection have. y is (B, F, H, W, C1 + C2) in the
+    dtype of x. mean and rstd are (N, groups) in fp32 (fp64 for fp64), N = B*F per frame, else B;
+    they are (0,) if the kind is not "group" or statistics were given. "cpu" takes no x_bias (C,).
+    """
     stats = (0,) if mean is not None else _stats_shape(x, kind, groups, per_frame)
     acc = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty((*x.shape[:-1], _channels(x, x2)))
@@ -121,31 +122,35 @@ def norm_act(
     """y = SiLU((norm(x + x_bias) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
     Args:
-        x: (B, F, H, W, C), any strides (kernels copy a non-contiguous one); B may be 0.
-        weight, bias: (C,), of any floating dtype; with ``x2``, (C + C2,).
+        x: (B, F, H, W, C), any strides (kernels copy a non-contiguous x); B may be 0.
+        weight: (C,), or (C + C2,) with ``x2``; any floating dtype.
+        bias: shaped like ``weight``, or None; any floating dtype.
         kind: "group": GroupNorm, biased variance over (C/groups, F, H, W) of each video, or over
-            (C/groups, H, W) ``per_frame``. "rms": x / max(||x||₂, eps) √C over channels.
+            (C/groups, H, W) with ``per_frame``. "rms": x / max(||x||₂, eps) √C over channels.
             "layer": LayerNorm over channels.
-        groups, per_frame: for kind "group"; the other kinds look at one pixel at a time.
+        groups: number of groups, for "group" only.
+        per_frame: see ``kind``; for "group" only.
         eps: default 1e-5; 1e-12 for "rms".
-        scale, shift: FiLM, (B, C) each; either may be None.
-        act: SiLU or nothing.
+        scale: (B, C) scale of FiLM, or None.
+        shift: (B, C) shift of FiLM, or None.
+        act: whether to apply SiLU.
         residual: (B, F, H, W, C), in the dtype of x.
-        dropout_mask: (B, F, H, W, C), bool or floating; multiplied in as it is, so the caller
-            divides by the keep probability. Gets no gradient.
-        x2: (B, F, H, W, C2): the norm acts on the channels of x and x2 side by side.
+        dropout_mask: (B, F, H, W, C), bool or floating. It is a plain factor, so the caller divides
+            by the keep probability. It gets no gradient.
+        x2: (B, F, H, W, C2): the norm acts on the channels of x followed by those of x2.
         stats: (mean, rstd), each (B, groups), or (B*F, groups) per frame, in fp32 (fp64 for fp64):
-            the statistics of this x + x_bias where its producer has them, or of a larger video of
-            which x is a part. Differentiated as functions of x.
-        x_bias: (C,), of any floating dtype, added to x before the norm, in the accumulator's type
-            and in the same passes; not with ``x2``. The C++ backend adds it in a pass before, in
-            fp32: on a CPU the convolutions add their biases themselves.
+            the statistics of x + x_bias, if their producer has them, or those of a larger video of
+            which x is a part. They are differentiated as functions of x.
+        x_bias: (C,), any floating dtype, added to x before the norm, in the accumulator's dtype and
+            in the same passes; not with ``x2``. The C++ backend adds it in an extra pass in fp32,
+            because on a CPU convolutions add their biases themselves.
 
     Returns:
         (B, F, H, W, C + C2) in the dtype of x.
 
     Raises:
-        ValueError, TypeError: a shape, device, dtype or option does not fit.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     if getattr(x, "ndim", 0) != 5:
         check_video(x)
@@ -170,9 +175,9 @@ def norm_act(
         check_tensors(x, ("dropout_mask", dropout_mask, (*video, c)), dtypes=_MASKS)
         if dropout_mask.requires_grad:
             raise ValueError("dropout_mask gets no gradient: detach it")
-    if residual is not None and residual.dtype != x.dtype:  # under autocast
+    if residual is not None and residual.dtype != x.dtype:  # possible under autocast
         residual = residual.to(x.dtype)
-    # Literals: dynamo takes a float out of a dictionary for an input that may change.
+    # Literals, because dynamo treats a float from a dictionary as an input that may change.
     eps = (1e-12 if kind == "rms" else 1e-5) if eps is None else float(eps)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
@@ -187,7 +192,7 @@ def norm_act(
         check_stats(x, stats, groups, per_frame)
         mean, rstd = stats
 
-    # Of an empty batch, whatever the kind: nothing, and gradients of 0.
+    # An empty batch of any kind gives nothing, and gradients of 0.
     which = select("norm_act", x.device, x, kind, c) if b else "reference"
     if which == "reference":
         return norm_act_ref(
@@ -196,7 +201,7 @@ def norm_act(
             dropout_mask=dropout_mask, x2=x2,
             stats=None if mean is None or rstd is None else (mean, rstd), x_bias=x_bias,
         )  # fmt: skip
-    if x_bias is not None and which == "cpu":  # in fp32, or a 16-bit sum would be rounded first
+    if x_bias is not None and which == "cpu":  # in fp32, so that a 16-bit sum is not rounded first
         x, dtype = x.float() + x_bias.float(), x.dtype
         residual = None if residual is None else residual.float()
         return norm_act(
@@ -224,7 +229,7 @@ def norm_act_cost(
     dropout: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """Least traffic and arithmetic of one call; parameters and statistics are too small to count.
+    """The least traffic and arithmetic of one call, without parameters and statistics.
 
     Forward: reads x twice (once for a row-wise kind, or with ``stats``) and writes y. Backward:
     reads x and dy twice (once for a row-wise kind) and writes dx.

@@ -1,8 +1,9 @@
-"""``space_conv``: convolutions of every frame, their up- and downsampling.
+"""``space_conv``: convolutions of every frame, and their up- and downsampling.
 
-y = conv2d([x, x2], weight) + bias + residual on every frame of (B, F, H, W, C); the two sources of
-a skip connection are never concatenated by the caller. ``upsample="nearest"`` doubles H and W
-first: folded, the upsampled tensor is never made and 5/9 of the multiplications vanish.
+y = conv2d([x, x2], weight) + bias + residual on every frame of (B, F, H, W, C). The caller never
+concatenates the two sources of a skip connection. ``upsample="nearest"`` doubles H and W first; it
+is folded into the weight, so the upsampled tensor is never made and 5/9 of the multiplications are
+saved.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, ...]:
 
 
 def _dx_of(x: Tensor, weight: Tensor, stride: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The C++ kernel of the gradient of x, given dy and the weight of its channels."""
+    """The C++ kernel for the gradient of x, given dy and the weight of its channels, or None."""
     kernel = weight.shape[-1]
     if kernel == 3 and stride == 1:
         return launcher("space_conv", "space_conv_dx", "cpu")
     if kernel == 1 and stride == 1:
         conv = launcher("space_conv", "space_conv_fwd", "cpu")
         return lambda dy, part: conv(dy, None, part.transpose(0, 1), None, None, 1)
-    # Of an odd size there is a last row or column that no output sees.
+    # With an odd size no output depends on the last row or column.
     if (kernel, stride) != (4, 2) or x.shape[2] % 2 or x.shape[3] % 2:
         return None
     up = launcher("space_conv_transpose", "space_conv_transpose_fwd", "cpu")
@@ -59,9 +60,10 @@ def _dx_of(x: Tensor, weight: Tensor, stride: int) -> Callable[[Tensor, Tensor],
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    """In C++ Winograd's kernels. Of few input channels the gradient of the weight is the library's,
-    which takes 0.4-0.7x their time for 4, 0.6-1.2x for 8, 0.9-2.2x for 16, 1.6-3.9x for 64 and more
-    (one thread of an EPYC Zen 4, fp32 and bf16, torch 2.13, November 2026)."""
+    """In C++ the kernels are Winograd's. With few input channels the library computes the gradient
+    of the weight: it takes 0.4-0.7x their time for 4 channels, 0.6-1.2x for 8, 0.9-2.2x for 16,
+    1.6-3.9x for 64 and more (one thread of an EPYC Zen 4, fp32 and bf16, torch 2.13, November
+    2026)."""
     *given, backend = args
     if backend == "cpu":
         _, x, _, weight, stride, *_ = args
@@ -90,8 +92,8 @@ def space_conv_fwd(
     stride: int,
     backend: str,
 ) -> Tensor:
-    """y, contiguous, of contiguous inputs but for the weight, whose gradient has its strides. In
-    C++ the weight may be fp32 beside 16-bit inputs, and its gradient is."""
+    """y, contiguous. The inputs are contiguous except the weight; its gradient has its strides. In
+    C++ the weight may be fp32 with 16-bit inputs; its gradient then is fp32 too."""
     return x.new_empty(_out_shape(x, weight, stride))
 
 
@@ -119,7 +121,7 @@ def space_conv_stats_fwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd). Who takes the statistics differentiates through them."""
+    """(y, mean, rstd). The op that consumes the statistics differentiates through them."""
     y = x.new_empty(_out_shape(x, weight, stride))
     shape = (x.shape[0] * (x.shape[1] if per_frame else 1), groups)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -127,7 +129,7 @@ def space_conv_stats_fwd(
 
 
 def _transpose_backward(*args: Any) -> tuple[Tensor, ...]:
-    """In C++ the gradient of x is a convolution of stride 2, that of the weight the library's."""
+    """In C++: a convolution of stride 2 for the gradient of x; the library for the weight's."""
     *given, backend = args
     if backend == "cpu":
         dy, x, weight, need_dx, need_dw, need_db = given
@@ -159,7 +161,7 @@ space_conv_transpose_bwd = backward_of(space_conv_transpose_fwd)
 
 
 def by_triton(x: Tensor, kernel: int, dtype: torch.dtype) -> str:
-    """Why the Triton kernels do not take this call, computed in ``dtype``, by default."""
+    """Why the Triton kernels do not take this call, with products in ``dtype``, by default."""
     if dtype == torch.bfloat16 and INTERPRETED:
         return ByDefault("the Triton interpreter truncates bf16")
     if max(x.shape[2] * x.shape[3], kernel * x.shape[3] * x.shape[4]) >= 2**31:
@@ -184,12 +186,12 @@ def _examples(device: torch.device) -> dict[str, tuple]:
     "space_conv", "space_conv_fwd", "space_conv_dx", "space_conv_dw", examples=_examples
 )
 def _(x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype) -> Implementations:
-    """A library is a composition behind our op, "torch" one call under torch's autograd.
+    """ "library" is a composition behind our op; "torch" is one call under torch's autograd.
 
-    A pair of sources: no concatenated copy is kept for the backward; 0.95-1.1x the time of one call
-    (forward, 16 frames of 8x8 to 32x32; Xeon with AVX-512, one thread, torch 2.13, November 2026).
-    The C++ kernel of a 4x4 needs 0.8-1.05x the time of oneDNN, which copies its weight every time,
-    that of a pair 0.9-1.05x (EPYC Zen 4, AVX2 and AVX-512, fp32 and bf16).
+    A pair of sources keeps no concatenated copy for the backward and takes 0.95-1.1x the time of
+    one call (forward, 16 frames of 8x8 to 32x32; Xeon with AVX-512, one thread, torch 2.13,
+    November 2026). The C++ kernel of a 4x4 takes 0.8-1.05x the time of oneDNN, which copies its
+    weight every time, and 0.9-1.05x for a pair (EPYC Zen 4, AVX2 and AVX-512, fp32 and bf16).
     """
     if (kernel, stride) not in ((1, 1), (3, 1), (4, 2)) or (kernel == 1 and not pair):
         yield "cpu", ByDesign("its kernels are for 3x3, for 4x4 at stride 2, for 1x1 of a pair")
@@ -198,7 +200,7 @@ def _(x: Tensor, kernel: int, stride: int, pair: bool, dtype: torch.dtype) -> Im
     elif dtype not in (torch.float32, torch.bfloat16, torch.float16):
         yield "cpu", ByDefault(f"{dtype} is not a type of its kernels")
     elif AMX and dtype == torch.bfloat16:
-        # Its tiles multiply bf16 sixteen times as fast as fp32: a direct sum has less to do.
+        # AMX tiles multiply bf16 sixteen times as fast as fp32, so direct bf16 sums are faster.
         yield "cpu", ByDesign("oneDNN multiplies bf16 in AMX")
     else:
         yield "cpu", None
@@ -215,9 +217,9 @@ def _transpose_examples(device: torch.device) -> dict[str, tuple]:
 
 @implementations("space_conv_transpose", "space_conv_transpose_fwd", examples=_transpose_examples)
 def _(x: Tensor, dtype: torch.dtype) -> Implementations:
-    """The C++ kernel against a call of oneDNN in fp32: 0.9-1.15x the time at 64-256 channels, half
-    of it where they are few (one thread of an EPYC Zen 4 with AVX2 or AVX-512, torch 2.13, November
-    2026). New memory for the output, which oneDNN takes at every call, would come on top."""
+    """The C++ kernel takes 0.9-1.15x the time of oneDNN in fp32 at 64-256 channels and half of it
+    with few channels (one thread of an EPYC Zen 4 with AVX2 or AVX-512, torch 2.13, November 2026).
+    That excludes new memory for the output, which oneDNN allocates at every call."""
     if dtype not in (torch.float32, torch.bfloat16):
         yield "cpu", ByDesign(f"oneDNN is faster in {dtype}, in fp32 if need be")
     elif AMX and dtype == torch.bfloat16:
@@ -243,10 +245,11 @@ def check_conv(
     *,
     transposed: bool = False,
 ) -> None:
-    """Everything about the arguments of ``space_conv`` or, ``transposed``, its counterpart.
+    """Check all arguments of ``space_conv``, or of ``space_conv_transpose`` if ``transposed``.
 
     Raises:
-        ValueError, TypeError: the first that does not fit.
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
     """
     if getattr(x, "ndim", 0) != 5:
         check_video(x)
@@ -301,8 +304,8 @@ def choose(
 
 
 def _cast(which: str, x: Tensor, x2: Tensor | None, weight: Tensor, *ends: Tensor | None) -> list:
-    """As autocast brings them to one dtype, but for the weight of the C++ kernels: they take it in
-    any, and keep what they make of it as long as it is the same tensor."""
+    """Convert the tensors as autocast does, except the weight of the C++ kernels: they take any
+    dtype and cache its packed form while it stays the same tensor."""
     tensors = cast(autocast_dtype(x), x, x2, None if which == "cpu" else weight, *ends)
     if which == "cpu":
         tensors[2] = weight
@@ -319,10 +322,10 @@ def convolve(
     residual: Tensor | None = None,
     upsample: str | None = None,
 ) -> Tensor:
-    """``space_conv`` of checked arguments by the implementation ``which``."""
+    """``space_conv`` with checked arguments, by the implementation ``which``."""
     if which == "reference":
         return space_conv_ref(x, weight, bias, x2, stride, residual, upsample)
-    if x.is_cuda and which != "triton":  # what cuDNN leaves over is one pass
+    if x.is_cuda and which != "triton":  # one pass adds the terms that cuDNN does not
         outside = bias if library.adds_bias_apart(x, weight.shape[-1]) else None
         if outside is not None or residual is not None:
             inside = None if outside is not None else bias
@@ -351,20 +354,21 @@ def space_conv(
 
     Args:
         x: (B, F, H, W, C1), contiguous.
-        weight: (Cout, C1 + C2, k, k), best in ``torch.channels_last``. k odd: padding k // 2;
+        weight: (Cout, C1 + C2, k, k), preferably ``torch.channels_last``. Odd k: padding k // 2;
             4x4: stride 2, padding 1.
-        bias: (Cout,).
-        x2: (B, F, H, W, C2), further input channels: the skip connection, not concatenated.
+        bias: (Cout,), or None.
+        x2: (B, F, H, W, C2), further input channels (a skip connection), or None.
         stride: 1 or 2.
-        residual: like the output, added to it.
-        upsample: "nearest" doubles H and W before a 3x3 kernel; computed on the small input with
-            summed weights, equal but for rounding.
+        residual: added to the output; shaped like it.
+        upsample: "nearest" doubles H and W before a 3x3 kernel. It is computed on the small input
+            with summed weights; the result is equal up to rounding.
 
     Returns:
-        (B, F, Ho, Wo, Cout), contiguous, in x's dtype (autocast's where it is on).
+        (B, F, Ho, Wo, Cout), contiguous, in the dtype of x, or of autocast if it is on.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or option that does not fit, before any launch.
+        ValueError: a shape or option does not fit; raised before any launch.
+        TypeError: a dtype does not fit; raised before any launch.
     """
     check_conv(x, x2, weight, bias, stride, residual, upsample)
     which = choose(x, weight, stride, x2, upsample)
@@ -385,13 +389,21 @@ def space_conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``space_conv`` and the GroupNorm statistics of its output, for ``norm_act(..., stats=)``.
 
+    The other arguments are those of ``space_conv``.
+
+    Args:
+        groups: number of groups; divides Cout.
+        per_frame: take the statistics of each frame alone.
+        eps: added to the variance.
+
     Returns:
-        y; mean and rstd = 1 / sqrt(var + eps), both (B, groups) or, per frame, (B*F, groups), in
-        fp32 (fp64 for fp64), of y as it is stored. They carry no gradient: the norm that takes
-        them differentiates through them itself.
+        y; mean and rstd = 1 / sqrt(var + eps) of the stored y, both (B, groups), or (B*F, groups)
+        per frame, in fp32 (fp64 for fp64). They have no gradient: the norm that takes them
+        differentiates through them itself.
 
     Raises:
-        ValueError, TypeError: as ``space_conv``; groups must divide Cout.
+        ValueError: as in ``space_conv``, or ``groups`` does not divide Cout.
+        TypeError: as in ``space_conv``.
     """
     check_conv(x, x2, weight, bias, stride, residual, None)
     if groups < 1 or weight.shape[0] % groups:
@@ -416,18 +428,19 @@ def _transpose(
 
 
 def space_conv_transpose(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The transposed 4x4 convolution of every frame, stride 2, padding 1: H and W double.
+    """The transposed 4x4 convolution of every frame with stride 2 and padding 1; H and W double.
 
     Args:
         x: (B, F, H, W, Cin), contiguous.
         weight: (Cin, Cout, 4, 4), torch's layout of a transposed convolution.
-        bias: (Cout,).
+        bias: (Cout,), or None.
 
     Returns:
         (B, F, 2H, 2W, Cout), contiguous.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit, before any launch.
+        ValueError: a shape does not fit; raised before any launch.
+        TypeError: a dtype does not fit; raised before any launch.
     """
     check_conv(x, None, weight, bias, 2, transposed=True)
     if weight.shape[-1] != 4:
@@ -452,8 +465,8 @@ def space_conv_cost(
 ) -> Cost:
     """FLOPs and least bytes of one forward; x_shape counts the channels of both sources.
 
-    Of the folded upsample the folded FLOPs, 4/9 of the plain ones. dgrad and wgrad cost the same
-    FLOPs each.
+    An upsampling counts the folded FLOPs, 4/9 of the plain ones. dgrad and wgrad take as many FLOPs
+    each.
     """
     batch, frames, height, width, cin = x_shape
     cout, _, kernel, _ = weight_shape
@@ -470,7 +483,7 @@ def space_conv_cost(
 def space_conv_transpose_cost(
     x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *, itemsize: int = 2
 ) -> Cost:
-    """FLOPs and least bytes of one forward: every output pixel sees 2x2 inputs."""
+    """FLOPs and least bytes of one forward: every output pixel depends on 2x2 inputs."""
     batch, frames, height, width, cin = x_shape
     cout = weight_shape[1]
     pixels = batch * frames * 4 * height * width
@@ -516,6 +529,6 @@ def _(*, dy, weight, **_):
 
 @flops_of_launcher("conv3x3_cpu")
 def _(*, x, x2, weight, turned, **_):
-    # Of images (N, H, W, C). The turned one is the gradient of x, as many FLOPs.
+    # Images are (N, H, W, C). A turned weight gives the gradient of x, with as many FLOPs.
     shape = (x[0], 1, *x[1:-1], weight[0] if turned else weight[1])
     return space_conv_cost(shape, (weight[1] if turned else weight[0], *weight[1:]))

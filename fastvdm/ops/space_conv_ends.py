@@ -1,8 +1,8 @@
-"""What stands before and after a convolution by torch's own kernels on a GPU, each in one launch:
+"""The operations before and after torch's own convolutions on a GPU, each in one launch:
 ``fold_upsample_weight`` before, ``bias_residual`` after.
 
-Where torch compiles, and on a CPU, they are sums in plain torch: the compiler makes one kernel of
-them, and oneDNN adds the bias itself.
+Under torch.compile and on a CPU they are sums in plain torch: the compiler fuses them into one
+kernel, and oneDNN adds the bias itself.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _bias_gradient(dy: Tensor, need_bias: bool, backend: str) -> Tensor:
 def bias_residual_fwd(
     y: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
-    """y (..., C) + bias (C,) + residual as y, in fp32, rounded once."""
+    """y (..., C) + bias (C,) + residual, like y; summed in fp32 and rounded once."""
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 def _fold_gradient(dy: Tensor, weight: Tensor, need_weight: bool, backend: str) -> Tensor:
-    """The transpose of the fold, in fp32."""
+    """The transpose of the fold, computed in fp32."""
     if not need_weight:
         return weight.new_empty(0)
     wide = dy if dy.dtype == torch.float64 else dy.float()
@@ -57,7 +57,7 @@ def _unfold_axis(g: Tensor, axis: int) -> Tensor:
     backward_body=_fold_gradient,
 )
 def fold_upsample_weight_fwd(weight: Tensor, backend: str) -> Tensor:
-    """(Cin, Cout, 4, 4), channels last, of (Cout, Cin, 3, 3)."""
+    """(Cin, Cout, 4, 4), channels last, from (Cout, Cin, 3, 3)."""
     cout, cin, _, _ = weight.shape
     return torch.empty(
         (cin, cout, 4, 4), dtype=weight.dtype, device=weight.device,
@@ -85,16 +85,19 @@ for _op, _launcher in (
 
 
 def bias_residual(y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """y + bias + residual, rounded once where it is one kernel.
+    """y + bias + residual, rounded once if one kernel computes it.
 
     Args:
-        y: (..., C), contiguous. bias: (C,). residual: as y.
+        y: (..., C), contiguous.
+        bias: (C,), or None.
+        residual: like y, or None.
 
     Returns:
-        As y.
+        A tensor like y.
 
     Raises:
-        ValueError, TypeError: a shape, device or dtype that does not fit, before any launch.
+        ValueError: a shape or a device does not fit; raised before any launch.
+        TypeError: a dtype does not fit; raised before any launch.
     """
     if getattr(y, "ndim", 0) < 1:
         raise wrong_form("y", y, "(..., C)")
@@ -110,13 +113,20 @@ def bias_residual(y: Tensor, bias: Tensor | None = None, residual: Tensor | None
 
 
 def fold_upsample_weight(weight: Tensor) -> Tensor:
-    """3x3 kernel after nearest x2 → the equal 4x4 stride-2 transposed kernel (Cin, Cout, 4, 4).
+    """Fold nearest x2 upsampling into a 3x3 kernel: returns the equal 4x4 stride-2 transposed one.
 
     Output row 2i+a of the upsampled convolution reads input rows (i-1, i, i) for a = 0 and
     (i, i, i+1) for a = 1, so taps on the same row add up. Summed in fp32; differentiable.
 
+    Args:
+        weight: (Cout, Cin, 3, 3).
+
+    Returns:
+        (Cin, Cout, 4, 4).
+
     Raises:
-        ValueError, TypeError: not (Cout, Cin, 3, 3).
+        ValueError: the shape does not fit.
+        TypeError: it is not a tensor, or not floating point.
     """
     if getattr(weight, "ndim", 0) != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise wrong_form("weight", weight, "(Cout, Cin, 3, 3)")

@@ -1,7 +1,7 @@
 """x + out(attention(LayerNorm_C(x))) over the frames of each pixel in one kernel.
 
-What ``attention_block`` over time is, where it fits. The kernel reads x once and writes y once;
-nothing but the inputs is saved for the backward, which recomputes from x.
+``attention_block`` over time uses this op if ``exceeds_registers`` gives no reason against it. The
+kernel reads x once and writes y once. Only the inputs are saved; the backward recomputes from x.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def temporal_block_fwd(
     options: AttentionOptions,
     backend: str,
 ) -> Tensor:
-    """y (B, F, H, W, C) in the dtype of x. The backward gives dx always; with frozen weights no
-    gradient of them is computed. No Shaw tables beside a rotary embedding or a bias."""
+    """y (B, F, H, W, C) in the dtype of x. The backward always computes dx; for frozen weights it
+    computes no gradient. Shaw tables exclude a rotary embedding and a bias."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -47,19 +47,19 @@ temporal_block_bwd = backward_of(temporal_block_fwd)
 def exceeds_registers(
     x: Tensor, qkv_weight: Tensor, heads: int, tables: bool, low: torch.dtype
 ) -> str | None:
-    """Why Triton's fused kernel would not hold the block in registers, or None.
+    """Why Triton's fused kernel cannot hold the block in registers, or None.
 
-    The program keeps one tile of rows, all C channels wide, and its fp32 accumulator in registers,
-    and the whole sequence in that tile. Above C = 256 that no longer fits at a number of rows that
-    would pay for streaming the 4*C*heads*D weights from the L2 once per tile, and there the block
-    is bound by its matrix products anyway. Above F = 32 the sequence no longer fits one tile. In
-    fp32 operands and split products take two to four times the registers: ptxas spills from 68
-    bytes at C = 64 to 76 KB at C = 256 (sm_90). fp64 would too, but is there for gradcheck alone.
+    A program keeps in registers one tile of rows with all C channels, its fp32 accumulator, and
+    whole sequences. Above C = 256 this does not fit with enough rows per tile to pay for reading
+    the 4*C*heads*D weights from the L2 cache once per tile; the block is then bound by its matrix
+    products anyway. Above F = 32 a sequence does not fit one tile. fp32 operands and split products
+    take two to four times the registers: ptxas spills from 68 bytes at C = 64 to 76 KB at C = 256
+    (sm_90). fp64 would spill too, but it is used only for gradcheck.
 
-    Below these bounds ptxas was asked, for sm_80, sm_90 and sm_100 and the tiles that there are:
-    where some call of a class spills, all of the class is refused. A class is the width, the
-    length, the head, the dtype of the stream and whether there are ``tables``, Shaw's. So a call
-    without other options may fit where its class does not.
+    The other bounds were read off ptxas for sm_80, sm_90 and sm_100 and the available tiles. Calls
+    are divided into classes by width, length, head size, dtype of the residual stream and Shaw
+    ``tables``. A class is refused if any call in it spills, so a call without other options may fit
+    although its class is refused.
     """
     frames, channels = x.shape[1], x.shape[-1]
     dim = qkv_weight.shape[0] // (3 * heads)
@@ -98,12 +98,13 @@ def temporal_block_cost(
     need_out: bool = True,
     need_rel: bool = True,
 ) -> Cost:
-    """Of one fused call on x of this shape; ``backward`` counts the backward alone, with the
-    weight gradients that are needed and without the projections that it recomputes.
+    """The cost of one fused call on x of this shape; ``backward`` counts the backward alone, with
+    the weight gradients that are needed and without the projections that it recomputes.
 
-    Forward: x read, y written, the four projections read. Backward: x, dy read, dx written, the
-    projections read and their gradients written; twice the products of the forward. The attention
-    between them is ``axis_attention_cost``'s, with its images and Shaw tables.
+    Forward: reads x and the four projections, writes y. Backward: reads x, dy and the projections,
+    writes dx and the gradients of the projections; it takes twice the products of the forward. The
+    attention between the projections is counted by ``axis_attention_cost``, with its images and
+    Shaw tables.
     """
     b, f, h, w, c = shape
     rows, inner = b * f * h * w, heads * dim

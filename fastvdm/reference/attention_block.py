@@ -1,8 +1,8 @@
 """An attention block with its norm, projections and residual, in plain torch.
 
 Ho et al. 2022, "Video Diffusion Models", section 3: attention over space with the frames as batch,
-over time with the pixels as batch. The networks that follow it in the open take the linear
-attention of Shen et al. 2021 (arXiv 1812.01243) over space at the large levels.
+over time with the pixels as batch. Open implementations use the linear attention of Shen et al.
+2021 (arXiv 1812.01243) over space at the large levels.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def attention_block_ref(
 ) -> Tensor:
     """x + out(core(qkv(LayerNorm_C(x)))); (B, F, H, W, C) in and out.
 
-    Arguments as ``fastvdm.ops.attention_block``, ``options`` one by one. The residual stream may be
-    fp32 while the projections are 16-bit: the normalised x takes the dtype of ``qkv_weight``.
+    The arguments are those of ``fastvdm.ops.attention_block``, with ``options`` given one by one.
+    The residual stream may be fp32 with 16-bit projections: the normalised x is converted to the
+    dtype of ``qkv_weight``.
     """
     shift = None if norm_bias is None else norm_bias.to(x.dtype)
     normed = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), shift, eps)  # Ba et al. 2016

@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of the first R features of x (..., N, D) by the table
-    (2, N, R/2) of cosines and sines. Products in fp32 (fp64 for fp64), result in x's dtype."""
+    """Rotate the pairs (2i, 2i+1) of the first R features of x (..., N, D) by the table (2, N, R/2)
+    of cosines and sines. Products are in fp32 (fp64 for fp64), the result in the dtype of x."""
     half = rotary.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.complex(wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2])
@@ -44,7 +44,7 @@ def axis_attention_ref(
     num_images: int = 0,
     sm_scale: float | None = None,
 ) -> Tensor:
-    """Arguments and result as ``fastvdm.ops.axis_attention.axis_attention``."""
+    """Arguments and result are those of ``fastvdm.ops.axis_attention.axis_attention``."""
     b, f, h, w = qkv.shape[:4]
     scale = qkv.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     split = {
@@ -61,11 +61,11 @@ def axis_attention_ref(
         q, k = rotate(q, rotary[:, :n]), rotate(k, rotary[:, :n])
     logits = torch.einsum("bonid,bonjd->bonij", q, k) * scale
     if rel_k is not None:
-        # On the unrotated query: a rotated one would make the term depend on absolute positions.
+        # With a rotated query the term would depend on absolute positions.
         rel = relative(rel_k, n).expand(q.shape[2], -1, -1, -1)
         logits = logits + torch.einsum("bonid,nijd->bonij", q_plain, rel) * scale
     if bias is not None:
-        # Only a bias masks: a query that it leaves no key gets zeros, not NaN.
+        # A query whose keys are all masked by the bias gets zeros, not NaN.
         empty = (bias[:, :n, :n] == -torch.inf).all(dim=-1, keepdim=True)
         logits = logits + bias[:, :n, :n].masked_fill(empty, 0.0)
     attn = logits.softmax(dim=-1).to(v.dtype)

@@ -1,4 +1,4 @@
-"""``conv_group_norm`` in plain torch: a per-frame convolution, then the norm and all after it."""
+"""``conv_group_norm`` in plain torch: a per-frame convolution, then a norm and what follows it."""
 
 from __future__ import annotations
 

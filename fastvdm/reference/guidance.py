@@ -1,14 +1,15 @@
 """The two elementwise ends of a guided sampling step (Ho et al. 2022, §3.1, Eqs. 7 and 8).
 
-With m the network's output at z and every estimate linear in it, x_hat = p_z z + p_m m:
+Let m be the network's output at z. Every estimate is linear in it, x_hat = p_z z + p_m m:
 
     L        = w_r ||x^a - x_hat^a||^2 + w_y ||y - D(x_hat)||^2      (sums over all elements)
     G        = dL/dz = (dm/dz)^T p_m r + p_z r,    r = dL/dx_hat
-    x_tilde  = x_hat - (alpha/2) G                                  on the frames not given
+    x_tilde  = x_hat - (alpha/2) G                                  on unknown frames
 
-``guidance_seed`` makes x_hat and seed = (alpha/2) p_m r, what the network's backward pass
-starts from; ``guidance_update`` takes its result, adds the direct term (p_z/p_m) seed and steps.
-Folding alpha/2 into the seed keeps it in range near alpha = 0, where p_m is 1/alpha.
+``guidance_seed`` computes x_hat and seed = (alpha/2) p_m r, from which the network's backward pass
+starts. ``guidance_update`` takes the result of that pass, adds the direct term (p_z/p_m) seed and
+makes the step. alpha/2 is a factor of the seed to keep it in range near alpha = 0, where p_m is
+1/alpha.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _columns(coef: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _scatter_frames(values: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """values (B, C, K, H, W), slot (F,) → values at their frames (else 0), mask (F, 1, 1)."""
+    """values (B, C, K, H, W), slot (F,) → values at their frames (0 elsewhere), mask (F, 1, 1)."""
     full = values[:, :, slot.clamp_min(0).long()]
     given = (slot >= 0)[:, None, None]
     return torch.where(given, full, 0), given
@@ -59,7 +60,7 @@ def guidance_seed_ref(
         y, given = _scatter_frames(low_res.to(acc), low_slot)
         mean = reduce(
             x_hat, "b c f (h i) (w j) -> b c f h w", "mean", i=factor, j=factor
-        )  # D = average pooling; its adjoint spreads evenly
+        )  # D is average pooling; its adjoint spreads a value evenly
         spread = torch.where(given, 2 * (mean - y) / factor**2, 0)
         seed = seed + low_scale * spread.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
     if extra is not None:
@@ -113,7 +114,7 @@ def guidance_update_ref(
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """The high and low 32 bits of a * b for 32-bit words held in int64.
 
-    The product may pass 2^63 and wrap; its 64 bits are the right ones all the same.
+    The product may exceed 2^63 and wrap, but its 64 bits are still correct.
     """
     product = a * b
     return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
@@ -122,9 +123,9 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox_words(rng: Tensor, step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The first two words of Philox-4x32-10 (Salmon et al. 2011), int64 holding 32 bits.
 
-    Counter (element lo, element hi, step, 0), key the 64 bits of ``rng``; rng (B,) int64, element
-    the row-major index in ``shape``. A sample's noise depends on its own seed and the step alone.
-    With rng (B, 2) its second column is added to ``step``: a count that lives on the device.
+    The counter is (element lo, element hi, step, 0), the key is the 64 bits of ``rng`` (B,) int64,
+    and element is the row-major index in ``shape``. A sample's noise depends only on its own seed
+    and on the step. In rng (B, 2) the second column is added to ``step``: a count on the device.
     """
     place = rng.new_full((len(rng),), step)
     if rng.ndim == 2:
@@ -150,8 +151,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normal (B, *shape): Box-Muller on the two words, in ``dtype`` (fp32 or fp64).
 
-    u = (top 23 bits + 1/2) 2^-23 is exact in fp32 and never 0, so every backend takes the same u;
-    the results differ by the last bits of log and cos. |n| <= 5.8.
+    u = (top 23 bits + 1/2) 2^-23 is exact in fp32 and never 0, so every backend has the same u. The
+    results differ in the last bits of log and cos. |n| <= 5.8.
     """
     a, b = philox_words(rng, step, shape)
     u1 = ((a >> 9).to(dtype) + 0.5) * 2.0**-23

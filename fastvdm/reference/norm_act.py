@@ -10,8 +10,8 @@ from torch import Tensor
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """GroupNorm of x (N, L, C) over (L, C/groups). Wu & He 2018, Eq. 1-2.
 
-    torch's channels-last CPU kernel forms E[x²] - E[x]²: at 1e4 ± 1 in fp32 its result is off by
-    1e3 (torch 2.13). A constant per group taken off the input changes neither the result nor any
+    torch's channels-last CPU kernel computes E[x²] - E[x]²: at 1e4 ± 1 in fp32 its result is off by
+    1e3 (torch 2.13). Subtracting a constant per group changes neither the result nor any
     derivative, so a rough mean is subtracted first.
     """
     n, _, c = x.shape
@@ -33,9 +33,8 @@ def _group_norm_given(
     eps: float,
     stats: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """GroupNorm of x (N, L, C) with mean and rstd (N, groups) in place of its own, through which it
-    still differentiates: they may be those of more than x, as where a video lies on several ranks.
-    """
+    """GroupNorm of x (N, L, C) with given mean and rstd (N, groups), through which it still
+    differentiates. They may be statistics of more than x, e.g. if ranks share a video."""
     n, length, c = x.shape
     rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, length, groups, -1)
     variance, mean = torch.var_mean(rows, dim=(1, 3), keepdim=True, correction=0)
@@ -65,11 +64,11 @@ def norm_act_ref(
 ) -> Tensor:
     """y = SiLU((norm(x + x_bias) weight + bias) (1 + scale) + shift) dropout_mask + residual.
 
-    x (B, F, H, W, C), x2 (B, F, H, W, C2) or None: its channels follow those of x. weight, bias
-    (C + C2,), scale, shift (B, C + C2), residual, dropout_mask and the result (B, F, H, W, C + C2).
-    Computed in fp32 (fp64 for fp64 input) and rounded once, to the dtype of x. ``groups`` and
-    ``per_frame`` matter to kind "group" only, and so do ``stats``, (mean, rstd) of (B, groups) or
-    (B*F, groups), which replace those of x + x_bias, x_bias (C,).
+    x is (B, F, H, W, C); x2 is (B, F, H, W, C2) or None, and its channels follow those of x. weight
+    and bias are (C + C2,), scale and shift (B, C + C2), residual, dropout_mask and the result (B,
+    F, H, W, C + C2). It computes in fp32 (fp64 for fp64 input) and rounds once, to the dtype of x.
+    ``groups`` and ``per_frame`` matter only for kind "group", as do ``stats``: (mean, rstd) of (B,
+    groups) or (B*F, groups), which replace those of x + x_bias, with x_bias (C,).
     """
     dtype = x.dtype
     acc = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Space-only convolutions of the factorized network, in plain torch: the contract of the conv side.
+"""Space-only convolutions of the factorized network, in plain torch: the contract of space_conv.
 
 A 1x3x3 convolution over (B, F, H, W, C) is a 2-D one over B*F channels-last images (Ho et al. 2022,
 Video Diffusion Models, §3: "each 2D convolution into a space-only 3D convolution").
@@ -36,7 +36,7 @@ def space_conv_ref(
 
 
 def space_conv_transpose_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The transposed 4x4 convolution, stride 2, padding 1: H and W double."""
+    """The transposed 4x4 convolution with stride 2 and padding 1; H and W double."""
     images = rearrange(x, "b f h w c -> (b f) c h w")
     y = F.conv_transpose2d(images, weight, bias, stride=2, padding=1)
     return rearrange(y, "(b f) c h w -> b f h w c", b=x.shape[0], f=x.shape[1]).contiguous()
@@ -45,8 +45,8 @@ def space_conv_transpose_ref(x: Tensor, weight: Tensor, bias: Tensor | None = No
 def group_stats_ref(
     y: Tensor, groups: int, per_frame: bool = False, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """GroupNorm statistics of y (B, F, H, W, C): mean and 1/std, each (B, groups) or, per frame,
-    (B*F, groups), in fp32 (fp64 for fp64 input)."""
+    """GroupNorm statistics of y (B, F, H, W, C): mean and 1/std, each (B, groups), or (B*F, groups)
+    per frame, in fp32 (fp64 for fp64 input)."""
     wide = y.double() if y.dtype == torch.float64 else y.float()
     if per_frame:
         wide = rearrange(wide, "b f h w (g c) -> (b f) g (h w c)", g=groups)

@@ -1,4 +1,4 @@
-"""Arguments that are one of several words: the words stand in the ``Literal`` of the signature."""
+"""Arguments that take one of several words, given by the ``Literal`` in the signature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """The values of a ``Literal``, or of one or None, None first; () of any other type."""
+    """The values of a ``Literal``, or None and those of an optional one; () for other types."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     if get_origin(kind) not in (Union, types.UnionType):
@@ -19,8 +19,8 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:
-    """Raises ValueError for a value that is none of ``choices_of(kind)``."""
+    """Raise ValueError if the value is not in ``choices_of(kind)``."""
     choices = choices_of(kind)
-    # Compared one by one: a tensor or an array has no truth.
+    # Check the type first: comparing a tensor or an array gives no truth value.
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Run-time configuration: read from ``FASTVDM_*`` at import, changed only by ``use_backend``."""
+"""Run-time configuration: read from ``FASTVDM_*`` at import; only ``use_backend`` changes it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _count(name: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """One immutable snapshot of the settings; ENVS.md describes each variable."""
+    """An immutable snapshot of the settings; docs/environment.md describes each variable."""
 
     backend: str = "auto"  # FASTVDM_BACKEND: force one backend for every op
     strict: bool = False  # FASTVDM_STRICT: a fallback to the reference is an error
     cpu_isa: str = "auto"  # FASTVDM_CPU_ISA: cap the instruction set of the C++ backend
     packed_weights_mb: int = 2048  # FASTVDM_PACKED_WEIGHTS_MB: the C++ backend's weight cache
-    output_pool_mb: int = 512  # FASTVDM_OUTPUT_POOL_MB: freed memory it keeps for new outputs
+    output_pool_mb: int = 512  # FASTVDM_OUTPUT_POOL_MB: freed memory kept for new outputs
 
     @staticmethod
     def from_env() -> Config:
@@ -53,12 +53,16 @@ class Config:
         )
 
 
-active = Config.from_env()  # read it as config.active: use_backend puts another in its place
+active = Config.from_env()  # read as config.active, because use_backend rebinds it
 
 
 @contextmanager
 def use_backend(backend: str, *, strict: bool | None = None) -> Iterator[None]:
-    """Force ``backend`` for every op inside the block, e.g. ``use_backend("reference")``.
+    """Context manager: force ``backend`` for every op, e.g. ``use_backend("reference")``.
+
+    Args:
+        backend: one of ``BACKENDS``; "auto" lets each op choose.
+        strict: True makes a fallback to the reference an error; None keeps the current setting.
 
     Raises:
         ValueError: the name is not one of ``BACKENDS``.

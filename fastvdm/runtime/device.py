@@ -1,11 +1,11 @@
-"""What a launcher may ask about the device that it launches on, and how to ask for another one.
+"""Facts about the device of a launch, and a way to pretend to have another one.
 
     facts(x.device).multiprocessors
 
-    with pretend(H100):  # on any machine: what would an H100 be given?
+    with pretend(H100):  # on any machine: what would run on an H100?
         pick_config(...), or a launcher whose launches are recorded
 
-Importing this file imports no Triton and initialises no CUDA; nor does asking within ``pretend``.
+Importing this file imports no Triton and initialises no CUDA; nor does a query within ``pretend``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dataclasses import dataclass
 
 import torch
 
-# Whether Triton interprets its kernels in this process, which it decides when they are defined. The
-# words are those that Triton takes for true.
+# Whether Triton interprets its kernels in this process; it decides when kernels are defined. These
+# are the words that Triton accepts as true.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One device. Where it is no GPU (under the interpreter) there is only its kind."""
+    """Facts about one device. If it is not a GPU (under the interpreter), only ``kind`` is set."""
 
-    kind: str  # as torch.device.type; "cuda" for every GPU
-    name: str = ""  # as CUDA gives it
+    kind: str  # torch.device.type; "cuda" for every GPU
+    name: str = ""  # reported by CUDA
     capability: int = 0  # 80, 90, 100 ...
     multiprocessors: int = 0
 
@@ -43,18 +43,18 @@ H200 = Facts("cuda", "NVIDIA H200", 90, 132)
 B200 = Facts("cuda", "NVIDIA B200", 100, 148)
 
 _pretended: ContextVar[Facts | None] = ContextVar("pretended", default=None)
-# A launch must cost neither a call of the driver nor ``device.type``, which makes a string.
+# A launch must not pay for a driver call or for ``device.type``, which makes a string.
 _known: dict[torch.device, Facts] = {}
 
 
 @contextmanager
 def pretend(gpu: Facts) -> Iterator[None]:
-    """Within the block every device is ``gpu``, so that launchers choose kernels, tiles and grids
-    as they would there. Where the tensors are does not change: whoever asks keeps the launches
-    from running, or runs them under the interpreter.
+    """Within the block every device counts as ``gpu``, so launchers choose kernels, tiles and grids
+    for it. The tensors stay where they are: the caller prevents the launches, or runs them under
+    the interpreter.
 
-    It holds for this thread (context) alone: not in threads started within the block, so not in
-    the backward that autograd runs on a real GPU.
+    It holds only for this thread (context), not for threads started within the block, e.g. those in
+    which autograd runs a backward on a real GPU.
     """
     token = _pretended.set(gpu)
     try:
@@ -64,13 +64,13 @@ def pretend(gpu: Facts) -> Iterator[None]:
 
 
 def facts(device: torch.device) -> Facts:
-    """Of a device that holds tensors; a GPU without an index is the current one."""
+    """The facts of a device that holds tensors. A GPU without an index is the current one."""
     return _pretended.get() or _known.get(device) or _read(device)
 
 
 def current_gpu() -> Facts | None:
-    """Of the GPU that a launch would go to; None where kernels are interpreted, where there is no
-    GPU, or where CUDA is not initialised yet."""
+    """The facts of the GPU to which a launch would go. None if kernels are interpreted, there is no
+    GPU, or CUDA is not initialised."""
     pretended = _pretended.get()
     if pretended is not None or INTERPRETED or not torch.cuda.is_initialized():
         return pretended
@@ -80,7 +80,7 @@ def current_gpu() -> Facts | None:
 def _read(device: torch.device) -> Facts:
     if device.type != "cuda":
         return _known.setdefault(device, Facts(device.type))
-    if device.index is None:  # not kept: the current one changes
+    if device.index is None:  # not cached, because the current device can change
         return facts(torch.device("cuda", torch.cuda.current_device()))
     found = torch.cuda.get_device_properties(device)
     capability = 10 * found.major + found.minor

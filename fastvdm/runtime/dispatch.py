@@ -1,25 +1,25 @@
 """Which implementations an op has, and why one of them does not take a call.
 
-An op says so once: a generator yields, in order of preference, (implementation, why not), and
-stands beside the op, in plain Python on dtypes and sizes, so that ``torch.compile`` traces through
-it. ``select`` (``fastvdm.ops._call``) takes the first that can; ``explain``, ``fastvdm info``,
-tests and benchmarks read it too.
+Each op states this once, in a generator beside the op that yields (implementation, why not) in
+order of preference. It is plain Python on dtypes and sizes, so ``torch.compile`` traces through it.
+``select`` (``fastvdm.ops._call``) takes the first implementation that can; ``explain``, ``fastvdm
+info``, tests and benchmarks read the generator too.
 
     @implementations("norm_act", "norm_act_fwd", "norm_act_bwd")
     def _(x, kind, channels):
         yield "cpu", FP64 if x.dtype == torch.float64 else None
         yield "triton", None
 
-"cpu" and "triton" are our kernels; they are passed over on other devices and where another backend
-is asked for. Any other name is the op's own: "library", torch's kernels behind our op; "torch", one
-call of torch's own; "parts", a composition of other ops. "reference" needs no mention: it is last.
+"cpu" and "triton" are our kernels. They are skipped on other devices and if another backend is
+forced. Other names are the op's own: "library" is torch's kernels behind our op, "torch" one call
+of torch's own, "parts" a composition of other ops. "reference" always comes last, unnamed.
 
-A reason is a fallback, which warns or, under FASTVDM_STRICT=1, raises; but for these:
+A reason means a fallback, which warns, or raises under FASTVDM_STRICT=1. The exceptions:
 
-                 by default               the backend asked for by name
-    ByDesign     passed over in silence   the same: what comes after is that backend's way, too
-    ByDefault    passed over in silence   a fallback
-    ByName       passed over in silence   it takes the call
+                 backend "auto"       backend forced by name
+    ByDesign     skipped silently     skipped silently: the next one belongs to that backend too
+    ByDefault    skipped silently     a fallback
+    ByName       skipped silently     takes the call
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ class FallbackError(RuntimeError):
 
 
 class ByDesign(str):
-    """A reason that is a choice: what comes after is the implementation of such calls, as oneDNN is
-    of a 1x1 convolution and other ops are of a block that exceeds the registers."""
+    """A reason that is a choice: the next implementation is meant for such calls, e.g. oneDNN for a
+    1x1 convolution, or other ops for a block that exceeds the registers."""
 
 
 class ByDefault(ByDesign):
-    """A choice only as long as nobody asks for the backend by name, as of fp64 on a CPU: who does
-    is told that it cannot."""
+    """A choice only if the backend is not forced by name, e.g. fp64 on a CPU. A caller who forces
+    it is told that it cannot take the call."""
 
 
 class ByName(ByDesign):
-    """A reason to take this implementation only where a backend is asked for by name: a kernel
-    where that is its own, a composition for any."""
+    """A reason to use an implementation only if a backend is forced by name: a kernel for its own
+    backend, a composition for any."""
 
 
-Implementations = Iterator[tuple[str, str | None]]  # what a generator yields: (name, why not)
+Implementations = Iterator[tuple[str, str | None]]  # (name, why not), yielded by a generator
 NO_KERNEL = ByDesign("no kernel for this op")
 FP64 = ByDefault("fp64 has no kernel")
 NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
@@ -73,7 +73,7 @@ NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 @dataclass(frozen=True)
 class _Op:
     implementations: Callable[..., Implementations]
-    off: dict[str, str | None]  # backend -> why it is off, None when it can be used
+    off: dict[str, str | None]  # backend -> why it is off, None if it can be used
     examples: Callable[[torch.device], dict[str, tuple]]
 
 
@@ -86,12 +86,14 @@ def implementations(
     backends: tuple[str, ...] = KERNELS,
     examples: Callable[[torch.device], dict[str, tuple]],
 ) -> Callable[[Callable[..., Implementations]], Callable[..., Implementations]]:
-    """Decorates the generator of ``op``'s implementations, see the head of this file.
+    """Decorate the generator of the implementations of ``op``; see the head of this file.
 
     Args:
-        launchers: what each of ``backends`` must have, e.g. "norm_act_fwd"; without one in the C++
-            extension it is off.
-        examples: what ``fastvdm info`` shows: kind of call -> arguments of the generator.
+        op: name of the op.
+        launchers: what each of ``backends`` must have, e.g. "norm_act_fwd". The C++ backend is off
+            if its extension lacks one.
+        backends: the backends that have kernels for the op.
+        examples: for ``fastvdm info``: kind of call -> arguments of the generator.
     """
 
     def announce(generator: Callable[..., Implementations]) -> Callable[..., Implementations]:
@@ -108,7 +110,7 @@ def implementations(
 
 
 def off_on(op: str, backend: str, device: torch.device) -> str | None:
-    """Why no call of ``op`` on ``device`` can run on ``backend``; None when some can."""
+    """Why no call of ``op`` on ``device`` can run on ``backend``; None if some can."""
     off = OPS[op].off[backend]
     if off is None and device.type not in _DEVICES[backend]:
         hint = " without TRITON_INTERPRET=1" if backend == "triton" else ""
@@ -119,7 +121,8 @@ def off_on(op: str, backend: str, device: torch.device) -> str | None:
 
 
 def _lacking() -> str | None:
-    """What the C of Triton's first launch lacks here, by triton/runtime/build.py of Triton 3.6."""
+    """What is missing to compile the C code of Triton's first launch (triton/runtime/build.py of
+    Triton 3.6)."""
     named = os.environ.get("CC")
     if named is not None and shutil.which(named) is None:
         return f"CC={named} is no program"
@@ -135,7 +138,7 @@ def _lacking() -> str | None:
 
 @functools.cache
 def _probe() -> str | None:
-    lacking = _lacking() if sys.platform == "linux" else None  # Triton is built otherwise elsewhere
+    lacking = _lacking() if sys.platform == "linux" else None  # other platforms build differently
     home = os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton")
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, "cache"))
     if lacking is None or next(cache.glob("*/*_utils*.so"), None):
@@ -144,20 +147,21 @@ def _probe() -> str | None:
 
 
 def no_launch() -> str | None:
-    """Why Triton cannot launch kernels on a GPU here, or None. At its first launch it compiles C
-    against Python.h, unless its cache holds the result. Looked for in the same places, once, and
-    without importing or launching anything."""
+    """Why Triton cannot launch kernels on a GPU here, or None. Its first launch compiles C against
+    Python.h unless its cache has the result. This checks the same places, once, without importing
+    or launching anything."""
     return _probe()
 
 
-# Dynamo calls it while it traces, and traces nothing of it.
+# Dynamo calls this while tracing, but does not trace into it.
 _traced_over: Any = no_launch
 _traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
 
 
 def explain(op: str, *call: Any) -> dict[str, str | None]:
-    """Implementation -> why it does not take this call (None: it can), in order of preference; then
-    our kernels that the op has not. Without a call: our kernels, and why they are off."""
+    """Map each implementation to the reason why it does not take this call (None if it can), in
+    order of preference, followed by kernels that the op lacks. Without a call: our kernels, and why
+    they are off."""
     entry = OPS[op]
     off = dict(entry.off)
     if off["triton"] is None and not INTERPRETED and torch.cuda.is_available():

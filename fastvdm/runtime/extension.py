@@ -1,4 +1,4 @@
-"""Loads the optional C++ extension; keeps the reason when there is none for ``fastvdm info``."""
+"""Loads the optional C++ extension, or keeps the reason why not for ``fastvdm info``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fastvdm.runtime import config
 
-# csrc/build.py says the same when it fails.
+# csrc/build.py gives the same advice when it fails.
 WITH_KERNELS = (
     'pip install "torch>=2.11" "setuptools>=77" && '
     "FASTVDM_BUILD_CPP=1 pip install --no-build-isolation ."
@@ -17,12 +17,12 @@ _BUILD = f"with a C++20 compiler, in fastvdm's source folder: {WITH_KERNELS}"
 
 
 def lacks(name: str) -> str:
-    """The reason where an extension is there, but older than this package."""
+    """The reason if an extension exists but is older than this package."""
     return f"the C++ kernels are older than this package, {name} is not among them; {_BUILD}"
 
 
 def _load() -> str | None:
-    """Load ``fastvdm/_C*.so``; returns why it is off, or None when it is loaded."""
+    """Load ``fastvdm/_C*.so``; return why it is off, or None if it is loaded."""
     package = Path(__file__).parents[1]
     found = sorted(package.glob("_C*.so")) + sorted(package.glob("_C*.pyd"))
     if not found:
@@ -33,7 +33,7 @@ def _load() -> str | None:
         return f"{found[0].name} failed to load ({error}); {_BUILD}"
     if not hasattr(torch.ops.fastvdm_C, "set_output_pool_limit"):  # the latest addition
         return lacks("set_output_pool_limit")
-    # Raises where FASTVDM_CPU_ISA asks for what this CPU or build lacks.
+    # Raises if this CPU or build lacks the FASTVDM_CPU_ISA that was asked for.
     torch.ops.fastvdm_C.set_cpu_isa(config.active.cpu_isa)
     torch.ops.fastvdm_C.set_packed_weights_limit(config.active.packed_weights_mb << 20)
     torch.ops.fastvdm_C.set_output_pool_limit(config.active.output_pool_mb << 20)
@@ -67,7 +67,7 @@ def has_launcher(name: str) -> bool:
     return _reason is None and hasattr(torch.ops.fastvdm_C, name)
 
 
-# Asked once, so that dynamo traces a comparison of constants.
+# Evaluated once, so that dynamo traces a comparison of constants.
 AMX = _reason is None and torch.ops.fastvdm_C.cpu_isa() == "amx"
 EMULATED = tuple(
     dtype
@@ -77,7 +77,7 @@ EMULATED = tuple(
 
 
 def emulated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``dtype`` on ``device`` is a type that torch's library can only emulate, and the C++
-    backend, which does better, is there."""
+    """Whether torch's library only emulates ``dtype`` on ``device`` and the C++ backend, which is
+    faster, is available."""
     on = device.type == "cpu" and dtype in EMULATED
     return on and config.active.backend in ("auto", "cpu")

@@ -1,4 +1,4 @@
-"""Imports of packages that only an extra brings, with an error that names the extra."""
+"""Imports of optional dependencies, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def require(module: str, extra: str) -> Any:
-    """Import ``module``, a dependency of the optional ``extra``, e.g. ``require("av", "video")``.
+    """Import ``module``, a dependency of the ``extra``, e.g. ``require("av", "video")``.
 
     Raises:
-        ImportError: it is not installed; the message is the command that installs it.
+        ImportError: it is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A broken dependency of an installed package is another problem: leave its own message.
+        # If an installed package lacks a dependency of its own, keep its message.
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise ImportError(

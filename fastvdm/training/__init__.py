@@ -1,4 +1,4 @@
-"""Training, as ``fastvdm train`` runs it."""
+"""Training as ``fastvdm train`` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The summary of a run that is printed before its first step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def render(run: Any) -> str:
-    """Some lines of a ``Trainer``: network, data, batch, steps, output."""
+    """A few lines on a ``Trainer``: network, data, batch, steps, output."""
     c, engine = run.config, run.engine
     unet, device = engine.bundle.unet, engine.device
     count = sum(p.numel() for p in unet.parameters())

@@ -17,7 +17,7 @@ from fastvdm.unet.config import RECIPES, UNetConfig, preset
 
 
 def _of(group: str, default: Any, help: str, *, free: bool = False) -> Any:
-    """A field: where it is listed, what it means, whether a resumed run may change it."""
+    """A field: its group, its meaning, and whether a resumed run may change it."""
     metadata = {"group": group, "help": help, "free": free}
     if default is dict:
         return field(default_factory=dict, metadata=metadata)
@@ -26,15 +26,15 @@ def _of(group: str, default: Any, help: str, *, free: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. ``fastvdm config`` prints the fields with their meaning; the
-    metadata of each holds it too.
+    """All settings of a training run.
 
-    The paper says Adam, with a weight decay of 0.01 on BAIR only. It mentions neither warm-up nor
-    clipping nor a rate of dropped conditions; the defaults of the first two (none, and a norm of 1)
-    change nothing in a healthy run.
+    Each field's metadata has its meaning; ``fastvdm config`` prints them all. The paper uses Adam,
+    with weight decay 0.01 on BAIR only. It does not mention warm-up, gradient clipping or a rate
+    of dropped conditions. The defaults of the first two (none, and a norm of 1) do not affect a
+    healthy run.
 
     Raises:
-        ValueError: a value of the wrong type or out of its range.
+        ValueError: a value has the wrong type or is out of range.
     """
 
     output: str = _of("Run", "", "Folder for checkpoints, logs and samples.", free=True)
@@ -185,7 +185,7 @@ class TrainConfig:
             raise ValueError('image_cond="own" needs image_source="dataset"')
         if self.num_images and self.image_source == "batch" and self.batch_size < 2:
             raise ValueError('image_source="batch" needs a batch_size of at least 2')
-        # Both become files, and the configuration may be of a folder that is not one's own.
+        # Both become file names, and the configuration may come from somebody else.
         own = ("validation.csv", "bad-clips.csv")
         if not re.fullmatch(r"\w[\w.-]{0,99}\.(csv|jsonl)", self.log) or self.log in own:
             raise ValueError(
@@ -194,7 +194,7 @@ class TrainConfig:
             )
         if not re.fullmatch(r"\w[\w .-]{0,99}", self.project):
             raise ValueError(f"project must be a name, got {self.project!r}")
-        for name in ("data", "validation", "text_encoder"):  # a run is resumed from any directory
+        for name in ("data", "validation", "text_encoder"):  # absolute: resume from any directory
             path = getattr(self, name)
             if path and (name != "text_encoder" or Path(path).is_dir()):
                 object.__setattr__(self, name, str(Path(path).absolute()))
@@ -202,10 +202,11 @@ class TrainConfig:
 
     @classmethod
     def create(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From plain values, as JSON has them; ``preset`` brings Appendix A as defaults.
+        """Make a configuration from plain values, as in JSON. ``preset`` sets the defaults to those
+        of Appendix A.
 
         Raises:
-            ValueError: a name that is no field, or a value out of range.
+            ValueError: a name is not a field, or a value is out of range.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(values.keys() - known)
@@ -215,19 +216,19 @@ class TrainConfig:
             )
         name = values.get("preset")
         if name is not None:
-            side = preset(name).image_size  # raises for an unknown one
+            side = preset(name).image_size  # raises if the preset is unknown
             recipe = RECIPES[name]
             shape = {"size": (side, side), "num_frames": recipe["num_frames"]}
             values = TRAINING[name] | shape | {"prediction": recipe["prediction"]} | dict(values)
         return cls(**values)
 
     def network(self) -> UNetConfig:
-        """The configuration of the network; what comes with the videos decides ``cond_dim``."""
+        """The configuration of the network; ``cond_dim`` depends on the conditions of the data."""
         if self.preset is not None:
             return preset(self.preset, **self.model)
         default: dict[str, Any] = {"dim": 64, "time_input": "logsnr"}
         if self.num_images:
-            default["norm_per_frame"] = True  # else image frames leak through the statistics
+            default["norm_per_frame"] = True  # otherwise the statistics mix images and video frames
         try:
             return UNetConfig(**default | {"cond_drop_prob": self.cond_drop_prob} | self.model)
         except TypeError as error:
@@ -236,7 +237,7 @@ class TrainConfig:
             ) from None
 
     def settings(self, classes: tuple[str, ...] | None = None, fps: float = 8.0) -> Settings:
-        """What sampling will need to know; ``fps`` of the videos as they are."""
+        """What sampling must know; ``fps`` is the original frame rate of the videos."""
         recipe = RECIPES.get(self.preset or "", {})
         names = ("num_steps", "gamma", "langevin")
         return Settings(
@@ -274,17 +275,17 @@ class TrainConfig:
         }
 
     def sample_shape(self) -> tuple[int, int, int, int]:
-        """(C, F, H, W) of a sample, image frames included when the data set brings them."""
+        """(C, F, H, W) of a sample, including image frames if they come from the data set."""
         images = self.num_images if self.image_source == "dataset" else 0
         channels = self.network().channels
         return (channels, self.num_frames + images, *self.size)
 
     def check_resumable(self, stored: Mapping[str, Any]) -> None:
-        """Raises ValueError if a run of configuration ``stored`` cannot continue as this one."""
+        """Raise ValueError if a run with configuration ``stored`` cannot continue as this one."""
         own = json.loads(json.dumps(asdict(self)))
         kept = {f.name for f in fields(self) if not f.metadata["free"]}
         if self.lr_schedule == "cosine":
-            kept.add("steps")  # the learning rate of every step depends on the last
+            kept.add("steps")  # the learning rate of every step depends on it
         changed = [k for k in own if k in kept and stored.get(k, own[k]) != own[k]]
         if changed:
             lines = ", ".join(f"{k}: {stored.get(k)!r} -> {own[k]!r}" for k in changed)
@@ -301,23 +302,23 @@ def default_of(f: Field[Any]) -> Any:
 
 
 def choices_of(name: str) -> tuple[str, ...]:
-    """The words that a field can be; none where it is something else."""
+    """The words that a field takes; none if it takes other values."""
     kinds = kinds_of(name)
     return tuple(word for k in kinds if get_origin(k) is Literal for word in get_args(k))
 
 
 def kinds_of(name: str) -> list[Any]:
-    """The types that a field may have, without None."""
+    """The types of a field, without None."""
     kind = TYPES[name]
     union = get_origin(kind) in (Union, types.UnionType)
     return [k for k in (get_args(kind) if union else (kind,)) if k is not type(None)]
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value in the type of its field.
+    """Convert a value to the type of its field.
 
     Raises:
-        ValueError: it cannot be taken for that type.
+        ValueError: it cannot be converted.
     """
     if value is None and type(None) in get_args(TYPES[name]):
         return None

@@ -1,4 +1,4 @@
-"""The videos of a run: those it trains on, those held out, what comes with them."""
+"""The videos of a run: for training and held out, with their conditions."""
 
 from __future__ import annotations
 
@@ -20,18 +20,27 @@ from fastvdm.video import VideoFolder, VideoReadError, video_fps
 
 
 class Data:
-    """A clip of each kind is read at once: what comes with it decides the width of the condition.
+    """The data of a run. One clip of each set is read at once, because its condition decides the
+    width of the network's.
 
     Args:
-        dataset, validation: as given to ``Trainer``; else the folders of the configuration.
-        classes: names of the classes of the run to resume: their numbers stay what they were,
-            whatever the folders hold now.
+        config: the configuration.
+        dataset: as given to ``Trainer``; None reads the folder of the configuration.
+        validation: as given to ``Trainer``; None reads the folder of the configuration.
+        classes: the class names of the run to resume; their numbers must not change, whatever the
+            folders contain now.
+
     Attributes:
-        samples, held: in their order; held is None without any.
-        classes: names, () without. cond_dim: width of the vectors, None without.
-        fps: of the videos, where the configuration does not resample them.
+        samples: the training clips, in their order.
+        held: the held-out clips in their order, or None.
+        classes: the class names; () without classes.
+        cond_dim: width of the condition vectors; None without vectors.
+        fps: frame rate of the videos if the configuration does not resample them.
+
     Raises:
-        ValueError, TypeError, OSError: no video can be read, or conditions that do not fit.
+        ValueError: no video can be read, or the conditions do not fit.
+        TypeError: a clip or condition has the wrong type.
+        OSError: no video can be read.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class Data:
         )
 
     def _check_conditions(self) -> int | None:
-        """The width of the vectors, if it is them."""
+        """The width of the condition vectors; None for other conditions."""
         first = _first_condition(self.samples)
         captioned, encoder = isinstance(first, str), self.config.text_encoder
         if captioned != (encoder is not None):
@@ -94,7 +103,7 @@ class Data:
 
     @contextlib.contextmanager
     def batches(self, start: Place, rank: int, world: int, device: str) -> Iterator[Iterator[Any]]:
-        """(videos, conditions, errors) from ``start`` on; the processes that read end with it."""
+        """Yield (videos, conditions, errors) from ``start`` on; the workers end with the block."""
         c = self.config
         workers = c.num_workers
         if workers is None:
@@ -114,17 +123,19 @@ class Data:
         try:
             yield loader
         finally:
-            # They ignore the signal that the interpreter would end them with, and an error keeps
-            # the loader alive.
+            # Workers ignore the signal with which the interpreter would end them, and an error
+            # keeps the loader alive.
             if workers:
                 loader._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
-    """The next of ``Data.batches``.
+    """The next item of ``Data.batches``.
 
     Raises:
-        ValueError, TypeError, OSError: what reading a clip raised; a process that reads was killed.
+        ValueError: reading a clip raised it, or a worker was killed.
+        TypeError: reading a clip raised it.
+        OSError: reading a clip raised it.
     """
     try:
         found = next(batches)
@@ -140,7 +151,7 @@ def next_batch(batches: Iterator[Any]) -> Any:
 
 
 def _has_any(samples: OrderedSamples) -> bool:
-    """Whether a clip can be read."""
+    """Whether any clip can be read."""
     try:
         samples[Place(0, 0)]
     except (VideoReadError, OSError):
@@ -160,7 +171,7 @@ def _named(condition: Any) -> str:
 
 
 def _first_rate(paths: list[Path]) -> float:
-    """Of the first video that can be read: what samples are played at."""
+    """Frame rate of the first readable video; samples are written at this rate."""
     for path in paths[:8]:
         try:
             return video_fps(path)

@@ -1,4 +1,4 @@
-"""How a learner runs on the processes of a run: whole on each of them, or in shares."""
+"""Runs a learner on the processes of a run: replicated, or sharded."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _SPREAD = StateDictOptions(full_state_dict=True)
 
 
 class Engine:
-    """The learner, its optimizer and its average on this process.
+    """The learner, its optimizer and its moving average on this process.
 
     Args:
-        make: a new bundle of the run, on the CPU; a second one is made where weights are sharded,
-            to be written from.
-        accelerator: of Hugging Face accelerate.
+        make: makes a new bundle of the run on the CPU. With sharded weights a second one is made,
+            from which checkpoints are written.
+        config: the configuration.
+        accelerator: the ``Accelerator`` of Hugging Face accelerate.
+
     Raises:
-        ValueError: a precision that cannot be had there.
+        ValueError: the device does not support the precision.
     """
 
     def __init__(self, make: Callable[[], Bundle], config: TrainConfig, accelerator: Any) -> None:
@@ -52,7 +54,7 @@ class Engine:
         images_without = config.num_images and config.image_cond == "none"
         null = self.bundle.unet.null_cond_emb
         if null is not None and not config.cond_drop_prob and not images_without:
-            null.requires_grad_(False)  # never used, which the sum over processes would wait for
+            null.requires_grad_(False)  # it is unused, and gradient reduction would wait for it
         self._plain: Bundle | None = None
         if self.sharded:
             self._shard()
@@ -72,11 +74,11 @@ class Engine:
 
         mesh = init_device_mesh(self.device.type, (self.accelerator.num_processes,))
         fully_shard_unet(self.bundle.unet, mesh)
-        # The root keeps what it has gathered, unless told: averaged weights, after a look at them.
+        # The root module keeps gathered weights by default: those of the average, after sampling.
         fully_shard(self.learner, mesh=mesh, reshard_after_forward=True)
 
     def start(self) -> None:
-        """Once the weights are those to train from."""
+        """Call this once the initial weights are loaded."""
         if self.config.compile:
             self.bundle.unet.compile()
         self._call = self.learner if self.sharded else self.accelerator.prepare(self.learner)
@@ -91,7 +93,7 @@ class Engine:
         return torch.autocast(self.device.type, dtype=kind)
 
     def backward(self, video: Tensor, conditions: list[Any] | None, last: bool) -> Tensor:
-        """The loss of one pass; in the ``last`` of a step processes sum their gradients."""
+        """The loss of one pass. In the ``last`` pass of a step, processes sum their gradients."""
         alone = not last and not self.sharded
         with self.accelerator.no_sync(self._call) if alone else contextlib.nullcontext():
             with self.autocast():
@@ -100,7 +102,7 @@ class Engine:
         return loss.detach()
 
     def update(self, lr: float, step: int) -> Tensor:
-        """One step of the optimizer and the average; the norm of the gradient."""
+        """One step of the optimizer and of the average. Returns the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
@@ -115,8 +117,8 @@ class Engine:
     # -- what a checkpoint holds ------------------------------------------------------------------
 
     def writer(self) -> Callable[[Path], None]:
-        """What writes the weights and their average into a folder, on the main process. All
-        processes make it: shares are gathered now."""
+        """A function that writes the weights and their average into a folder, for the main process.
+        All processes must call this, because sharded weights are gathered now."""
         if not self.sharded:
             return self._write
         states = {"model": get_model_state_dict(self.learner, options=_GATHERED)}
@@ -145,7 +147,7 @@ class Engine:
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """The weights that ``write`` wrote, and a ``state``."""
+        """Load weights that ``writer`` wrote, and a ``state``."""
         if self.sharded:
             plain = Learner(self._make(), self.config)
             for name in ("ema", "model"):
@@ -164,5 +166,5 @@ class Engine:
         self.scaler.load_state_dict(state["scaler"])
 
     def size(self) -> int:
-        """Bytes of a checkpoint: weights, their average, and two moments of each parameter."""
+        """Bytes of a checkpoint: weights, their average, and two moments per parameter."""
         return sum(4 * p.numel() * (4 if p.requires_grad else 2) for p in self.learner.parameters())

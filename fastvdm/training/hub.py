@@ -1,4 +1,4 @@
-"""A run on the Hugging Face hub: its weights, its settings, and a card that says what it is."""
+"""Upload a run to the Hugging Face hub: weights, settings and a model card."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from fastvdm.training.log import read_log
 def push_run(
     run: str, name: str, *, ema: bool = True, private: bool = False, text_encoder: str | None = None
 ) -> str:
-    """Upload the latest checkpoint of a run, or a folder with a model; the address of the page.
+    """Upload the latest checkpoint of a run, or a folder with a model. Returns the page's address.
 
     Args:
-        run: the output of a training run, or any folder that ``Bundle.load`` reads.
-        name: "user/name" on the hub; made where it does not exist.
-        ema: the averaged weights, where there is a choice.
-        text_encoder: what it is called on the hub, where the run has it from a folder.
+        run: the output folder of a training run, or any folder that ``Bundle.load`` reads.
+        name: "user/name" on the hub; it is created if it does not exist.
+        ema: take the averaged weights if there are both.
+        private: create a private repository.
+        text_encoder: the name of the text encoder on the hub, if the run has it from a folder.
+
     Raises:
-        FileNotFoundError: there is no model. ValueError: a name that cannot be, of the model or of
-            its text encoder.
+        FileNotFoundError: there is no model.
+        ValueError: the name of the model or of its text encoder is not valid.
         OSError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
@@ -63,7 +65,7 @@ def _newest_sheet(run: Path) -> Path | None:
 
 
 def facts(run: Path) -> dict[str, str]:
-    """How a run was trained, in words; nothing for a folder that is no run."""
+    """How a run was trained, in words; empty for a folder that is not a run."""
     file, saved = run / "config.json", checkpoints(run)
     if not saved or not file.is_file():
         return {}
@@ -88,7 +90,7 @@ def facts(run: Path) -> dict[str, str]:
 
 
 def card(bundle: Bundle, name: str, trained: Mapping[str, str], sheet: str | None) -> str:
-    """A README.md for the hub: the network's own card, with samples, the command and the run."""
+    """The README.md for the hub: the network's card with samples, a command and the run's facts."""
     s, dim = bundle.settings, bundle.unet.cond_dim
     kind, option, argument = "nothing", "", "None, 1"
     if s.text_encoder:

@@ -1,4 +1,4 @@
-"""What is trained, and the average of its weights."""
+"""The modules that are trained, and the moving average of their weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ def build(
     *,
     fetch: bool = True,
 ) -> Bundle:
-    """A new network, and text conditioner, of the configuration; weights follow its seed.
+    """A new network and text conditioner of the configuration, initialised from its seed.
 
     Args:
-        classes: of the videos; cond_dim: width of their vectors. They decide the network's.
-        fps: of its videos, where the configuration does not resample them.
-        fetch: whether a text encoder that is not on this machine may be fetched.
+        config: the configuration.
+        classes: class names of the videos; they decide ``cond_dim``.
+        cond_dim: width of the videos' condition vectors; it decides that of the network.
+        fps: frame rate of the videos if the configuration does not resample them.
+        fetch: whether a text encoder that is not on this machine may be downloaded.
+
     Raises:
-        ValueError: a condition that the data do not have, or of another width.
+        ValueError: the data lack the condition, or it has another width.
     """
     from fastvdm.unet import UNet3D
 
@@ -53,8 +56,8 @@ def build(
 
 
 class Learner(nn.Module):
-    """The network and the text pooling. ``forward`` is the loss of a batch, so that wrappers for
-    distributed training see one call; in eval mode no condition is dropped."""
+    """The network and the text pooling. ``forward`` returns the loss of a batch, so wrappers for
+    distributed training see one call. In eval mode no condition is dropped."""
 
     def __init__(self, bundle: Bundle, config: TrainConfig) -> None:
         super().__init__()
@@ -63,9 +66,10 @@ class Learner(nn.Module):
         self.num_classes = len(bundle.settings.classes or ())
 
     def forward(self, video: Tensor | None, conditions: list[Any] | None) -> Tensor:
-        """video (B, C, F[+ K], H, W) in [0, 1], or latents; B conditions, or B lists of 1 + K.
-        Without a video the conditions as the network takes them: shares of weights are gathered
-        for this call alone. In eval mode images of the batch are left out, which may be one clip.
+        """The loss of a video (B, C, F[+ K], H, W) in [0, 1], or of latents, with B conditions, or
+        B lists of 1 + K. Without a video it returns the encoded conditions, because sharded weights
+        are gathered only for this call. In eval mode no images are taken from the batch, which may
+        be a single clip.
         """
         if video is None:
             return self._encode(conditions or [])
@@ -92,7 +96,7 @@ class Learner(nn.Module):
         )
 
     def _cond(self, conditions: list[Any] | None) -> tuple[Tensor | None, Any]:
-        """cond (B, D), and that of the image frames (B, K, D) or the name of the option."""
+        """cond (B, D), and the condition of the image frames (B, K, D) or the option's name."""
         option = self.config.image_cond
         if conditions is None:
             return None, "shared"
@@ -105,7 +109,7 @@ class Learner(nn.Module):
         return both[: len(videos)], both[len(videos) :].unflatten(0, (len(videos), -1))
 
     def _encode(self, conditions: list[Any]) -> Tensor:
-        """Captions, class numbers or vectors → (N, D)."""
+        """Encode captions, class numbers or vectors → (N, D)."""
         first, weight = conditions[0], self.unet.stem.weight
         if isinstance(first, str):
             assert self.text is not None
@@ -117,15 +121,18 @@ class Learner(nn.Module):
 
 
 def _local(t: Tensor) -> Tensor:
-    """This process's share of a sharded tensor: averaging is elementwise."""
+    """This process's shard of a tensor; averaging is elementwise."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 class Averaged:
-    """Exponential moving average of the parameters, in fp32 and of the whole of ``modules``; of
-    this process's share where they are sharded.
+    """Exponential moving average of parameters, in fp32; if sharded, of this process's shards.
 
-    decay_n = min(decay, (1 + n)/(10 + n)) with ``warmup``: a short run is not an average of noise.
+    Args:
+        modules: modules whose parameters are averaged.
+        decay: weight of the old average in an update.
+        warmup: use decay_n = min(decay, (1 + n)/(10 + n)) in update n, so that a short run does not
+            average the initial weights.
     """
 
     def __init__(self, modules: list[nn.Module], decay: float, warmup: bool) -> None:
@@ -135,12 +142,13 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Average the current parameters in, as update number ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(self.copies, [_local(p).float() for p in self.source], 1 - decay)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """The modules hold the averaged values inside the block."""
+        """The modules have the averaged values inside the block."""
         kept = [_local(p).detach().clone() for p in self.source]
         self._copy(self.copies)
         try:
@@ -154,5 +162,5 @@ class Averaged:
             _local(p).copy_(value)
 
     def load_current(self) -> None:
-        """Take what the modules hold now as the average."""
+        """Set the average to the current values of the modules."""
         self.copies = [_local(p).detach().clone().float() for p in self.source]

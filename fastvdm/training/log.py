@@ -1,4 +1,4 @@
-"""The log of a training run: a row for each step, csv or jsonl, cut back when a run resumes."""
+"""The log of a training run: a row per step, csv or jsonl, truncated when a run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("step", "loss", "grad_norm", "lr", "seconds")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one move; also removes what a killed process left of an earlier attempt."""
+    """Replace a file by one rename; also remove what a killed process left of an attempt."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
         leftover.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a log; a last line that a killed process left unfinished is dropped."""
+    """The rows of a log. An incomplete last line, left by a killed process, is dropped."""
     path = Path(path)
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if path.suffix == ".jsonl":
@@ -41,7 +41,8 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 class TrainLog:
-    """Appends rows to ``path``; rows after step ``start`` belong to a run that was cut short.
+    """Appends rows to ``path``. Existing rows after step ``start`` are dropped: their steps are
+    repeated.
 
     Raises:
         ValueError: the name ends neither in .csv nor in .jsonl.

@@ -1,10 +1,10 @@
-"""Which clip comes when: an endless order of samples that is the same in every process and after
-every stop, also when files came or went in between.
+"""The order of the clips: an endless order that is the same in every process and after every stop,
+even if files were added or removed in between.
 
-A video is its name and its size in bytes: one that was mended is another. In every epoch the
-videos are sorted by a hash of that, of the seed and of the epoch: a video that is gone leaves the
-order of the others as it was. The place in a run is the epoch, how many of it were drawn, and the
-hash of the last one.
+A video is identified by its name and its size in bytes, so a repaired file counts as new. In every
+epoch the videos are sorted by a hash of that, of the seed and of the epoch; removing a video does
+not change the order of the others. The place in a run consists of the epoch, the number of clips
+drawn from it, and the hash of the last one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from torch.utils.data import Dataset
 
 from fastvdm.video import VideoReadError
 
-ORDER, SAMPLE, STEP, INIT, OTHER, HELD, LOOK = range(7)  # streams of random numbers, each its own
-_TRIES = 64  # draws in a row that may be bad
+ORDER, SAMPLE, STEP, INIT, OTHER, HELD, LOOK = range(7)  # separate streams of random numbers
+_TRIES = 64  # number of successive draws that may be bad
 
 
 def stream_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed for one place in the run; different places give unrelated streams."""
+    """A 63-bit seed for one place in the run. Different places get unrelated streams."""
     state = np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator, ``random`` and ``numpy.random`` seeded inside the block only."""
+    """Seed torch's CPU generator, ``random`` and ``numpy.random`` inside the block only."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -50,19 +50,19 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def identities(dataset: Any, sizes: bool = True) -> np.ndarray:
-    """(N,) uint64: a hash of the name, and the size, of each item; its index where the data set
-    does not say."""
+    """(N,) uint64: a hash of the name (and size) of each item, or its index if the data set does
+    not name its items."""
     named = getattr(dataset, "identities", None)
     if named is None:
         return np.arange(len(dataset), dtype=np.uint64)
     words = (f"{name}\0{size if sizes else ''}" for name, size in named)
-    text = (w.encode(errors="surrogateescape") for w in words)  # names of files may be any bytes
+    text = (w.encode(errors="surrogateescape") for w in words)  # file names may be any bytes
     digests = b"".join(hashlib.blake2b(t, digest_size=8).digest() for t in text)
     return np.frombuffer(digests, dtype=np.uint64)
 
 
 def _mix(values: np.ndarray, seed: int) -> np.ndarray:
-    """A bijection of 64-bit numbers for each seed (the finaliser of splitmix64)."""
+    """A bijection on 64-bit numbers, one per seed (the finaliser of splitmix64)."""
     x = values ^ np.uint64(seed)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -70,7 +70,7 @@ def _mix(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """Where in the endless order: sample ``drawn`` of ``epoch`` is the next."""
+    """A place in the endless order: sample ``drawn`` of ``epoch`` comes next."""
 
     epoch: int
     drawn: int
@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Sample:
-    """A clip (C, F, H, W), its condition(s), and (video, error) of those that were drawn before."""
+    """A clip (C, F, H, W), its condition(s), and (video, error) of bad clips drawn before it."""
 
     clip: Tensor
     condition: Any
@@ -86,15 +86,18 @@ class Sample:
 
 
 class OrderedSamples(Dataset):
-    """The samples of an endless run over ``dataset`` by their ``Place``, a new order each epoch.
+    """The samples of an endless run over ``dataset``, by ``Place``, in a new order each epoch.
 
-    An item is the same whenever and in whatever process it is read. Clips are checked here, so that
-    wrong values are an error before they reach the network. A file that cannot be read is replaced
-    by another one of the whole data set, drawn from the same place's stream.
+    An item is the same whenever and in whichever process it is read. Clips are checked here, so
+    that wrong values are an error before they reach the network. A file that cannot be read is
+    replaced by another one of the whole data set, drawn from the stream of the same place.
 
     Args:
-        dataset: items (C, F, H, W), or (that, condition); ``identities`` [(name, size)] if files.
-        shape: what a clip must be. bounded: whether its values must be in [0, 1].
+        dataset: items (C, F, H, W), or (that, condition). For files it has ``identities``, a list
+            of (name, size).
+        seed: the seed of the run.
+        shape: required shape of a clip.
+        bounded: whether values must be in [0, 1].
         bad_clips: "skip" or "error".
     """
 
@@ -115,15 +118,15 @@ class OrderedSamples(Dataset):
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Of one epoch."""
+        """Samples per epoch."""
         return len(self.keys)
 
     def ranks(self, epoch: int) -> np.ndarray:
-        """(N,) what the videos are sorted by in an epoch."""
+        """(N,) the keys by which the videos are sorted in an epoch."""
         return _mix(self.keys, stream_seed(self.seed, ORDER, epoch))
 
     def index(self, place: Place) -> int:
-        """Of the item at a place."""
+        """The index of the item at a place."""
         if place.epoch != self._epoch:
             self._order = np.argsort(self.ranks(place.epoch), kind="stable")
             self._epoch = place.epoch
@@ -151,7 +154,7 @@ class OrderedSamples(Dataset):
         raise VideoReadError(f"{which} can be read, the last: {bad[-1][1]}")
 
     def _candidates(self, index: int, where: tuple[int, ...]) -> Iterator[int]:
-        """The item itself, then others, none twice: all of a small data set."""
+        """The item itself, then other items, none twice; all items if the data set is small."""
         yield index
         count = len(self.keys)
         generator = torch.Generator().manual_seed(stream_seed(*where, _TRIES))
@@ -179,22 +182,22 @@ class OrderedSamples(Dataset):
     # -- the place, before and after a stop ----------------------------------------------------
 
     def after(self, place: Place, count: int) -> Place:
-        """``count`` samples further."""
+        """The place ``count`` samples later."""
         further, drawn = divmod(place.drawn + count, len(self.keys))
         return Place(place.epoch + further, drawn)
 
     def state(self, place: Place) -> dict[str, Any]:
-        """What ``restore`` needs, of plain types and tensors."""
+        """The state for ``restore``, in plain types and tensors."""
         ranks = np.sort(self.ranks(place.epoch))
         last = int(ranks[place.drawn - 1]) if place.drawn else 0
         keys = torch.from_numpy(np.sort(self.keys).view(np.int64).copy())
         return {"epoch": place.epoch, "drawn": place.drawn, "last": str(last), "videos": keys}
 
     def restore(self, state: dict[str, Any]) -> Place:
-        """The place of a ``state``, in the data as they are now.
+        """The place of a ``state`` in the current data.
 
         Raises:
-            ValueError: the data set does not say what its items are, and has another number.
+            ValueError: the data set does not name its items, and their number has changed.
         """
         before, now = state["videos"].numpy().view(np.uint64), np.sort(self.keys)
         if np.array_equal(before, now):
@@ -217,7 +220,7 @@ class OrderedSamples(Dataset):
 
 
 class Batches:
-    """Sampler of the micro-batches of one process, from ``start`` on; they do not end."""
+    """Sampler of the micro-batches of one process, from ``start`` on, without an end."""
 
     def __init__(
         self, samples: OrderedSamples, start: Place, batch: int, rank: int, world: int
@@ -233,12 +236,16 @@ class Batches:
 
 
 class View(Dataset):
-    """A data set, or some items of it, with what it says of them.
+    """A data set, or some of its items, with its attributes.
 
     Args:
-        classes: names whose places are the numbers of the classes, in place of the data set's own.
+        dataset: the data set.
+        indices: the items; None means all.
+        classes: class names; their positions are the class numbers, instead of those of the data
+            set.
+
     Raises:
-        ValueError: a class that is none of these.
+        ValueError: the data set has a class that is not among ``classes``.
     """
 
     def __init__(
@@ -281,7 +288,7 @@ class View(Dataset):
 
 
 def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
-    """(to train on, to look at): by the names of the videos, so that new ones move no other.
+    """(training, held out). The names of the videos decide, so new videos move no others.
 
     Raises:
         ValueError: one of the two would be empty.
@@ -294,10 +301,10 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
 
 
 def _condition(value: Any) -> Any:
-    """A caption, a class number, a vector, or a list of them, as plain Python and torch have it.
+    """Convert a caption, class number, vector, or a list of them, to plain Python and torch types.
 
     Raises:
-        TypeError: anything else.
+        TypeError: it is anything else.
     """
     if isinstance(value, list | tuple):
         return [_condition(v) for v in value]
@@ -316,8 +323,8 @@ def _condition(value: Any) -> Any:
 
 
 class Told(Dataset):
-    """The samples, or the error instead: raised in a process that reads, it would come with that
-    process's traceback."""
+    """The samples, with errors returned instead of raised: raised in a worker, an error would carry
+    the worker's traceback."""
 
     def __init__(self, samples: OrderedSamples) -> None:
         self.samples = samples

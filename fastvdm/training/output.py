@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and what may be written there."""
+"""The output folder of a run: its contents, and checks before writing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastvdm.unet.folder import read_json
 
 
 class Output:
-    """``config.json``, ``checkpoints/step-N``, ``bad-clips.csv`` in the folder of a run.
+    """``config.json``, ``checkpoints/step-N`` and ``bad-clips.csv`` in the folder of a run.
 
     Raises:
-        FileExistsError: it holds checkpoints and the run does not resume.
-        ValueError: its run cannot continue as ``config``.
-        OSError: nothing can be written there.
+        FileExistsError: the folder has checkpoints and the run does not resume.
+        ValueError: the run in the folder cannot continue as ``config``.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, config: TrainConfig, resume: bool) -> None:
@@ -37,12 +37,12 @@ class Output:
         stored = self.path / "config.json"
         if self.found and not resume:
             raise FileExistsError(f"{self.path} holds a run: resume it or choose another output")
-        if self.found and stored.is_file():  # a run that has no checkpoint has nothing to lose
+        if self.found and stored.is_file():  # a run without a checkpoint has nothing to lose
             config.check_resumable(read_json(stored))
         _check_writable(self.path)
 
     def check_space(self, size: int) -> None:
-        """Raises OSError where a checkpoint of ``size`` bytes does not fit beside another."""
+        """Raise OSError if a checkpoint of ``size`` bytes does not fit besides another one."""
         folder = _existing(self.path)
         free, wanted = shutil.disk_usage(folder).free, size * (1 if self.found else 2)
         if free < wanted:
@@ -52,27 +52,27 @@ class Output:
             )
 
     def start(self) -> None:
-        """Make the folder, note the configuration, clear what a killed process left."""
+        """Make the folder, write the configuration, remove what a killed process left."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path / "checkpoints")
-        if not self.found:  # of a run that failed before its first checkpoint
+        if not self.found:  # left by a run that failed before its first checkpoint
             for name in ("validation.csv", "bad-clips.csv"):
                 (self.path / name).unlink(missing_ok=True)
         write_text(self.path / "config.json", json.dumps(asdict(self.config), indent=2))
 
     @property
     def last(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """The newest complete checkpoint."""
         return found[-1] if (found := checkpoints(self.path)) else None
 
     def place(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
     def write(self, step: int, state: dict[str, Any], weights: Callable[[Path], None]) -> None:
-        """One checkpoint, whole or not at all, and drop old ones.
+        """Write one checkpoint, completely or not at all, and delete old ones.
 
         Raises:
-            OSError: it cannot be written; the last one is named.
+            OSError: it cannot be written; the message names the last one.
         """
         target = self.place(step)
         try:
@@ -80,7 +80,7 @@ class Output:
                 weights(folder)
                 torch.save(state, folder / "state.pt")
         except (OSError, SafetensorError, RuntimeError) as error:
-            # What torch.save raises has no type of its own.
+            # Errors of torch.save have no type of their own.
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             raise OSError(
@@ -95,7 +95,7 @@ class Output:
     # -- clips that could not be read -------------------------------------------------------------
 
     def known_bad(self) -> set[str]:
-        """The videos that ``bad-clips.csv`` names."""
+        """The videos listed in ``bad-clips.csv``."""
         return {row[1] for row in self._bad_rows() if len(row) == 3} if self.found else set()
 
     def _bad_rows(self) -> list[list[str]]:
@@ -106,7 +106,7 @@ class Output:
             return list(csv.reader(lines))
 
     def add_bad(self, step: int, errors: dict[str, str]) -> None:
-        """Videos with the error of each."""
+        """Append videos with their errors."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerows([*self._bad_rows(), *((step, *error) for error in errors.items())])

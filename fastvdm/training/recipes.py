@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# batch_size: over all devices.
+# batch_size is the sum over all devices.
 TRAINING: dict[str, dict[str, Any]] = {
     "ucf101": {"lr": 3e-4, "betas": (0.9, 0.99), "batch_size": 128, "steps": 60_000,
                "num_images": 8},

@@ -1,4 +1,4 @@
-"""Signals: what they ask for, and how all processes come to do it at the same step."""
+"""Signals: what they ask for, and how all processes act on them at the same step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ GO_ON, SAVE, STOP = range(3)
 
 
 class Requests:
-    """SIGTERM and Ctrl-C ask to stop, SIGUSR1 to save; a second Ctrl-C raises at once.
+    """SIGTERM and Ctrl-C ask to stop, SIGUSR1 asks to save; a second Ctrl-C raises at once.
 
-    With several processes, ``agreed`` is one small sum over all of them on the CPU, one call late,
-    so that no process waits for it: all must call it equally often, and all get the same answer.
+    With several processes, ``agreed`` is a small sum over all of them on the CPU. It returns the
+    result of the previous call, so that no process waits. All must call it equally often, and all
+    get the same answer.
     """
 
     def __init__(self, world: int) -> None:
-        self.name: str | None = None  # of the signal that asked to stop, where it came here
+        self.name: str | None = None  # the signal that asked to stop, if it arrived here
         self._asked, self._kept = GO_ON, GO_ON
         self._before: dict[int, Any] = {}
         self._group = dist.new_group(backend="gloo") if world > 1 else None
@@ -48,12 +49,12 @@ class Requests:
         self._asked = max(self._asked, asked)
 
     def agreed(self) -> int:
-        """The most that any process was asked for: GO_ON, SAVE or STOP. A SAVE is told once."""
+        """The strongest request of any process: GO_ON, SAVE or STOP. A SAVE is returned once."""
         asked, self._kept = max(self._exchange(), self._kept), GO_ON
         return asked
 
     def must_stop(self) -> bool:
-        """The same in the middle of something: a SAVE is left for the next ``agreed``."""
+        """Like ``agreed``, for the middle of other work: a SAVE stays for the next ``agreed``."""
         asked = self._exchange()
         self._kept = max(self._kept, asked)
         return asked == STOP
@@ -73,7 +74,7 @@ class Requests:
         return int(before[1])
 
     def any(self, here: bool) -> bool:
-        """Whether something is so on any process; all wait for the answer."""
+        """Whether ``here`` is true on any process; all wait for the answer."""
         if self._group is None:
             return here
         value = torch.tensor([int(here)])
@@ -87,7 +88,7 @@ if hasattr(signal, "SIGUSR1"):
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """In a process that reads videos: a scheduler signals all processes of a job, and one that died
-    of it would end the run before it is saved. The trainer ends it without a signal."""
+    """For workers that read videos: a scheduler signals all processes of a job, and the death of a
+    worker would end the run before it is saved. The trainer ends workers without a signal."""
     for number in _MEANING:
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,9 @@
 """Training that stops and resumes exactly.
 
-Everything random is a function of the seed and of the place in the run: a sample of the data order
-is drawn with a generator seeded by its epoch and its file, noise and dropout of step s by (seed, s,
-process). So a run that was killed, at any point, continues from its last checkpoint with the same
-losses as a run that was not; weights, averaged weights and optimizer come from the checkpoint.
+All randomness is a function of the seed and of the place in the run: a sample is drawn with a
+generator seeded by its epoch and its file; noise and dropout of step s are seeded by (seed, s,
+process). So a run that was killed at any point continues from its last checkpoint with the same
+losses as an uninterrupted run. Weights, averaged weights and optimizer come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,34 +38,47 @@ from fastvdm.unet.folder import read_settings
 class Trainer:
     """One training run in one output folder.
 
-    ``output`` holds ``config.json``, ``log.csv`` and ``checkpoints/step-N`` with ``model/`` and
-    ``ema/`` (each readable by ``UNet3D.from_pretrained`` and ``Bundle.load``) and ``state.pt``
-    (optimizer and step; tensors and plain types only, read with ``weights_only=True``); with
-    ``samples/``, ``validation.csv``, ``bad-clips.csv`` and what the trackers write, where there is
-    any.
+    ``config.output`` gets ``config.json``, ``log.csv`` and ``checkpoints/step-N`` with ``model/``
+    and ``ema/`` (``UNet3D.from_pretrained`` and ``Bundle.load`` read both) and ``state.pt``
+    (optimizer and step; only tensors and plain types, read with ``weights_only=True``). It may also
+    get ``samples/``, ``validation.csv``, ``bad-clips.csv`` and the files of trackers.
 
     Args:
-        config: everything that decides the result.
+        config: all settings that decide the result.
         dataset: clips (C, F, H, W) in ``config.value_range``, or pairs (clip, condition) with a
             caption, a class number (then it has ``classes``, their names) or a vector, by index;
-            ``config.folder`` is read when not given. Any randomness in it must come from ``torch``,
-            ``random`` or ``numpy``. ``identities``, a list of (name, size), let it change between a
+            None reads ``config.data``. All randomness in it must come from ``torch``, ``random`` or
+            ``numpy``. If it has ``identities``, a list of (name, size), it may change between a
             stop and a resumption.
         validation: held-out clips of the same kind.
-        resume: continue the run that is in ``output``. Without it, a folder with a checkpoint is an
-            error; one whose run failed before its first starts over.
-        fetch: whether the text encoder may be fetched from the hub; no for the configuration of a
-            folder that is not one's own.
-        progress: show what the run is, a progress bar, and what happens.
+        resume: continue the run in the output folder. Without it, a folder with a checkpoint is an
+            error; a run that failed before its first checkpoint starts over.
+        fetch: whether the text encoder may be downloaded from the hub. Pass False for a
+            configuration that somebody else wrote.
+        progress: print a summary of the run, a progress bar and events.
         on_step: called with (trainer, row) after each logged step, on every process; a row is
             {"step", "loss", "grad_norm", "lr", "seconds"}.
+
     Attributes:
-        step: steps done. stopped_by: the signal that ended ``run`` early, or None.
+        step: number of steps done.
+        stopped_by: the signal that ended ``run`` early, or None.
+
     Raises:
-        ImportError: the extra ``train`` is missing, or the package of a tracker.
-        FileExistsError: ``output`` holds a run and ``resume`` is not set.
-        OSError: nothing can be written there, or no two checkpoints fit.
-        ValueError: bad data, or a configuration that is not the one of the run to resume.
+        ImportError: the extra ``train`` or the package of a tracker is missing.
+        FileExistsError: the output folder has a run and ``resume`` is not set.
+        OSError: the output folder cannot be written, or has no space for two checkpoints.
+        ValueError: the data are bad, or the configuration is not that of the run to resume.
+
+    Example:
+        >>> import torch
+        >>> from fastvdm.training import TrainConfig, Trainer
+        >>> clips = [torch.rand(3, 4, 16, 16) for _ in range(4)]
+        >>> model = {"dim": 8, "dim_mults": [1, 2]}
+        >>> config = TrainConfig(
+        ...     output="run", model=model, size=16, num_frames=4, batch_size=2, steps=2
+        ... )
+        >>> Trainer(config, dataset=clips).run()  # returns the last checkpoint
+        PosixPath('run/checkpoints/step-00000002')
     """
 
     def __init__(
@@ -82,11 +95,11 @@ class Trainer:
         accelerate = require("accelerate", "train")
         self.config, self.progress, self.on_step = config, progress, on_step
         self.fetch = fetch
-        # Everything that can be wrong is found before anything is written.
+        # All errors are found before anything is written.
         self.output = Output(config, resume)
         self.accelerator = accelerate.Accelerator(
             cpu=config.device == "cpu",
-            mixed_precision="no",  # the engine's business
+            mixed_precision="no",  # the engine handles precision
             log_with=tracker_names(config) or None,
             project_config=accelerate.utils.ProjectConfiguration(
                 project_dir=config.output, logging_dir=str(self.output.path / "tracking")
@@ -124,10 +137,10 @@ class Trainer:
     # -- checkpoints ----------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write the checkpoint of the current step, complete or not at all, and drop old ones.
+        """Write the checkpoint of the current step, completely or not at all; delete old ones.
 
         Raises:
-            OSError: it cannot be written; on every process.
+            OSError: it cannot be written; raised on every process.
         """
         target, failed = self.output.place(self.step), None
         if self.requests.any(not target.exists()):
@@ -159,14 +172,14 @@ class Trainer:
     # -- the loop -------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to ``config.steps``; returns the last checkpoint.
+        """Train to ``config.steps``. Returns the last checkpoint.
 
         Raises:
-            FloatingPointError: a loss is not finite; the last checkpoint is from before it.
-            OSError: a checkpoint cannot be written; the last one is whole.
+            FloatingPointError: a loss is not finite; the last checkpoint is older than it.
+            OSError: a checkpoint cannot be written; the last one is complete.
         """
         c = self.config
-        self.accelerator.wait_for_everyone()  # every process has looked whether a run is there
+        self.accelerator.wait_for_everyone()  # every process has checked for an existing run
         if self.is_main:
             self.output.start()
         self._say(banner.render(self))
@@ -200,9 +213,9 @@ class Trainer:
         return self.output.last
 
     def dry_run(self) -> dict[str, Any]:
-        """One step, of which nothing is kept or written: the row of its log, and peak memory.
+        """Do one step without writing anything. Returns the row of its log, and peak memory.
 
-        The weights of this object are those after the step.
+        Afterwards this object has the weights after the step.
         """
         self._say(banner.render(self))
         self.engine.learner.train()
@@ -232,7 +245,7 @@ class Trainer:
         return {"step": self.step, "loss": total, "grad_norm": norm, "lr": lr}
 
     def _read(self, rows: list[dict[str, Any]]) -> None:
-        """Read, check and log the rows since the last time, and empty the list."""
+        """Read, check and log the rows since the last call, and empty the list."""
         if not rows:
             return
         done = self._numbers(rows)
@@ -249,13 +262,13 @@ class Trainer:
                 self.on_step(self, row)
 
     def _numbers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The losses of some steps as numbers: one synchronisation for all of them."""
+        """The losses of several steps as numbers, with one synchronisation for all."""
         values = torch.stack([torch.stack([r["loss"], r["grad_norm"].float()]) for r in rows])
         values = self.accelerator.reduce(values, "mean").double().cpu()
         seconds = (time.perf_counter() - self._started) / len(rows)
         out = []
         for row, (loss, norm) in zip(rows, values.tolist()):
-            # With a scaled loss an infinite norm is a step that is left out, and the scale halves.
+            # With a scaled loss, a step with an infinite norm is skipped and the scale is halved.
             if not math.isfinite(loss) or not (
                 math.isfinite(norm) or self.engine.scaler.is_enabled()
             ):
@@ -268,7 +281,7 @@ class Trainer:
         return out
 
     def _look(self) -> bool:
-        """Samples and validation that are due; False where the run is to stop instead."""
+        """Draw samples and validate if they are due. Returns False if the run must stop instead."""
         c, path = self.config, None
         try:
             if self.held is not None and c.validate_every and self.step % c.validate_every == 0:
@@ -292,7 +305,7 @@ class Trainer:
     # -- what is said ---------------------------------------------------------------------------
 
     def _report_bad(self) -> None:
-        """Clips that could not be read: counted, and named once; all processes call it."""
+        """Count clips that could not be read, and name each once; all processes call this."""
         if not self.requests.any(bool(self._new_bad)):
             return
         found = [self._new_bad]
@@ -313,7 +326,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.progress and self.is_main:
-            require("tqdm", "train").tqdm.write(text, file=sys.stderr)  # stdout: the result
+            require("tqdm", "train").tqdm.write(text, file=sys.stderr)  # stdout gets the result
 
     def _bar(self) -> Any:
         tqdm = require("tqdm", "train")
@@ -322,7 +335,7 @@ class Trainer:
 
 
 def learning_rate(c: TrainConfig, step: int) -> float:
-    """Of the step after ``step`` others."""
+    """The learning rate of the step after ``step`` steps."""
     rate = c.lr * min(1.0, (step + 1) / max(1, c.warmup_steps))
     if c.lr_schedule == "cosine" and step >= c.warmup_steps:
         done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
@@ -331,5 +344,5 @@ def learning_rate(c: TrainConfig, step: int) -> float:
 
 
 def train(config: TrainConfig, **options: Any) -> Path:
-    """``Trainer(config, **options).run()``: train, and return the last checkpoint."""
+    """Train, and return the last checkpoint: ``Trainer(config, **options).run()``."""
     return Trainer(config, **options).run()

@@ -1,4 +1,4 @@
-"""What one looks at while a run goes on: trackers, samples, the loss of held-out clips."""
+"""Observation of a run: trackers, samples, the loss of held-out clips."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from fastvdm.training.engine import Engine
 from fastvdm.training.log import write_text
 from fastvdm.training.order import LOOK, OrderedSamples, Place, collate, stream_seed
 
-_FRAMES = 8  # of a video in the picture that a tracker gets
+_FRAMES = 8  # frames per video in the picture for a tracker
 
 
 def tracker_names(config: TrainConfig) -> list[str]:
-    """Those of accelerate that a run logs to.
+    """The names in accelerate of the trackers of a run.
 
     Raises:
-        ValueError: accelerate has none of that name. ImportError: its package is missing.
+        ValueError: accelerate has no such tracker.
+        ImportError: the package of a tracker is missing.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -45,7 +46,7 @@ def tracker_names(config: TrainConfig) -> list[str]:
 
 
 class Trackers:
-    """The trackers of a run; on all processes but the main one they do nothing."""
+    """The trackers of a run; they do nothing except on the main process."""
 
     def __init__(self, config: TrainConfig, accelerator: Any, output: Path) -> None:
         self.accelerator = accelerator
@@ -61,7 +62,7 @@ class Trackers:
             self.accelerator.log(values, step=step)
 
     def picture(self, pixels: np.ndarray, step: int) -> None:
-        """(H, W, 3) uint8."""
+        """Log a picture (H, W, 3) uint8."""
         if not self._open or not self.accelerator.is_main_process:
             return
         for tracker in self.accelerator.trackers:
@@ -76,16 +77,19 @@ class Trackers:
 
 
 class Abandoned(Exception):
-    """Raised on every process by a look that is broken off, so that the run can stop."""
+    """Raised on every process if sampling or validation is aborted so that the run can stop."""
 
 
 class Watch:
-    """Samples and validation of a run, with its averaged weights; on all processes alike.
+    """Samples and validation of a run with its averaged weights; all processes take part.
 
     Args:
-        samples: the clips that are trained on, for the conditions of the sheet.
-        held: clips that are not, or None.
-        stop: whether to break off; asked equally often on every process.
+        engine: the learner.
+        samples: the training clips, for the conditions of the sheet.
+        held: the held-out clips, or None.
+        output: the output folder.
+        stop: whether to abort; every process must call it equally often.
+
     Attributes:
         bad: (video, error) of held-out clips that could not be read.
     """
@@ -106,7 +110,7 @@ class Watch:
         self._conditions = self._of_sheet(held or samples)
 
     def _of_sheet(self, samples: OrderedSamples) -> list[Any] | None:
-        """The conditions of the videos in a sheet: every class in turn, or those of some clips."""
+        """The conditions of the videos in a sheet: each class in turn, or those of some clips."""
         count = self.config.num_samples
         if not self.config.sample_every or not count:
             return None
@@ -125,16 +129,16 @@ class Watch:
     # -- samples --------------------------------------------------------------------------------
 
     def draw(self, step: int) -> Path | None:
-        """A sheet of samples; its path on the main process.
+        """Draw a sheet of samples. Returns its path on the main process.
 
         Raises:
-            Abandoned: the run is to stop.
+            Abandoned: the run must stop.
         """
         c, engine = self.config, self.engine
-        share = -(-c.num_samples // self.world)  # equal on all, as sharded weights need
+        share = -(-c.num_samples // self.world)  # equal on all processes, for sharded weights
         mine = [(self.rank * share + i) % c.num_samples for i in range(share)]
         cond = None
-        most = getattr(engine.bundle.schedule, "timesteps", c.sample_steps)  # of a discrete one
+        most = getattr(engine.bundle.schedule, "timesteps", c.sample_steps)  # if discrete
         channels = engine.bundle.unet.channels
         engine.learner.eval()
         try:
@@ -165,14 +169,14 @@ class Watch:
             raise Abandoned
 
     def _write(self, videos: Tensor, step: int) -> Path:
-        """(N, C, F, H, W): a sheet if they are pictures, else the numbers."""
+        """Write (N, C, F, H, W): a sheet of pictures, or an array of latents."""
         c = self.config
         folder = self.output / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         fps, channels = self.engine.bundle.settings.fps, videos.shape[1]
         if c.value_range is None or channels not in (1, 3, 4):
             path = folder / f"step-{step:08d}.npy"
-            sheet = videos.transpose(0, 1).flatten(1, 2)  # one after the other
+            sheet = videos.transpose(0, 1).flatten(1, 2)  # videos one after the other
         else:
             path = folder / f"step-{step:08d}{'.webp' if channels == 4 else '.gif'}"
             sheet = files.grid((videos + 1) / 2)
@@ -184,7 +188,7 @@ class Watch:
         return path
 
     def picture(self, path: Path) -> np.ndarray | None:
-        """(H, W, 3) uint8: some frames of a sheet side by side; None where it is no picture."""
+        """Some frames of a sheet side by side, (H, W, 3) uint8; None if it is not a picture."""
         if path.suffix == ".npy":
             return None
         sheet = files.read_video(path)
@@ -198,7 +202,7 @@ class Watch:
         """The loss of the held-out clips: the same clips, times and noise at every step.
 
         Raises:
-            Abandoned: the run is to stop.
+            Abandoned: the run must stop.
         """
         assert self.held is not None
         c, engine = self.config, self.engine
@@ -229,7 +233,7 @@ class Watch:
         return loss
 
     def _log_validation(self, step: int, loss: float, count: int) -> None:
-        """Rows of a part of the run that is done again are dropped, as in the log."""
+        """Rows of steps that are repeated after a resumption are dropped, as in the log."""
         file, rows = self.output / "validation.csv", []
         if file.is_file():
             with open(file, encoding="utf-8", newline="") as lines:

@@ -1,4 +1,4 @@
-"""The network."""
+"""``UNet3D``, its configuration and presets, and the settings stored with its weights."""
 
 from fastvdm.unet.config import PRESETS, RECIPES, UNetConfig
 from fastvdm.unet.settings import Settings

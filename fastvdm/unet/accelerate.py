@@ -1,4 +1,7 @@
-"""One-line acceleration of an existing model: peer ``Unet3D`` modules swapped for ``UNet3D``."""
+"""Replace the peer's ``Unet3D`` modules inside an existing model by ``UNet3D``.
+
+The peer is ``video-diffusion-pytorch`` (lucidrains).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from fastvdm.unet import UNet3D
 from fastvdm.unet.peer import parameter_order
 from fastvdm.unet.source import chain, is_a, peer_networks, require_convertible
 
-# What a module does beside its forward, and a swap would lose.
+# A module can hold these beside its forward; replacing the module would lose them.
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
     "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks",
@@ -22,31 +25,41 @@ _HOOKS = (
 def accelerate(
     model: nn.Module, *, exact: bool = True, check: bool = True, **overrides: Any
 ) -> nn.Module:
-    """Replace every peer ``Unet3D`` in ``model`` by a ``UNet3D`` of the same weights.
+    """Replace every peer ``Unet3D`` in ``model`` by a ``UNet3D`` with the same weights.
 
-    Works on the network itself, a ``GaussianDiffusion``, or any module that holds one. Each network
-    and its ``UNet3D`` are run once on a small random input and must agree to rounding, which finds
-    forks whose layers have the same names and another meaning; where the outermost skip leaves
-    (``stem_skip``) is found so. Device, dtypes, training mode, frozen parameters and
-    ``torch.compile`` around the network are kept. Call it before the optimizer is made, and before
-    DistributedDataParallel or FSDP; the state of an older optimizer goes through
-    ``convert_optimizer_state``.
+    The peer is ``video-diffusion-pytorch`` (lucidrains). ``model`` is the network itself, a
+    ``GaussianDiffusion``, or any module that contains one. Each network and its ``UNet3D`` are run
+    once on a small random input and must agree to rounding. This detects forks whose layers have
+    the same names and another meaning, and it finds where the outermost skip connection starts
+    (``stem_skip``). Device, dtypes, training mode, frozen parameters and ``torch.compile`` around
+    the network are kept. Call this function before the optimizer is made, and before
+    DistributedDataParallel or FSDP wraps the model; ``convert_optimizer_state`` converts the state
+    of an existing optimizer.
 
     Args:
-        model: changed in place, after everything has been checked.
-        exact: keep the peer's defects, so that a run continues as it was; see
+        model: the module to change. It is changed in place, after all checks have passed.
+        exact: keep the peer's defects, so that a training run continues unchanged; see
             ``UNet3D.from_unet3d``.
-        check: compare; False for a network that cannot be run, or that ``overrides`` change.
+        check: compare the two networks. Pass False for a network that cannot be run, or if
+            ``overrides`` change the function.
         overrides: constructor arguments of ``UNet3D``, e.g. ``checkpointing="level"``.
 
     Returns:
-        ``model``, or the new network (compiled, if it was) where ``model`` itself is a peer
-        ``Unet3D``.
+        ``model``; or the new network if ``model`` itself is a peer ``Unet3D``. The new network is
+        compiled if the old one was.
 
     Raises:
-        ValueError: there is no peer ``Unet3D`` inside, one computes something else, or the swap
-            would lose something: hooks, a forward set on the instance, shared parameters, a wrapper
-            that holds on to the old parameters. TypeError: it is no module.
+        ValueError: ``model`` contains no peer ``Unet3D``; a network computes another function; or
+            the replacement would lose something: hooks, a ``forward`` set on the instance, shared
+            parameters, a wrapper that keeps references to the old parameters.
+        TypeError: ``model`` is not a module.
+
+    Example:
+        >>> import fastvdm
+        >>> from video_diffusion_pytorch import GaussianDiffusion, Unet3D
+        >>> peer = Unet3D(dim=8, dim_mults=(1, 2))
+        >>> diffusion = GaussianDiffusion(peer, image_size=16, num_frames=4)
+        >>> diffusion = fastvdm.accelerate(diffusion)  # diffusion.denoise_fn is a UNet3D
     """
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -56,7 +69,7 @@ def accelerate(
     places = list(peer_networks(model))
     if not places:
         raise ValueError(f"no peer Unet3D found inside {type(model).__name__}")
-    swapped: dict[int, nn.Module] = {}  # one network under two names stays one
+    swapped: dict[int, nn.Module] = {}  # a network under two names is converted once
     for path, network in places:
         _require_replaceable(model, path)
         if id(network) not in swapped:
@@ -65,7 +78,7 @@ def accelerate(
     for path, network in places:
         above = chain(model, path)[:-1]
         new = swapped[id(network)]
-        while above and _is_compiled(above[-1]):  # it would go on with the old one's forward
+        while above and _is_compiled(above[-1]):  # the wrapper calls the old network's forward
             outer = above.pop()
             if id(outer) not in swapped:
                 swapped[id(outer)] = type(outer)(new, outer.dynamo_ctx)
@@ -93,13 +106,14 @@ def _convert(network: nn.Module, exact: bool, check: bool, overrides: dict[str, 
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return is_a(module, {"OptimizedModule"})  # without torch._dynamo, which is slow to import
+    return is_a(module, {"OptimizedModule"})  # by name: importing torch._dynamo is slow
 
 
 def _require_replaceable(model: nn.Module, path: str) -> None:
-    """
+    """Check that replacing the network at ``path`` loses nothing.
+
     Raises:
-        ValueError: something above the network, or in it, would be lost or go on with the old one.
+        ValueError: a module above the network or in it would be lost, or keep using the old one.
     """
     require_convertible(model, path)
     *above, network = chain(model, path)
@@ -121,9 +135,10 @@ def _require_replaceable(model: nn.Module, path: str) -> None:
 
 
 def _require_unshared(model: nn.Module, network: nn.Module) -> None:
-    """
+    """Check that no parameter of the network is shared.
+
     Raises:
-        ValueError: a parameter of the network has another name, in it or outside.
+        ValueError: a parameter of the network has a second name, inside or outside the network.
     """
     names: dict[int, str] = {}
     for name, p in network.named_parameters(remove_duplicate=False):
@@ -142,13 +157,21 @@ def _require_unshared(model: nn.Module, network: nn.Module) -> None:
 def convert_optimizer_state(
     state: dict[str, Any], network: nn.Module, model: UNet3D
 ) -> dict[str, Any]:
-    """The state_dict of an optimizer over ``network.parameters()``, for ``model.parameters()``.
+    """Convert the state of an optimizer over the peer's parameters to the parameters of ``model``.
 
-    ``network`` is the peer ``Unet3D`` the state belongs to. Its moments are reordered and reshaped
-    as the weights are, so that Adam continues where it stopped. One parameter group only.
+    The moments are reordered and reshaped like the weights, so Adam continues where it stopped.
+
+    Args:
+        state: ``optimizer.state_dict()`` of an optimizer over ``network.parameters()``, with one
+            parameter group.
+        network: the peer ``Unet3D`` to which the state belongs.
+        model: the ``UNet3D`` with the same weights.
+
+    Returns:
+        The state_dict for an optimizer over ``model.parameters()``.
 
     Raises:
-        ValueError: several groups, or a state that is not of all the network's parameters.
+        ValueError: there are several groups, or the state does not cover all parameters.
     """
     groups = state["param_groups"]
     names = [name for name, _ in network.named_parameters()]
@@ -169,7 +192,7 @@ def convert_optimizer_state(
 
 
 def _reshaped(value: Any, p: Tensor) -> Any:
-    """A copy of an optimizer's entry: moments in the shape of ``p``, counters as they are."""
+    """A copy of an optimizer entry: moments get the shape of ``p``, counters stay as they are."""
     if not isinstance(value, Tensor):
         return value
     return value.clone() if value.ndim == 0 else value.reshape(p.shape).clone()

@@ -1,4 +1,4 @@
-"""The pieces that both network families are composed of: units, levels and heads."""
+"""The parts of both network layouts: units, levels and heads."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ Resample = SpaceConv | SpaceConvTranspose | PreNormResnetBlock
 
 
 def attend(layer: nn.Module, x: Tensor, time: TimeContext) -> Tensor:
-    """Temporal attention, or the identity in its place, which takes one argument."""
+    """Temporal attention. An identity that replaces it takes one argument."""
     return layer(x) if isinstance(layer, nn.Identity) else layer(x, time)
 
 
 def residual(
     block: nn.Module, x: Tensor, emb: Tensor | Films, skip: Tensor | None = None
 ) -> Tensor:
-    """A residual block; where there is an embedding for every frame, on frames as so many videos.
-    Its convolutions are spatial, and its norms are then of single frames."""
+    """Apply a residual block. If every frame has its own embedding, the block sees each frame as a
+    video of its own: its convolutions are spatial, and its norms are then those of single frames.
+    """
     rows = (emb.emb if isinstance(emb, Films) else emb).shape[0]
     if rows == x.shape[0]:
         return block(x, emb, skip)
@@ -50,7 +51,7 @@ class Unit(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.spatial = spatial
         self.temporal = temporal
-        self.recompute = False  # in the backward pass, instead of storing activations
+        self.recompute = False  # True: recompute activations in the backward pass
 
     def forward(
         self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None = None
@@ -62,7 +63,7 @@ class Unit(nn.Module):
     def _forward(
         self, x: Tensor, emb: Tensor | Films, time: TimeContext, skip: Tensor | None
     ) -> Tensor:
-        own: dict[str, Any] = self._modules  # an attribute that is a module costs more
+        own: dict[str, Any] = self._modules  # faster than attribute access to a module
         for block in own["blocks"]:
             x, skip = residual(block, x, emb, skip), None
         spatial, temporal = own.get("spatial"), own.get("temporal")
@@ -72,8 +73,8 @@ class Unit(nn.Module):
 
 
 class Level(nn.Module):
-    """The units of one resolution and the resampling to the next (None at the last), ``upsample``
-    doubling height and width before it."""
+    """The units of one resolution, then the resampling to the next (None at the last level). With
+    ``upsample`` height and width are doubled before the resampling convolution."""
 
     def __init__(
         self, units: Iterable[Unit], resample: Resample | None, *, upsample: bool = False
@@ -86,7 +87,7 @@ class Level(nn.Module):
     def down(
         self, x: Tensor, emb: Tensor | Films, time: TimeContext, push_resampled: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The next level's input and the skips that this level pushes."""
+        """Return the input of the next level and the skips that this level pushes."""
         skips = []
         for unit in self.units:
             x = unit(x, emb, time)
@@ -98,7 +99,7 @@ class Level(nn.Module):
         return x, skips
 
     def up(self, x: Tensor, emb: Tensor | Films, time: TimeContext, skips: list[Tensor]) -> Tensor:
-        """``skips`` in the order in which they were pushed, one per unit."""
+        """``skips`` are in the order in which they were pushed, one per unit."""
         for unit, skip in zip(self.units, reversed(skips), strict=True):
             x = unit(x, emb, time, skip)
         return x if self.resample is None else self._change_resolution(x, emb)
@@ -112,8 +113,8 @@ class Level(nn.Module):
 
 
 def film_layers(levels: Iterable[nn.Module], middle: Iterable[nn.Module]) -> list[nn.Module]:
-    """The FiLM layers of all blocks. None where a module between the network and a layer is not as
-    it was built or has a hook: its calls keep the embedding itself."""
+    """The FiLM layers of all blocks. The list is empty if a module between the network and a layer
+    has a hook or was replaced: each block then projects the embedding itself."""
     found: list[nn.Module] = []
     units: list[nn.Module] = [*middle]
     blocks: list[nn.Module] = []
@@ -136,7 +137,7 @@ def film_layers(levels: Iterable[nn.Module], middle: Iterable[nn.Module]) -> lis
 
 
 class PeerHead(nn.Module):
-    """Residual block over [x, stem output], then a 1x1 convolution."""
+    """A residual block over [x, stem output], then a 1x1 convolution."""
 
     def __init__(self, block: ResnetBlock, conv: SpaceConv) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class PeerHead(nn.Module):
 
 
 class PaperHead(nn.Module):
-    """Norm, SiLU, a 3x3 convolution."""
+    """A norm, SiLU and a 3x3 convolution."""
 
     def __init__(self, norm: Norm, conv: SpaceConv) -> None:
         super().__init__()

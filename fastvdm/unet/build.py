@@ -1,4 +1,4 @@
-"""Composes the two layouts, the peer's and the paper's, of the same units."""
+"""Builds the two layouts, the peer's and the paper's, from the same units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvdm.layers.resnet import PreNormResnetBlock, ResnetBlock
 from fastvdm.unet.blocks import Level, PaperHead, PeerHead, Resample, Unit
 from fastvdm.unet.config import UNetConfig
 
-# The peer's linear and middle spatial attentions have this head size whatever attn_dim_head is.
+# Head size of the peer's linear and middle spatial attentions; it ignores attn_dim_head there.
 PEER_SPATIAL_HEAD_DIM = 32
 
 
@@ -47,7 +47,7 @@ def _shaw(config: UNetConfig, heads: int) -> ShawTable | None:
 
 
 def peer_parts(config: UNetConfig) -> Parts:
-    """One skip a level, attention at every resolution, 4x4 strided and transposed convolutions."""
+    """One skip per level, attention at every resolution, 4x4 convolutions for resampling."""
     heads, norm = config.attn_heads, partial(_norm, config)
 
     def temporal(c: int) -> Attention:
@@ -85,7 +85,7 @@ def peer_parts(config: UNetConfig) -> Parts:
 
 
 def paper_parts(config: UNetConfig) -> Parts:
-    """One skip a block, full attention at the attention resolutions (facts of Appendix A)."""
+    """One skip per block, full attention at the attention resolutions (Appendix A)."""
     assert config.image_size is not None
     norm, head_dim = partial(_norm, config), config.attn_dim_head
     make_block = partial(
@@ -120,7 +120,7 @@ def paper_parts(config: UNetConfig) -> Parts:
             return make_block(c, c, resample=direction)
         if direction == "down":
             return SpaceConv(c, c, 3, stride=2)
-        return SpaceConv(c, c, 3)  # behind a doubling by nearest neighbour
+        return SpaceConv(c, c, 3)  # after nearest-neighbour doubling
 
     widths = [config.dim * m for m in config.dim_mults]
     attends = [config.image_size >> i in config.attn_resolutions for i in range(len(widths))]

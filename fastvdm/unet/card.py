@@ -1,9 +1,9 @@
-"""The model card that ``save_pretrained`` and ``push_to_hub`` write: a template for jinja."""
+"""The model card (a jinja template) that ``save_pretrained`` and ``push_to_hub`` write."""
 
 PAPER = "https://arxiv.org/abs/2204.03458"  # Ho et al. 2022
 
-MARK = "written by the Python package `fastvdm`"  # a card that may be written anew
-OUTPUT = {True: "sample.mp4", False: "sample.npy"}  # of pixels, of latents
+MARK = "written by the Python package `fastvdm`"  # a card with this line may be overwritten
+OUTPUT = {True: "sample.mp4", False: "sample.npy"}  # key: pixels (True) or latents (False)
 
 CARD = """---
 {{ card_data }}

@@ -1,4 +1,4 @@
-"""Reading, checking and writing checkpoint files. Nothing here unpickles code."""
+"""Read, check and write checkpoint files. Nothing here unpickles code."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torch import Tensor, nn
 from fastvdm.unet.choose import choose, listed, says_averaged
 from fastvdm.unet.peer import is_peer_state
 
-OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # in every state_dict of a UNet3D
+OWN_MARKS = ("stem.weight", "time_embedding.mlp.0.weight")  # keys of every UNet3D state_dict
 
 
 class Network(NamedTuple):
-    """A network's entries in a state, and where they were found."""
+    """The entries of one network in a state, and where they were found."""
 
     path: str  # e.g. "state_dict.diffusion.denoise_fn"; "" is the state itself
-    state: dict[str, Any]  # without the prefix
-    around: Mapping[str, Any]  # the mapping that held them
-    prefix: str  # of its keys
+    state: dict[str, Any]  # keys without the prefix
+    around: Mapping[str, Any]  # the mapping that contains the entries
+    prefix: str  # of the keys in that mapping
 
     @property
     def is_own(self) -> bool:
         return all(mark in self.state for mark in OWN_MARKS)
 
     def beside(self, name: str) -> Any:
-        """The entry of that name of the network or of a module around it, or None."""
+        """The entry ``name`` of the network or of a module around it, or None."""
         parts = self.prefix.split(".")
         keys = (".".join([*parts[:i], name]) for i in reversed(range(len(parts))))
         return next((self.around[key] for key in keys if key in self.around), None)
 
     @property
     def is_averaged(self) -> bool:
-        """By its path, or as torch.optim.swa_utils.AveragedModel."""
+        """The path says so, or the wrapper is torch.optim.swa_utils.AveragedModel."""
         if self.prefix.endswith("module.") and f"{self.prefix[:-7]}n_averaged" in self.around:
             return True
         return says_averaged(self.path)
@@ -50,11 +50,13 @@ class Network(NamedTuple):
 def read_source(
     source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
 ) -> Mapping[str, Any]:
-    """The state of a module, a mapping as it is, or a file of ``torch.save`` or safetensors.
+    """Return the state of a module, a mapping unchanged, or the content of a file.
+
+    The file was written by ``torch.save`` or is safetensors.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it cannot be read as a checkpoint, or not
-            without running code that is in it.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint, or reading it would run code that it contains.
     """
     if isinstance(source, nn.Module):
         return source.state_dict()
@@ -87,10 +89,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    """The causes are left out of the errors: torch's words advise to unpickle what it refused."""
+    """Errors do not chain torch's: its message advises to unpickle what it has just refused."""
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals(_numbers()):
-            # An open file: by its name torch would tell the format again.
+            # Pass an open file: torch would guess the format from a file name.
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _objects(path, str(error))
@@ -107,7 +109,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _numbers() -> list[Any]:
-    """What NumPy's numbers are made of, as trainers store a best loss: nothing that runs code."""
+    """The types of NumPy numbers, which trainers store e.g. as the best loss. None runs code."""
     scalar = np.float64(0).__reduce__()[0]
     types = {type(np.dtype(c)) for c in np.typecodes["AllFloat"] + np.typecodes["AllInteger"] + "?"}
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]  # NumPy 1 and 2
@@ -115,10 +117,10 @@ def _numbers() -> list[Any]:
 
 
 def _objects(path: Path, message: str) -> list[str]:
-    """The names of what a pickle asks for besides tensors and plain types."""
+    """The names in a pickle other than those of tensors and plain types."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))
-    except Exception:  # not a zip file: torch's message names the first
+    except Exception:  # not a zip file: torch's message has the first name
         names = re.findall(r"GLOBAL (\S+)", message)
     return sorted(names)[:4]
 
@@ -131,7 +133,7 @@ def _first_line(error: Exception) -> str:
 def _mappings(
     state: Mapping[str, Any], path: str = "", inside: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(path with a dot at its end, mapping) of ``state`` and every mapping in it."""
+    """Yield (path ending in a dot, mapping) for ``state`` and every mapping inside it."""
     yield path, state
     for key, value in state.items():
         if isinstance(value, Mapping) and id(value) not in inside:
@@ -139,7 +141,7 @@ def _mappings(
 
 
 def _prefixes(state: Mapping[str, Any], names: Collection[str]) -> list[str]:
-    """Under which prefixes a mapping holds a network: by the marks, or by any of ``names``."""
+    """The prefixes under which a mapping holds a network, found by its marks or by ``names``."""
     every = {
         key[:i]: None
         for key in state
@@ -173,20 +175,26 @@ def find_network(
     prefix: str | None = None,
     names: Collection[str] = (),
 ) -> Network:
-    """The one network in a state, under whatever prefix and in whatever nested mapping.
+    """Find the one network in a state, under any prefix and in any nested mapping.
 
-    A peer's is known by its table of relative positions, ours by its stem and time embedding. The
-    other entries (schedule buffers, optimizers, other networks) are left out.
+    A peer network is recognised by its table of relative positions, a ``UNet3D`` by its stem and
+    time embedding. All other entries (schedule buffers, optimizers, other networks) are left out.
 
     Args:
-        ema: the averaged weights (their path says "ema", "averaged" or "swa", or they are an
-            ``AveragedModel``) where there are others too; None: those if there are any. A state of
-            one network gives that one, unless ``ema`` is True and it is not averaged.
-        prefix: where to look, if there are several: the dotted path, or a part of it.
-        names: keys to look for where there is no mark, as in a part of a state_dict.
+        state: a state_dict, or a checkpoint that contains one.
+        ema: True takes the averaged weights: their path says "ema", "averaged" or "swa", or they
+            belong to an ``AveragedModel``. False takes the others. None takes the averaged weights
+            if there are any. A single network is taken for False and None in any case; with True
+            it must be averaged.
+        prefix: the dotted path of the network or a part of it, if there are several.
+        names: keys to look for if the marks are missing, as in a part of a state_dict.
+
+    Returns:
+        The network.
 
     Raises:
-        ValueError: no network, several different ones (each is named), or no averaged one.
+        ValueError: there is no network, there are several different ones (the message names them),
+            or none is averaged.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"a state_dict must be a mapping, got {type(state).__name__}")
@@ -198,7 +206,7 @@ def find_network(
             return Network("", dict(state), state, "")
         raise ValueError(f"no peer Unet3D and no UNet3D found: {_beginnings(state)}")
     kept = choose(found, prefix=prefix, ema=ema)
-    # A network inside another is a part of it, and one under two names is one.
+    # A network inside another is a part of it. A network under two names counts once.
     distinct: list[Network] = []
     for n in kept:
         if any(n is not o and n.around is o.around and n.prefix.startswith(o.prefix) for o in kept):
@@ -225,7 +233,7 @@ def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _beginnings(state: Mapping[str, Any]) -> str:
-    """What the keys of a state begin with, and how many of each."""
+    """The first parts of the keys of a state, with their counts."""
     count = Counter(
         path + str(key).split(".")[0]
         for path, mapping in _mappings(state)
@@ -237,10 +245,10 @@ def _beginnings(state: Mapping[str, Any]) -> str:
 
 
 def check_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Compare every key and shape before anything is copied.
+    """Compare all keys and shapes before anything is copied.
 
     Raises:
-        ValueError: with the first few of each kind of mismatch.
+        ValueError: something does not fit. The message has the first few of each kind of mismatch.
     """
     own = model.state_dict()
     problems = []
@@ -263,7 +271,7 @@ def check_state(model: nn.Module, state: Mapping[str, Any], *, strict: bool) -> 
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
-    """A safetensors file. Raises OSError where it cannot be written, e.g. on a full disk."""
+    """Write a safetensors file. Raises OSError if that fails, e.g. on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -274,7 +282,7 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, **metadata: str) -> No
 
 
 def save_weights(model: nn.Module, directory: Path) -> None:
-    """model.safetensors, written beside its place and renamed into it."""
+    """Write model.safetensors under a temporary name, then rename it into place."""
     handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
     os.close(handle)
     try:

@@ -1,4 +1,4 @@
-"""Which of several networks in a checkpoint or a module is meant."""
+"""Choose one of several networks in a checkpoint or a module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _AVERAGED = {"ema", "averaged", "average", "avg", "swa"}
 
 
 class Place(Protocol):
-    """Where a network was found: its dotted path ("" is the source itself)."""
+    """Where a network was found: its dotted path ("" for the source itself)."""
 
     @property
     def path(self) -> str: ...
@@ -23,7 +23,7 @@ P = TypeVar("P", bound=Place)
 
 
 def says_averaged(path: str) -> bool:
-    """By the innermost word that says so (ema_pytorch has ema.online_model and ema.ema_model)."""
+    """The innermost such word decides (ema_pytorch has ema.online_model and ema.ema_model)."""
     words = [w for w in re.findall(r"[a-z]+", path.lower()) if w in {*_AVERAGED, "online"}]
     return bool(words) and words[-1] != "online"
 
@@ -33,15 +33,16 @@ def listed(places: Sequence[Place]) -> str:
 
 
 def choose(found: list[P], *, prefix: str | None, ema: bool | None) -> list[P]:
-    """Those that are meant; more than one where the arguments do not decide.
+    """The networks that the arguments select; more than one if the arguments do not decide.
 
     Args:
+        found: all networks.
         prefix: the dotted path of the network or a part of it.
-        ema: the averaged weights; False: the others, where there are both; None: the averaged ones
-            if there are any.
+        ema: True selects the averaged weights; False the others, if there are both; None the
+            averaged ones, if there are any.
 
     Raises:
-        ValueError: nothing under that prefix, or no averaged weights.
+        ValueError: there is nothing under that prefix, or there are no averaged weights.
     """
     if prefix is not None:
         asked = prefix.rstrip(".")

@@ -1,4 +1,4 @@
-"""Whether a network and the ``UNet3D`` of its weights are the same function, measured."""
+"""Measure whether a network and the ``UNet3D`` with its weights are the same function."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from torch.nn.modules.conv import _ConvNd
 from fastvdm.layers.position import rotary_frequencies
 from fastvdm.unet.network import FactorizedUNet
 
-# The T5 buckets of two maximum distances first differ at a distance of ten frames.
+# The T5 buckets of two different maximum distances first differ at a distance of ten frames.
 FRAMES = 11
 
-# max |difference| / max |output|. Rounding was at most 4.4e-6 over the peer's releases, widths of 8
-# to 32, one to four levels, weights fresh and enlarged, modules in fp32, bf16, fp16 and fp64.
+# Bound on max |difference| / max |output|. Rounding was at most 4.4e-6 over the peer's releases,
+# widths of 8 to 32, one to four levels, fresh and enlarged weights, in fp32, bf16, fp16 and fp64.
 TOLERANCE = 1e-4
 
 _LAYERS = (nn.Linear, _ConvNd, nn.Embedding)
 
 
 def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str | None) -> None:
-    """Run both on a small random input, and set the ``stem_skip`` with which they agree.
+    """Run both on a small random input and set the ``stem_skip`` with which they agree.
 
-    ``model`` has the weights of ``network``, in fp32 or fp64. Nothing of ``network``, of the global
-    random state or of torch's settings is changed afterwards.
+    ``network``, the global random state and torch's settings are unchanged afterwards.
 
     Args:
-        stem_skip: the only one to try; None tries both.
+        network: the network to compare with.
+        model: it has the weights of ``network``, in fp32 or fp64.
+        stem_skip: the only value to try; None tries both.
 
     Raises:
-        ValueError: they differ, by how much; or ``network`` cannot be run.
+        ValueError: the outputs differ (the message says by how much), or ``network`` cannot be run.
     """
     device = model.stem.weight.device
     if device.type == "meta":
@@ -43,7 +44,7 @@ def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str |
             "without the comparison"
         )
     with ExitStack() as stack:
-        # Tensors made in inference mode can be widened only there.
+        # Inference tensors can be converted only in inference mode.
         tensors = [*network.parameters(), *network.buffers()]
         inference = any(t.is_inference() for t in tensors)
         stack.enter_context(torch.inference_mode() if inference else torch.no_grad())
@@ -78,7 +79,7 @@ def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str |
             model.stem_skip = skip
             errors[skip] = _difference(_run(model, inputs), want)
     chosen = min(errors, key=lambda skip: errors[skip])
-    if not errors[chosen] <= TOLERANCE:  # nor where it is nan
+    if not errors[chosen] <= TOLERANCE:  # also true for NaN
         measured = ", ".join(f"{e:.2g} with stem_skip={skip!r}" for skip, e in errors.items())
         raise ValueError(
             f"{type(network).__name__} has the peer's keys but computes something else than the "
@@ -94,7 +95,7 @@ def choose_stem_skip(network: nn.Module, model: FactorizedUNet, stem_skip: str |
                 "leaves (does its first temporal attention add nothing?): pass stem_skip='after' "
                 "(release 0.6) or 'before' (up to 0.5.3)"
             )
-        chosen = "after"  # of the RMSNorm era there is only that
+        chosen = "after"  # the only variant of the RMSNorm releases
     model.stem_skip = chosen
 
 
@@ -108,13 +109,13 @@ def _inputs(model: FactorizedUNet) -> dict[str, Tensor]:
     if model.cond_dim is not None:
         inputs["cond"] = torch.randn(1, model.cond_dim, generator=random, device="cpu")
     inputs = {name: t.to(device, dtype) for name, t in inputs.items()}
-    # An index as in training; the peer's embedding of one would be fp32 in an fp64 network.
+    # As in training, time is an index. In an fp64 network the peer would embed it in fp32.
     index = torch.int64 if dtype == torch.float32 else dtype
     return inputs | {"time": torch.full((1,), 500, device=device, dtype=index)}
 
 
 def _run(network: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What training calls, and what sampling calls: with a condition, the null one's part too."""
+    """The calls of training and of sampling; with a condition also the unconditional branch."""
     x, time, cond = inputs["x"], inputs["time"], inputs.get("cond")
     outputs = [network(x, time, cond=cond)]
     guided: Any = getattr(network, "forward_with_cond_scale", None)
@@ -140,7 +141,7 @@ def _difference(outputs: list[Tensor], wanted: list[Tensor]) -> float:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 or bf16 inside fp32 products."""
+    """Disable TF32 and bf16 inside fp32 products."""
     backends: Any = torch.backends
     settings = [
         backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv,
@@ -157,8 +158,8 @@ def _full_precision() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """``network`` in eval mode and not compiled. Afterwards its attributes, buffers and modes are
-    what they were, whatever its forward has counted or cached."""
+    """``network`` in eval mode and not compiled. On exit its attributes, buffers and modes are
+    restored, even if its forward has counted or cached something."""
     saved = []
     for m in network.modules():
         containers = {k: copy.copy(v) for k, v in vars(m).items() if type(v) in (dict, list, set)}
@@ -170,7 +171,7 @@ def _undisturbed(network: nn.Module) -> Iterator[None]:
             here["training"] = False
             if here.get("_compiled_call_impl") is not None:
                 here["_compiled_call_impl"] = None
-            if "cache_if_possible" in here:  # rotary frequencies in another precision
+            if "cache_if_possible" in here:  # would cache rotary frequencies in another precision
                 here["cache_if_possible"] = False
         yield
     finally:
@@ -189,8 +190,9 @@ def _undisturbed(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _widened(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters and buffers of a lower precision in ``dtype``: a layer's weight while that layer
-    runs, so that there is no third copy of the network, and what is small throughout."""
+    """Convert parameters and buffers of a lower precision to ``dtype``. A layer's weight is
+    converted while that layer runs, so there is no third copy of the network; small tensors are
+    converted throughout."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def widen(tensors: Iterable[Tensor]) -> None:
@@ -211,7 +213,7 @@ def _widened(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         widen(network.buffers())
         widen(p for p in network.parameters() if id(p) not in large)
         for name, t in [*network.named_parameters(), *network.named_buffers()]:
-            if name.endswith("rotary_emb.freqs") and id(t) in kept:  # ours are never rounded
+            if name.endswith("rotary_emb.freqs") and id(t) in kept:  # UNet3D never rounds them
                 t.data = rotary_frequencies(2 * len(t), device=t.device).to(dtype)
         for m in layers:
             handles += [

@@ -1,4 +1,4 @@
-"""The configuration of a UNet3D and the six models of the paper's Appendix A."""
+"""The configuration of ``UNet3D`` and the six models of the paper's Appendix A."""
 
 from __future__ import annotations
 
@@ -15,61 +15,74 @@ BERT_DIM = 768  # bert-base-cased, the encoder behind the peer's use_bert_text_c
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The arguments of ``UNet3D``, checked; ``dataclasses.replace`` makes and checks another.
+    """The arguments of ``UNet3D``, checked. ``dataclasses.replace`` makes and checks a new one.
 
-    The first thirteen are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, with the same
-    meaning and defaults. The keyword-only rest chooses the normalisation, the fixes of the peer's
-    defects, and the layout of the paper's own models (``UNet3D.from_preset``).
+    The first thirteen are those of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7 (the peer), with
+    the same meaning and defaults. The others are keyword-only; they choose the normalisation, fix
+    the peer's defects, and build the models of the paper (``UNet3D.from_preset``).
 
     Args:
-        dim: base width. cond_dim: width of the conditioning vector, None for none.
-        out_dim: output channels, ``channels`` by default. dim_mults: width multiplier per level.
-        attn_heads, attn_dim_head: heads and their size; in the paper layout heads = C / head size.
-        use_bert_text_cond: cond_dim = 768. init_dim: width of the stem. init_kernel_size: odd.
+        dim: base width C; even, at least 4.
+        cond_dim: width of the conditioning vector; None for an unconditional network.
+        out_dim: output channels; None means ``channels``.
+        dim_mults: width multiplier of each level.
+        channels: input channels.
+        attn_heads: attention heads; the paper layout has C / attn_dim_head heads instead.
+        attn_dim_head: head size.
+        use_bert_text_cond: sets ``cond_dim`` to 768, the width of bert-base-cased.
+        init_dim: width of the stem; None means ``dim``.
+        init_kernel_size: kernel size of the stem convolution; odd.
         use_sparse_linear_attn: linear spatial attention at every level (peer layout).
-        block_type: "resnet". resnet_groups: groups of the GroupNorm.
-        norm: "group" (peer to 0.6, the paper) or "rms" (peer 0.7). norm_eps: None is its default.
-        norm_per_frame: GroupNorm statistics over each frame instead of the whole video. Only then,
-            or with "rms", are image frames of joint training exactly isolated (paper §3).
-        cond_drop_prob: probability of dropping the condition in training when the caller does not
-            pass ``null_cond_prob``. The peer has 0, so that its null embedding is never trained.
+        block_type: "resnet" only.
+        resnet_groups: groups of the GroupNorm.
+        norm: "group" (peer up to 0.6, and the paper) or "rms" (peer 0.7).
+        norm_eps: epsilon of the norms; None means the default of the norm.
+        norm_per_frame: compute GroupNorm statistics over each frame instead of the whole video.
+            Only then, or with ``norm="rms"``, are the image frames of joint training exactly
+            isolated (paper §3).
+        cond_drop_prob: probability of dropping the condition in training if the caller does not
+            pass ``null_cond_prob``. The peer's value is 0, so its null embedding is never trained.
         mask_stem_attention: apply the focus and image masks to the temporal attention of the stem
-            too. The peer does not, so that its frames mix there.
-        stem_skip: "after" (peer 0.6 and 0.7) or "before" (peer up to 0.5.3 and forks copied from
-            it): where the outermost skip leaves, after the temporal attention of the stem or before
-            it. No weight tells. None is "after", and warns when weights are loaded that could be
-            either's.
-        dropout: probability, between the two convolutions of a block.
-        checkpointing: "none", "block" or "level": what is recomputed in the backward pass. With
-            "none" still what attention and its norm make of their input, q, k and v among it.
-        layout: "peer" or "paper"; the arguments below default to what the layout has.
+            too. The peer does not, so its frames mix there.
+        stem_skip: where the outermost skip connection starts: "after" the temporal attention of the
+            stem (peer 0.6 and 0.7) or "before" it (peer up to 0.5.3, and forks copied from it). The
+            weights do not show which. None means "after", with a warning when weights are loaded
+            that could belong to either.
+        dropout: dropout probability between the two convolutions of a block.
+        checkpointing: what the backward pass recomputes: "none", "block" or "level". Attention
+            recomputes what it and its norm derive from their input, e.g. q, k and v, even with
+            "none".
+        layout: "peer" or "paper". It sets the defaults of the arguments below.
         num_blocks: residual blocks per level (paper layout; the peer has two).
-        image_size, attn_resolutions: the paper layout attends where the feature map of an
+        image_size: size of the input for which ``attn_resolutions`` are counted (paper layout).
+        attn_resolutions: the paper layout has attention at the levels where the feature map of an
             ``image_size`` input has one of these sizes.
-        time_input: "index" (peer) or "logsnr" (paper): what ``forward`` takes as ``time``.
-        position: "rotary+t5" (peer), "t5", "shaw" (paper) or "none", in temporal attention.
-        shaw_max_distance, shaw_values, shaw_per_head: clip distance of the Shaw tables, tables for
-            values as well as keys, a table per head. The paper is silent; LVDM has both tables,
-            shared by the heads, and so are the defaults.
-        emb_dim: width of the embedding, 4 * dim (peer) or 1024 (paper).
+        time_input: what ``forward`` takes as ``time``: "index" (peer) or "logsnr" (paper).
+        position: positions in temporal attention: "rotary+t5" (peer), "t5", "shaw" (paper), "none".
+        shaw_max_distance: distance at which the Shaw tables are clipped.
+        shaw_values: Shaw tables for the values as well as for the keys. The paper does not say;
+            LVDM has both tables, shared by the heads, and these defaults follow it.
+        shaw_per_head: a Shaw table per head.
+        emb_dim: width of the time embedding; None means 4 * dim (peer) or 1024 (paper).
         mlp_layers: layers of the embedding MLPs.
-        null_cond: "learned" (peer) or "zeros" (paper): the vector of the unconditional branch.
-        conditioning: "scale_shift" or "add" (paper layout). The text says "added", the distillation
-            code scales and shifts; the latter is the default.
-        resample: "conv" or "resblock" (paper layout): strided convolution and nearest-up +
-            convolution, or pooling and nearest-up inside a residual block.
-        zero_init: zero the last convolution of a block, the output of an attention and the head
-            (paper layout), as the distillation code does.
-        pad: take any height and width: what is missing to a multiple of 2^(levels - 1) is added
-            inside, half on each side, and cut from the output. The pixels of the border are
-            repeated: zeros would be grey bars, on which the norms take their statistics, and a
-            reflection needs more pixels than a small frame has. Nothing changes where sizes fit.
-        causal: frame i sees no later frame, in any temporal attention. GroupNorm over the whole
-            video would mix the frames, so it needs ``norm="rms"`` or ``norm_per_frame=True``; then
-            outputs up to frame i do not depend on what follows, exactly.
+        null_cond: the vector of the unconditional branch: "learned" (peer) or "zeros" (paper).
+        conditioning: "scale_shift" or "add" (paper layout). The paper's text says "added"; the
+            distillation code scales and shifts, which is the default.
+        resample: "conv": strided convolution down, nearest neighbour and a convolution up.
+            "resblock": pooling and nearest neighbour inside a residual block (paper layout).
+        zero_init: initialise to zero the last convolution of a block, the output projection of an
+            attention and the head (paper layout), as the distillation code does.
+        pad: take any height and width. Inputs are padded to multiples of 2^(levels - 1), half on
+            each side, and outputs are cropped. The border pixels are repeated: zeros would be grey
+            bars that change the statistics of the norms, and a reflection needs more pixels than a
+            small frame has. Sizes that fit are not changed.
+        causal: frame i attends to no later frame, in any temporal attention. It requires
+            ``norm="rms"`` or ``norm_per_frame=True``, because GroupNorm over the whole video mixes
+            the frames. Then outputs up to frame i do not depend on later frames, exactly.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range.
     """
 
     dim: int
@@ -146,7 +159,7 @@ class UNetConfig:
                 "stem_skip='before' is the peer's: layout='paper' has no such attention"
             )
 
-    # What the arguments come to, where their defaults depend on others.
+    # Values of arguments whose defaults depend on other arguments.
 
     @property
     def stem_width(self) -> int:
@@ -154,7 +167,7 @@ class UNetConfig:
 
     @property
     def separate_frames(self) -> bool:
-        """Whether the norms see one frame at a time."""
+        """Whether the norms take their statistics over single frames."""
         return self.norm == "rms" or self.norm_per_frame
 
     @property
@@ -171,8 +184,9 @@ class UNetConfig:
 
     @property
     def emb_width(self) -> int:
-        """Of what the blocks take. The paper's layout adds the embedding of the condition, as the
-        distillation code adds its class's; the peer concatenates the raw vector."""
+        """Width of the embedding that the blocks take. The paper layout adds the embedding of the
+        condition, as the distillation code does for a class; the peer concatenates the raw vector.
+        """
         return self.time_width + (0 if self.layout == "paper" else self.cond_width or 0)
 
     @property
@@ -180,7 +194,7 @@ class UNetConfig:
         return min(32, self.attn_dim_head) if self.position == "rotary+t5" else None
 
 
-# What may be set on a network, too: no weight depends on it.
+# These can also be set on a network, because no weight depends on them.
 SETTABLE = ("stem_skip", "mask_stem_attention", "cond_drop_prob", "pad", "causal")
 # To typing of Python 3.10 KW_ONLY is no type.
 _TYPES = get_type_hints(UNetConfig, {**globals(), "KW_ONLY": object})
@@ -188,13 +202,13 @@ _CHOICES = {k: t for k, t in _TYPES.items() if choices.choices_of(t)}
 
 
 def check_choice(name: str, value: Any) -> None:
-    """Raises ValueError for what an argument that is one of several words cannot be."""
+    """Raise ValueError if ``value`` is not one of the words that the argument ``name`` takes."""
     if name in _CHOICES:
         choices.check_choice(name, value, _CHOICES[name])
 
 
 def changed(config: UNetConfig) -> str:
-    """The arguments of a configuration that are not their defaults, as they would be written."""
+    """The arguments that differ from their defaults, as source text."""
     told = [(f.name, getattr(config, f.name), f.default) for f in fields(config)]
     return ", ".join(
         repr(value) if name == "dim" else f"{name}={value!r}"
@@ -218,8 +232,11 @@ N = TypeVar("N")
 def built_from(
     config: Callable[P, C],
 ) -> Callable[[Callable[[N, C], None]], Callable[Concatenate[N, P], None]]:
-    """An ``__init__`` of one configuration that takes its arguments instead, as its signature says,
-    which ``help`` and the hub's mixin read."""
+    """Turn an ``__init__`` that takes one configuration into one that takes its arguments.
+
+    Signature and docstring are those of ``config``; ``help`` and the mixin of huggingface_hub read
+    them.
+    """
 
     def decorate(build: Callable[[N, C], None]) -> Callable[Concatenate[N, P], None]:
         @functools.wraps(build)
@@ -234,13 +251,13 @@ def built_from(
     return decorate
 
 
-# What all six share (Appendix A; the layout is facts of the distillation code, see UNetConfig).
+# Common to all six (Appendix A; the layout follows the distillation code, see UNetConfig).
 _paper = functools.partial(
     UNetConfig, layout="paper", norm="group", resnet_groups=32, norm_eps=1e-6, norm_per_frame=True,
     init_kernel_size=3, time_input="logsnr", null_cond="zeros", position="shaw", emb_dim=1024,
     attn_resolutions=(8, 16, 32),
 )  # fmt: skip
-# The text models take the attention-pooled BERT-large embedding, 1024 wide.
+# The text models take the attention-pooled embedding of BERT-large, 1024 wide.
 PRESETS: dict[str, UNetConfig] = {
     "ucf101": _paper(256, dim_mults=(1, 2, 4, 8), image_size=64, attn_dim_head=64, num_blocks=2,
                      mlp_layers=4, dropout=0.1),
@@ -256,7 +273,7 @@ PRESETS: dict[str, UNetConfig] = {
                       num_blocks=2, mlp_layers=4),
 }  # fmt: skip
 
-# Not part of the network, but of the model: how it is trained and sampled (Appendix A).
+# How each model is trained and sampled (Appendix A). This is not part of the network.
 RECIPES: dict[str, dict[str, Any]] = {
     "ucf101": {"num_frames": 16, "prediction": "eps", "num_steps": 256, "gamma": 0.1},
     "bair": {"num_frames": 16, "prediction": "v", "num_steps": 256, "gamma": 0.0,
@@ -270,10 +287,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: Any) -> UNetConfig:
-    """A preset with other values of some arguments.
+    """The configuration of a preset, with ``overrides`` for some arguments.
 
     Raises:
-        ValueError: no such preset, or a value out of range. TypeError: no such argument.
+        ValueError: there is no such preset, or a value is out of range.
+        TypeError: there is no such argument.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

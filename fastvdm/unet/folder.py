@@ -1,4 +1,4 @@
-"""Folders that hold a model: what ``save_pretrained`` and training write, or a name on the hub."""
+"""Folders with a model, as ``save_pretrained`` and training write them, and names on the hub."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastvdm.unet.settings import Settings, settings_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# What is read of a model, at most; in a training run two such folders for each checkpoint.
+# The files of a model. A checkpoint of a training run has two such folders.
 _FILES = ("config.json", "settings.json", "model.safetensors", "text.safetensors")
-# Of these a network may have none, where another had one.
+# A network may lack these although an earlier network in the folder had them.
 LEFT = ("settings.json", "text.safetensors")
 _PLACES = ("", "ema/", "model/", "checkpoints/step-*/ema/", "checkpoints/step-*/model/")
 
@@ -37,15 +37,16 @@ def checkpoints(output: str | os.PathLike[str]) -> list[Path]:
 
 
 def find_folder(source: str | os.PathLike[str], *, ema: bool, **download: Any) -> Path:
-    """The folder with config.json and model.safetensors of a model.
+    """Find the folder that has config.json and model.safetensors of a model.
 
     Args:
-        source: such a folder, the output of a training run (its latest checkpoint), one of its
-            checkpoints, or a name on the hub.
-        ema: the averaged weights, where there are two.
-        download: of ``huggingface_hub.snapshot_download``.
+        source: such a folder, the output folder of a training run (its latest checkpoint), one of
+            its checkpoints, or a name on the hub.
+        ema: take the averaged weights if a checkpoint has both.
+        download: options of ``huggingface_hub.snapshot_download``.
+
     Raises:
-        FileNotFoundError: nothing is there, or no model in it.
+        FileNotFoundError: there is no such folder or name, or it has no model.
     """
     path = Path(source)
     if path.is_file():
@@ -70,13 +71,13 @@ def _from_hub(name: str, download: dict[str, Any]) -> Path:
     patterns = [place + file for place in _PLACES for file in _FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **download))
-    except (OSError, ValueError) as error:  # a mistyped local path ends here too
+    except (OSError, ValueError) as error:  # also a mistyped local path
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no model at {name}, and none on the hub: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not one JSON object."""
+    """Read a JSON object. Raises ValueError if the file is anything else."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """Raises ValueError for a text that is not one JSON object; ``name`` says what it is."""
+    """Parse a JSON object. Raises ValueError, with ``name``, if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The constructor arguments in config.json.
 
     Raises:
-        ValueError: it is no JSON object, or another file of that name.
+        ValueError: the file is no JSON object, or it is the config.json of something else.
     """
     config = read_json(folder / "config.json")
     if "save_every" in config:  # fields of TrainConfig
@@ -114,21 +115,20 @@ def _is_network(config: Mapping[str, Any]) -> bool:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The fields of ``Settings`` in settings.json; none where there is no file."""
+    """The fields of ``Settings`` in settings.json; empty if there is no such file."""
     file = folder / "settings.json"
     stored = read_json(file) if file.is_file() else {}
-    stored.pop("guidance_weight", None)  # of older folders: one w_r for whatever is known
+    stored.pop("guidance_weight", None)  # older folders had one w_r for all conditions
     return stored
 
 
 def arguments_of(network: Any) -> dict[str, Any]:
-    """The constructor arguments of a UNet3D, as they are now: these may be set on it, too."""
+    """The current constructor arguments of a UNet3D; some of them may have been set on it."""
     return network._hub_mixin_config | {name: getattr(network, name) for name in SETTABLE}
 
 
 def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | None:
-    """The constructor arguments of a UNet3D in the config.json beside the file of its weights.
-    None where there are none."""
+    """The constructor arguments in the config.json next to the weights of a UNet3D, or None."""
     if not network.is_own or isinstance(source, Mapping):
         return None
     file = Path(source).parent / "config.json"
@@ -139,11 +139,11 @@ def stored_arguments(source: Any, network: files.Network) -> dict[str, Any] | No
 def check_assumed(
     network: files.Network, arguments: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
-    """What the weights of a UNet3D do not tell and nobody said: an error where there is no usual
-    value, a warning where there is one.
+    """Check the arguments that the weights of a UNet3D do not show and the caller did not pass.
+    One without a usual value is an error, one with a usual value a warning.
 
     Raises:
-        ValueError: the time that it takes.
+        ValueError: it is unknown which time the network takes.
     """
     if "time_input" not in given and network.beside("betas") is None:
         raise ValueError(
@@ -162,22 +162,25 @@ def check_assumed(
 
 
 class Pretrained(PyTorchModelHubMixin):
-    """``save_pretrained``, ``push_to_hub``, and a ``from_pretrained`` that reads training runs too.
-    Unlike the mixin's own it refuses a config.json with unknown fields and weights that do not fit.
+    """``save_pretrained``, ``push_to_hub`` and ``from_pretrained``, which also reads training runs.
+
+    Unlike the mixin of huggingface_hub it refuses unknown fields in config.json and weights that do
+    not fit.
     """
 
     _settings: dict[str, Any] = {}
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """How the network has to be sampled: the fields of ``fastvdm.unet.Settings`` that came with
-        its weights or were set, ``model.settings = Settings(prediction="v", num_frames=8)`` or a
-        mapping of some of them. ``save_pretrained`` and ``push_to_hub`` keep them.
+        """How to sample the network: fields of ``fastvdm.unet.Settings``.
 
-        Those of a text conditioner are left out, which is no part of the network.
+        They came with the weights or were set, with ``model.settings = Settings(prediction="v",
+        num_frames=8)`` or a mapping of some fields. ``save_pretrained`` and ``push_to_hub`` store
+        them, except those of a text conditioner, which is not part of the network.
 
         Raises:
-            ValueError, TypeError: when set, for fields that ``Settings`` does not have or take.
+            ValueError: when set: ``Settings`` has no such field, or a value is out of range.
+            TypeError: when set: a value has the wrong type.
         """
         return MappingProxyType(self._settings)
 
@@ -204,21 +207,32 @@ class Pretrained(PyTorchModelHubMixin):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """A network that ``save_pretrained`` or a training run wrote, in evaluation mode.
+        """Load a network that ``save_pretrained`` or a training run wrote, in evaluation mode.
 
-        How it has to be sampled, where the folder says so (settings.json), is in ``settings``, from
-        where ``fastvdm.diffusion.sample`` takes what the caller does not say;
-        ``fastvdm.bundle.Bundle.load`` gives the text conditioning too.
+        If the folder has a settings.json, its content becomes ``settings``, and
+        ``fastvdm.diffusion.sample`` takes its defaults from there. ``fastvdm.bundle.Bundle.load``
+        loads the text conditioning too.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and model.safetensors, the
-                output of a training run (its latest checkpoint), one of its checkpoints, or a name
-                on the hub.
-            ema: the averaged weights, where a checkpoint has both.
-            overrides: constructor arguments.
+                output folder of a training run (its latest checkpoint), one of its checkpoints, or
+                a name on the hub.
+            ema: take the averaged weights if a checkpoint has both.
+            strict: as in ``load_state_dict``.
+            map_location: device of the weights.
+            revision: revision on the hub.
+            token: token for the hub.
+            cache_dir: folder for downloads.
+            force_download: download even if the files are cached.
+            local_files_only: never download.
+            overrides: constructor arguments that replace those of config.json.
+
+        Returns:
+            The network.
 
         Raises:
-            FileNotFoundError: nothing is there. ValueError: the weights or config.json do not fit.
+            FileNotFoundError: there is no such folder or name, or it has no model.
+            ValueError: the weights or config.json do not fit.
         """
         folder = find_folder(
             pretrained_model_name_or_path, ema=ema, revision=revision, token=token,
@@ -235,10 +249,10 @@ class Pretrained(PyTorchModelHubMixin):
 
     def _save_pretrained(self: Any, save_directory: Path) -> None:
         files.save_weights(self, save_directory)
-        self._hub_mixin_config = arguments_of(self)  # what the mixin writes next
+        self._hub_mixin_config = arguments_of(self)  # the mixin writes it next
         card = save_directory / "README.md"
         own = card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
-        for name in (*LEFT, *("README.md",) * own):  # of a network that was saved here before
+        for name in (*LEFT, *("README.md",) * own):  # left by a network saved here before
             (save_directory / name).unlink(missing_ok=True)
         if self.settings:
             text = json.dumps(dict(self.settings), indent=2)
@@ -247,9 +261,15 @@ class Pretrained(PyTorchModelHubMixin):
     def push_to_hub(
         self, repo_id: str, *, delete_patterns: list[str] | str | None = None, **options: Any
     ) -> str:
-        """As the mixin's: weights, config.json, settings.json and a card in one commit. What an
-        earlier model left there and this one does not have is deleted with it, unless
-        ``delete_patterns`` says what to delete."""
+        """Upload the weights, config.json, settings.json and a model card in one commit.
+
+        The commit deletes files of an earlier model that this model does not have.
+
+        Args:
+            repo_id: name on the hub, "owner/name".
+            delete_patterns: what to delete instead.
+            options: options of ``PyTorchModelHubMixin.push_to_hub``.
+        """
         delete = list(LEFT) if delete_patterns is None else delete_patterns
         facts = {"repo_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
         return super().push_to_hub(
@@ -257,7 +277,7 @@ class Pretrained(PyTorchModelHubMixin):
         )
 
     def generate_model_card(self: Any, **facts: Any) -> Any:
-        """The card with how this network is loaded and sampled; ``facts`` are for its template."""
+        """The model card: how to load and sample this network. ``facts`` go to its template."""
         told, shape, cond = self.settings, "", ""
         if not {"num_frames", "image_size"} <= told.keys():
             shape = f", (1, {self.channels}, num_frames, height, width)"

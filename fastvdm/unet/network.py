@@ -1,4 +1,4 @@
-"""The network as a function of video and time: its layers and how they follow each other."""
+"""The forward pass of ``UNet3D``: its layers and their order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastvdm.unet.padding import crop, pad_edges
 
 
 class FactorizedUNet(nn.Module):
-    """``UNet3D`` without its ways to read and write weights."""
+    """``UNet3D`` without the methods that read and write weights."""
 
     @built_from(UNetConfig)
     def __init__(self, config: UNetConfig) -> None:
@@ -66,7 +66,7 @@ class FactorizedUNet(nn.Module):
         self.push_resampled = parts.push_resampled
         self.checkpointing = config.checkpointing
 
-        # One T5 table for all temporal attentions of as many heads, as the peer has for its one.
+        # Temporal attentions with the same number of heads share one T5 table, as in the peer.
         self.relative_bias = nn.ModuleDict()
         attention = (m for m in self.modules() if isinstance(m, Attention))
         self.temporal_heads = sorted({m.heads for m in attention if m.core == "time"})
@@ -76,10 +76,10 @@ class FactorizedUNet(nn.Module):
         self._config = config
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Options may be set afterwards, to what the constructor takes for them."""
+        """Some options may be set afterwards, to any value that the constructor takes."""
         check_choice(name, value)
         if name in SETTABLE and "_config" in self.__dict__:
-            replace(self._config, **{name: value})  # raises for what the constructor refuses
+            replace(self._config, **{name: value})  # raises as the constructor does
         super().__setattr__(name, value)
         if name == "checkpointing":
             for module in self.modules():
@@ -97,19 +97,20 @@ class FactorizedUNet(nn.Module):
         *,
         num_images: int = 0,
     ) -> Tensor:
-        """Denoise ``x``.
+        """Denoise ``x``: return what the network predicts (noise, v or the clean video).
 
         Args:
-            x: (B, channels, F, H, W), floating point; H and W divisible by 2^(levels - 1) unless
-                the network was built with ``pad=True``.
-            time: (B,), step index or log-SNR as ``time_input`` says; or (B, F), one for each frame
-                (diffusion forcing), where the norms are of single frames (``norm="rms"`` or
-                ``norm_per_frame=True``).
+            x: (B, channels, F, H, W), floating point. H and W are divisible by 2^(levels - 1)
+                unless the network was built with ``pad=True``.
+            time: (B,) step indices or log-SNRs, as ``time_input`` says. (B, F) gives each frame its
+                own time (diffusion forcing); it requires norms over single frames (``norm="rms"``
+                or ``norm_per_frame=True``).
             cond: (B, cond_dim), required if and only if the network is conditional.
-            null_cond_prob: probability of the null condition per sample. None, the default, is
+            null_cond_prob: probability of the null condition per sample. None, the default, means
                 ``cond_drop_prob`` in training mode and 0 otherwise.
-            focus_present_mask: (B,) bool, True where every frame attends to itself only; drawn with
-                ``prob_focus_present`` when not given.
+            focus_present_mask: (B,) bool; True for samples in which every frame attends to itself
+                only. None draws it with ``prob_focus_present``.
+            prob_focus_present: probability of True in a drawn ``focus_present_mask``.
             num_images: the last ``num_images`` frames are independent images (paper §3): they
                 attend to themselves, and no video frame attends to them.
 
@@ -117,12 +118,13 @@ class FactorizedUNet(nn.Module):
             (B, out_dim, F, H, W).
 
         Raises:
-            TypeError: a tensor of the wrong kind. ValueError: a wrong shape, device or number.
+            TypeError: a tensor has the wrong kind of dtype.
+            ValueError: a shape, a device or a number does not fit.
 
         Warns:
-            UserWarning: a time on a CPU that looks like the other kind: of an index network below 0
-                or between 0 and 1, of a log-SNR network beyond 100 (schedules end at some 20). On
-                other devices nobody looks, as that would wait for them.
+            UserWarning: a time on the CPU looks like the other kind: an index below 0 or between 0
+                and 1, or a log-SNR beyond +-100 (schedules end near 20). Times on other devices are
+                not checked, because that would synchronise with the device.
         """
         self._check_input(x, time, cond, focus_present_mask, num_images)
         batch = x.shape[0]
@@ -145,9 +147,10 @@ class FactorizedUNet(nn.Module):
         prob_focus_present: float = 0.0,
         num_images: int = 0,
     ) -> Tensor:
-        """Classifier-free guidance, both branches in one batched pass.
+        """Classifier-free guidance, with both branches in one batched pass.
 
-        null + (cond - null) * cond_scale; cond_scale = 1 + w of Eq. 6. Arguments as in ``forward``.
+        The result is null + (cond - null) * cond_scale, with cond_scale = 1 + w of Eq. 6. The other
+        arguments are those of ``forward``.
         """
         self._check_input(x, time, cond, focus_present_mask, num_images)
         batch = x.shape[0]
@@ -157,7 +160,7 @@ class FactorizedUNet(nn.Module):
         if cond_scale == 1 or not self.has_cond:
             return self._denoise(x, time, cond, None, focus, num_images)
         assert cond is not None
-        if "forward" in self.__dict__:  # replaced, as offloading does: then it brings the weights
+        if "forward" in self.__dict__:  # replaced, e.g. by offloading, which then loads the weights
             conditional, null = (
                 self.forward(x, time, cond, p, focus, num_images=num_images) for p in (0.0, 1.0)
             )
@@ -199,9 +202,9 @@ class FactorizedUNet(nn.Module):
             num_images=num_images,
         )
         emb: Tensor | Films = self._embed(time, cond, drop)
-        if x.is_cuda:  # where launches are what a small batch waits for
+        if x.is_cuda:  # small batches are bound by kernel launches: project for all blocks at once
             emb = films(emb, film_layers([*self.downs, *self.ups], self.middle))
-        x = x.permute(0, 2, 3, 4, 1).contiguous()  # the one change of layout at this end
+        x = x.permute(0, 2, 3, 4, 1).contiguous()  # the only change of layout before the head
         x = convolve(self.stem, x)
         skips = [x]
         if self.stem_attention is not None:
@@ -223,11 +226,11 @@ class FactorizedUNet(nn.Module):
         x = self.head(x, skips.pop() if skips else None)
         if self.pad:
             x = crop(x, size)
-        return x.permute(0, 4, 1, 2, 3).contiguous()  # and the one at the other
+        return x.permute(0, 4, 1, 2, 3).contiguous()  # back to the caller's layout
 
     def _embed(self, time: Tensor, cond: Tensor | None, drop: Tensor | None) -> Tensor:
-        """(B, emb_dim), or (B * F, emb_dim) of times (B, F), after the SiLU that every block would
-        otherwise repeat."""
+        """Embed time and condition: (B, emb_dim), or (B * F, emb_dim) for times (B, F). Includes
+        the SiLU that every block would otherwise repeat."""
         emb = self.time_embedding(time if time.ndim == 1 else time.flatten())
         if cond is not None:
             cond = cond.to(emb.dtype)
@@ -305,7 +308,7 @@ class FactorizedUNet(nn.Module):
             )
         weight = getattr(self.stem, "weight", None)
         if weight is None or (weight.is_meta and "forward" in self.stem.__dict__):
-            return  # replaced, or offloaded until it is called: its device is its own affair
+            return  # replaced, or offloaded until it is called: its device is unknown
         device = weight.device
         for name, t in {"x": x, "time": time, "cond": cond, "focus_present_mask": focus}.items():
             if t is not None and t.device != device:

@@ -1,4 +1,4 @@
-"""Frames whose size no network has, made larger for it and cut again."""
+"""Pad frames to a size that the network takes, and crop its output to the original size."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def pad_edges(x: Tensor, factor: int) -> Tensor:
-    """(B, C, F, H, W) with H and W up to the next multiples of ``factor``, the border repeated,
-    half of it before and the rest behind. By concatenation: the backward pass of torch's padding
-    adds in an order of its own on a GPU."""
+    """Pad x (B, C, F, H, W): H and W become the next multiples of ``factor``. The border pixels are
+    repeated, half of the padding before and the rest behind. It concatenates because the backward
+    pass of torch's padding sums in another order on a GPU."""
     for dim in (3, 4):
         more = -x.shape[dim] % factor
         if more:
@@ -30,7 +30,7 @@ def _repeated(edge: Tensor, dim: int, count: int) -> Tensor:
 
 
 def crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, F, H', W', C) back to ``size`` (H, W), what ``pad_edges`` added cut off."""
+    """Crop x (B, F, H', W', C) to ``size`` (H, W): remove what ``pad_edges`` added."""
     for dim, extent in zip((2, 3), size):
         more = x.shape[dim] - extent
         x = x.narrow(dim, more // 2, extent) if more else x

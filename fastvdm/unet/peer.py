@@ -1,9 +1,9 @@
-"""Between the peer's parameter names and shapes and ours. Every tensor is only reshaped.
+"""Convert between the peer's parameter names and shapes and ours. Tensors are only reshaped.
 
-The peer is ``video_diffusion_pytorch.Unet3D``: 0.7 has RMSNorm (``norm.gamma``), 0.5.2 to 0.6.3
-have GroupNorm (``norm.weight``, ``norm.bias``). In 0.5.2 and 0.5.3 the outermost skip leaves before
-the temporal attention of the stem, in 0.6 after it: no key and no shape tells. Earlier releases
-have other layers.
+The peer is ``video_diffusion_pytorch.Unet3D`` (lucidrains). Release 0.7 has RMSNorm
+(``norm.gamma``); 0.5.2 to 0.6.3 have GroupNorm (``norm.weight``, ``norm.bias``). In 0.5.2 and 0.5.3
+the outermost skip starts before the temporal attention of the stem, in 0.6 after it; neither keys
+nor shapes show which. Earlier releases have other layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastvdm.layers.resnet import ResnetBlock
 from fastvdm.unet.blocks import Level
 from fastvdm.unet.network import FactorizedUNet
 
-# In every peer state_dict, in none of ours.
+# A key of every peer state_dict and of no UNet3D's.
 _MARK = "time_rel_pos_bias.relative_attention_bias.weight"
 _FIRST_NORM = "downs.0.0.block1.norm."
 
@@ -39,19 +39,19 @@ def is_peer_state(state: Mapping[str, Any], prefix: str = "") -> bool:
 
 
 def _norm_of(state: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The ``norm`` that a peer state_dict is of; None where neither's parameters are there."""
+    """The ``norm`` of a peer state_dict; None if it has the parameters of neither kind."""
     kinds = {"gamma": "rms", "weight": "group"}
     return next((kinds[k] for k in kinds if prefix + _FIRST_NORM + k in state), None)
 
 
 def _same(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
-    """A module whose parameters have the same names and shapes (Linear, Embedding)."""
+    """A module whose parameters have the same names and shapes in both (Linear, Embedding)."""
     for name, p in model.get_submodule(own).named_parameters():
         yield Entry(f"{peer}.{name}", f"{own}.{name}", tuple(p.shape))
 
 
 def _conv(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
-    """Conv2d here, Conv3d with a kernel of depth 1 there."""
+    """Conv2d here; Conv3d with a kernel of depth 1 in the peer."""
     for name, p in model.get_submodule(own).named_parameters():
         shape = tuple(p.shape)
         yield Entry(f"{peer}.{name}", f"{own}.{name}", shape[:2] + (1,) * (p.ndim == 4) + shape[2:])
@@ -82,7 +82,7 @@ def _resnet(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
 def _attention(model: nn.Module, peer: str, own: str) -> Iterator[Entry]:
     layer = model.get_submodule(own)
     assert isinstance(layer, Attention)
-    if layer.core == "linear":  # 1x1 Conv2d there
+    if layer.core == "linear":  # a 1x1 Conv2d in the peer
         for name, p in (("qkv", layer.qkv.weight), ("out", layer.out.weight)):
             yield Entry(f"{peer}.fn.fn.to_{name}.weight", f"{own}.{name}.weight", (*p.shape, 1, 1))
         yield Entry(f"{peer}.fn.fn.to_out.bias", f"{own}.out.bias", tuple(layer.out.bias.shape))
@@ -121,7 +121,7 @@ def _entries(model: FactorizedUNet) -> Iterator[Entry]:
 
 
 def _rotary_keys(entries: list[Entry]) -> list[str]:
-    """The peer stores its one frequency vector once per temporal attention."""
+    """The peer stores its frequency vector once per temporal attention."""
     return [
         e.peer.replace("to_qkv.weight", "rotary_emb.freqs")
         for e in entries
@@ -130,7 +130,7 @@ def _rotary_keys(entries: list[Entry]) -> list[str]:
 
 
 def parameter_order(model: FactorizedUNet) -> list[tuple[str, str]]:
-    """(peer's name, ours) of every parameter."""
+    """(peer name, own name) of every parameter."""
     return [(e.peer, e.own) for e in _entries(model)]
 
 
@@ -154,7 +154,7 @@ def to_peer_keys(model: FactorizedUNet) -> dict[str, Tensor]:
 
 
 def _convert(model: FactorizedUNet, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The keys of ``state`` under ``prefix`` renamed; what does not fit keeps its peer name."""
+    """Rename the keys of ``state`` under ``prefix``. What does not fit keeps its peer name."""
     _require_peer_layout(model)
     assert model.rotary_dim is not None
     entries = list(_entries(model))
@@ -199,8 +199,8 @@ _ERA = (
 def require_release(state: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: a state_dict of the peer's that two releases understand differently, where
-            ``given``, the caller's arguments, do not choose.
+        ValueError: two releases of the peer interpret the state_dict differently, and ``given``,
+            the caller's arguments, does not choose.
     """
     if is_peer_state(state) and _norm_of(state) == "group" and given.get("stem_skip") is None:
         raise ValueError(f"{_ERA}. Pass stem_skip, and resnet_groups unless it is 8")
@@ -214,7 +214,7 @@ def _warn_of_era(groups: int) -> None:
 
 
 def warn_caller(text: str) -> None:
-    """A UserWarning at the line that called into fastvdm (and torch, from a load hook)."""
+    """Give a UserWarning at the line that called fastvdm (or torch, from a load hook)."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastvdm.", "torch.")):
         frame, level = frame.f_back, level + 1
@@ -222,10 +222,10 @@ def warn_caller(text: str) -> None:
 
 
 def to_own_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Our names for a peer state_dict; any other is returned as it is.
+    """Rename the keys of a peer state_dict to ours. Any other state is returned as it is.
 
     Raises:
-        ValueError: a tensor's shape, or the kind of norm, is not this network's.
+        ValueError: the shape of a tensor, or the kind of norm, does not fit this network.
     """
     return _convert(model, state, "") if is_peer_state(state) else dict(state)
 
@@ -233,8 +233,7 @@ def to_own_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> dict[str, An
 def rename_to_own(
     model: FactorizedUNet, state: dict[str, Any], prefix: str, errors: list[str]
 ) -> None:
-    """In place, where ``state`` has the peer's keys under ``prefix``; what does not fit is an entry
-    of ``errors``."""
+    """Rename peer keys under ``prefix`` in place. What does not fit is appended to ``errors``."""
     if not is_peer_state(state, prefix):
         return
     try:
@@ -250,8 +249,8 @@ def rename_to_own(
 def _sizes(
     dim: int, heads: int, stem: Tensor, head: Tensor, qkv: Tensor, widths: list[int]
 ) -> dict[str, Any]:
-    """The arguments that the shapes of a network tell, whichever names its weights go by: of its
-    first and last convolution, its first temporal qkv, and the channels of its levels."""
+    """The arguments that follow from shapes alone, under either naming: the weights of the first
+    and last convolution, of the first temporal qkv, and the channels of the levels."""
     return {
         "dim": dim,
         "init_dim": stem.shape[0] if stem.shape[0] != dim else None,
@@ -265,7 +264,7 @@ def _sizes(
 
 
 def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``infer_arguments`` for our own names, as the peer's Trainer saves a UNet3D."""
+    """``infer_arguments`` for our names, as the peer's Trainer saves them for a UNet3D."""
     try:
         dim, init = state["time_embedding.mlp.0.weight"].shape[1], state["stem.weight"]
         (heads,) = {int(k.split(".")[1]) for k in state if k.startswith("relative_bias.")}
@@ -289,11 +288,11 @@ def _infer_own(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The constructor arguments that a state_dict implies: the peer's, or that of a ``UNet3D`` with
-    the peer's layout.
+    """The constructor arguments that a state_dict implies: a peer's, or one of a ``UNet3D`` with
+    the peer layout.
 
     Raises:
-        ValueError: the state_dict is of neither, or lacks keys.
+        ValueError: the state_dict is neither, or lacks keys.
     """
     if "stem.weight" in state:
         return _infer_own(state)
@@ -331,7 +330,7 @@ def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def require_same_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: a peer state_dict has other keys than the peer's network of these arguments.
+        ValueError: the keys are not those of a peer network with these arguments.
     """
     if not is_peer_state(state):
         return
@@ -349,7 +348,7 @@ def require_same_keys(model: FactorizedUNet, state: Mapping[str, Any]) -> None:
 
 
 def dtypes(model: FactorizedUNet, state: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Under our names, of the tensors of a state_dict under either's."""
+    """The dtype of each tensor of a state_dict under either naming, by our names."""
     names = (
         [(e.peer, e.own) for e in _entries(model)] if is_peer_state(state) else zip(state, state)
     )

@@ -1,4 +1,4 @@
-"""What sampling must know of a network's training: it goes with the weights (settings.json)."""
+"""What sampling must know about a network's training. It is stored with the weights."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ Pooling = Literal["attention", "mean", "cls"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What sampling must know of the training, and the sampling defaults of the model.
+    """What sampling must know about the training, and the sampling defaults of the model.
 
-    ``model.settings = Settings(prediction="v", num_frames=8)`` tells ``fastvdm.diffusion.sample``
-    and ``diffusion_loss``, which take from there whatever the caller does not say; ``Bundle`` and
-    training runs set it. It is saved with the network.
+    With ``model.settings = Settings(prediction="v", num_frames=8)``, ``fastvdm.diffusion.sample``
+    and ``diffusion_loss`` take from it all that the caller does not pass. ``Bundle`` and training
+    runs set it. It is stored with the network, in settings.json.
 
-    num_frames, image_size (H, W), frameskip and fps describe the clips it was trained on: fps is
-    that of the clips, data_fps what the videos were resampled to before every frameskip-th frame
-    was taken, None for as they were. value_range is that of the data; None is latents, which are
-    neither scaled nor clipped. classes names the classes of a network conditioned on one of them.
-    schedule "cosine" is the paper's in log-SNR, "discrete" the peer's with ``timesteps`` steps, or
-    with ``betas`` of its own instead of its cosine; None is "discrete" for a network that takes
-    step indices and "cosine" for one that takes log-SNRs.
-    num_steps, gamma and langevin are defaults for sampling (Appendix A has them for the paper's
-    models; its w_r are those of guidance_weight="auto").
+    Args:
+        num_frames: frames of the training clips.
+        image_size: (H, W) of the training clips.
+        frameskip: every frameskip-th frame of a video was taken.
+        fps: frames per second of the clips.
+        prediction: what the network returns: "eps", "v" or "x".
+        schedule: "cosine", the paper's in log-SNR, or "discrete", the peer's. None means "discrete"
+            for a network that takes step indices and "cosine" for one that takes log-SNRs.
+        timesteps: steps of the discrete schedule.
+        betas: betas of the discrete schedule; None means the peer's cosine schedule.
+        value_range: range of the data. None means latents, which are neither scaled nor clipped.
+        data_fps: frame rate to which the videos were resampled before frames were skipped; None if
+            they were not resampled.
+        classes: names of the classes of a class-conditional network.
+        text_encoder: name of the text encoder.
+        text_pooling: pooling of its outputs.
+        text_max_length: tokens of a caption.
+        num_steps: default for sampling (Appendix A gives it for the paper's models).
+        gamma: default for ancestral sampling (Appendix A).
+        langevin: whether sampling uses the Langevin corrector (Appendix A).
 
     Raises:
-        ValueError, TypeError: a field of another type or outside its range.
+        ValueError: a field is outside its range.
+        TypeError: a field has the wrong type.
     """
 
     num_frames: int = 16
@@ -58,7 +70,7 @@ class Settings:
         check_choice("prediction", self.prediction, Prediction)
         check_choice("schedule", self.schedule, ScheduleName | None)
         check_choice("text_pooling", self.text_pooling, Pooling)
-        for name in ("image_size", "betas", "value_range", "classes"):  # lists, as JSON has them
+        for name in ("image_size", "betas", "value_range", "classes"):  # JSON has lists
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -104,7 +116,7 @@ class Settings:
 
 
 def _is_number(value: Any) -> bool:
-    """One that a float can hold."""
+    """Whether it is a number that a float can hold."""
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e300
 
 
@@ -114,10 +126,11 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def settings_of(told: Mapping[str, Any]) -> Settings:
-    """Settings of some fields, the others at their defaults.
+    """Settings from some fields; the others keep their defaults.
 
     Raises:
-        ValueError, TypeError: other fields, or a value that does not fit.
+        ValueError: there is no such field, or a value is out of range.
+        TypeError: a value has the wrong type.
     """
     unknown = sorted(str(name) for name in told.keys() - {f.name for f in fields(Settings)})
     if unknown:

@@ -1,4 +1,4 @@
-"""Finds networks inside modules and reads what their weights do not tell."""
+"""Find networks inside modules and read what their weights do not show."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
 
 def _has(module: nn.Module, path: str) -> bool:
-    """``get_submodule`` without ``__getattr__``, through which a compiled module shows the children
-    of the one inside it."""
+    """``get_submodule`` without ``__getattr__``: through it a compiled module shows the children of
+    the module inside."""
     for name in path.split("."):
-        children = module._modules  # TorchScript's has no get
+        children = module._modules  # a TorchScript module's has no get
         child = children[name] if name in children else None  # noqa: SIM401
         if child is None:
             return False
@@ -33,8 +33,8 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def is_peer_network(module: nn.Module) -> bool:
-    """A peer ``Unet3D``, or something made from one. An attention layer that has the peer's
-    relative bias for itself is not."""
+    """Whether it is a peer ``Unet3D`` or derived from one. An attention layer that has the peer's
+    relative bias is not."""
     return all(_has(module, p) for p in ("time_rel_pos_bias.relative_attention_bias", "init_conv"))
 
 
@@ -43,7 +43,7 @@ def is_own_network(module: nn.Module) -> bool:
 
 
 def peer_networks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, network) of every peer ``Unet3D`` in ``module``, under each of its names."""
+    """Yield (path, network) of every peer ``Unet3D`` in ``module``, under each of its names."""
     for path, m in module.named_modules(remove_duplicate=False):
         if is_peer_network(m):
             yield path, m
@@ -64,7 +64,7 @@ def is_a(module: nn.Module, names: set[str]) -> bool:
 def _require_whole(modules: list[nn.Module]) -> None:
     """
     Raises:
-        ValueError: a TorchScript module, or one whose parameters are spread over processes.
+        ValueError: a module is TorchScript, or its parameters are sharded over processes.
     """
     for m in modules:
         if isinstance(m, torch.jit.ScriptModule):
@@ -82,8 +82,8 @@ def _require_whole(modules: list[nn.Module]) -> None:
 def require_convertible(module: nn.Module, path: str) -> None:
     """
     Raises:
-        ValueError: the network at ``path`` cannot be read: TorchScript, sharded, or on more than
-            one device.
+        ValueError: the network at ``path`` cannot be read: it is TorchScript, sharded, or on more
+            than one device.
     """
     above = chain(module, path)
     _require_whole([*above[:-1], *above[-1].modules()])
@@ -106,11 +106,11 @@ class _Place(NamedTuple):
 def find_network(
     module: nn.Module, *, prefix: str | None = None, ema: bool | None = False
 ) -> tuple[str, nn.Module]:
-    """(path, network) of the one peer ``Unet3D`` or ``UNet3D`` in ``module``; prefix and ema as in
-    ``choose``.
+    """(path, network) of the one peer ``Unet3D`` or ``UNet3D`` in ``module``. ``prefix`` and
+    ``ema`` are those of ``choose``.
 
     Raises:
-        ValueError: none, or several, with their paths.
+        ValueError: there is none, or there are several; the message has their paths.
     """
     found = []
     for path, m in module.named_modules(remove_duplicate=False):
@@ -126,7 +126,7 @@ def find_network(
 
 
 def norm_arguments(network: nn.Module) -> dict[str, Any]:
-    """GroupNorm's groups and epsilon, which no state_dict has.
+    """Groups and epsilon of the GroupNorms, which a state_dict does not have.
 
     Raises:
         ValueError: they differ inside the network.
@@ -150,22 +150,22 @@ def load(
     state: Mapping[str, Tensor],
     network: nn.Module | None = None,
 ) -> N:
-    """A network of these arguments and weights, in their dtypes and on their device. Where
-    ``network`` is given they are compared, and ``stem_skip`` is found (``choose_stem_skip``).
+    """Build a network with these arguments and weights, in their dtypes and on their device. If
+    ``network`` is given, the two are compared and ``stem_skip`` is found (``choose_stem_skip``).
 
     Raises:
-        ValueError: other keys or shapes than the arguments have, or another function.
+        ValueError: keys or shapes do not fit the arguments, or the networks differ.
     """
     chosen = arguments.get("stem_skip")
-    if network is not None and is_own_network(network):  # a subclass: it is no question there
+    if network is not None and is_own_network(network):  # a subclass of UNet3D: already known
         chosen = chosen or "after"
-    if network is not None and chosen is None:  # so that loading does not warn of what is measured
+    if network is not None and chosen is None:  # loading must not warn: choose_stem_skip measures
         arguments = arguments | {"stem_skip": "after"}
-    with torch.random.fork_rng([]):  # its initial values are not kept
+    with torch.random.fork_rng([]):  # the initial values are discarded
         model = cls(**arguments)
     peer.require_same_keys(model, state)
     dtypes = peer.dtypes(model, state)
-    # Nothing is rounded before it is compared.
+    # Compare before anything is rounded.
     wide = functools.reduce(torch.promote_types, dtypes.values(), torch.float32)
     stem = state["stem.weight" if "stem.weight" in state else "init_conv.weight"]
     model.to(device=stem.device, dtype=wide).load_state_dict(state)
@@ -179,10 +179,10 @@ def load(
 def read_module(
     source: nn.Module, *, prefix: str | None, ema: bool | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The one network in a module and its constructor arguments, but for ``stem_skip`` of a peer's.
+    """The one network in a module and its constructor arguments, without a peer's ``stem_skip``.
 
     Raises:
-        ValueError: there is none, or several, or it cannot be read.
+        ValueError: there is none, or there are several, or it cannot be read.
     """
     path, network = find_network(source, prefix=prefix, ema=ema)
     require_convertible(source, path)

@@ -1,4 +1,4 @@
-"""UNet3D: the factorized space-time 3D U-Net, drop-in for the peer's ``Unet3D``."""
+"""``UNet3D``: the factorized space-time 3D U-Net, a drop-in for the peer's ``Unet3D``."""
 
 from __future__ import annotations
 
@@ -28,17 +28,30 @@ class UNet3D(
 ):
     """Factorized space-time 3D U-Net (Ho et al. 2022, "Video Diffusion Models", §3).
 
-    Its arguments are the fields of ``fastvdm.unet.UNetConfig``, which says what they mean: first
-    the thirteen of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7, then keyword-only ones.
+    It takes the arguments, inputs and checkpoints of ``video_diffusion_pytorch.Unet3D`` 0.5 to 0.7
+    (``video-diffusion-pytorch`` by lucidrains, here called "the peer") and computes the same
+    function. The arguments are the fields of ``fastvdm.unet.UNetConfig``, which documents them:
+    first the thirteen of the peer, then keyword-only ones.
+
+    Example:
+        >>> import torch
+        >>> from fastvdm import UNet3D
+        >>> model = UNet3D(dim=16, dim_mults=(1, 2), attn_heads=2)
+        >>> video = torch.randn(1, 3, 4, 32, 32)  # (B, C, F, H, W)
+        >>> model(video, torch.tensor([500])).shape  # time: a step index
+        torch.Size([1, 3, 4, 32, 32])
     """
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> UNet3D:
-        """One of the six models of Appendix A: "ucf101", "bair", "kinetics600", "t2v-small",
-        "t2v-large", "t2v-128". ``overrides`` replace any constructor argument.
+        """Build one of the six models of the paper's Appendix A.
+
+        Args:
+            name: "ucf101", "bair", "kinetics600", "t2v-small", "t2v-large" or "t2v-128".
+            overrides: constructor arguments that replace those of the preset.
 
         Raises:
-            ValueError: no such preset.
+            ValueError: there is no such preset.
         """
         return cls(**vars(preset(name, **overrides)))
 
@@ -53,35 +66,40 @@ class UNet3D(
         check: bool = True,
         **overrides: Any,
     ) -> UNet3D:
-        """The same network as a peer ``Unet3D``: its arguments are read off the weights.
+        """Convert a peer ``Unet3D``: the same network, with arguments read off its weights.
 
-        The same keys are not the same network. Of a module, both networks are run on a small random
-        input, and ``stem_skip`` is the one with which they agree. A state_dict or a file cannot be
-        run: one of the peer's GroupNorm era, which has two meanings, needs ``stem_skip``.
+        Equal keys do not imply equal networks. A module is therefore run, together with the new
+        ``UNet3D``, on a small random input, and the ``stem_skip`` with which they agree is kept. A
+        state_dict or a file cannot be run. The peer's releases with GroupNorm have two meanings for
+        the same weights, so a state of theirs requires ``stem_skip``.
 
         Args:
-            source: the module or one that holds it; its state_dict or a checkpoint of any wrapper
-                that has it under some prefix (``GaussianDiffusion``, ``Trainer``, Lightning, EMA,
-                DDP ...), as a mapping or a file (nothing is unpickled). Also of a ``UNet3D`` in the
-                peer's place, with the config.json and settings.json beside it where they are.
-            ema: take the averaged weights: of a state see
-                ``fastvdm.unet.checkpoint.find_network``, of a module the network whose path says
-                "ema", "averaged" or "swa".
-            prefix: which network, where there are several: its dotted path or a part of it.
-            exact: keep the peer's defects too (``mask_stem_attention=False``,
-                ``cond_drop_prob=0``), for runs that must be reproduced.
-            check: compare a module with its ``UNet3D``; False for one that cannot be run.
-            overrides: constructor arguments. GroupNorm's groups are read off a module, and cannot
-                be read off a state_dict: pass ``resnet_groups`` unless it is the default 8.
+            source: a peer ``Unet3D`` or a module that contains one; or its state_dict; or a
+                checkpoint of any wrapper that has it under some prefix (``GaussianDiffusion``,
+                ``Trainer``, Lightning, EMA, DDP ...), as a mapping or a file. Nothing is unpickled.
+                The network may also be a ``UNet3D`` used in place of the peer's; config.json and
+                settings.json next to the file are then read.
+            ema: take the averaged weights. For a state see
+                ``fastvdm.unet.checkpoint.find_network``; in a module they are the network whose
+                path says "ema", "averaged" or "swa".
+            prefix: the dotted path of the network or a part of it, if there are several networks.
+            exact: keep the peer's defects (``mask_stem_attention=False``, ``cond_drop_prob=0``),
+                for runs that must be reproduced.
+            check: compare a module with its ``UNet3D``. Pass False if it cannot be run.
+            overrides: constructor arguments. The groups of GroupNorm are read off a module. A
+                state_dict does not have them: pass ``resnet_groups`` unless it is the default 8.
+
+        Returns:
+            The network, with the dtypes and on the device of the weights.
 
         Raises:
-            ValueError: the source holds no peer ``Unet3D``, or several, or has other keys; a module
-                computes something else than its ``UNet3D``, or cannot be run; weights alone do not
-                tell what is needed: ``stem_skip`` of the peer's GroupNorm era, ``time_input`` of a
-                ``UNet3D``.
+            ValueError: the source has no peer ``Unet3D``, has several, or has other keys; a module
+                computes another function or cannot be run; or an argument is needed that the
+                weights do not show: ``stem_skip`` for the peer's GroupNorm releases, ``time_input``
+                for a ``UNet3D``.
 
         Warns:
-            UserWarning: groups of a ``UNet3D``'s GroupNorm that had to be assumed.
+            UserWarning: the groups of a ``UNet3D``'s GroupNorm had to be assumed.
         """
         network: nn.Module | None = None
         settings: Mapping[str, Any] = {}
@@ -101,7 +119,7 @@ class UNet3D(
             peer.require_release(state, overrides)
         if exact:
             arguments |= {"mask_stem_attention": False, "cond_drop_prob": 0.0}
-        if type(network) is cls or not check:  # ours tells its arguments
+        if type(network) is cls or not check:  # a UNet3D knows its arguments
             network = None
         model = modules.load(cls, arguments | overrides, state, network)
         model.settings = settings
@@ -116,13 +134,21 @@ class UNet3D(
         ema: bool | None = False,
         prefix: str | None = None,
     ) -> Any:
-        """Also takes a peer state_dict, and either under any prefix and in any nested mapping, as
-        wrappers save it; ``ema`` and ``prefix`` as in ``from_unet3d``. Everything is checked before
-        anything is copied. One of the peer's GroupNorm era warns where this network was built
-        without ``stem_skip``.
+        """Copy weights from a state_dict of this network or of a peer ``Unet3D``.
+
+        The state may be under any prefix and in any nested mapping, as wrappers save it. All keys
+        and shapes are checked before anything is copied. A state of the peer's GroupNorm releases
+        gives a warning if this network was built without ``stem_skip``.
+
+        Args:
+            state_dict: the state, or a mapping that contains it.
+            strict: as in ``torch.nn.Module.load_state_dict``.
+            assign: as in ``torch.nn.Module.load_state_dict``.
+            ema: as in ``from_unet3d``.
+            prefix: as in ``from_unet3d``.
 
         Raises:
-            ValueError: keys or shapes that do not fit; the model is then unchanged.
+            ValueError: keys or shapes do not fit. The model is then unchanged.
         """
         names = self.state_dict().keys()
         network = files.find_network(state_dict, ema=ema, prefix=prefix, names=names)
@@ -140,18 +166,19 @@ class UNet3D(
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """What torch calls where a module around this one, e.g. a ``GaussianDiffusion``, loads."""
+        """Called by torch if a module around this one, e.g. a ``GaussianDiffusion``, loads."""
         peer.rename_to_own(self, state_dict, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def to_peer_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of the peer's ``Unet3D`` with these weights, bit for bit. With
-        ``stem_skip="before"`` it is for releases up to 0.5.3, though others take it too.
+        """Return the state_dict of the peer's ``Unet3D`` with these weights, bit for bit.
+
+        With ``stem_skip="before"`` only the peer's releases up to 0.5.3 compute the same function,
+        although later ones accept the weights too.
 
         Raises:
-            ValueError: the network has no peer equivalent (paper layout, other positions,
-                ``causal``).
+            ValueError: the peer has no such network (paper layout, other positions, ``causal``).
         """
         return peer.to_peer_keys(self)

@@ -1,6 +1,6 @@
-"""Videos in and out, and a data set of clips with captions, labels or vectors.
+"""Read and write videos, and a data set of clips with captions, labels or vectors.
 
-A video is a float tensor ``(C, F, H, W)`` in [0, 1] on this side; the networks work in [-1, 1]
+A video is a float tensor ``(C, F, H, W)`` in [0, 1] here; networks take [-1, 1]
 (``2 * video - 1``).
 """
 

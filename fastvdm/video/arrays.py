@@ -17,15 +17,15 @@ from fastvdm.video.index import Timeline, VideoReadError
 from fastvdm.video.pixels import resize_crop, resize_picture, sides
 
 ARRAYS = (".npy", ".npz")
-# What NumPy raises for files that are no arrays.
+# What NumPy raises for files that are not arrays.
 BROKEN = (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error, TokenError)
 _NAMES = ("video", "frames", "latents")
 
 
 class ArraySource:
-    """An array (C, F, H, W) or (F, H, W, C), or (F, H, W) of one channel. It has no times.
+    """An array (C, F, H, W) or (F, H, W, C), or (F, H, W) with one channel. It has no times.
 
-    Frames come out as uint8, or as floats: in [0, 1], or with ``value_range`` None as they are.
+    Frames are returned as uint8 or as floats: in [0, 1], or unchanged if ``value_range`` is None.
     """
 
     def __init__(

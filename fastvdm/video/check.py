@@ -1,4 +1,4 @@
-"""Whether videos can be read to their ends."""
+"""Check whether videos can be read to their ends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastvdm.video.reader import open_source
 
 
 class VideoReport(NamedTuple):
-    """What ``check_video`` found.
+    """The result of ``check_video``.
 
-    ``frames`` decode; ``fps`` is None where there are no times; ``width`` and ``height`` are in
-    pixels, turned by ``rotation`` degrees (counterclockwise) as read; ``codec`` names FFmpeg's
-    decoder, or "webp", "frames", "array"; ``problem`` is None if nothing is wrong.
+    ``frames`` is the number of frames that decode. ``fps`` is None without times. ``width`` and
+    ``height`` are in pixels after rotation by ``rotation`` degrees (counterclockwise). ``codec`` is
+    the name of FFmpeg's decoder, or "webp", "frames", "array". ``problem`` is None if all is well.
     """
 
     path: Path
@@ -42,9 +42,12 @@ def check_video(
     channels: int = 3,
     value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> VideoReport:
-    """Decode a whole video and report; what is wrong with it is no exception but in the report.
+    """Decode a whole video and report on it. A defect of the video is reported, not raised.
 
-    ``channels`` and ``value_range`` are what arrays are held to, as in ``read_video``.
+    Args:
+        path: as in ``read_video``.
+        channels: required channels of arrays, as in ``read_video``.
+        value_range: required range of arrays, as in ``read_video``.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -81,7 +84,7 @@ def _shape(frame: Tensor) -> tuple[int, int]:
 
 
 class _Counted:
-    """Packets of a stream, counted as they go by: all of them, and those that show no frame."""
+    """Counts the packets of a stream as they pass: all, and those that show no frame."""
 
     def __init__(self, packets: Iterator[Any]) -> None:
         self.packets, self.total, self.hidden = packets, 0, 0
@@ -106,7 +109,7 @@ def _check_file(path: Path) -> VideoReport:
     fps = frame_index(path).line.fps
     frames, angle, sizes = 0, 0, []
     with opened(path, threads=1) as (container, stream, decoder):
-        decoder.options = {"err_detect": "crccheck+explode"}  # no error is concealed
+        decoder.options = {"err_detect": "crccheck+explode"}  # report errors, do not conceal them
         packets = _Counted(container.demux(stream))
         decoding = decode_all(packets, decoder)
         while True:
@@ -144,10 +147,17 @@ def check_folder(
     channels: int = 3,
     value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> Iterator[VideoReport]:
-    """A report of each video under a folder, in the order of ``list_videos``.
+    """Report on each video under a folder, in the order of ``list_videos``.
 
-    ``num_workers`` threads decode at a time (0: the one that calls). Errors are those of
-    ``list_videos`` and ``check_video``.
+    Args:
+        folder: as in ``list_videos``.
+        num_workers: number of threads that decode; 0 uses the calling thread.
+        channels: as in ``check_video``.
+        value_range: as in ``check_video``.
+
+    Raises:
+        FileNotFoundError: as in ``list_videos``.
+        ValueError: as in ``list_videos`` and ``check_video``.
     """
     paths = list_videos(folder)
 

@@ -1,4 +1,4 @@
-"""What the videos of a folder are conditioned on: captions, class labels or vectors."""
+"""The conditions of the videos in a folder: captions, class labels or vectors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from fastvdm.video.listing import beside
 
 
 def read_captions(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list[str]:
-    """The caption of each video: ``folder/captions.json`` (a map from the path relative to
-    ``folder``, or the bare file name, to the caption), else ``clip.txt`` beside ``clip.mp4``.
+    """The caption of each video: from ``folder/captions.json`` if it exists (it maps the path
+    relative to ``folder``, or the bare file name, to the caption), else from ``clip.txt`` next to
+    ``clip.mp4``.
 
     Raises:
-        ValueError: captions are missing (how many, and the first ones) or the JSON is no such map.
+        ValueError: captions are missing (the message has their number and the first ones), or the
+            JSON file is not such a map.
     """
     folder = Path(folder)
     index = folder / "captions.json"
@@ -40,11 +42,12 @@ def read_captions(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list
 
 
 def read_labels(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list[str]:
-    """The class of each video: its entry in ``folder/labels.json`` (a map from the path relative to
-    ``folder`` to the label), without that file the name of the top folder that it is in.
+    """The class of each video: from ``folder/labels.json`` if it exists (it maps the path relative
+    to ``folder`` to the label), else the name of the top-level folder that contains it.
 
     Raises:
-        ValueError: labels are missing (how many, and the first ones) or the JSON is no such map.
+        ValueError: labels are missing (the message has their number and the first ones), or the
+            JSON file is not such a map.
     """
     folder = Path(folder)
     index = folder / "labels.json"
@@ -65,12 +68,12 @@ def read_labels(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list[s
 
 
 def read_vectors(paths: Sequence[Path], folder: str | os.PathLike[str]) -> Tensor:
-    """The vector of each video, (N, D) float32: ``clip.cond.npy`` beside ``clip.mp4``, else the
+    """The vector of each video, (N, D) float32: ``clip.cond.npy`` next to ``clip.mp4``, else the
     array in ``folder/vectors.npz`` under the path relative to ``folder``.
 
     Raises:
-        ValueError: vectors are missing (how many, and the first ones), not one-dimensional, not
-            finite or of several widths.
+        ValueError: vectors are missing (the message has their number and the first ones), are not
+            one-dimensional, are not finite, or differ in width.
     """
     folder = Path(folder)
     index = folder / "vectors.npz"
@@ -113,7 +116,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _table(index: Path, what: str) -> dict[str, str] | None:
-    """A JSON file with one object of strings, None where there is no such file."""
+    """A JSON file with one object of strings; None if the file does not exist."""
     if not index.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Chosen frames of a video file, from the last key frame before them or from its start."""
+"""Decode chosen frames of a video file, from the key frame before them or from the start."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fastvdm.video.index import (
     opened,
 )
 
-# A seek empties the decoder's pipeline: frames nearer than this are decoded on.
+# A seek empties the decoder's pipeline, so closer frames are reached by decoding on.
 _NEAR = 8
 
 Finish = Callable[[np.ndarray], Tensor]
 
 
 class FileSource:
-    """A video file that FFmpeg reads."""
+    """A video file that FFmpeg reads. ``finish`` makes a tensor of a picture (H, W, 3 or 4)."""
 
     def __init__(self, path: str | os.PathLike[str], finish: Finish) -> None:
         require("av", "video")
@@ -39,7 +39,7 @@ class FileSource:
         return frame_index(self.path).line
 
     def decodable(self) -> int:
-        """How many frames decode from the start, up to the first that does not."""
+        """The number of frames from the start up to the first that does not decode."""
         told, found = frame_index(self.path).line.times, decoded_index(self.path).line
         if told is None or found.times is None:
             return found.length
@@ -47,9 +47,8 @@ class FileSource:
         return next(lost, min(len(told), found.length))
 
     def read(self, numbers: Sequence[int]) -> list[Tensor]:
-        """These frames (ascending, without repeats); only the first of them where others fail.
-
-        ``finish`` makes a tensor of each picture (H, W, 3 or 4).
+        """These frames (ascending, without repeats); if some fail, only those before the first
+        failure.
         """
         index = frame_index(self.path)
         with opened(self.path) as opened_file:
@@ -62,7 +61,7 @@ class FileSource:
         with opened(self.path, threads=1) as (container, stream, decoder):
             for number, frame in enumerate(decode_all(container.demux(stream), decoder)):
                 if times is not None and (number >= len(times) or frame.pts != times[number]):
-                    break  # a frame was lost: what comes later has other numbers
+                    break  # a frame was lost, so later frames have other numbers
                 if number in wanted:
                     found.append(take(frame))
                     if len(found) == len(numbers):
@@ -82,7 +81,7 @@ class FileSource:
 
 
 class _Run(NamedTuple):
-    """Frames that are decoded in one go, from one key frame."""
+    """Frames that are decoded together, from one key frame."""
 
     key: int
     pts: list[int]
@@ -109,13 +108,13 @@ def _runs(index: Index, numbers: Sequence[int]) -> list[_Run] | None:
 def _by_seeking(
     opened_file: Any, index: Index, numbers: Sequence[int], take: Callable[[Any], Tensor]
 ) -> list[Tensor] | None:
-    """The frames, or None unless exactly these came out whole."""
+    """The frames; None unless exactly these frames came out intact."""
     runs = _runs(index, numbers)
     if runs is None:
         return None
     found: list[Tensor] = []
     for run in runs:
-        for key in (run.key, run.key - 1):  # a key frame may be one in name only
+        for key in (run.key, run.key - 1):  # a frame marked as key frame may not be one
             part = _decode_run(opened_file, index, key, run.pts, take) if key >= 0 else None
             if part is not None:
                 break
@@ -134,7 +133,7 @@ def _decode_run(
     found: list[Tensor] = []
 
     def is_done(frames: list[Any]) -> bool:
-        """Takes what is wanted of the frames, which come in the order shown."""
+        """Take the wanted frames; they come in the order in which they are shown."""
         for frame in frames:
             if left and frame.pts == left[0] and not frame.is_corrupt:
                 left.popleft()
@@ -147,13 +146,13 @@ def _decode_run(
         for packet in _packets(opened_file, index.keys[key], index.key_dts[key]):
             last = packet is None
             if packet is not None and index.skips:
-                # What no frame refers to need not be decoded.
+                # Frames to which no other refers need not be decoded.
                 decoder.skip_frame = "DEFAULT" if packet.pts in unsent else "NONREF"
             if packet is not None and index.by_packet:
                 unsent.discard(packet.pts)
             if is_done(decoder.decode(packet)) or last:
                 break
-            if not unsent:  # the decoder has them all: no need to feed it what comes after
+            if not unsent:  # the decoder has all wanted frames and needs no further packets
                 is_done(decoder.decode(None))
                 break
     except av.error.FFmpegError:
@@ -165,9 +164,9 @@ def _decode_run(
 
 
 def _packets(opened_file: Any, pts: int, dts: int) -> Iterator[Any]:
-    """The packets from this key frame's on, then None; nothing where seeking does not find it."""
+    """The packets from this key frame on, then None; nothing if seeking does not find it."""
     container, stream, decoder = opened_file
-    # Some containers are searched by pts, others by dts.
+    # Some containers seek by pts, others by dts.
     for target in dict.fromkeys((pts, dts)):
         container.seek(target, stream=stream, backward=True)
         if decoder.is_open:
@@ -189,15 +188,16 @@ def _packets(opened_file: Any, pts: int, dts: int) -> Iterator[Any]:
 
 
 def converter() -> Callable[..., Any]:
-    """What converts frames of one video to another pixel format, in one thread: to start several
-    takes longer than the conversion. (PyAV before 17 does not let one choose.)"""
+    """A function that converts frames of one video to another pixel format in one thread, because
+    starting several takes longer than the conversion. (PyAV before 17 does not offer the choice.)
+    """
     av = require("av", "video")
     convert = av.video.reformatter.VideoReformatter().reformat
     return partial(convert, threads=1) if int(av.__version__.split(".")[0]) >= 17 else convert
 
 
 def picture(frame: Any, convert: Callable[..., Any]) -> np.ndarray:
-    """(H, W, 3) uint8, (H, W, 4) where the frame has alpha; turned as its display matrix says."""
+    """(H, W, 3) uint8, or (H, W, 4) if the frame has alpha; rotated by its display matrix."""
     parts = frame.format.components
     has_alpha = frame.format.has_palette or any(c.is_alpha for c in parts)
     name = "rgba" if has_alpha else "rgb24"
@@ -213,10 +213,10 @@ def picture(frame: Any, convert: Callable[..., Any]) -> np.ndarray:
 
 
 def display(frame: Any) -> tuple[bool, bool, bool]:
-    """Whether the display matrix transposes a frame, and then mirrors it along x and along y.
+    """Whether the display matrix transposes a frame, and then whether it mirrors along x and y.
 
     Raises:
-        VideoReadError: it turns by an angle that is no multiple of 90 degrees.
+        VideoReadError: it rotates by an angle that is not a multiple of 90 degrees.
     """
     matrix = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
@@ -232,5 +232,5 @@ def display(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def rotation(frame: Any) -> int:
-    """Degrees counterclockwise by which the frame is turned for display: 0, 90, 180 or 270."""
+    """Degrees counterclockwise by which the frame is rotated for display: 0, 90, 180 or 270."""
     return int(frame.rotation) % 360 if any(display(frame)) else 0

@@ -1,4 +1,4 @@
-"""A data set of random clips of the videos under a folder."""
+"""A data set of random clips from the videos under a folder."""
 
 from __future__ import annotations
 
@@ -18,34 +18,40 @@ from fastvdm.video.reader import check_arguments, check_fps, open_source, read_f
 
 
 class VideoFolder(Dataset):
-    """Random clips of the videos under a folder.
+    """Random clips from the videos under a folder.
 
-    An item is a clip ``(C, F, H, W)`` in [0, 1]; with ``conditioning`` a pair (clip, condition).
-    The place of the clip and the flip are drawn from torch's global generator: seed that one (a
-    ``DataLoader`` does for its workers) to get the same clips again. What was read before does not
-    matter.
+    An item is a clip ``(C, F, H, W)`` in [0, 1], or with ``conditioning`` a pair (clip, condition).
+    The position of the clip and the flip are drawn from torch's global generator; seed it to get
+    the same clips again (a ``DataLoader`` seeds that of its workers). Earlier reads have no effect.
 
     Args:
         folder: searched recursively (``list_videos``).
-        num_frames: frames in a clip.
-        size: sides of the clip in pixels: resize to cover, then centre crop.
-        frameskip: distance of two frames of the clip, in frames of the file, or of ``fps``.
-        fps, channels, background, value_range: as in ``read_video``.
+        num_frames: frames per clip.
+        size: sides of the clip in pixels: resize to cover, then crop the centre.
+        frameskip: distance between two frames of the clip, in frames of the file or of ``fps``.
+        fps: as in ``read_video``.
+        channels: as in ``read_video``.
+        background: as in ``read_video``.
+        value_range: as in ``read_video``.
         conditioning: "captions": the condition is a string (``read_captions``); "classes": an int,
-            the place of the label (``read_labels``) in ``classes``; "vectors": (D,) float32
-            (``read_vectors``), D is ``cond_dim``.
+            the index in ``classes`` of the label (``read_labels``); "vectors": (D,) float32
+            (``read_vectors``), where D is ``cond_dim``.
         flip: mirror half of the clips left to right (the paper does so for BAIR).
-        short: what to do with a video that is too short: "error", or "repeat" its last frame.
+        short: for a video that is too short: "error", or "repeat" its last frame.
+
     Attributes:
-        paths: the videos; ``names`` relative to the folder, ``identities`` with their bytes (of a
-            folder of frames the sum of them and of the number of frames).
-        conditions: of each video, None without ``conditioning``.
-        classes: the labels, sorted; empty unless ``conditioning`` is "classes".
+        paths: the videos.
+        names: their paths relative to the folder.
+        identities: (name, bytes) of each; for a folder of frames the sum of the bytes and of the
+            number of frames.
+        conditions: the condition of each video; None without ``conditioning``.
+        classes: the sorted labels; empty unless ``conditioning`` is "classes".
+
     Raises:
-        ValueError, FileNotFoundError: at once for the folder, the arguments and missing conditions;
-            when an item is read for a video that is unreadable or too short; the error's ``video``
-            is its name. One that stops decoding in the middle counts as long as what decodes from
-            its start.
+        ValueError: an argument is wrong or conditions are missing (raised at once); or a video is
+            unreadable or too short (raised when an item is read; the error's ``video`` is its
+            name). A video that stops decoding in the middle has the length that decodes.
+        FileNotFoundError: there is no such folder.
     """
 
     def __init__(
@@ -133,8 +139,8 @@ class VideoFolder(Dataset):
         except VideoReadError as error:
             frames, problem = [], error
         if len(frames) < len(numbers):
-            # The packets promised more than decodes. The next draw may not be the first one in a
-            # process that happens to know: a run that is resumed would then see other clips.
+            # Fewer frames decode than the packets promised. The clip must not depend on what this
+            # process has read before, or a resumed run would see other clips.
             good = source.decodable()
             left = [number for number in shown if number < good]
             if len(left) == len(shown) or not left:
@@ -146,7 +152,7 @@ class VideoFolder(Dataset):
         return stack(path, frames + frames[-1:] * (num_frames - len(frames)))
 
     def _draw(self, path: Path, shown: Sequence[int], num_frames: int) -> Sequence[int]:
-        """Where a clip lies in the frames ``shown``; fewer than ``num_frames`` of a short video."""
+        """The frames of a clip among ``shown``; fewer than ``num_frames`` if the video is short."""
         length = len(shown)
         span = (num_frames - 1) * self.frameskip + 1
         if not length:

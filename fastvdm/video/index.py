@@ -1,7 +1,8 @@
-"""Which frames a video file shows, and when: from its packets where they tell, else by decoding.
+"""Which frames a video file shows, and when: from its packets if possible, else by decoding.
 
-Frame k is the k-th that a decoder shows which starts at the beginning of the file. Neither headers
-(they count frames that an edit list hides) nor times (of variable rate) tell which one that is.
+Frame k is the k-th frame shown by a decoder that starts at the beginning of the file. Headers do
+not tell which one that is (they count frames that an edit list hides), and neither do times (of a
+variable rate).
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from fastvdm.runtime.optional import require
 
 
 class VideoReadError(ValueError):
-    """A file that exists but cannot be decoded as a video, or has too few frames."""
+    """A file exists but cannot be decoded as a video, or has too few frames."""
 
 
 class Timeline(NamedTuple):
-    """When the frames of a video are shown; without ``times`` a constant ``rate``, or neither."""
+    """When the frames of a video are shown: at ``times``, at a constant ``rate``, or unknown."""
 
     length: int
     times: Sequence[int] | None = None  # ascending, in ticks
-    end: int = 0  # when the last frame ends
+    end: int = 0  # the end of the last frame
     tick: Fraction = Fraction(1)  # in seconds
-    rate: float | None = None  # frames a second that the file says
+    rate: float | None = None  # frames per second according to the file
 
     def frames(self, fps: float | None) -> Sequence[int]:
         """The frame shown at ``t0 + j / fps`` for j = 0, 1, ... to the end of the video.
 
         Raises:
-            VideoReadError: times so far apart that there would be more than 10 million.
+            VideoReadError: the times are so far apart that there would be over 10 million frames.
         """
         if fps is None or not self.length or (self.times is None and self.rate is None):
             return range(self.length)
@@ -57,39 +58,39 @@ class Timeline(NamedTuple):
 
     @staticmethod
     def _early(times: Sequence[int]) -> float:
-        """By how many ticks a frame may count as shown before its time: by half a one, as files
-        round, unless frames are evenly spaced (nothing was rounded) or a tick is a frame."""
+        """By how many ticks a frame may count as shown before its time. It is half a tick, because
+        files round, unless frames are evenly spaced (nothing was rounded) or a tick is a frame."""
         if isinstance(times, range) or len(times) < 2:
             return 1e-6
         return 0.5 if int(np.diff(np.asarray(times)).min()) > 1 else 1e-6
 
     @property
     def fps(self) -> float | None:
-        """Average frames per second, None where there are no times."""
+        """Average frames per second; None without times."""
         if self.times is None or not self.length:
             return self.rate
         return float(self.length / ((self.end - self.times[0]) * self.tick))
 
 
 class Index(NamedTuple):
-    """The shown frames of a file, and where decoding can start."""
+    """The frames that a file shows, and where decoding can start."""
 
-    line: Timeline  # its times are the pts of the frames; None: what comes out has no usable times
+    line: Timeline  # its times are the pts of the frames; None: decoded frames lack usable times
     keys: Sequence[int]  # pts of the key frames, ascending
     key_dts: Sequence[int]
-    by_packet: bool  # one packet is one frame, with its pts
-    skips: bool  # a frame that says so is not referred to by others
+    by_packet: bool  # each packet is one frame and has its pts
+    skips: bool  # frames marked as non-reference are not referred to
 
     def key(self, pts: int) -> int:
-        """The number of the last key frame that is shown no later than ``pts``, or -1."""
+        """The number of the last key frame shown at or before ``pts``, or -1."""
         return bisect_left(self.keys, pts + 1) - 1
 
 
-# One packet is one frame where the container keeps frames, not a stream that a parser has cut up,
-# and where the codec has neither packets that show nothing nor frames in two packets.
+# A packet is one frame if the container stores frames, not a stream that a parser has split, and if
+# the codec has neither packets that show nothing nor frames in two packets.
 _FRAME_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 _FRAME_CODECS = {"h264", "hevc", "av1", "vp8", "vp9", "mjpeg", "png", "ffv1", "prores", "qtrle"}
-# A decoder of these that is not FFmpeg's own knows the alpha channel, which webm keeps apart.
+# For these, decoders other than FFmpeg's own read the alpha channel, which webm stores separately.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
@@ -97,15 +98,15 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator[Any]:
     """The container, its first video stream and a decoder; FFmpeg's errors become VideoReadError.
 
-    ``threads`` are torch's unless given: in a worker of a DataLoader that is one.
+    ``threads`` is torch's number by default, which is one in a worker of a DataLoader.
     """
     av = require("av", "video")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no video file at {path}")
     try:
-        # Tags in an old encoding are no reason to refuse a file.
-        # An absolute path, as FFmpeg takes a name with a colon for a protocol.
+        # Do not refuse a file because of tags in an old encoding. The path is absolute because
+        # FFmpeg reads a name with a colon as a protocol.
         with av.open(str(path.absolute()), metadata_errors="replace") as container:
             cover = av.stream.Disposition.attached_pic
             stream = next((s for s in container.streams.video if not s.disposition & cover), None)
@@ -128,18 +129,18 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
 
 
 def frame_index(path: str | os.PathLike[str]) -> Index:
-    """The index of a file as it is now (kept for the next call; a changed file is read anew)."""
+    """The index of a file in its current state; cached until the file changes."""
     return _frame_index(*state(path))
 
 
 def decoded_index(path: str | os.PathLike[str]) -> Index:
-    """The same from decoding the whole file, up to where that fails."""
+    """The index from decoding the whole file, up to the first failure."""
     return _decoded_index(*state(path))
 
 
 def state(path: str | os.PathLike[str]) -> tuple[str, int, int]:
-    """What a cache of things about a file goes by: path, size, and a number that changes with the
-    file: one copied over it may bring size and time of change along."""
+    """The cache key of a file: path, size, and a number that changes with the file. Size and time
+    do not suffice: a file copied over another one may bring both along."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no video file at {path}")
@@ -148,7 +149,7 @@ def state(path: str | os.PathLike[str]) -> tuple[str, int, int]:
     return str(path.absolute()), found.st_size, changed
 
 
-@lru_cache(maxsize=1 << 16)  # an index of a file of constant rate is below a kilobyte
+@lru_cache(maxsize=1 << 16)  # the index of a file with a constant rate takes under a kilobyte
 def _frame_index(path: str, size: int, changed: int) -> Index:
     with opened(path) as (container, stream, decoder):
         if container.format.name in _FRAME_CONTAINERS and decoder.codec.id in _codec_ids():
@@ -165,7 +166,7 @@ def _codec_ids() -> frozenset[int]:
 
 
 def _from_packets(container: Any, stream: Any) -> Index | None:
-    """The index by demuxing alone, None where packets do not tell which frames are shown."""
+    """The index by demuxing alone; None if the packets do not show which frames are shown."""
     av = require("av", "video")
     name = stream.codec_context.name
     shown, keys, first, last, skips = [], [], None, None, True
@@ -196,28 +197,28 @@ def _from_packets(container: Any, stream: Any) -> Index | None:
 
 
 def _has_layers(packet: bytes, extradata: bytes | None) -> bool:
-    """Whether an HEVC packet is of a higher temporal layer, or of a form not known here. With
-    layers, a frame that says it is not referred to may be, by the layers above its own."""
+    """Whether an HEVC packet belongs to a higher temporal layer, or is of an unknown form. With
+    layers, a frame marked as non-reference may still be used by the layers above its own."""
     if not extradata or len(extradata) < 22 or extradata[0] != 1:
         return True
-    width = (extradata[21] & 3) + 1  # of the length before each unit
+    width = (extradata[21] & 3) + 1  # bytes of the length before each unit
     at = 0
     while at + width + 2 <= len(packet):
         kind, layer = packet[at + width] >> 1 & 0x3F, packet[at + width + 1] & 7
-        if kind < 32:  # a part of the picture
+        if kind < 32:  # a slice of a picture
             return layer > 1
         at += width + int.from_bytes(packet[at : at + width], "big")
     return True
 
 
 def _is_invisible(codec: str, packet: Any) -> bool:
-    """Whether a VP8 or VP9 packet is a frame for reference only, or may hold one frame of many."""
+    """Whether a VP8 or VP9 packet shows no frame, or may hold one frame of several."""
     if codec in ("vp8", "libvpx"):
         return not bytes(packet)[0] & 0x10
     if codec in ("vp9", "libvpx-vp9"):
         data = bytes(packet)
         if data[-1] & 0xE0 == 0xC0:
-            return False  # a superframe: hidden ones with the one that is shown
+            return False  # a superframe: hidden frames together with the shown one
         bits = data[0] << 8 | data[1] if len(data) > 1 else data[0] << 8
         at = 5 if bits >> 12 & 3 == 3 else 4  # profile 3 has a reserved bit
         existing, show = bits >> (15 - at) & 1, bits >> (13 - at) & 1
@@ -233,7 +234,7 @@ def _index(
     by_packet: bool,
     skips: bool,
 ) -> Index:
-    if end <= pts[-1]:  # the last frame has no duration: that of the one before, or the rate's
+    if end <= pts[-1]:  # no duration: take that of the frame before, or the rate's
         rate = stream.average_rate or stream.guessed_rate or 25
         end = pts[-1] + (
             pts[-1] - pts[-2] if len(pts) > 1 else max(1, round(1 / rate / stream.time_base))
@@ -245,7 +246,7 @@ def _index(
 
 
 def _compact(values: list[int]) -> Sequence[int]:
-    """A range where the values are one, as they are in a file of constant rate."""
+    """A range if the values form one, as in a file with a constant rate."""
     if len(values) > 1 and (step := values[1] - values[0]) > 0:
         even = range(values[0], values[-1] + 1, step)
         if len(even) == len(values) and all(a == b for a, b in zip(even, values)):
@@ -280,9 +281,9 @@ def _decoded_index(path: str, size: int, changed: int) -> Index:
 
 
 def decode_all(packets: Iterator[Any], decoder: Any) -> Generator[Any, None, bool]:
-    """All frames in the order shown, up to where decoding fails: what comes after is no frame of
-    the video. Returns whether it did not fail. The decoder has one thread, so that how far it comes
-    does not depend on their number."""
+    """All frames in the order shown, up to the first failure; later frames do not count. Returns
+    whether there was no failure. The decoder has one thread, so the result does not depend on the
+    number of threads."""
     av = require("av", "video")
     packet, is_whole = None, True
     while True:
@@ -292,7 +293,7 @@ def decode_all(packets: Iterator[Any], decoder: Any) -> Generator[Any, None, boo
         except av.error.EOFError:
             return is_whole
         except av.error.FFmpegError:
-            # The decoder still holds frames that come before.
+            # The decoder still holds earlier frames.
             packet, is_whole = None, False
             frames = decoder.decode(None)
         for frame in frames:

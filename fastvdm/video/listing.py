@@ -1,4 +1,4 @@
-"""The videos of a folder."""
+"""The videos in a folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _VECTORS = "vectors.npz"
 def list_videos(folder: str | os.PathLike[str]) -> list[Path]:
     """All videos under ``folder``, sorted by path: files, and folders of frames.
 
-    A folder of frames directly holds pictures (png, jpg, bmp) and no video anywhere below it, so
-    that a picture beside videos is none. Hidden files and folders are left out, and so are
+    A folder of frames directly contains pictures (png, jpg, bmp) and no video anywhere below it, so
+    a picture next to videos does not count. Hidden files and folders are left out, as are
     ``*.cond.npy`` and ``vectors.npz``, which belong to videos.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there is no video in it.
+        ValueError: the folder has no video.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -58,8 +58,8 @@ def _is_video(name: str) -> bool:
 
 
 def identity(path: Path) -> int:
-    """A number that changes when files of the video are added or change size: its bytes, of a
-    folder of frames the sum of them and of their count."""
+    """A number that changes if files of the video are added or change size: its bytes; for a folder
+    of frames the sum of the bytes and of the number of files."""
     if not path.is_dir():
         return path.stat().st_size
     files = frame_files(path)
@@ -67,5 +67,5 @@ def identity(path: Path) -> int:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The file that belongs to a video: ``clip.txt`` of ``clip.mp4`` and of the folder ``clip``."""
+    """The file next to a video: ``clip.txt`` for ``clip.mp4`` and for the folder ``clip``."""
     return path.with_name((path.name if path.is_dir() else path.stem) + suffix)

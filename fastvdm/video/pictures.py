@@ -1,4 +1,4 @@
-"""Videos that Pillow reads: animated webp files, and folders with a picture for each frame."""
+"""Videos that Pillow reads: animated webp files, and folders with one picture per frame."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 class FolderSource:
-    """A folder that directly holds the frames of one video. It has no times."""
+    """A folder that directly contains the frames of one video. It has no times."""
 
     def __init__(
         self, path: str | os.PathLike[str], finish: Callable[[np.ndarray], Tensor]
@@ -65,14 +65,14 @@ class FolderSource:
         return found
 
     def _size(self) -> tuple[int, int]:
-        """(H, W) of the first frame as it is shown, from its header."""
+        """(H, W) of the first frame as displayed, from its header."""
         with _image(self.files[0]) as image:
             try:
-                # A png may have its EXIF behind the picture: Pillow would decode it to look there.
+                # The EXIF of a png may follow the picture; Pillow would decode it to look there.
                 exif = image.getexif() if image.format == "JPEG" or "exif" in image.info else {}
             except (OSError, SyntaxError, ValueError):
                 exif = {}
-            if exif.get(0x0112, 1) >= 5:  # the tag of the orientation
+            if exif.get(0x0112, 1) >= 5:  # the orientation tag
                 return image.size
             return image.size[::-1]
 
@@ -120,7 +120,7 @@ def _webp_timeline(path: str, size: int, changed: int) -> Timeline:
         for number in range(image.n_frames):
             try:
                 image.seek(number)
-                image.load()  # the duration of a frame is known once it is decoded
+                image.load()  # the duration of a frame is known only after decoding
             except (OSError, EOFError, ValueError):
                 break
             times.append(now)
@@ -147,7 +147,7 @@ def _image(path: Path) -> Any:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """(H, W, 3) uint8, (H, W, 4) where the picture has transparency."""
+    """(H, W, 3) uint8, or (H, W, 4) if the picture has transparency."""
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
         levels = np.asarray(image)
         if levels.size and (levels.min() < 0 or levels.max() > 0xFFFF):

@@ -14,8 +14,8 @@ from torch import Tensor
 def to_channels(picture: np.ndarray, channels: int, background: float) -> Tensor:
     """(H, W, 3 or 4) uint8 to (channels, H, W) uint8, with the strides of the array.
 
-    Three channels and one have no alpha: there transparent pixels show ``background``, a grey
-    level in [0, 1]. One channel is the luma of ITU-R 601, as Pillow's ``convert("L")``.
+    With one or three channels there is no alpha; transparent pixels then show ``background``, a
+    grey level in [0, 1]. One channel is the luma of ITU-R 601, as in Pillow's ``convert("L")``.
     """
     pixels = torch.from_numpy(picture)
     if channels == 4:
@@ -32,7 +32,7 @@ def to_channels(picture: np.ndarray, channels: int, background: float) -> Tensor
 
 
 def _composite(pixels: Tensor, background: float) -> Tensor:
-    """(H, W, 4) over a grey level, (H, W, 3)."""
+    """Composite (H, W, 4) over a grey level; returns (H, W, 3)."""
     colour, alpha = pixels[..., :3].int(), pixels[..., 3:].int()
     behind = round(255 * background)
     mixed = (colour * alpha + behind * (255 - alpha) + 127).div(255, rounding_mode="floor")
@@ -42,14 +42,14 @@ def _composite(pixels: Tensor, background: float) -> Tensor:
 def resize_crop(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Resize ``(..., H, W)`` (bilinear, antialiased) to cover ``size``, then crop the centre.
 
-    Pixels as uint8 come out within 1 of Pillow's; floats are in [0, 1].
+    uint8 pixels are within 1 of Pillow's; floats are in [0, 1].
     """
     height, width = sides(size)
     h, w = x.shape[-2:]
     scale = max(height / h, width / w)
     new = (max(height, round(h * scale)), max(width, round(w * scale)))
     if new != (h, w):
-        # A picture is handed on with its strides: torch is ten times as fast on pixels (H, W, 3).
+        # Keep the strides of a picture: torch is ten times as fast on pixels (H, W, 3).
         flat = x[None] if x.ndim == 3 else x.reshape(-1, 1, h, w)
         flat = F.interpolate(flat, size=new, mode="bilinear", antialias=True, align_corners=False)
         if flat.is_floating_point():
@@ -60,10 +60,10 @@ def resize_crop(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def resize_picture(x: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """``resize_crop`` of pixels (C, H, W) uint8; of four channels the last is alpha.
+    """``resize_crop`` for pixels (C, H, W) uint8; the last of four channels is alpha.
 
-    Colours are weighted by their alpha, else those of transparent pixels, which nobody sees, would
-    bleed into the edges (Pillow does so, too).
+    Colours are weighted by alpha, as in Pillow; otherwise the invisible colours of transparent
+    pixels would bleed into the edges.
     """
     if x.shape[0] != 4 or bool((x[3] == 255).all()):
         return resize_crop(x, size)
@@ -74,7 +74,7 @@ def resize_picture(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of a size; ValueError unless they are positive."""
+    """(H, W) of a size. Raises ValueError unless both are positive."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"size must be positive, got {size}")

@@ -1,4 +1,4 @@
-"""Frames of a video, whatever holds them: a file, a folder of pictures or an array."""
+"""Read frames of a video from a file, a folder of pictures or an array."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Source(Protocol):
     """One video."""
 
     def timeline(self) -> Timeline:
-        """The frames that it says it has."""
+        """The frames that it claims to have."""
         ...
 
     def decodable(self) -> int:
-        """How many of them decode, from the first."""
+        """The number of frames that decode, from the first one on."""
         ...
 
     def read(self, numbers: Sequence[int]) -> list[Tensor]:
-        """These frames (ascending, without repeats), (C, H, W) each; only the first of them where
-        the others do not decode."""
+        """These frames (ascending, without repeats), each (C, H, W); if some do not decode, only
+        those before the first failure."""
         ...
 
 
@@ -43,7 +43,7 @@ def open_source(
     background: float = 0.0,
     value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> Source:
-    """What reads this path. Arguments and errors are those of ``read_video``."""
+    """The source that reads this path. Arguments and errors are those of ``read_video``."""
     path = Path(path)
     check_arguments(size, channels, background, value_range)
     if path.suffix.lower() in ARRAYS:
@@ -66,7 +66,7 @@ def check_arguments(
     background: float,
     value_range: tuple[float, float] | None,
 ) -> None:
-    """ValueError for what is out of range whatever the video."""
+    """Raise ValueError if an argument is out of range for every video."""
     if size is not None:
         sides(size)
     if channels < 1:
@@ -77,7 +77,7 @@ def check_arguments(
 
 
 def check_range(value_range: tuple[float, float] | None) -> None:
-    """ValueError unless it is (low, high) or None."""
+    """Raise ValueError unless it is (low, high) or None."""
     if value_range is not None and not value_range[0] < value_range[1]:
         raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
 
@@ -90,16 +90,21 @@ def check_fps(fps: float | None) -> None:
 def count_frames(
     path: str | os.PathLike[str], fps: float | None = None, *, channels: int = 3
 ) -> int:
-    """Number of frames that a decoder shows, resampled to ``fps`` where that is given.
+    """The number of frames that a decoder shows, resampled to ``fps`` if given.
 
-    The packets of the file are counted where one is one frame, else the file is decoded. A file
-    that ends too soon counts as far as it decodes; damage inside a packet shows only when that is
-    decoded (``check_video``). ``channels`` tells the axes of an array apart.
+    If each packet of the file is one frame, the packets are counted; otherwise the file is decoded.
+    A truncated file counts as far as it decodes. Damage inside a packet is found only by decoding
+    it (``check_video``).
+
+    Args:
+        path: as in ``read_video``.
+        fps: as in ``read_video``.
+        channels: identifies the channel axis of an array.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         VideoReadError: it is not a video.
-        ValueError: ``fps`` or ``channels``.
+        ValueError: ``fps`` or ``channels`` is out of range.
     """
     check_fps(fps)
     count = len(open_source(path, channels=channels).timeline().frames(fps))
@@ -109,11 +114,11 @@ def count_frames(
 
 
 def video_fps(path: str | os.PathLike[str]) -> float:
-    """Average frames per second, by the times at which the frames are shown.
+    """Average frames per second, from the times at which frames are shown.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        VideoReadError: it is not a video, or, as folders of pictures and arrays, has no times.
+        VideoReadError: it is not a video, or has no times (folders of pictures, arrays).
     """
     is_array = Path(path).suffix.lower() in ARRAYS and Path(path).is_file()
     fps = None if is_array else open_source(path).timeline().fps
@@ -134,35 +139,37 @@ def read_video(
     background: float = 0.0,
     value_range: tuple[float, float] | None = (0.0, 1.0),
 ) -> Tensor:
-    """Frames ``start, start + frameskip, ...`` of a video.
+    """Read frames ``start, start + frameskip, ...`` of a video.
 
-    Frame k is the k-th one that a decoder shows which starts at the beginning, whatever the
+    Frame k is the k-th frame shown by a decoder that starts at the beginning, whatever the
     container says and wherever decoding starts here. Display matrices (of phones) and EXIF
     orientations are applied.
 
     Args:
-        path: a video file that FFmpeg decodes; an animated .webp; a folder that directly holds the
-            frames (png, jpg, bmp; frame2 comes before frame10); or an array, .npy or .npz (the only
-            one in it, or the one named video, frames or latents). Arrays are (C, F, H, W) or
-            (F, H, W, C), whichever axis has ``channels`` entries, (C, F, H, W) if both; or
-            (F, H, W) for one channel. uint8 are pixels, floats are in ``value_range``.
-        num_frames: how many; None for all that decode.
-        frameskip: distance of two frames read (1: every frame).
+        path: a video file that FFmpeg decodes; an animated .webp; a folder that directly contains
+            the frames (png, jpg, bmp; frame2 comes before frame10); or an array, .npy or .npz (the
+            only one in it, or the one named video, frames or latents). Arrays are (C, F, H, W) or
+            (F, H, W, C), whichever axis has ``channels`` entries, (C, F, H, W) if both do; or
+            (F, H, W) for one channel. uint8 arrays are pixels, floats are in ``value_range``.
+        num_frames: number of frames; None for all that decode.
+        frameskip: distance between two frames (1: every frame).
         size: resize so that the frame covers ``(H, W)`` (an int: a square), then crop the centre.
         start: first frame.
-        fps: resample in time first: frame j is then the one shown j / fps seconds after the first,
-            and ``start`` and ``frameskip`` count these. Folders and arrays have no times and are
-            taken as they are.
-        channels: 1 (luma, as Pillow's "L"), 3 (RGB) or 4 (RGBA); of arrays what they have.
-        background: the grey level in [0, 1] behind transparent pixels, with 1 and 3 channels.
-        value_range: of floats in arrays. None: they are latents, read as they are; ``size`` must
-            then be theirs.
+        fps: resample in time first: frame j is the one shown j / fps seconds after the first frame,
+            and ``start`` and ``frameskip`` count these frames. Folders and arrays have no times and
+            are not resampled.
+        channels: 1 (luma, as Pillow's "L"), 3 (RGB) or 4 (RGBA); for arrays their number.
+        background: grey level in [0, 1] behind transparent pixels, for 1 and 3 channels.
+        value_range: range of floats in arrays. None means latents, which are read unchanged;
+            ``size`` must then be theirs.
+
     Returns:
-        (C, F, H, W) float32, in [0, 1] unless it is latents.
+        (C, F, H, W) float32, in [0, 1] unless the values are latents.
+
     Raises:
         FileNotFoundError: there is no such file or folder.
-        VideoReadError: it is not a video, it is too short for ``num_frames``, its frames differ in
-            size; an array has other channels, another size or values than said.
+        VideoReadError: it is not a video, is too short for ``num_frames``, or its frames differ in
+            size; or an array has other channels, another size or other values.
         ValueError: an argument is out of range.
     """
     for name, value, low in (("frameskip", frameskip, 1), ("start", start, 0)):
@@ -188,7 +195,7 @@ def read_video(
 
 
 def read_frames(source: Source, numbers: Sequence[int]) -> list[Tensor]:
-    """These frames, which may repeat (more frames a second than the file has)."""
+    """These frames; they may repeat (if ``fps`` is above the rate of the file)."""
     distinct = sorted(set(numbers))
     found = dict(zip(distinct, source.read(distinct)))
     frames = []
@@ -200,7 +207,7 @@ def read_frames(source: Source, numbers: Sequence[int]) -> list[Tensor]:
 
 
 def stack(path: str | os.PathLike[str], frames: Sequence[Tensor]) -> Tensor:
-    """(C, H, W) each to (C, F, H, W) float32, pixels in [0, 1]."""
+    """Stack frames (C, H, W) to (C, F, H, W) float32; pixels are scaled to [0, 1]."""
     shapes = {tuple(frame.shape) for frame in frames}
     if len(shapes) > 1:
         sizes = sorted(f"{width} x {height}" for _, height, width in shapes)

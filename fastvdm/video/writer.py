@@ -1,4 +1,4 @@
-"""Videos out: what is written appears complete or not at all."""
+"""Write videos; a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvdm.runtime.optional import require
 from fastvdm.video.reader import check_range
 
-# Per container, the encoders in order of preference; which ones exist depends on the FFmpeg build.
+# Encoders per container, in order of preference; the FFmpeg build decides which ones exist.
 _ENCODERS = {
     ".mp4": ("libx264", "libopenh264", "mpeg4"),
     ".webm": ("libvpx-vp9", "libvpx"),
@@ -28,10 +28,10 @@ OUTPUTS = (*_ENCODERS, ".webp", ".npy")
 
 
 def check_output(path: str | os.PathLike[str], channels: int = 3) -> None:
-    """Whether ``write_video`` can write so many channels to such a file; ask before sampling.
+    """Check that ``write_video`` can write that many channels to such a file, before sampling.
 
     Raises:
-        ValueError: the suffix is none of ``OUTPUTS``, or its files do not have so many channels.
+        ValueError: the suffix is not in ``OUTPUTS``, or its files do not have that many channels.
         RuntimeError: this FFmpeg has no encoder for it.
         ImportError: PyAV or Pillow is missing.
     """
@@ -72,18 +72,23 @@ def write_video(
 ) -> None:
     """Write ``video`` to an mp4, webm, gif, webp or npy file (by its suffix), atomically.
 
-    The file appears complete or not at all: it is written beside ``path`` and then renamed.
+    The file is written next to ``path`` and then renamed, so it appears complete or not at all.
 
     Args:
-        video: (C, F, H, W), C = 1 or 3, of a .webp 4, too; float in ``value_range`` (values outside
-            are clipped) or uint8. A .npy takes any C and keeps the values as they are, as float32.
-        fps: frames per second. A GIF counts in hundredths of a second, a .webp in thousandths.
-        quality: the codec's constant rate factor for mp4 and webm; lower is better, 0 is best. A
+        path: the file.
+        video: (C, F, H, W), float in ``value_range`` (values outside are clipped) or uint8. C is 1
+            or 3, for .webp also 4. A .npy file takes any C and stores the values unchanged, as
+            float32.
+        fps: frames per second. GIF stores durations in hundredths of a second, .webp in
+            thousandths.
+        quality: constant rate factor of the codec for mp4 and webm; lower is better, 0 is best.
             .webp is lossless.
-        value_range: what black and white are: (-1, 1) for samples of ``fastvdm.diffusion``.
+        value_range: the values of black and white; (-1, 1) for samples of ``fastvdm.diffusion``.
+
     Raises:
-        ValueError: the shape, the suffix, ``fps``, ``value_range``, or a NaN in the video.
-        OSError: the file cannot be written, as when the disk is full; then nothing is left of it.
+        ValueError: the shape, the suffix, ``fps`` or ``value_range`` is wrong, or the video has
+            NaN.
+        OSError: the file cannot be written, e.g. on a full disk; nothing is left of it.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -115,7 +120,7 @@ def write_video(
 
 
 def _check_fps(fps: float, suffix: str) -> None:
-    """Raises ValueError for a rate that files of this kind do not have."""
+    """Raise ValueError if files of this kind cannot have this rate."""
     most = 100 if suffix == ".gif" else 1000
     if suffix != ".npy" and not 0.01 <= fps <= most:
         raise ValueError(f"fps of a {suffix} must be in [0.01, {most}], got {fps}")
@@ -129,8 +134,8 @@ def _write(path: Path, encode: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=".writing-", dir=path.parent)
     try:
-        # Encoders write through Python's file, whose errors are exact: FFmpeg's own would be lost
-        # when it closes the file.
+        # Encoders write through Python's file object, whose errors are exact; FFmpeg's own errors
+        # would be lost when it closes the file.
         with open(handle, "wb") as file:
             encode(file)
         os.chmod(temporary, 0o666 & ~_umask())
@@ -141,7 +146,7 @@ def _write(path: Path, encode: Callable[[BinaryIO], None]) -> None:
 
 
 def _umask() -> int:
-    """mkstemp makes private files; the result should have the mode that open() would give it."""
+    """The umask. mkstemp makes private files, but the result should have the mode of open()."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -166,7 +171,7 @@ def _encode(
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(encoder, rate=rate)
         stream.width, stream.height = width, height
-        # Subsampled colour needs even sides with H.264, and is what every player understands.
+        # H.264 with subsampled colour needs even sides. Every player supports subsampled colour.
         odd = height % 2 or width % 2
         stream.pix_fmt = "yuv444p" if odd and encoder == "libx264" else "yuv420p"
         if encoder in ("libx264", "libvpx-vp9", "libvpx"):
@@ -177,7 +182,7 @@ def _encode(
 
 
 def _encode_gif(file: BinaryIO, frames: np.ndarray, rate: Fraction) -> None:
-    """One palette made from all frames; FFmpeg's own default is a fixed one of 256 colours."""
+    """Use one palette made from all frames; FFmpeg's default is a fixed one of 256 colours."""
     av = require("av", "video")
     count, height, width, _ = frames.shape
     graph = av.filter.Graph()
@@ -204,25 +209,25 @@ def _encode_gif(file: BinaryIO, frames: np.ndarray, rate: Fraction) -> None:
 
 
 def _encode_webp(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
-    """Every frame whole and lossless. (Pillow's own animations merge frames that repeat.)"""
+    """Store every frame whole and lossless. (Pillow's own animations merge repeated frames.)"""
     _, height, width, channels = frames.shape
     ends = [round(1000 * (i + 1) / fps) for i in range(len(frames))]
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = _chunk(b"VP8X", bytes([0x12 if channels == 4 else 0x02, 0, 0, 0]) + canvas)
-    body += _chunk(b"ANIM", bytes(6))  # no background, for ever
+    body += _chunk(b"ANIM", bytes(6))  # no background, repeat for ever
     for pixels, start, end in zip(frames, [0, *ends], ends):
         lasting = max(1, end - start).to_bytes(3, "little")
-        # At (0, 0), and not blended with the frame before.
+        # At (0, 0), without blending with the frame before.
         head = bytes(6) + canvas + lasting + bytes([2])
         body += _chunk(b"ANMF", head + _webp_picture(pixels))
     file.write(_chunk(b"RIFF", b"WEBP" + body))
 
 
 def _webp_picture(pixels: np.ndarray) -> bytes:
-    """The chunk of a picture alone, out of a file of it."""
+    """The chunks of a single picture, taken from a still .webp file of it."""
     still = BytesIO()
     image = require("PIL.Image", "video").fromarray(pixels)
-    image.save(still, format="WEBP", lossless=True, exact=True)  # transparent colours, too
+    image.save(still, format="WEBP", lossless=True, exact=True)  # also keeps transparent colours
     content, at = still.getvalue(), 12
     while True:
         name, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
@@ -236,9 +241,9 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def grid(videos: Tensor, fill: float = 0.0) -> Tensor:
-    """Tile videos (N, C, F, H, W) in one (C, F, H', W'), row by row in a near-square.
+    """Tile videos (N, C, F, H, W) into one (C, F, H', W'), row by row, nearly square.
 
-    Between tiles are 2 pixels of ``fill``, as are the places after the last one.
+    Tiles are separated by 2 pixels of ``fill``; unused places have that value too.
 
     Raises:
         ValueError: there is no video, or they are not five-dimensional.

@@ -3,10 +3,10 @@
     out_i = Σ_j softmax_j(sm_scale * (q_i·k_j + q_i·rel_k[j-i]) + bias_ij) (v_j + rel_v[j-i])
 
 Nothing is permuted: the kernels are told which axis is the sequence. Up to ``SHORT`` positions one
-tile holds all keys of several sequences (``axis_attention_short``), beyond that the softmax runs
-online (``axis_attention_long``). The images of a joint batch pass through in two copies.
+tile holds all keys of several sequences (``short.py``); beyond that the softmax runs online
+(``long.py``). The images of a joint batch are copied through in two copies.
 
-Forward 4*N*D FLOPs a row and 4 rows moved, backward 10*N*D and 7 (8 beyond one tile).
+Forward: 4*N*D FLOPs per row and 4 rows moved. Backward: 10*N*D and 7 (8 beyond one tile).
 Ho et al. 2022 (Video Diffusion Models), section 3.
 """
 
@@ -31,7 +31,7 @@ def axis_attention_fwd(
     b, f, h, w, _, heads, d = qkv.shape
     out = torch.empty((b, f, h, w, heads, d), dtype=qkv.dtype, device=qkv.device)
     size = (b, geo.outer, heads, geo.total) if geo.total > SHORT else (0,)
-    # Rows that the kernel skips (images, focused samples) read as 0.
+    # Rows that the kernel skips (images, focused samples) must be 0.
     make = torch.zeros if options.masked else torch.empty
     lse = make(size, dtype=acc_torch_dtype(qkv.dtype), device=qkv.device)
     if out.numel() == 0:
@@ -96,7 +96,7 @@ def axis_attention_bwd(
     def table(need: bool, grad: Tensor | None, of: Tensor | None) -> Tensor | None:
         if not need or of is None:
             return None
-        if num_images:  # something is added yet
+        if num_images:  # the images' gradient is added below
             of = of.to(acc_torch_dtype(qkv.dtype))
         return torch.zeros_like(of) if grad is None else roll_up(grad, of)
 

@@ -1,10 +1,11 @@
 """``axis_attention`` beyond one tile: online softmax over blocks of keys, any N.
 
-Forward after Dao 2023 (FlashAttention-2, arXiv 2307.08691): saves lse. Backward in two kernels,
-one by queries (dq and δ = rowsum(dout*out)) and one by keys (dk, dv); the gradients of bias and
-tables come from kernels of their own that recompute ds for one tile of (query, key), sum it over
-the sequences in registers and write one partial per split: deterministic, never expanded over the
-batch. Recomputing costs two of five products; atomics would cost the order of the sum.
+Forward after Dao 2023 (FlashAttention-2, arXiv 2307.08691); it saves lse. The backward has two
+kernels, one over queries (dq and δ = rowsum(dout*out)) and one over keys (dk, dv). The gradients of
+bias and tables have their own kernels: each recomputes ds for one tile of (query, key), sums it
+over the sequences in registers and writes one partial per split. This is deterministic and never
+expanded over the batch. Recomputing costs two of five products; atomics would make the order of the
+sum vary.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def long_fwd(
     options: AttentionOptions,
     sm_scale: float,
 ) -> None:
-    """``options`` are ``prepared``; writes n rows of out and lse."""
+    """``options`` are ``prepared``; it writes n rows of out and lse."""
     config = _config("fwd", geo, qkv, options)
     fold = options.bias is None and sm_scale > 0
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
@@ -77,8 +78,8 @@ def long_fwd(
 
 
 def _add_diagonals(partial: Tensor, n: int, block: int) -> Tensor:
-    """(splits, heads, diagonals, 2*block, D) → (1, heads, 2n-1, D): neighbouring diagonals
-    overlap by one block; summed in order."""
+    """(splits, heads, diagonals, 2*block, D) → (1, heads, 2n-1, D). Neighbouring diagonals overlap
+    by one block; they are summed in order."""
     partial = partial.sum(0)
     heads, diagonals, _, d = partial.shape
     rows = partial.new_zeros(heads, diagonals + 1, block, d)
@@ -103,8 +104,8 @@ def long_bwd(
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and the gradients of the tables
-    by distance (1, heads, 2n-1, D) in the accumulator's dtype."""
+    """Writes the first n rows of dqkv. Returns dbias (heads, n, n) and the gradients of the tables
+    by distance (1, heads, 2n-1, D), in the accumulator's dtype."""
     acc = acc_torch_dtype(qkv.dtype)
     sequences = geo.batch * geo.outer
     scale = split_scale(sm_scale)

@@ -1,4 +1,4 @@
-"""Backward kernels of the long attention: by queries, by keys, of the bias and of the tables."""
+"""Backward kernels of long attention: over queries, over keys, for the bias and for the tables."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def _tile_gradient(
     T: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """p and ds of a tile, (BM, BN) or, T, (BN, BM): by transposed products, after which they are
-    operands as they stand. Transposed themselves they would pass through shared memory.
+    """p and ds of a tile, (BM, BN), or with T (BN, BM). With T the products are transposed, so that
+    p and ds can be operands as they are; transposing them would go through shared memory.
 
-    Queries beyond n need no mask: their rows, lse and delta among them, were loaded as zero, so p
-    is 1, ds is 0, and both meet zeros. Keys do where they are summed over (MASK): p may be inf."""
+    Queries beyond n need no mask: their rows, lse and delta were loaded as zero, so p is 1 and ds
+    is 0, and both are multiplied by zeros. Keys beyond n need one if they are summed over (MASK),
+    because p may be inf."""
     s = _logits(
         q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T, FOLD, MASK,
         D, BM, BN, BD, ACC,
@@ -64,7 +65,7 @@ def _long_bwd_dq_kernel(
     delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
     at = sequence * total + offs_m
     tl.store(delta_ptr + at, delta, mask=offs_m < n)
-    if dqkv_ptr is not None:  # not an early return: what follows one is compiled all the same
+    if dqkv_ptr is not None:  # an early return would not help: code after it is compiled anyway
         dq_base = dqkv_ptr + b * dqkv_b + o * dqkv_o + head * D
         if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
             if tl.load(focus_ptr + b) != 0:
@@ -115,7 +116,7 @@ def _long_bwd_dkv_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    # fp32 has no matrix instruction, and a rotated q transposed there takes its registers twice.
+    # Not for fp32: without a matrix instruction, a transposed rotated q takes twice the registers.
     T: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth == 16
     sequence, b, o, head, start_n = _block(n, outer, heads, BN)
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -150,7 +151,7 @@ def _long_bwd_dkv_kernel(
         q_plain = _rows(base, offs_m, n, stride_n, D, BD, EVEN)
         q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
         if rot_ptr is not None:
-            q = pinned(q)  # why this loop has one stage: the pipeliner cannot predicate it
+            q = pinned(q)  # the pipeliner cannot predicate it, so this loop has one stage
         do = _rows(do_base, offs_m, n, dout_n, D, BD, EVEN)
         lse = _numbers(lse_ptr + sequence * total, offs_m, n, EVEN)
         delta = _numbers(delta_ptr + sequence * total, offs_m, n, EVEN)
@@ -206,7 +207,7 @@ def _long_bwd_dbias_kernel(
             k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
             if rot_ptr is not None:
-                q, k = pinned(q), pinned(k)  # one stage, as in dkv
+                q, k = pinned(q), pinned(k)  # one stage, as in the dkv kernel
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
             at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
@@ -231,7 +232,7 @@ def _long_bwd_drel_kernel(
     D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """One diagonal of tiles: all of them touch the same 2*BN rows of the tables."""
+    """One diagonal of tiles, which all use the same 2*BN rows of the tables."""
     blocks = tl.cdiv(n, BN)
     diagonals = 2 * blocks - 1
     pid = tl.program_id(0)

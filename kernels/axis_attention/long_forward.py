@@ -1,4 +1,4 @@
-"""Forward kernel of the long attention: out and lse of a block of queries."""
+"""Forward kernel of long attention: out and lse of a block of queries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _long_fwd_kernel(
     offs_m = start_m + tl.arange(0, BM)
 
     if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
-        if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
+        if tl.load(focus_ptr + b) != 0:  # each frame attends to itself only
             v = _rows(base + stride_c + stride_c, offs_m, n, stride_n, D, BD)
             if rel_v_ptr is not None:
                 offs_d = tl.arange(0, BD)
@@ -81,6 +81,6 @@ def _long_fwd_kernel(
         m_i = m_new
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     _put_rows(out_base, out.to(q.dtype), offs_m, n, out_n, D, BD)
-    # An empty row keeps +inf, so that p = exp(s - lse) is zero in the backward.
+    # An empty row gets +inf, so that p = exp(s - lse) is zero in the backward.
     lse = tl.where(l_i == 0.0, float("inf"), (m_i + tl.log2(l_i)) / LOG2E)
     tl.store(lse_ptr + sequence * total + offs_m, lse, mask=offs_m < n)

@@ -14,23 +14,24 @@ from fastvdm.kernels.tuned import tuned
 
 @dataclass(frozen=True)
 class LongConfig:
-    BM: int  # queries of a tile
-    BN: int  # keys of a tile
+    BM: int  # queries per tile
+    BN: int  # keys per tile
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # 255 where ptxas would rather spill than give up a block
+    maxnreg: int | None = None  # 255: otherwise ptxas limits registers for occupancy, and spills
 
 
 @tuned("axis_attention_long", n=lambda n: min(4096, next_power_of_2(n)))
 def pick_config(
     kind: str, bd: int, itemsize: int, n: int, *, shaw: bool, bias: bool, rotary: bool, major: int
 ) -> LongConfig:
-    """Tiles that spill nowhere (``bench/aot.py``). Analytic, NOT MEASURED: of 128x64 logits the
-    exponentials alone take 512 cycles of a multiprocessor, so that tiles of more keys, with fewer
-    instructions but one block, gain nothing over 128x64 with two (590 at D=64, 518 at D=32).
+    """Tiles that do not spill (``bench/aot.py``). Analytic, NOT MEASURED: the exponentials of
+    128x64 logits alone take 512 cycles of a multiprocessor. Tiles with more keys have fewer
+    instructions but only one block per multiprocessor, so they gain nothing over 128x64 with two
+    blocks (590 cycles at D=64, 518 at D=32).
 
     kind: "fwd", "dq", "dkv", "dbias" or "drel". The Shaw terms need BM == BN and hold 2*BN rows.
-    ``major`` is the device's compute capability; the length ``n`` tells measured tiles apart.
+    ``major`` is the device's compute capability; ``n`` only distinguishes measured tiles.
     """
     wide = bd > 64
     if kind == "drel":
@@ -47,11 +48,11 @@ def pick_config(
         more = wide or kind == "dq" or (kind == "fwd" and rotary)
         most = 255 if rotary and kind in ("dq", "dkv") else None
         return LongConfig(32, 32, 8 if more else 4, 1, most)
-    if kind == "fwd" and n <= 64 and not wide:  # one tile of keys: nothing to load ahead
+    if kind == "fwd" and n <= 64 and not wide:  # one tile of keys: nothing to prefetch
         return LongConfig(64, 32, 4, 2) if rotary else LongConfig(64, 64, 4, 1)
-    if kind == "fwd":  # a third stage of bias tiles would leave room for one block only
+    if kind == "fwd":  # a third stage of bias tiles would leave room for only one block
         return LongConfig(128, 32 if wide and major < 9 else 64, 8, 2 if wide or bias else 3)
-    if rotary and kind == "dq":  # it turns keys in the loop, dkv queries
+    if rotary and kind == "dq":  # dq rotates keys in the loop, dkv rotates queries
         return LongConfig(64, 32, 8 if wide else 4, 2, 255)
     if rotary and kind == "dkv":
         small = wide if major >= 9 else bias and bd == 64
@@ -65,15 +66,15 @@ def pick_config(
     return LongConfig(64, 64, 8 if wide else 4, 2)
 
 
-_COUNTS = ["outer", "heads", "reach_k", "reach_v"]  # nothing is gained by knowing them
+_COUNTS = ["outer", "heads", "reach_k", "reach_v"]  # specialising on them gains nothing
 
 
 @triton.jit
 def _block(n, outer, heads, BLOCK: tl.constexpr):
-    """What a program works on: its sequence (batch, outer, head), also taken apart, in int64, and
-    the first of its BLOCK rows there."""
+    """The work of a program: its sequence (batch, outer, head), also as separate int64 indices, and
+    the first of its BLOCK rows."""
     blocks = tl.cdiv(n, BLOCK)
-    pid = tl.program_id(0)  # divided in int32: in int64 each division is a call of 100 instructions
+    pid = tl.program_id(0)  # divide in int32: an int64 division is a call of 100 instructions
     sequence, start = pid // blocks, pid % blocks * BLOCK
     b, o, head = sequence // heads // outer, sequence // heads % outer, sequence % heads
     return sequence.to(tl.int64), b.to(tl.int64), o.to(tl.int64), head.to(tl.int64), start
@@ -96,7 +97,7 @@ def _rows(
 
 @triton.jit
 def _numbers(ptr, offs_n, n, FULL: tl.constexpr = False):
-    """One number a row, as ``_rows``."""
+    """One number per row, masked like ``_rows``."""
     if FULL:
         return tl.load(ptr + offs_n)
     else:
@@ -137,8 +138,8 @@ def _relative_rows(
     ptr, reach, start_m, start_n, n,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """(2*BN, BD): the rows of a table that a tile (BM == BN) needs; its key j and query i take the
-    local row j - i + BM - 1."""
+    """(2*BN, BD): the table rows that a tile (BM == BN) needs; key j and query i use the local row
+    j - i + BM - 1."""
     return by_distance(ptr, start_n - start_m - (BM - 1), reach, n, 2 * BN, D, BD)
 
 
@@ -147,7 +148,7 @@ def _relative_product(
     x, ptr, reach, start_m, start_n, n,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x_i·table[j-i] of a tile, (BM, BN)."""
+    """x_i·table[j-i] for a tile, (BM, BN)."""
     rows = _relative_rows(ptr, reach, start_m, start_n, n, D, BM, BN, BD)
     product = dot(x, tl.trans(rows), tl.zeros([BM, 2 * BN], ACC))
     return skew(product, tl.arange(0, BM) - (BM - 1), BM, BN)
@@ -155,7 +156,7 @@ def _relative_product(
 
 @triton.jit
 def _along(x, FIRST: tl.constexpr):
-    """A vector along the first axis of a tile, or along its second."""
+    """Broadcast a vector along the first axis of a tile, or along the second."""
     if FIRST:
         return x[:, None]
     else:
@@ -167,7 +168,7 @@ def _tile_product(
     of_query, of_key, plain, table_ptr, reach, start_m, start_n, n, T: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN) or, T, (BN, BM)."""
+    """of_query_i·of_key_j + plain_i·table[j-i], (BM, BN), or with T (BN, BM)."""
     if T:
         s = dot(of_key, tl.trans(of_query), tl.zeros([BN, BM], ACC))
     else:
@@ -186,8 +187,8 @@ def _logits(
     FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a tile, (BM, BN) or, T, (BN, BM), in ``_unit``; MASK: -inf for keys beyond n,
-    which the loads left zero."""
+    """The logits of a tile, (BM, BN), or with T (BN, BM), in units of ``_unit``. MASK: -inf for
+    keys beyond n, which were loaded as zero."""
     s = _tile_product(q, k, q_plain, rel_k_ptr, reach_k, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     if not FOLD:
         s = s * (scale * LOG2E)
@@ -203,8 +204,9 @@ def _logits(
 
 @triton.jit
 def _unit(scale, FOLD: tl.constexpr):
-    """What takes ``_logits`` to powers of 2. FOLD: the scale, by the one instruction that subtracts
-    the maximum; where it is not positive or a bias follows it, they have it already."""
+    """The factor that converts ``_logits`` to powers of 2. With FOLD it includes the scale, and one
+    instruction applies it and subtracts the maximum. If the scale is not positive or a bias is
+    added after it, the logits are already scaled."""
     if FOLD:
         return scale * LOG2E
     else:

@@ -1,10 +1,10 @@
 """``axis_attention`` for N <= 32: one tile holds all keys of several sequences.
 
 A program owns one head of P neighbouring sequences (pixels, for attention over time) and runs their
-products as batched 3-D dots, so that memory is the limit: forward 4, backward 7 times the bytes of
-q. Nothing is saved for the backward, which recomputes p and takes δ = Σ_j p dp from the tile.
-The gradients of bias and tables are summed in registers by programs that walk over the tiles of
-their head, and leave one partial each: no atomics, nothing of the batch's size.
+products as batched 3-D dots, so that memory is the limit: forward 4 and backward 7 times the bytes
+of q. Nothing is saved for the backward; it recomputes p and takes δ = Σ_j p dp from the tile. The
+gradients of bias and tables are summed in registers by programs that walk over the tiles of their
+head, and each writes one partial: no atomics, nothing that grows with the batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fastvdm.kernels.tuned import tuned
 
 @dataclass(frozen=True)
 class ShortConfig:
-    P: int  # sequences of a tile
+    P: int  # sequences per tile
     num_warps: int
     maxnreg: int | None = None
 
@@ -54,16 +54,17 @@ def pick_config(
     bn: int, bd: int, itemsize: int, outer: int, *, backward: bool, shaw: bool, biased: bool,
     even: bool, frozen: bool, major: int,
 ) -> ShortConfig:  # fmt: skip
-    """From registers, as ptxas counts them for sm_90 (``python bench/aot.py axis_attention``).
+    """Derived from the registers that ptxas reports for sm_90
+    (``python bench/aot.py axis_attention``). Analytic, NOT MEASURED.
 
-    A batched product keeps a whole sequence in one warp, so P sequences want P warps and fit while
-    bn*bd is small: backward 128 registers without spills at 16x32, which lets four blocks share a
-    multiprocessor, forward 123 at 16x64. Else one sequence is spread over the warps. With Shaw
-    tables two sequences take half the instructions of one (16x64, backward), and spill only where
-    a bias or a rotary embedding stands beside them (``biased``), as in no network. Four take
-    five eighths of the instructions of two, and fit without masks (``even``: all of 16 x 64, and P
-    divides ``outer``) where the tables are ``frozen``, their gradients too on sm_90 alone.
-    Analytic, NOT MEASURED.
+    A batched product keeps a whole sequence in one warp, so P sequences need P warps. This fits
+    while bn*bd is small: the backward takes 128 registers without spills at 16x32, so four blocks
+    share a multiprocessor; the forward takes 123 at 16x64. Otherwise one sequence is spread over
+    the warps. With Shaw tables two sequences take half the instructions of one (16x64, backward),
+    and spill only together with a bias or a rotary embedding (``biased``), which no network has.
+    Four sequences take five eighths of the instructions of two. They fit without masks (``even``:
+    all of 16 x 64, and P divides ``outer``) if the tables are ``frozen``, and on sm_90 also with
+    their gradients.
     """
     packed = 512 if backward or itemsize > 2 else 1024
     if bn * bd <= packed and not (backward and (shaw or itemsize > 2)):
@@ -75,7 +76,7 @@ def pick_config(
     with_tables = shaw and (backward or itemsize > 2)
     heavy = bn * bd > 2048 or (with_tables and bn * bd > (1024 if itemsize > 2 else 512))
     heavy = heavy or (backward and itemsize > 2 and bn * bd == 2048 and (bd == 64 or major < 9))
-    # 255: where ptxas would rather spill than give up a block.
+    # 255, because ptxas would otherwise limit registers for occupancy, and spill.
     most = 255 if backward and (shaw or itemsize > 2) else None
     return ShortConfig(1, 8 if heavy else 4, most)
 
@@ -83,7 +84,7 @@ def pick_config(
 @triton.jit
 def _products(a, b, acc):
     """acc + a @ b for each of P sequences. A batched product gives each sequence to one warp; a
-    single sequence is spread over all warps by a plain one."""
+    plain product spreads a single sequence over all warps."""
     if acc.shape[0] == 1:
         flat = acc.reshape(acc.shape[1], acc.shape[2])
         a, b = a.reshape(a.shape[1], a.shape[2]), b.reshape(b.shape[1], b.shape[2])
@@ -97,7 +98,7 @@ def _probabilities(
     q, q_plain, k, rel_k, bias_ptr, shift, offs_n, n, scale,
     P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """p (P, BN, BN) in ACC; zero for keys beyond n and in rows of nothing but -inf."""
+    """p (P, BN, BN) in ACC; zero for keys beyond n and in rows that are all -inf."""
     s = _products(q, tl.trans(k, 0, 2, 1), tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:
         flat = q_plain.reshape(P * BN, BD)
@@ -118,7 +119,7 @@ def _probabilities(
 
 @triton.jit
 def _inside(offs_o, offs_n, offs_d, outer, n, D: tl.constexpr, EVEN: tl.constexpr):
-    """Mask of a tile (P, BN, BD). EVEN: all of it lies inside, and the compiler sees it."""
+    """The mask of a tile (P, BN, BD). EVEN: all of it is inside, which the compiler can see."""
     if EVEN:
         return tl.full([offs_o.shape[0], offs_n.shape[0], offs_d.shape[0]], 1, tl.int1)
     else:
@@ -126,7 +127,7 @@ def _inside(offs_o, offs_n, offs_d, outer, n, D: tl.constexpr, EVEN: tl.constexp
         return inside & (offs_d < D)[None, None, :]
 
 
-# Nothing is gained by knowing them.
+# Specialising on these gains nothing.
 _COUNTS = ["outer", "total", "tiles", "heads", "reach_k", "reach_v"]
 
 
@@ -139,7 +140,7 @@ def _short_fwd_kernel(
     D: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)  # divided in int32: in int64 each division is a call of 100 instructions
+    pid = tl.program_id(0)  # divide in int32: an int64 division is a call of 100 instructions
     head, b = (pid % heads).to(tl.int64), (pid // heads // tiles).to(tl.int64)
     scale = tl.zeros([], ACC) + scale_high + scale_low
 
@@ -155,7 +156,7 @@ def _short_fwd_kernel(
     v = tl.load(base + stride_c + stride_c + at, mask=mask, other=0.0)
 
     if focus_ptr is not None:  # noqa: SIM102  (known at compile time)
-        if tl.load(focus_ptr + b) != 0:  # each frame sees itself only
+        if tl.load(focus_ptr + b) != 0:  # each frame attends to itself only
             out = v
             if rel_v_ptr is not None:
                 itself = rel_v_ptr + head * stride_rv + reach_v * D + offs_d
@@ -236,7 +237,7 @@ def _short_bwd_kernel(
             focused = tl.load(focus_ptr + b) != 0
         d_at = offs_o[:, None, None] * dqkv_o + walk[None, :, None] * dqkv_n
         d_at += offs_d[None, None, :]
-        d_row = heads * D  # from q to k to v
+        d_row = heads * D  # stride from q to k to v
         if focused:
             if dqkv_ptr is not None:
                 d_base = dqkv_ptr + b * dqkv_b + head * D
@@ -284,7 +285,7 @@ def _short_bwd_kernel(
                 dk = _products(tl.trans(low, 0, 2, 1), q, tl.zeros([P, BN, BD], ACC))
                 dq = _products(low, k, tl.zeros([P, BN, BD], ACC))
                 if rot_ptr is not None:
-                    # Loaded anew rather than held across the tile.
+                    # Loaded again instead of being held across the tile.
                     cos, sin = rotary_table(rot_ptr, offs_n, n, total, HALF, BD, ACC)
                     dq = rotate(dq, cos[None], -sin[None])
                     dk = rotate(dk, cos[None], -sin[None])
@@ -338,7 +339,7 @@ def _constants(geo: Geometry, qkv: Tensor, options: AttentionOptions, config: Sh
 def short_fwd(
     geo: Geometry, qkv: Tensor, out: Tensor, options: AttentionOptions, sm_scale: float
 ) -> None:
-    """``options`` are ``prepared``; writes the first n rows of out."""
+    """``options`` are ``prepared``; it writes the first n rows of out."""
     config = _config(geo, qkv, options, backward=False, frozen=False)
     tiles = cdiv(geo.outer, config.P)
     _short_fwd_kernel[(geo.batch * tiles * geo.heads,)](
@@ -361,8 +362,8 @@ def short_bwd(
     need_drel_k: bool,
     need_drel_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes the first n rows of dqkv; returns dbias (heads, n, n) and, not summed yet, the
-    gradients of the tables by distance (walkers, heads, 2n-1, D) in the accumulator's dtype."""
+    """Writes the first n rows of dqkv. Returns dbias (heads, n, n) and the unsummed gradients of
+    the tables by distance (walkers, heads, 2n-1, D), in the accumulator's dtype."""
     config = _config(geo, qkv, options, backward=True, frozen=not (need_drel_k or need_drel_v))
     tiles = cdiv(geo.outer, config.P)
     all_tiles = geo.batch * tiles

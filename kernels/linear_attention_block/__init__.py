@@ -3,21 +3,22 @@
     q' = softmax_D(x̂ W_qᵀ),  k' = softmax_N(x̂ W_kᵀ),  G = k'ᵀ x̂,  M = D^-½ G W_vᵀ W_outᵀ,
     y = x + q' M + b
 
-x (B, F, H, W, C), N = H*W pixels a frame; G and M are (D, C) of one frame and head. Saved for the
-backward: G and log Σ exp k. With R rows of x, inner = heads * D:
+x is (B, F, H, W, C) with N = H*W pixels per frame; G and M are (D, C) per frame and head. Saved for
+the backward: G and log Σ exp k. R is the number of rows of x, inner = heads * D.
 
-Forward: "sum" over splits of the pixels makes partials of G, features in the place of flash
-attention's queries and x̂ in that of keys and values; "fold", of each frame and head, merges them
-and makes M; "apply" makes y. x is read twice, y written: 3*R*C*e bytes, and (8 + 8 splits)*C*inner
-of a frame for G and M, through the L2 where it holds them. 8*R*C*inner FLOPs.
+Forward: "sum" computes partials of G over splits of the pixels, like flash attention with features
+as queries and x̂ as keys and values; "fold" merges them per frame and head and computes M; "apply"
+computes y. It reads x twice and writes y: 3*R*C*e bytes, and (8 + 8 splits)*C*inner bytes per frame
+for G and M, through the L2 cache if they fit there. 8*R*C*inner FLOPs.
 
-Backward: "fold" makes M anew, "dm" sums dM = q'ᵀ dy, "unfold" makes dG of it, "dx" all of dx: x and
-dy are read twice, dx written, 5*R*C*e bytes and 18*R*C*inner FLOPs. The gradients of the
-projections are sums over all rows of (inner, C): of W_v and W_out small products of what each frame
-has ("frames"), of W_q with dM up to C = 64, else "dm" once more, of W_k "dk", which reads x again:
-R*C*e bytes, with "dq" 3*R*C*e, and 10*R*C*inner FLOPs, less than to store dq and dk for a library.
-Programs that walk over splits leave one partial each; they are added in a fixed order, no atomics:
-two runs give the same bits.
+Backward: "fold" recomputes M, "dm" sums dM = q'ᵀ dy, "unfold" derives dG from it, "dx" computes all
+of dx. x and dy are read twice, dx is written: 5*R*C*e bytes and 18*R*C*inner FLOPs. The gradients
+of the projections are sums over all rows of (inner, C). Those of W_v and W_out are small products
+of per-frame values ("frames"). That of W_q is computed with dM up to C = 64, otherwise by a second
+"dm" (configuration "dq"). That of W_k is computed by "dk", which reads x again: R*C*e bytes, with
+"dq" 3*R*C*e, and 10*R*C*inner FLOPs, less than storing dq and dk for a library product. Programs
+that walk over splits write one partial each; partials are added in a fixed order, without atomics,
+so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from fastvdm.runtime.device import H200, facts
 
 
 class _Sizes:
-    """What the launches of one call share."""
+    """The sizes that the launches of one call share."""
 
     def __init__(self, x: Tensor, qkv_weight: Tensor, heads: int) -> None:
         b, f, h, w, self.channels = x.shape
@@ -53,12 +54,12 @@ class _Sizes:
         self.dim, self.frames, self.pixels = self.inner // heads, b * f, h * w
         self.itemsizes = qkv_weight.element_size(), x.element_size()
         self.major = major(x.device)
-        # Only decides how far to split; under the interpreter as for an H200.
+        # Decides only how far to split; under the interpreter that of an H200.
         self.multiprocessors = facts(x.device).multiprocessors or H200.multiprocessors
         self.block_c = max(16, next_power_of_2(self.channels))
         self.block_d = max(16, next_power_of_2(self.dim))
         self.acc = acc_dtype(x.dtype)
-        # Whether dM and W_q's gradient are summed in one pass: the registers hold both.
+        # Whether one pass sums both dM and W_q's gradient: the registers must hold both.
         self.together = self.block_c <= 64 and x.element_size() == 2 and self.major >= 9
 
     def tile(self, kind: str) -> dict[str, Any]:
@@ -73,14 +74,14 @@ class _Sizes:
             whole = self.heads % (tile.block_f // self.block_d) == 0 and self.dim == self.block_d
         found["EVEN"] = self.pixels % tile.block_n == 0
         found["WHOLE"] = whole and self.channels == self.block_c
-        # Where the loop is over the heads; one over pixels is not pipelined otherwise.
+        # The loop of these kernels is over the heads; a loop over pixels needs num_stages.
         found["STAGES" if kind in ("apply", "dx") else "num_stages"] = tile.num_stages
         if kind in ("dm", "dq") and self.major != 9:
-            found["maxnreg"] = 255  # ptxas would rather spill than give up a block
+            found["maxnreg"] = 255  # otherwise ptxas limits registers for occupancy, and spills
         return found
 
     def fold(self) -> dict[str, Any]:
-        """The same of a kernel over frames and heads."""
+        """Constants and options of a kernel over frames and heads."""
         narrow = self.major < 9 and self.block_d > 32
         block = min(32 if narrow else 64, self.block_c)
         whole = self.channels % block == 0 and self.dim == self.block_d
@@ -88,14 +89,14 @@ class _Sizes:
         return sizes | dict(WHOLE=whole, num_warps=8 if narrow else 4, num_stages=1)
 
     def blocks(self, tile: dict[str, Any]) -> int:
-        """Programs that share the pixels."""
+        """The number of programs that share the pixels."""
         if "BD" in tile:
             return cdiv(self.heads, tile["BF"] // tile["BD"])
         return cdiv(self.inner, tile["BF"])
 
     def split(self, tile: dict[str, Any]) -> tuple[int, int]:
-        """(splits, pixels a split): no more than two programs a multiprocessor, where frames and
-        blocks are not more by themselves, and at least four tiles each: each costs a partial."""
+        """(splits, pixels per split): at most two programs per multiprocessor, unless frames and
+        blocks alone are more, and at least four tiles per split, because each costs a partial."""
         tiles = cdiv(self.pixels, tile["BN"])
         programs = self.frames * self.blocks(tile)
         wanted = max(1, min(2 * self.multiprocessors // programs, tiles // 4))
@@ -113,7 +114,7 @@ def linear_attention_block_fwd(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``fastvdm::linear_attention_block_fwd``."""
+    """The launcher of ``fastvdm::linear_attention_block_fwd``."""
     s = _Sizes(x, qkv_weight, heads)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     acc = acc_torch_dtype(x.dtype)
@@ -123,7 +124,7 @@ def linear_attention_block_fwd(
         return y, g, lse
     tile = s.tile("sum")
     splits, chunk = s.split(tile)
-    part = g.view(s.frames, s.inner, s.channels)  # merged in place where there is but one
+    part = g.view(s.frames, s.inner, s.channels)  # a single partial is merged in place
     if splits > 1:
         part = x.new_empty((s.frames * splits, s.inner, s.channels), dtype=acc)
     top, total = (x.new_empty(part.shape[:-1], dtype=acc) for _ in range(2))
@@ -164,7 +165,7 @@ def linear_attention_block_bwd(
     need_qkv: bool,
     need_out: bool,
 ) -> tuple[Tensor, ...]:
-    """As ``fastvdm::linear_attention_block_bwd``."""
+    """The launcher of ``fastvdm::linear_attention_block_bwd``."""
     s = _Sizes(x, qkv_weight, heads)
     acc, low = acc_torch_dtype(x.dtype), qkv_weight.dtype
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -196,7 +197,7 @@ def linear_attention_block_bwd(
     splits, chunk = s.split(tile)
     parts = walkers = s.frames * splits
     dqkv = None
-    if need_qkv:  # as many sums over frames as there are programs at a time
+    if need_qkv:  # one sum over frames for each concurrent program
         walkers = min(parts, cdiv(2 * s.multiprocessors, s.blocks(tile)))
         dqkv = x.new_empty((walkers, 3 * s.inner, s.channels), dtype=acc)
     dm, together = x.new_empty((parts, *matrix), dtype=acc), s.together and need_qkv
@@ -256,6 +257,6 @@ def linear_attention_block_bwd(
         if t is None or not need or value is None:
             return x.new_empty((0,))
         found = torch.empty_like(t, memory_format=torch.contiguous_format)
-        return found.copy_(value)  # each its own: outputs of an op may not alias
+        return found.copy_(value)  # a tensor of its own: outputs of an op may not alias
 
     return dx, *(grad(t, need, value) for (t, need), value in zip(asked, made))

@@ -3,9 +3,9 @@
     dM = q'ᵀ dy,  dctx = dM W_out,  dG = s dctx W_v,  dW_out = dMᵀ ctx,  dW_v = s dctxᵀ G
     dq' = dy Mᵀ,  dk' = x̂ dGᵀ,  dx̂ = dq W_q + dk W_k + k' dG,  dW_q = dqᵀ x̂,  dW_k = dkᵀ x̂
 
-and as k' sums to one over the pixels, its softmax subtracts Σ_n k' dk' = Σ_c G dG. q and k are
-computed anew wherever they are wanted. What sums over pixels leaves partials, which are added in a
-fixed order.
+and because k' sums to one over the pixels, its softmax subtracts Σ_n k' dk' = Σ_c G dG. q and k are
+recomputed in each kernel that needs them. Sums over pixels are written as partials, which are added
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastvdm.kernels.linear_attention_block.shared import (
 def _grad_q(
     dy, m, p, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """dq (BN, BF) of the softmax p (BN, BF / BD, BD), through dq' = dy Mᵀ."""
+    """dq (BN, BF) from the softmax p (BN, BF / BD, BD), through dq' = dy Mᵀ."""
     dp = dot_x3(dy, tl.trans(m), tl.zeros([BN, BF], ACC)).reshape(BN, BF // BD, BD)
     return (p * (dp - tl.sum(p * dp, 2)[:, :, None])).reshape(BN, BF)
 
@@ -39,7 +39,7 @@ def _grad_q(
 def _store_turned(
     ptr, rows, inside, value, C: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Value (BC, BF) to those rows of (.., C)."""
+    """Store value (BC, BF), transposed, to the given rows of (.., C)."""
     offs_c = tl.arange(0, BC)
     at = ptr + rows[None, :] * C + offs_c[:, None]
     if WHOLE:
@@ -55,10 +55,10 @@ def _dm_kernel(
     C: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
     BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of BF / BD heads, what there is a pointer for: dM over a split of a frame's pixels,
+    """For BF / BD heads, the results that have a pointer: dM over a split of a frame's pixels,
     (parts, inner, C); W_q's gradient over all splits that the program walks over,
-    (walkers, 3 inner, C). Both are summed transposed: what the products yield is no operand that
-    would have to be turned."""
+    (walkers, 3 inner, C). Both are summed transposed, so that no result of a product has to be
+    transposed to become an operand."""
     low = qkv_weight_ptr.dtype.element_ty
     blocks = tl.cdiv(heads, BF // BD)
     pid = tl.program_id(0)
@@ -100,7 +100,7 @@ def _summed(
     dm_ptr, at, here, column, step, splits,
     C: tl.constexpr, BD: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + CB) of dM: the partials, in order."""
+    """Columns [column, column + CB) of dM: the sum of the partials, in order."""
     dm = tl.zeros([BD, CB], ACC)
     for split in range(0, splits):
         dm += gather_rows(dm_ptr, at + split * step, here, column, C, CB, WHOLE)
@@ -112,7 +112,7 @@ def _out_columns(
     ptr, inner, row, here, column,
     C: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Of rows [column, column + CB) of out_weight (C, inner) the columns ``row``: (BD, CB)."""
+    """The columns ``row`` of rows [column, column + CB) of out_weight (C, inner): (BD, CB)."""
     offs_c = column + tl.arange(0, CB)
     at = ptr + offs_c[None, :] * inner + row[:, None]
     if WHOLE:
@@ -126,7 +126,7 @@ def _unfold_kernel(
     C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CB: tl.constexpr, WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one frame and head dG (frames, inner, C) and r = Σ_c G dG; where asked for s dctx, too."""
+    """For one frame and head: dG (frames, inner, C), r = Σ_c G dG and, if needed, s dctx."""
     problem = tl.program_id(0).to(tl.int64)
     frame, head = problem // heads, (problem % heads).to(tl.int32)
     inner = heads * D
@@ -149,7 +149,7 @@ def _unfold_kernel(
         offs_c = column + tl.arange(0, CB)
         to = dg_ptr + own[:, None] * C + offs_c[None, :]
         tl.store(to, dg, mask=here[:, None] & (offs_c < C)[None, :])
-        # Of dG as it is rounded: what dk' is made of sums to it.
+        # Use the rounded dG, because dk' is computed from it and must sum to r.
         g = gather_rows(g_ptr, own, here, column, C, CB, WHOLE).to(ACC)
         r += tl.sum(g * dg.to(ACC), 1)
     tl.store(r_ptr + own, r, mask=here)
@@ -161,8 +161,8 @@ def _frames_kernel(
     C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CB: tl.constexpr, WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one head and CB channels, over the frames that the program walks over, the gradients of
-    W_v, (walkers, 3 inner, C), and of W_out, (walkers, inner, C), where asked for."""
+    """For one head and CB channels, over the frames that the program walks over: the gradients of
+    W_v, (walkers, 3 inner, C), and of W_out, (walkers, inner, C), if needed."""
     columns = tl.cdiv(C, CB)
     pid = tl.program_id(0)
     column, head = pid % columns * CB, pid // columns % heads
@@ -202,7 +202,7 @@ def _dk_kernel(
     C: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BF rows of W_k over all splits that the program walks over."""
+    """The gradient of BF rows of W_k, over all splits that the program walks over."""
     low = qkv_weight_ptr.dtype.element_ty
     inner = heads * D
     blocks = tl.cdiv(inner, BF)
@@ -244,8 +244,8 @@ def _dx_kernel(
     BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile of pixels; where asked for its sums, (.., 3, C): those that make the
-    gradients of norm_weight and norm_bias, and of dy."""
+    """dx of one tile of pixels and, if needed, its sums (.., 3, C): those for the gradients of
+    norm_weight and norm_bias, and the sum of dy."""
     low = qkv_weight_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     frame, first = pid // tiles, (pid % tiles * BN).to(tl.int32)
@@ -259,7 +259,7 @@ def _dx_kernel(
     m_ptr += frame * inner * C
     dg_ptr += frame * inner * C
     dxn = tl.zeros([BN, BC], ACC)
-    # Two loops: of one, all operands at a time would not fit into the registers.
+    # Two loops, because the registers cannot hold all operands of a single one.
     for head in tl.range(0, heads, BF // BD, num_stages=STAGES):
         rows, inside = rows_of_heads(head, heads, D, BF, BD)
         w = gather_rows(qkv_weight_ptr, rows, inside, 0, C, BC, WHOLE)
@@ -279,8 +279,8 @@ def _dx_kernel(
         dxn = dot_x3(k.to(low), dg, dxn)
         dxn = dot_x3(dk.to(low), w, dxn)
 
-    # Read and normalised anew: what is kept over the heads costs registers there. The barriers keep
-    # the loads apart.
+    # Load and normalise again: a value kept over the heads costs registers there. The barriers keep
+    # the compiler from merging the loads.
     tl.debug_barrier()
     offs_n, offs_c = tl.arange(0, BN)[:, None], tl.arange(0, BC)[None, :]
     x_hat, rstd = standardise(load_rows(x_ptr + at, count, C, BN, BC, EVEN), eps, C, BC, ACC)

@@ -1,4 +1,4 @@
-"""Forward kernels: G over splits of the pixels; what a frame's heads are; y."""
+"""Forward kernels: G over splits of the pixels; M per frame and head; y."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvdm.kernels.linear_attention_block.shared import (
     vector,
 )
 
-COUNTS = ["N", "heads", "splits", "chunk", "tiles"]  # of which no kernel is compiled anew
+COUNTS = ["N", "heads", "splits", "chunk", "tiles"]  # kernels are not specialised on these
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -25,14 +25,14 @@ def _sum_kernel(
     C: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one split of a frame's pixels and BF features of k: max, Σ exp(k - max) and, as in flash
-    attention with features for queries, Σ exp(k - max) x̂. Partials (frames, splits, inner), C wide.
+    """For one split of a frame's pixels and BF features of k: max, Σ exp(k - max) and, as in flash
+    attention with features as queries, Σ exp(k - max) x̂. Partials (frames, splits, inner), C wide.
     """
     low = qkv_weight_ptr.dtype.element_ty
     inner = heads * D
     blocks = tl.cdiv(inner, BF)
     pid = tl.program_id(0)
-    first = pid % blocks * BF  # neighbours share the pixels
+    first = pid % blocks * BF  # neighbouring programs share the pixels
     part = (pid // blocks).to(tl.int64)
     frame, split = part // splits, part % splits
     lo = (split * chunk).to(tl.int32)
@@ -68,8 +68,8 @@ def _merged(
     part_ptr, top_ptr, at, here, top, total, column, step, splits,
     C: tl.constexpr, BD: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Columns [column, column + CB) of G: the partials, in order, each scaled to the whole maximum.
-    ``at``: rows of the first of them, ``step`` apart."""
+    """Columns [column, column + CB) of G: the sum of the partials, in order, each scaled to the
+    overall maximum. ``at`` are the rows of the first partial; the next is ``step`` further."""
     g = tl.zeros([BD, CB], ACC)
     for split in range(0, splits):
         rows = at + split * step
@@ -85,9 +85,9 @@ def _fold_kernel(
     C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CB: tl.constexpr, WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one frame and head M = D^-½ G W_vᵀ W_outᵀ (D, C), CB columns at a time. With partials G is
-    merged from them, in order, and log Σ exp k written; else it is read, and ctx (D, D) written
-    where asked for."""
+    """For one frame and head M = D^-½ G W_vᵀ W_outᵀ (D, C), CB columns at a time. With partials, G
+    is merged from them in order and log Σ exp k is written. Otherwise G is read, and ctx (D, D) is
+    written if needed."""
     problem = tl.program_id(0).to(tl.int64)
     frame, head = problem // heads, (problem % heads).to(tl.int32)
     inner = heads * D
@@ -141,7 +141,7 @@ def _apply_kernel(
     BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x + q' M + b of one tile of pixels, BF / BD heads at a time."""
+    """y = x + q' M + b for one tile of pixels, BF / BD heads at a time."""
     low = qkv_weight_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     frame, first = pid // tiles, (pid % tiles * BN).to(tl.int32)
@@ -161,7 +161,7 @@ def _apply_kernel(
         acc = dot_x3(p.to(low), m, acc)
     if out_bias_ptr is not None:
         acc += vector(out_bias_ptr, C, BC, ACC)
-    # x is read again, from the L1 or L2: kept, it would cost registers.
+    # x is read again, from the L1 or L2 cache, because keeping it would cost registers.
     acc += load_rows(x_ptr + at, count, C, BN, BC, EVEN).to(ACC)
     offs_n, offs_c = tl.arange(0, BN)[:, None], tl.arange(0, BC)[None, :]
     to = y_ptr + at + offs_n * C + offs_c

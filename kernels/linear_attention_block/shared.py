@@ -1,4 +1,4 @@
-"""Tiles of the kernels of linear_attention_block: pixels, normalised, and rows of weights."""
+"""Tiles of the kernels of linear_attention_block: normalised pixels, and rows of weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastvdm.kernels.tuned import tuned
 
 
 class Config(NamedTuple):
-    block_n: int  # pixels of a tile
-    block_f: int  # features of a step: whole heads, but for "sum" and "dw"
+    block_n: int  # pixels per tile
+    block_f: int  # features per step: whole heads, except for "sum" and "dk"
     num_warps: int
     num_stages: int
 
@@ -22,12 +22,12 @@ class Config(NamedTuple):
 def pick_config(
     kind: str, channels: int, dim: int, itemsize: int, x_itemsize: int, *, major: int
 ) -> Config:
-    """Tiles that spill nowhere (``bench/aot.py``). NOT MEASURED. ``kind``: "sum" and "apply" of the
+    """Tiles that do not spill (``bench/aot.py``). NOT MEASURED. ``kind``: "sum" and "apply" of the
     forward; "dm", "dq", "dk" and "dx" of the backward. ``major`` is the device's compute
-    capability, ``itemsize`` of the projections.
+    capability, ``itemsize`` that of the projections.
 
-    Four warps and 64 pixels: each holds whole rows, and its products stay in its registers. More
-    pixels where they fit stream the weights from the L2 less often.
+    With four warps and 64 pixels each warp holds whole rows, and its products stay in its
+    registers. More pixels, where they fit, read the weights from the L2 cache less often.
     """
     bc, bd = max(16, next_power_of_2(channels)), max(16, next_power_of_2(dim))
     wide, hopper = x_itemsize > 2, major >= 9
@@ -56,7 +56,7 @@ def pick_config(
 
 @triton.jit
 def load_rows(ptr, count, C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
-    """(BN, BC) from ``ptr``, ``count`` rows of C apart; zero beyond. EVEN: all rows exist."""
+    """(BN, BC) from ``ptr``: ``count`` rows with stride C, zero beyond. EVEN: all rows exist."""
     offs_n, offs_c = tl.arange(0, BN)[:, None], tl.arange(0, BC)[None, :]
     at = ptr + offs_n * C + offs_c
     if EVEN and C == BC:
@@ -73,7 +73,7 @@ def vector(ptr, C: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def standardise(x, eps, C: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):
-    """x_hat (BN, BC), zero beyond C, and rstd (BN, 1): in two passes over the registers."""
+    """x_hat (BN, BC), zero beyond C, and rstd (BN, 1), in two passes over the registers."""
     x = x.to(ACC)
     x -= (tl.sum(x, 1) / C)[:, None]
     if C != BC:
@@ -95,7 +95,7 @@ def normalised(
     ptr, count, weight_ptr, bias_ptr, eps,
     C: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The LayerNorm of BN pixels in ACC, (BN, BC); that of the missing ones is the bias."""
+    """The LayerNorm of BN pixels in ACC, (BN, BC); for missing pixels it is the bias."""
     x = load_rows(ptr, count, C, BN, BC, EVEN)
     x_hat, _ = standardise(x, eps, C, BC, ACC)
     return affine(x_hat, weight_ptr, bias_ptr, C, BC, ACC)
@@ -103,8 +103,8 @@ def normalised(
 
 @triton.jit
 def rows_of_heads(first, heads, D: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr):
-    """Row in (heads * D, ..) of each of the BF / BD heads' BD features from ``first`` on, and
-    whether there is one."""
+    """The rows in (heads * D, ..) of the BD features of BF / BD heads from ``first`` on, and which
+    of them exist."""
     offs = tl.arange(0, BF)
     head, d = first + offs // BD, offs % BD
     return head * D + d, (head < heads) & (d < D)
@@ -114,8 +114,8 @@ def rows_of_heads(first, heads, D: tl.constexpr, BF: tl.constexpr, BD: tl.conste
 def gather_rows(
     ptr, rows, inside, first, C: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Columns [first, first + BC) below C of those rows of (.., C), zero where there is none.
-    WHOLE: all are there."""
+    """Columns [first, first + BC) of the given rows of (.., C); zero where there is none. WHOLE:
+    all exist."""
     offs_c = first + tl.arange(0, BC)[None, :]
     at = ptr + rows[:, None] * C + offs_c
     if WHOLE:
@@ -127,7 +127,7 @@ def gather_rows(
 def softmax_of_heads(
     q, D: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """Over the D features of each head, (BN, BF / BD, BD), zero beyond D."""
+    """Softmax over the D features of each head, (BN, BF / BD, BD), zero beyond D."""
     q = q.reshape(BN, BF // BD, BD)
     if D != BD:
         q = tl.where((tl.arange(0, BD) < D)[None, None, :], q, float("-inf"))

@@ -3,27 +3,28 @@
     x_hat = (x - mean) rstd;  t = x_hat gain + offset;  y = SiLU(t) dropout_mask + residual
     gain = weight (1 + scale),  offset = bias (1 + scale) + shift          per sample and channel
 
-GroupNorm (kind 0) sees N = B videos (B*F frames when per frame) of L pixels:
-  forward   statistics: every program takes a chunk of pixels of one block of channels, each lane
-            runs Welford over its own pixels, and the lanes and the channels of a group merge by
-            Chan's formula into one (mean, M2) per group and chunk. The chunks are about as many as
-            there are multiprocessors, also for one video. Then apply: each program merges the
-            chunks of its groups, and reads and writes once. 2R + 1W in all in two launches,
-            1R + 1W with given statistics. A group across two sources, or too wide for a program,
-            is merged from channels by a small kernel between the two. A small group is one
-            program's, which reads it twice: one launch.
-  backward  with dt = dy dropout_mask SiLU'(t), A = Σ_l dt and B = Σ_l dt x_hat per channel yield
-            everything: dshift = A, dscale = weight B + bias A, dweight = Σ_n (1 + scale) B,
-            dbias = Σ_n (1 + scale) A, and m1, m2 = Σ_group gain A, gain B over the group's size:
-            dx = rstd (dt gain - m1 - x_hat m2).  Two passes, 2 (R x + R dy) + 1W, and two small
-            launches: chunks to the sums of each row, and these to the gradients of all vectors.
-x_bias, the bias of the convolution before, is part of what is normalised: x stands for x + x_bias.
-To GroupNorm it costs nothing: it moves a channel's mean and no variance, so the merges add it to
-the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum where wanted,
+GroupNorm (kind 0) has N = B videos (B*F frames with per_frame) of L pixels:
+  forward   Statistics: a program takes a chunk of pixels of one block of channels. Each lane runs
+            Welford over its own pixels; lanes and channels of a group are merged by Chan's formula
+            into one (mean, M2) per group and chunk. There are about as many chunks as
+            multiprocessors, even for one video. Then apply: each program merges the chunks of its
+            groups, and reads and writes once. In all 2R + 1W in two launches, or 1R + 1W with given
+            statistics. A group that crosses two sources, or is too wide for a program, is merged
+            from channels by a small kernel in between. A small group takes one program, which reads
+            it twice: one launch.
+  backward  With dt = dy dropout_mask SiLU'(t), everything follows from A = Σ_l dt and
+            B = Σ_l dt x_hat per channel: dshift = A, dscale = weight B + bias A,
+            dweight = Σ_n (1 + scale) B, dbias = Σ_n (1 + scale) A. m1, m2 = Σ_group gain A, gain B
+            over the group's size, and dx = rstd (dt gain - m1 - x_hat m2). Two passes,
+            2 (R x + R dy) + 1W, and two small launches: from chunks to the sums of each row, and
+            from these to the gradients of all vectors.
+x_bias, the bias of the preceding convolution, is part of what is normalised: x stands for
+x + x_bias. It costs GroupNorm nothing: it moves a channel's mean and no variance, so the merges add
+it to the means, and x_hat = (x - (mean - x_bias)) rstd. With X = Σ_l x_hat, a third sum if needed,
 dx_bias = Σ_n rstd (gain A - L m1 - m2 X): the sum of dx before dx is rounded.
 RMSNorm (1) and LayerNorm (2) reduce over the channels of one pixel: 1R + 1W, backward 2R + 1W.
-t is recomputed in the backward; saved are x, mean and rstd. About 14 FLOPs an element forward, 30
-backward. Sums go through partials in a fixed order: no atomics, two runs give the same bits.
+t is recomputed in the backward; x, mean and rstd are saved. About 14 FLOPs per element forward, 30
+backward. Partial sums are added in a fixed order: no atomics, two runs give the same bits.
 Wu & He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of variances).
 """
 
@@ -55,9 +56,9 @@ def _reduce_kernel(
     part_ptr, sums_ptr, m_ptr, w_ptr, scale_ptr, C, width, frames, stride_scale, chunks, total,
     SUMS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sums (N, SUMS, C) of part (N, chunks, SUMS, C); a program takes ``width`` channels.
+    """sums (N, SUMS, C) from part (N, chunks, SUMS, C); a program takes ``width`` channels.
 
-    For GroupNorm these are one group, and m (N, 2, groups) = Σ gain sums / total.
+    For GroupNorm they form one group, and m (N, 2, groups) = Σ gain sums / total.
     """
     pieces = tl.cdiv(C, width)
     pid = tl.program_id(0)
@@ -123,7 +124,7 @@ def norm_act_fwd(
     eps: float,
     act: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd), the last two empty where they were given or there are none."""
+    """(y, mean, rstd). mean and rstd are empty if they were given or do not exist."""
     y = x.new_empty((*x.shape[:-1], x.shape[-1] + (0 if x2 is None else x2.shape[-1])))
     params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
     given = mean is not None and rstd is not None
@@ -167,8 +168,8 @@ def norm_act_bwd(
     need_dweight: bool,
     need_dfilm: bool,
 ) -> tuple[Tensor, ...]:
-    """(dx, dx2, dx_bias, dweight, dbias, dscale, dshift), empty where the tensor is None or not
-    wanted."""
+    """(dx, dx2, dx_bias, dweight, dbias, dscale, dshift); empty if the tensor is None or its
+    gradient is not needed."""
     needs = (need_dx, need_dx, need_dx_bias, need_dweight, need_dweight, need_dfilm, need_dfilm)
     dx, dx2, dxb, dw, db, dscale, dshift = (
         t.new_empty(t.shape) if t is not None and need else None
@@ -177,10 +178,10 @@ def norm_act_bwd(
     n, length, c1, c2, frames = extents(x, x2, per_frame)
     c, acc = c1 + c2, acc_dtype(x.dtype)
     params, drop = (weight, bias, scale, shift), _numeric(dropout_mask)
-    count = 2 if dxb is None else 3  # sums of the rows, see the kernels
+    count = 2 if dxb is None else 3  # number of sums per row, see the kernels
     m = sums = None
     if kind == GROUP:
-        assert mean is not None and rstd is not None  # as the forward found them
+        assert mean is not None and rstd is not None  # computed by the forward
         given = (mean, rstd, x_bias, params, drop, per_frame, act)
         part = group_bwd_sums(dy, x, x2, *given, count)
         if need_dx or dxb is not None:
@@ -222,6 +223,6 @@ def _reduce(
         row_stride(scale), chunks, total,
         SUMS=count, ACC=acc,
         **merge_tile(chunks, width, 16 if width <= 16 else 4),  # wide: bank conflicts, 6-way
-        maxnreg=128,  # ptxas would rather spill than give up a block
+        maxnreg=128,  # otherwise ptxas limits registers for occupancy, and spills
     )  # fmt: skip
     return sums

@@ -1,7 +1,7 @@
-"""GroupNorm: tiles, and the forward from statistics that are whole or in parts.
+"""GroupNorm: tiles, and the forward from complete or partial statistics.
 
-``__init__.py`` has the mathematics and the names; here N videos (B, or B*F frames) of L
-pixels are normalised.
+``__init__.py`` has the mathematics and the names. Here N videos (B, or B*F frames) of L pixels are
+normalised.
 """
 
 from __future__ import annotations
@@ -40,25 +40,26 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_group")
 def pick_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the GroupNorm kernels: 8 values a thread.
-    ``itemsize`` and ``kind``, "fwd", "sums" or "dx", tell measured tiles apart.
+    """Tile of the GroupNorm kernels: 8 values per thread.
+    ``itemsize`` and ``kind`` ("fwd", "sums" or "dx") distinguish measured tiles.
 
-    The kernel that ends in a sum over pixels gives each warp 32 channels of its own: Triton stores
-    what warps have to add as [channel][warp], 4-way bank conflicts with two warps, 16-way with
-    four. The width pads the two sources least, among widths that read at least 64 bytes in a row;
-    of equals the widest. Analytic, NOT MEASURED: no GPU was at hand (November 2026).
+    The kernel that ends in a sum over pixels gives each warp its own 32 channels: Triton stores
+    values that warps must add as [channel][warp], which has 4-way bank conflicts with two warps and
+    16-way with four. The width is the one with the least padding of the two sources among widths
+    that read at least 64 bytes in a row; the widest if equal. Analytic, NOT MEASURED: no GPU was at
+    hand (November 2026).
     """
     top = min(32 if kind == "sums" else 64, next_power_of_2(max(c1, c2)))
     widths = [w for w in (64, 32, 16, 8, 4, 2, 1) if min(top, 32) <= w <= top]
     block_c = min(widths, key=lambda w: (cdiv(c1, w) + cdiv(c2, w)) * w)
-    # Triton has each thread fetch for itself a parameter vector that is shorter than the block
+    # Each thread loads a parameter vector shorter than the block by itself (Triton).
     num_warps = max(1, block_c // 32)
     return Config(block_c, 256 * num_warps // block_c, num_warps)
 
 
 class Partials(NamedTuple):
-    """What statistics are merged from: part (N, chunks, 2, groups), the mean and M2 of ``rows``
-    pixels each, the last chunk's of what is left."""
+    """Partial statistics: part (N, chunks, 2, groups) has the mean and M2 of ``rows`` pixels each;
+    the last chunk has the remaining pixels."""
 
     part: Tensor
     rows: int
@@ -71,10 +72,10 @@ def merged(
     part_ptr, n, L, group_width, groups, group0, rows, chunks,
     EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean, without its first channel's x_bias, and rstd (BLOCK_G,) of the groups from ``group0``.
+    """mean, without the x_bias of its first channel, and rstd (BLOCK_G,) of groups from ``group0``.
 
-    Sums are of differences to the mean of the first BLOCK_K chunks: what cancels is their square,
-    and that is small against the variance, whichever chunk holds an outlier.
+    Sums are of differences to the mean of the first BLOCK_K chunks. Only their square cancels, and
+    it is small relative to the variance, whichever chunk has an outlier.
     """
     offs_k = tl.arange(0, BLOCK_K)[:, None]
     group = group0 + tl.arange(0, BLOCK_G)
@@ -105,7 +106,7 @@ def merged(
 
 @triton.jit
 def mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask, ACC: tl.constexpr):
-    """What to take off x, (1, BLOCK_C): the mean of x + x_bias is off x by x_bias."""
+    """The value to subtract from x, (1, BLOCK_C): the mean of x + x_bias, minus x_bias."""
     mean = tl.load(mean_ptr + group, mask=mask, other=0.0)
     mean -= vector(xb_ptr, stride_bias, 0, cols, mask, ACC)
     return mean[None, :]
@@ -113,8 +114,8 @@ def mean_of_x(mean_ptr, xb_ptr, stride_bias, group, cols, mask, ACC: tl.constexp
 
 @triton.jit
 def source(x_ptr, x2_ptr, pid_c, C1, C2, BLOCK_C: tl.constexpr):
-    """Which tensor the block ``pid_c`` of the channels [x, x2] lies in: its pointer, its width, the
-    block's first channel in it, and the channels that stand before it."""
+    """The tensor that contains block ``pid_c`` of the channels [x, x2]: its pointer, its width, the
+    first channel of the block in it, and the number of channels before it."""
     first = pid_c * BLOCK_C
     if x2_ptr is None:
         return x_ptr, C1, first, 0
@@ -139,8 +140,8 @@ def _group_fwd_kernel(
     EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels; the first
-    chunk's programs write the statistics down where they come in parts."""
+    """y from x and its statistics, over a chunk of ``rows`` pixels of BLOCK_C channels. The
+    programs of the first chunk store the statistics if they came in parts."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -220,7 +221,7 @@ def _launch(
     split: Callable[[torch.device, int, int, Config], tuple[int, int]],
 ) -> tuple[int, tuple[Tensor | None, ...], tuple[int, ...], dict[str, Any]]:
     """(programs, the vectors from x_bias to shift, the integers from L to chunks, tile) of a kernel
-    whose pixels ``split`` cuts."""
+    whose pixels are divided by ``split``."""
     n, length, c1, c2, frames = extents(x, x2, per_frame)
     cfg = pick_config(c1, c2, x.element_size(), kind)
     blocks = cdiv(c1, cfg.block_c) + cdiv(c2, cfg.block_c)
@@ -249,7 +250,7 @@ def group_fwd(
 ) -> None:
     """y in one read and one write; ``params`` is (weight, bias, scale, shift). With ``parts`` mean
     and rstd are written, not read."""
-    # Tiles of a program also share the merging of the parts.
+    # The tiles of a program also share the merge of the parts.
     split = split_for_map if parts is None else partial(split_for_map, least=4)
     grid, given, counts, tile = _launch(
         x, x2, x_bias, params, mean.shape[1], per_frame, "fwd", split
@@ -257,10 +258,10 @@ def group_fwd(
     part, part_rows, part_chunks, eps = (None, 0, 0, 0.0) if parts is None else parts
     block, width = tile["BLOCK_C"], counts[3]
     aligned = block % width == 0 or width % block == 0
-    held = max(1, block // width) if aligned else cdiv(block, width) + 1  # groups of a block
+    held = max(1, block // width) if aligned else cdiv(block, width) + 1  # groups in a block
     block_g = 1 if part is None else max(8, next_power_of_2(held))
     num_warps = tile["num_warps"]
-    # What it would take of registers beyond costs every seventh warp. Where it spills, it may.
+    # More registers would cost every seventh warp. They are not bounded where that would spill.
     fits = part is not None and x.element_size() == 2 and num_warps == 2
     fits = fits and drop is None and major(x.device) >= 9
     _group_fwd_kernel[(grid,)](

@@ -1,6 +1,6 @@
 """GroupNorm's backward: the sums over pixels, and dx.
 
-``__init__.py`` has the mathematics and the names, ``group.py`` the tiles.
+``__init__.py`` has the mathematics and the names, ``group.py`` has the tiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _group_bwd_sums_kernel(
     chunks, SUMS: tl.constexpr, ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """part (N, chunks, SUMS, C): the sums over a chunk of dt, of dt x_hat and, third, of x_hat."""
+    """part (N, chunks, SUMS, C): sums over a chunk of dt, of dt x_hat and, third, of x_hat."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -58,7 +58,7 @@ def _group_bwd_sums_kernel(
         drop_ptr += at
     limit = tl.where(mask_c, size, 0)[None, :]
 
-    # of dt, of dt (x - mean) and of x - mean: rstd is a factor of the last two
+    # Sums of dt, of dt (x - mean) and of x - mean; rstd is a factor of the last two.
     sum_dt = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_dtx = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     sum_x = tl.zeros((BLOCK_L, BLOCK_C), ACC)
@@ -76,7 +76,7 @@ def _group_bwd_sums_kernel(
             drop_ptr += BLOCK_L * C
     rstd = tl.load(
         rstd_ptr + group, mask=mask_c, other=0.0, volatile=True
-    )  # not kept through the loop
+    )  # volatile: not kept in registers through the loop
     out = part_ptr + (n * chunks + chunk) * SUMS * (C1 + C2) + cols
     tl.store(out, tl.sum(sum_dt, axis=0), mask=mask_c)
     tl.store(out + C1 + C2, rstd * tl.sum(sum_dtx, axis=0), mask=mask_c)
@@ -91,7 +91,7 @@ def _group_bwd_dx_kernel(
     stride_shift, stride_bias, rows, chunks,
     ACT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels, with m (N, 2, groups)."""
+    """dx = rstd (dt gain - m1 - x_hat m2) over a chunk of pixels; m is (N, 2, groups)."""
     blocks = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -159,7 +159,7 @@ def group_bwd_sums(
     act: bool,
     count: int,
 ) -> Tensor:
-    """(N, chunks, count, C): A, B and, where ``count`` is 3, X of each chunk."""
+    """(N, chunks, count, C): A, B and, if ``count`` is 3, X of each chunk."""
     grid, given, counts, tile = _launch(
         x, x2, x_bias, params, mean.shape[1], per_frame, "sums", split_for_sums
     )
@@ -187,7 +187,7 @@ def group_bwd_dx(
     per_frame: bool,
     act: bool,
 ) -> None:
-    """dx and dx2 from m1 and m2, which ``m`` (N, 2, groups) holds."""
+    """dx and dx2 from m1 and m2, which are in ``m`` (N, 2, groups)."""
     grid, given, counts, tile = _launch(
         x, x2, x_bias, params, mean.shape[1], per_frame, "dx", split_for_map
     )

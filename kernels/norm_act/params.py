@@ -1,4 +1,4 @@
-"""Gradients of the norm's vectors from the sums of its rows, all in one launch.
+"""Gradients of the norm's vectors, from the sums of its rows, all in one launch.
 
 ``__init__.py`` has the mathematics and the names.
 """
@@ -20,9 +20,10 @@ def _params_kernel(
     SUMS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """dscale = weight B + bias A and dshift = A, (N / frames, C), dweight = Σ (1 + scale) B and
-    dbias = Σ (1 + scale) A, (C,), from the sums A, B, (N, SUMS, C). dx_bias (C,) is Σ dx from the
-    third, Σ_l x_hat, with m (N, 2, groups) for GroupNorm; without m the third is Σ_l dx itself."""
+    """From the sums A and B, (N, SUMS, C): dscale = weight B + bias A and dshift = A, (N / frames,
+    C); dweight = Σ (1 + scale) B and dbias = Σ (1 + scale) A, (C,). dx_bias (C,) is Σ dx. With m
+    (N, 2, groups), for GroupNorm, it follows from the third sum Σ_l x_hat; without m the third sum
+    is Σ_l dx itself."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = cols < C
     weight = tl.load(w_ptr + cols, mask=mask_c, other=0.0).to(ACC)[None, :]
@@ -90,8 +91,8 @@ def params_bwd(
     frames: int,
     acc: tl.dtype,
 ) -> None:
-    """``outs``: (dscale, dshift, dweight, dbias, dx_bias), those that are wanted. ``frames`` rows
-    of the sums (N, SUMS, C), each over ``length`` pixels, are a sample's."""
+    """``outs`` is (dscale, dshift, dweight, dbias, dx_bias), None if not needed. ``frames`` rows of
+    the sums (N, SUMS, C), each over ``length`` pixels, belong to one sample."""
     n, count, c = sums.shape
     groups = c if m is None else m.shape[2]
     block_c, block_f = min(32, next_power_of_2(c)), min(16, next_power_of_2(frames))

@@ -33,10 +33,10 @@ from fastvdm.kernels.tuned import tuned
 
 @tuned("norm_act_row")
 def pick_row_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
-    """Tile of the row-wise kernels: whole pixels. ``itemsize`` and ``kind`` as in group's.
+    """Tile of the row-wise kernels: whole pixels. ``itemsize`` and ``kind`` as in ``group.py``.
 
-    The backward gives a warp whole pixels as long as they fit, 8 to 16 values a thread: no sum over
-    channels or pixels then crosses warps. Analytic, NOT MEASURED.
+    The backward gives a warp whole pixels while they fit, 8 to 16 values per thread; then no sum
+    over channels or pixels crosses warps. Analytic, NOT MEASURED.
     """
     width = next_power_of_2(next_power_of_2(c1) + (next_power_of_2(c2) if c2 else 0))
     if kind == "bwd":
@@ -48,7 +48,7 @@ def pick_row_config(c1: int, c2: int, itemsize: int, kind: str) -> Config:
 def _row_norm(x, x2, mask, mask2, C, EPS: tl.constexpr, LAYER: tl.constexpr, TWO: tl.constexpr):
     """x_hat of the tiles x (BLOCK_L, BLOCK_C1) and x2; rstd and whether it varies, (BLOCK_L, 1).
 
-    LayerNorm subtracts the mean twice: what the first rounding left of it is taken off, too.
+    LayerNorm subtracts the mean twice, the second time to remove the rounding error of the first.
     """
     if LAYER:
         for _ in tl.static_range(2):
@@ -79,7 +79,7 @@ def _row_fwd_kernel(
     LAYER: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_L pixels of one video a program."""
+    """BLOCK_L pixels of one video per program."""
     TWO: tl.constexpr = x2_ptr is not None
     C = C1 + C2
     tiles = tl.cdiv(L, BLOCK_L)
@@ -128,8 +128,8 @@ def _row_bwd_kernel(
     SUMS: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C1: tl.constexpr, BLOCK_C2: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx of a chunk of pixels, and part (B, chunks, SUMS, C): its sums of dt, of dt x_hat and,
-    third, of dx."""
+    """dx of a chunk of pixels, and part (B, chunks, SUMS, C): its sums of dt, of dt x_hat and, if
+    SUMS is 3, of dx."""
     TWO: tl.constexpr = x2_ptr is not None
     C = C1 + C2
     pid = tl.program_id(0)
@@ -255,8 +255,8 @@ def row_bwd(
     act: bool,
     count: int,
 ) -> Tensor | None:
-    """dx and dx2 where they are given; (N, chunks, count, C), A, B and, where ``count`` is 3, Σ dx
-    of each chunk, or None where ``count`` is 0."""
+    """Writes dx and dx2 if given. Returns (N, chunks, count, C): A, B and, if ``count`` is 3, Σ dx
+    of each chunk; None if ``count`` is 0."""
     n, length, c1, c2, _ = extents(x, x2, per_frame)
     cfg = pick_row_config(c1, c2, x.element_size(), "bwd")
     rows, chunks = split_for_sums(x.device, n, length, cfg, warps=16)  # its registers allow 12-20
@@ -269,6 +269,6 @@ def row_bwd(
         SUMS=max(count, 2), LAYER=layer, EPS=eps, ACT=act, BLOCK_L=cfg.block_l,
         BLOCK_C1=next_power_of_2(c1), BLOCK_C2=next_power_of_2(max(c2, 1)),
         ACC=acc_dtype(x.dtype), num_warps=cfg.num_warps,
-        maxnreg=255,  # ptxas would rather spill than give up a block
+        maxnreg=255,  # otherwise ptxas limits registers for occupancy, and spills
     )  # fmt: skip
     return part

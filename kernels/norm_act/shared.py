@@ -1,4 +1,4 @@
-"""What the norm's kernels share: tiles and chunks, parameters, the ends of the arithmetic.
+"""Shared by the norm's kernels: tiles and chunks, parameters, the elementwise arithmetic.
 
 ``__init__.py`` has the mathematics and the names.
 """
@@ -15,26 +15,26 @@ from torch import Tensor
 from fastvdm.kernels.common import LOG2E, cdiv, next_power_of_2, reciprocal, sigmoid, widened
 from fastvdm.runtime.device import facts
 
-# What a network has many of, and no access gains by: not worth a compilation for each 1 and each
-# multiple of 16. ``frames`` is divided by, in 64 bits: 1 stays a constant.
+# Networks have many values of these and no access gains from them, so there is no specialisation
+# on 1 and on multiples of 16. ``frames`` is a divisor in 64 bits, so 1 stays a constant.
 GENERAL: dict[str, Any] = dict(
     do_not_specialize=["N", "L", "groups", "rows", "chunks", "part_rows", "part_chunks", "total"],
     do_not_specialize_on_alignment=["frames"],
 )
 
 
-# The same where channels are only told apart by their group.
+# The same for kernels that use channels only to find their group.
 BY_GROUP = GENERAL | {"do_not_specialize_on_alignment": ["frames", "group_width"]}
 
 
 class Config(NamedTuple):
-    block_c: int  # channels a tile
-    block_l: int  # pixels a tile
+    block_c: int  # channels per tile
+    block_l: int  # pixels per tile
     num_warps: int
 
 
 def programs(device: torch.device, num_warps: int, warps: int = 32) -> int:
-    """``warps`` a multiprocessor; the interpreter counts as a tenth of one."""
+    """``warps`` per multiprocessor; few under the interpreter."""
     found = facts(device)
     return warps // num_warps * found.multiprocessors if found.is_gpu else 4
 
@@ -42,8 +42,8 @@ def programs(device: torch.device, num_warps: int, warps: int = 32) -> int:
 def split_for_sums(
     device: torch.device, outer: int, length: int, cfg: Config, warps: int = 32
 ) -> tuple[int, int]:
-    """(pixels a chunk, chunks) of a reduction: as few chunks as fill the GPU, of two tiles or more,
-    where ``outer`` programs stand for each chunk."""
+    """(pixels per chunk, chunks) of a reduction with ``outer`` programs per chunk: as few chunks as
+    fill the GPU, of at least two tiles."""
     tiles = cdiv(length, cfg.block_l)
     wanted = max(1, min(cdiv(tiles, 2), programs(device, cfg.num_warps, warps) // outer))
     rows = cdiv(tiles, wanted) * cfg.block_l
@@ -61,13 +61,13 @@ def split_for_map(
 
 
 def extents(x: Tensor, x2: Tensor | None, per_frame: bool) -> tuple[int, int, int, int, int]:
-    """(N, L, C1, C2, frames): N statistics, each over L pixels; ``frames`` of them a sample."""
+    """(N, L, C1, C2, frames): N statistics, each over L pixels; ``frames`` of them per sample."""
     b, f, h, w, c1 = x.shape
     c2 = 0 if x2 is None else x2.shape[-1]
     return (b * f, h * w, c1, c2, f) if per_frame else (b, f * h * w, c1, c2, 1)
 
 
-# Stands for the stride of a vector that is not there; a multiple of 16 as the strides of most.
+# The stride that marks a missing vector; a multiple of 16, like most strides.
 ABSENT = -16
 
 
@@ -79,7 +79,7 @@ def vectors(
     x: Tensor, x_bias: Tensor | None, params: tuple[Tensor | None, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[int, int, int]]:
     """x_bias, weight, bias, scale, shift as kernels take them, and the strides of scale, shift and
-    x_bias: x stands for what is not there, so that it takes no kernel of its own."""
+    x_bias. x replaces missing vectors, so that they need no kernel of their own."""
     weight, bias, scale, shift = params
     at = [x if t is None else t for t in (x_bias, scale, shift)]
     strides = row_stride(scale), row_stride(shift), ABSENT if x_bias is None else 0
@@ -87,8 +87,8 @@ def vectors(
 
 
 def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
-    """Chunks and channels that a merge holds at once, 8 values a thread; ``most`` warps where there
-    are many chunks, as each step waits for memory."""
+    """Chunks and channels that a merge holds at once, 8 values per thread. With many chunks it has
+    ``most`` warps, because each step waits for memory."""
     block_c = min(64, next_power_of_2(width))
     num_warps = 4 if chunks * block_c <= 1024 else most
     return dict(BLOCK_K=256 * num_warps // block_c, BLOCK_C=block_c, num_warps=num_warps)
@@ -96,13 +96,13 @@ def merge_tile(chunks: int, width: int, most: int = 16) -> dict[str, int]:
 
 @triton.jit
 def quotient(cols, width):
-    """cols // width of channels, in fp32: exact below 2^20, at a seventh of a division."""
+    """cols // width for channels, in fp32: exact below 2^20, at a seventh of a division."""
     return ((cols.to(tl.float32) + 0.5) * (1.0 / width)).to(tl.int32)
 
 
 @triton.jit
 def vector(ptr, stride, row, cols, mask, ACC: tl.constexpr):
-    """A row of an optional vector, 0 where there is none."""
+    """A row of an optional vector; 0 if it is missing."""
     return tl.load(ptr + row * stride + cols, mask=mask & (stride >= 0), other=0.0).to(ACC)
 
 
@@ -127,8 +127,8 @@ def affine(
 
 @triton.jit
 def in_powers_of_2(gain, offset, ACT: tl.constexpr):
-    """gain and offset of -log2(e) t, which ``store_act`` takes where there is a SiLU: its
-    exponential then is exp2(t), without a product of its own."""
+    """gain and offset of -log2(e) t, which ``store_act`` takes if there is a SiLU: its exponential
+    is then exp2(t), without an extra product."""
     if ACT:
         return gain * -LOG2E, offset * -LOG2E
     else:
@@ -137,7 +137,7 @@ def in_powers_of_2(gain, offset, ACT: tl.constexpr):
 
 @triton.jit
 def store_act(t, y_ptr, res_ptr, drop_ptr, offs, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """y = SiLU(t) dropout_mask + residual at ``offs`` of the pointers, which may be tiles of
+    """y = SiLU(t) dropout_mask + residual at ``offs`` from the pointers, which may be tiles of
     pointers themselves."""
     if ACT:
         t *= reciprocal(-LOG2E * tl.exp2(t) - LOG2E)

@@ -1,4 +1,4 @@
-"""GroupNorm's statistics, chunk by chunk; and where a group is small, the whole norm in one launch.
+"""GroupNorm's statistics, chunk by chunk; for small groups, the whole norm in one launch.
 
 ``__init__.py`` has the mathematics and the names.
 """
@@ -38,18 +38,18 @@ from fastvdm.kernels.norm_act.shared import (
 from fastvdm.kernels.tuned import tuned
 
 # Values of a group that one program may normalise alone. It is bound by the instructions it issues,
-# 27 a value: 4.7 us for 32768 (sm_90). Two launches, one after the other, take 4 to 5 where they
-# are recorded in a graph, and 20 on the host where not. Analytic, NOT MEASURED.
+# 27 per value: 4.7 us for 32768 (sm_90). Two consecutive launches take 4 to 5 us if recorded in a
+# graph, and otherwise 20 us on the host. Analytic, NOT MEASURED.
 WHOLE_VALUES = 32768
-# Channels of a group that one program may take the statistics of.
+# Channels of a group whose statistics one program may compute.
 WIDEST_GROUP = 128
 
 
 @tuned("norm_act_stats")
 def pick_stats_config(step: int, itemsize: int) -> Config:
-    """Tile of the statistics of ``step`` channels: 32 bytes a thread, and enough warps to hide the
-    memory, for the programs are few: what follows reads one result of each. Analytic, NOT
-    MEASURED: no GPU was at hand (November 2026)."""
+    """Tile of the statistics of ``step`` channels: 32 bytes per thread, and enough warps to hide
+    the memory latency, because there are few programs (the next kernel reads one result of each).
+    Analytic, NOT MEASURED: no GPU was at hand (November 2026)."""
     block_c = next_power_of_2(step)
     return Config(block_c, 8192 // itemsize // block_c, 8)
 
@@ -61,8 +61,8 @@ def _stats_kernel(
     BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """part (N, chunks, 2, groups): mean and M2 of each group over each chunk of ``rows`` pixels,
-    with x_bias as a difference to that of the group's first channel. A program takes STEP channels,
-    which are whole groups; SUB divides a group."""
+    with x_bias relative to that of the group's first channel. A program takes STEP channels, which
+    are whole groups; SUB divides a group."""
     blocks = tl.cdiv(C1, STEP) + tl.cdiv(C2, STEP)
     pid = tl.program_id(0)
     chunk = pid // blocks % chunks
@@ -76,7 +76,7 @@ def _stats_kernel(
     src += (n * L + first) * width + c0 + offs_l[:, None] * width + offs_c[None, :]
     limit = tl.where(mask_c, size, 0)[None, :]
 
-    # (BLOCK_L, BLOCK_C): a lane is its own Welford over the pixels offs_l, offs_l + BLOCK_L, ...
+    # (BLOCK_L, BLOCK_C): each lane runs Welford over the pixels offs_l, offs_l + BLOCK_L, ...
     mean = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     m2 = tl.zeros((BLOCK_L, BLOCK_C), ACC)
     for start in tl.range(0, size, BLOCK_L, num_stages=4):
@@ -91,8 +91,8 @@ def _stats_kernel(
         m2 += delta * (x - mean)
         src += BLOCK_L * width
 
-    # Chan's merges. Means are summed as differences to the first: mean >> std needs it. First of
-    # SUB channels, in a thread's registers; (BLOCK_L, BLOCK_S) from here on
+    # Chan's merges. Means are summed as differences to the first, for the case mean >> std. First
+    # over SUB channels, in a thread's registers; (BLOCK_L, BLOCK_S) from here on.
     BLOCK_S: tl.constexpr = BLOCK_C // SUB
     count = tl.maximum((size - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)[:, None]
     sub = tl.arange(0, BLOCK_S)
@@ -104,20 +104,20 @@ def _stats_kernel(
     lead = vector(xb_ptr, stride_bias, 0, sub * SUB, c0 + sub * SUB < width, ACC)
     apart += (tl.reshape(more, (BLOCK_S, SUB)) - lead[:, None])[None, :, :]
     group_lead = sub * SUB // group_width * group_width
-    # x_bias of a first channel, off that of its group's
+    # The x_bias of a first channel, relative to that of its group.
     beyond = lead - vector(xb_ptr, stride_bias, 0, group_lead, c0 + group_lead < width, ACC)
     off = tl.sum(apart, axis=2) / SUB
     apart -= off[:, :, None]
     m2 = tl.sum(tl.reshape(m2, (BLOCK_L, BLOCK_S, SUB)) + count[:, :, None] * apart * apart, axis=2)
     mean = shift + off
 
-    # of the lanes, (BLOCK_S,)
+    # Then over the lanes, (BLOCK_S,).
     shift = tl.sum(tl.where(offs_l[:, None] == 0, mean, 0.0), axis=0)
     centre = shift + tl.sum(count * (mean - shift[None, :]), axis=0) / size.to(ACC)
     apart = mean - centre[None, :]
     m2 = tl.sum(m2 + SUB * count * apart * apart, axis=0)
 
-    # and of a group's, (BLOCK_S, BLOCK_G)
+    # Finally over the channels of a group, (BLOCK_S, BLOCK_G).
     offs_g = tl.arange(0, BLOCK_G)
     member = (sub * SUB // group_width)[:, None] == offs_g[None, :]
     first = (sub * SUB % group_width == 0)[:, None] & member
@@ -141,7 +141,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """mean and rstd (N, groups) from part (N, chunks, 2, C): Chan's merge over chunks, channels.
 
-    x_bias is added here, as a difference to that of the group's first channel, too.
+    x_bias is added here too, relative to that of the group's first channel.
     """
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
@@ -189,7 +189,7 @@ def _whole_kernel(
     EPS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """mean and rstd of one group and, in another pass of what is in L2, its y."""
+    """mean and rstd of one group and, in a second pass over data in the L2 cache, its y."""
     pid = tl.program_id(0)
     n = (pid // groups).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)[:, None]
@@ -216,7 +216,7 @@ def _whole_kernel(
         m2 += delta * (x - mean)
         x_at += BLOCK_L * C
 
-    # Chan's merge, of lanes and channels at once
+    # Chan's merge, over lanes and channels at once.
     count = tl.maximum((limit - offs_l + BLOCK_L - 1) // BLOCK_L, 0).to(ACC)
     total = tl.cast(L, ACC) * group_width
     first = tl.sum(tl.where(offs_c == 0, bias, 0.0))
@@ -253,12 +253,12 @@ def group_stats(
     eps: float,
     x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Partials | None]:
-    """mean and rstd of x + x_bias, each (N, groups); with partials, these are still to be merged:
-    the launch that normalises does it on its way."""
+    """mean and rstd of x + x_bias, each (N, groups). If partials are returned, these two are not
+    computed yet: the launch that normalises merges the partials."""
     n, length, c1, c2, _ = extents(x, x2, per_frame)
     c = c1 + c2
     width = c // groups
-    # a program must hold whole groups of one source; else it takes single channels
+    # A program must hold whole groups of one source; otherwise it takes single channels.
     whole = width <= WIDEST_GROUP and c1 % width == 0
     part_width = width if whole else 1
     step = max(32 // part_width, 1) * part_width
@@ -283,13 +283,13 @@ def group_stats(
     _merge_kernel[(n * groups,)](
         part, x_bias, mean, rstd, length, c, width, groups, rows, chunks,
         EPS=eps, ACC=acc_dtype(x.dtype), **merge_tile(chunks, width),
-        maxnreg=128,  # ptxas would rather spill than give up a block
+        maxnreg=128,  # otherwise ptxas limits registers for occupancy, and spills
     )  # fmt: skip
     return mean, rstd, None
 
 
 def is_small(x: Tensor, x2: Tensor | None, groups: int, per_frame: bool) -> bool:
-    """Whether a program normalises a group alone: of so many values, in rows of whole sectors."""
+    """Whether one program normalises a group: it has few values, in rows of whole sectors."""
     _, length, c1, _, _ = extents(x, x2, per_frame)
     width = c1 // groups
     return x2 is None and width * x.element_size() >= 32 and length * width <= WHOLE_VALUES
@@ -307,13 +307,13 @@ def group_whole(
     drop: Tensor | None,
     act: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y; returns mean and rstd of x + x_bias, each (N, groups)."""
+    """Writes y. Returns mean and rstd of x + x_bias, each (N, groups)."""
     n, length, c, _, frames = extents(x, None, per_frame)
     mean = x.new_empty((n, groups), dtype=acc_torch_dtype(x.dtype))
     rstd = torch.empty_like(mean)
     block_c = next_power_of_2(c // groups)
     num_warps = 4 if length * block_c <= 1024 else 16
-    # 16 bytes a thread: more of fp32 would spill
+    # 16 bytes per thread; more would spill in fp32.
     block_l = max(1, 512 // x.element_size() * num_warps // block_c)
     given, strides = vectors(x, x_bias, params)
     _whole_kernel[(n * groups,)](

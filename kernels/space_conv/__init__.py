@@ -2,25 +2,27 @@
 
     y[n, oh, ow, :] = sum_taps W[tap] x[n, ih(oh, tap), iw(ow, tap), :] + bias + residual
 
-One kernel does four jobs, told apart by two flags; no im2col, no concatenation, no flipped weight:
+One kernel does four jobs, selected by two flags; no im2col, no concatenation, no flipped weight:
 
 - gather (TRANSPOSED=False): ih = S*i + tap - PAD. The forward convolution, and the dgrad of the
   transposed one.
-- scatter, seen from the output (TRANSPOSED=True): output rows of equal oh mod S form a phase;
+- scatter, seen from the output (TRANSPOSED=True): output rows with equal oh mod S form a phase;
   phase a reads ih = i + (a + PAD - tap) / S for tap = (a + PAD) mod S, + S, ... The dgrad of a
   convolution (S = 1: one phase), the forward of the transposed one and of the folded upsampling.
 
-x, x2 (N, H, W, C) with N = B*F; weights in any strides, best channels-last, read as (out, k) tiles.
-GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64): on sm_90 both operands then
-come from shared memory, wgmma's SS form. FLOPs 2*N*Ho*Wo*Cin*Cout*taps; least bytes x + y + W.
+x, x2 are (N, H, W, C) with N = B*F; weights have any strides, preferably channels-last, and are
+read as (out, k) tiles. GEMM: acc[BLOCK_CO, BLOCK_P] = W_tile X_tile^T in fp32 (fp64 for fp64). In
+this order both operands come from shared memory on sm_90, wgmma's SS form. FLOPs
+2*N*Ho*Wo*Cin*Cout*taps; least bytes x + y + W.
 
-Descriptors (sm_90 on): a box is unit-stride, and reads 0 outside the image, the padding itself.
-With stride 2 rows and columns split by parity, for even extents a view, (N, H/2, 2, W/2, 2 C): tap
-t reads a unit-stride box of parity (t + PAD) mod 2. A step of channels must not run from one parity
-into the next, so C is a multiple of the step. Odd extents go by pointers.
+Descriptors (sm_90 and later): a box has unit stride and reads 0 outside the image, which is the
+padding. For stride 2, rows and columns are split by parity, which for even extents is a view,
+(N, H/2, 2, W/2, 2 C): tap t reads a unit-stride box of parity (t + PAD) mod 2. A step of channels
+must not run from one parity into the next, so C is a multiple of the step. Odd extents use
+pointers.
 
-Statistics: each tile of pixels writes mean and M2 per channel of what it stored; a second kernel
-merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
+Statistics: each tile of pixels writes mean and M2 per channel of the values it stored; a second
+kernel merges them by Chan, Golub & LeVeque 1979. No atomics: two runs give the same bits.
 
 Saved for backward: the inputs. dgrad is this kernel; wgrad is the library's.
 """
@@ -62,8 +64,9 @@ def conv(
     size: tuple[int, int],
     unit_images: int = 0,
 ) -> tuple[Tensor, Tensor | None, ConvConfig]:
-    """One launch. x (B, F, H, W, C); weight 4-D with its output channels on ``out_axis``; size the
-    output's H and W. ``unit_images`` > 0: also the partials (units * tiles, 2, Cout)."""
+    """One launch. x is (B, F, H, W, C), weight 4-D with its output channels on ``out_axis``, size
+    the output's H and W. ``unit_images`` > 0: it also returns partials (units * tiles, 2, Cout).
+    """
     batch, frames, height, width, c1 = x.shape
     c2 = 0 if x2 is None else x2.shape[-1]
     cout, kernel = weight.shape[out_axis], weight.shape[-1]
@@ -81,7 +84,7 @@ def conv(
     config = pick_config(widths, grid, x.element_size(), tma)
     if config.tma and by_parity:
         config = replace(config, block_k=math.gcd(config.block_k, *widths[:-1]))
-    if config.tma and not _is_rows_of_taps(weight):  # a copy is aligned, too
+    if config.tma and not _is_rows_of_taps(weight):  # a copy is also aligned
         weight = weight.clone(memory_format=torch.channels_last)
     first, second = (weight, None)
     if x2 is not None:
@@ -171,10 +174,10 @@ def space_conv_stats_fwd(
     acc = acc_torch_dtype(x.dtype)
     mean = torch.empty((units, groups), dtype=acc, device=x.device)
     rstd = torch.empty_like(mean)
-    if partial is None:  # no pixel, no statistics
+    if partial is None:  # no pixels, no statistics
         return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     cout = weight.shape[0]
-    # The pointer variant's tiles are runs of pixels: a box one row high.
+    # A tile of the pointer variant is a run of pixels: a box one row high.
     grid, box = tuple(y.shape[2:4]), (config.box_h, config.box_w)
     if not config.tma:
         grid, box = (1, y[0, 0, ..., 0].numel() * (1 if per_frame else frames)), (1, config.block_p)
@@ -197,7 +200,7 @@ def space_conv_bwd(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx and dx2 by the same kernel, each against its slice of the weight; dw by the library."""
+    """dx and dx2 by the same kernel, each with its slice of the weight; dw by the library."""
     _, _, dw, db = library.space_conv_bwd(dy, x, x2, weight, stride, False, False, need_dw, need_db)
     grads = []
     start = 0

@@ -1,4 +1,4 @@
-"""The convolution by tensor descriptors: for what ``why_not_tma`` has nothing against."""
+"""The convolution by tensor descriptors, for calls to which ``why_not_tma`` has no objection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def _accumulate_tma(
     WEIGHT_K_FIRST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same by descriptors: what a box reads outside the image is zero, the padding itself."""
+    """acc + W X^T over every tap and channel of one source. A box reads zero outside the image,
+    which is the padding."""
     by_parity: tl.constexpr = S == 2 and not TRANSPOSED
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
@@ -26,7 +27,7 @@ def _accumulate_tma(
     th = 0
     tw = 0
     for _ in tl.range(0, taps_h * taps_w * tl.cdiv(C, BLOCK_K), num_stages=NUM_STAGES):
-        if by_parity:  # row 2 i + t - PAD is of parity (t + PAD) mod 2; h0 = i - PAD
+        if by_parity:  # row 2 i + t - PAD has parity (t + PAD) mod 2; h0 = i - PAD
             i = h0 + (th + PAD) // 2
             j = w0 + (tw + PAD) // 2
             x = x_desc.load([n, i, (th + PAD) % 2, j, (tw + PAD) % 2 * C + k])
@@ -39,7 +40,7 @@ def _accumulate_tma(
         else:
             w = w_desc.load([co0, w_tap * WEIGHT_STEP + k])  # (BLOCK_CO, BLOCK_K)
         acc = dot(w, tl.trans(x), acc)
-        k += BLOCK_K  # counted on: a division is 20 instructions
+        k += BLOCK_K  # counted, because a division is 20 instructions
         next_tap = k >= C
         k = tl.where(next_tap, 0, k)
         tw += next_tap.to(tl.int32)
@@ -102,9 +103,10 @@ def _weight_descriptor(
 ) -> TensorDescriptor:
     """(rows, taps * row width) over channels-last memory, starting at the slice ``weight``.
 
-    A tile that reads past the slice's columns finds the next tap's weights, which meet zero
-    channels of the input or output channels that are not stored. Two axes, not three: the reshape
-    of a 3-D box sends the operand through registers (Triton 3.6, ldmatrix + RS wgmma).
+    A tile that reads past the columns of the slice reads the next tap's weights. They are
+    multiplied by zero channels of the input, or belong to output channels that are not stored. Two
+    axes, not three: the reshape of a 3-D box sends the operand through registers (Triton 3.6,
+    ldmatrix + RS wgmma).
     """
     rows, columns, kernel, _ = weight.shape
     step = weight_step(weight)
@@ -116,7 +118,7 @@ def _weight_descriptor(
 def _input_descriptor(
     x: Tensor, box_h: int, box_w: int, block_k: int, by_parity: bool
 ) -> TensorDescriptor:
-    """(N, H, W, C), or (N, H/2, 2, W/2, 2 C) for the boxes of a stride of 2."""
+    """(N, H, W, C), or (N, H/2, 2, W/2, 2 C) for the boxes of a stride-2 convolution."""
     images = x.flatten(0, 1)
     if not by_parity:
         return TensorDescriptor.from_tensor(images, [1, box_h, box_w, block_k])
@@ -126,7 +128,7 @@ def _input_descriptor(
 
 
 def _is_rows_of_taps(weight: Tensor) -> bool:
-    """Whether a descriptor can read it: channels-last, or a slice of its columns."""
+    """Whether a descriptor can read it: it is channels-last, or a slice of its columns."""
     kernel, step = weight.shape[-1], weight_step(weight)
     taps_adjoin = kernel == 1 or weight.stride(2) == kernel * step
     aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) % 8 == 0 and step % 8 == 0
@@ -134,5 +136,5 @@ def _is_rows_of_taps(weight: Tensor) -> bool:
 
 
 def weight_step(weight: Tensor) -> int:
-    """Elements from one tap to the next; the width of a row where there is only one tap."""
+    """Elements from one tap to the next; the width of a row if there is only one tap."""
     return weight.stride(3) if weight.shape[-1] > 1 else weight.stride(0)

@@ -15,7 +15,7 @@ def _accumulate(
     H, W, C, COUT, stride_wo, stride_wk, stride_wh, stride_ww,
     S: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + W X^T over every tap and channel of one source, by pointers."""
+    """acc + W X^T over every tap and channel of one source."""
     tap_step: tl.constexpr = S if TRANSPOSED else 1
     direction: tl.constexpr = -1 if TRANSPOSED else 1
     k_tiles = tl.cdiv(C, BLOCK_K)
@@ -47,8 +47,8 @@ def _conv_kernel(
     HAS_X2: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
     BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile is BLOCK_P pixels in a row of one unit: a run of whole images that statistics may not
-    leave (one frame, one video, or the whole batch). UNIT counts its pixels in one phase."""
+    """A tile is BLOCK_P consecutive pixels of one unit, a run of whole images to which statistics
+    are confined (one frame, one video, or the whole batch). UNIT is its pixels in one phase."""
     phases: tl.constexpr = S if TRANSPOSED else 1
     in_step: tl.constexpr = 1 if TRANSPOSED else S
     pid = tl.program_id(0).to(tl.int64)
@@ -61,7 +61,7 @@ def _conv_kernel(
     tap_h0, off_h, taps_h = _phase_taps(phase // phases, K, S, PAD, TRANSPOSED)
     tap_w0, off_w, taps_w = _phase_taps(phase % phases, K, S, PAD, TRANSPOSED)
 
-    # (BLOCK_P,): the pixel in the phase's grid, its place in the input and in the output
+    # (BLOCK_P,): the pixel in the phase's grid, its position in the input and in the output
     offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     flat = unit * UNIT + offs_p
     n = flat // (GRID_H * GRID_W)

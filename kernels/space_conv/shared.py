@@ -1,4 +1,4 @@
-"""What both variants of the convolution share: tiles, phases, what is done with the sums."""
+"""Shared by both variants of the convolution: tiles, phases, and the epilogue."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import triton.language as tl
 from fastvdm.kernels.common import cdiv, next_power_of_2
 from fastvdm.kernels.tuned import tuned
 
-# Not worth a compilation each time their divisibility changes.
+# Not specialised: their divisibility changes, and a compilation is not worth it.
 _SIZES = ["H", "W", "HO", "WO", "GRID_H", "GRID_W", "UNIT", "TILES"]
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tile sizes of one launch. ``tma``: loads by tensor descriptors, box (1, box_h, box_w, k)."""
+    """Tile sizes of one launch. ``tma``: loads use tensor descriptors, box (1, box_h, box_w, k)."""
 
     block_co: int
     block_p: int
@@ -63,17 +63,17 @@ def why_not_tma(
 def pick_config(
     widths: tuple[int, ...], grid: tuple[int, int], itemsize: int, tma: bool
 ) -> ConvConfig:
-    """Analytic default, not yet measured on a GPU; widths are the inputs' and, last, the output's.
+    """Analytic default, not measured on a GPU yet. widths are the inputs' and, last, the output's.
 
-    128x128 tiles with 64 channels a step and three stages take 98 KB: two blocks an SM on sm_90.
-    Widths that are not multiples of 16 leave pointer loads scalar, an address and a mask each:
+    128x128 tiles with 64 channels per step and three stages take 98 KB: two blocks per SM on sm_90.
+    Widths that are not multiples of 16 make pointer loads scalar, each with an address and a mask:
     anything larger than 64x64x32 on eight warps then spills.
     """
     cin, cout = max(widths[:-1]), widths[-1]
     block_k = max(16, min(next_power_of_2(cin), 128 // itemsize))
     block_co = max(64 if tma else 16, min(next_power_of_2(cout), 128))
     if block_co == 128 and 0 < cout % 128 <= 64:
-        block_co = 64  # 192 = 3 * 64: not a quarter of the tiles' work for nothing
+        block_co = 64  # 192 = 3 * 64: otherwise a quarter of the tiles' work is wasted
     block_p = 128
     if itemsize > 2:
         block_co, block_p = min(block_co, 64), 256 // itemsize
@@ -83,7 +83,7 @@ def pick_config(
         return ConvConfig(block_co, block_p, block_k, warps, 3, True, *pick_box(*grid, block_p))
     if any(w % 16 for w in widths):
         return ConvConfig(min(block_co, 64), min(block_p, 64), min(block_k, 32), 8, 3)
-    # Addresses and masks live in registers: 64x128 with four warps spills on sm_80.
+    # Addresses and masks are kept in registers: 64x128 with four warps spills on sm_80.
     return ConvConfig(block_co, block_p, block_k, 8 if block_co * block_p >= 64 * 128 else 4, 3)
 
 
@@ -102,7 +102,7 @@ def _finish(
     acc, y_ptr, bias_ptr, res_ptr, part_ptr, out_pixel, ok, offs_co, part_row, COUT,
     HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, store; then mean and M2 of the stored values over the tile's pixels."""
+    """Add bias and residual and store; then mean and M2 of the stored values over the tile."""
     mask_co = offs_co < COUT
     out = acc
     if HAS_BIAS:
@@ -120,7 +120,7 @@ def _finish(
         count = tl.sum(ok.to(acc.dtype), axis=0)
         mean = tl.sum(values, axis=0) / count
         centred = tl.where(ok[:, None], values - mean[None, :], 0.0)
-        # A sum of large values is rounded; what the mean lost is in the sum of the differences.
+        # A sum of large values is rounded; the mean's error is in the sum of the differences.
         lost = tl.sum(centred, axis=0) / count
         m2 = tl.sum(centred * centred, axis=0) - count * lost * lost
         part = part_ptr + part_row * 2 * COUT + offs_co

@@ -1,4 +1,4 @@
-"""GroupNorm's statistics of what a convolution stored, merged from those of its tiles."""
+"""GroupNorm's statistics of a convolution's output, merged from those of its tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvdm.kernels.common import next_power_of_2
 
 def merge_tile(group_width: int) -> dict[str, int]:
     """Tiles and channels that the merge of statistics holds at once: all channels of a group, and
-    as many tiles as leave 32 values a thread."""
+    as many tiles as give 32 values per thread."""
     block_c = next_power_of_2(group_width)
     return dict(BLOCK_C=block_c, BLOCK_T=max(1, min(64, 4096 // block_c)))
 
@@ -21,10 +21,10 @@ def _merge_stats_kernel(
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(unit, TILES, 2, COUT) partials → mean, rstd (unit, GROUPS); a program is one group.
+    """(unit, TILES, 2, COUT) partials → mean, rstd (unit, GROUPS); one program per group.
 
     Chan et al. 1979: M2 = sum M2_t + sum n_t (mean_t - mean)^2. Means are summed as differences to
-    the first, so that mean >> std loses no digits.
+    the first, so that no digits are lost if mean >> std.
     """
     pid = tl.program_id(0).to(tl.int64)
     unit = pid // GROUPS

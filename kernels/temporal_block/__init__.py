@@ -1,21 +1,21 @@
-"""x + out(attention(LayerNorm_C(x))) over the frames of each pixel, x read once and written once.
+"""x + out(attention(LayerNorm_C(x))) over the frames of each pixel; x is read and y written once.
 
     xn = (x - mean) rstd w + b,  q, k, v = xn Wᵀ + b,  p = softmax(D^-½ (q'k' + q rel_k) + bias)
     y = x + (p (v + rel_v)) W_outᵀ + b_out,   q', k' with the rotary embedding
 
-Shaw tables, rel_k and rel_v, stand neither beside a rotary embedding nor beside a bias.
+Shaw tables, rel_k and rel_v, exclude a rotary embedding and a bias.
 
-x (B, F, H, W, C). A program holds P pixels with all their frames, padded to BN = 16 or 32: P * BN
-rows of all C channels, and walks over the heads; the weights stream from the L2. 2*M*C*e bytes and
-8*M*C*inner + 4*M*F*inner FLOPs (M rows of x, inner = heads * D).
+x is (B, F, H, W, C). A program holds P pixels with all their frames, padded to BN = 16 or 32, i.e.
+P * BN rows of all C channels, and loops over the heads; it reads the weights from the L2 cache.
+2*M*C*e bytes and 8*M*C*inner + 4*M*F*inner FLOPs (M rows of x, inner = heads * D).
 
-The backward recomputes everything from x in one kernel: dx; the gradients of the norm and of the
-bias leave one partial per program, summed in a fixed order (no atomics: two runs give the same
-bits). The gradients of the two projections are sums over every row of x of a matrix
-as large as the weights. Per-program partials of those would be 4*C*inner*4 bytes each, more than
-the rows a program owns. So the kernel stores xn, dq|dk|dv and the attention's output, in the dtype
-of the weights, and library GEMMs reduce them: only when the weights are trained, and only for the
-length of this call. With frozen weights nothing but dx is written: 3*M*C*e bytes.
+The backward recomputes everything from x in one kernel and writes dx. The gradients of the norm and
+of the bias are written as one partial per program and summed in a fixed order (no atomics: two runs
+give the same bits). The gradients of the two projections are sums over all rows of x of a matrix as
+large as the weights. Partials per program would take 4*C*inner*4 bytes each, more than the rows of
+a program. So the kernel stores xn, dq|dk|dv and the attention's output in the dtype of the weights,
+and library GEMMs reduce them; only if the weights are trained, and only during this call. With
+frozen weights only dx is written: 3*M*C*e bytes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fastvdm.kernels.temporal_block.tiles import _REGISTER_CHANNELS, pick_config
 def fuse_backward(channels: int, frames: int, dim: int, *, tables: bool) -> bool:
     """Whether the backward is one kernel. Above 64 channels its two operands of all channels, xn
     and dy, leave no registers for the attention (ptxas: kilobytes of spills at 128), and the
-    recomputed products are large enough to run near the peak in library GEMMs. At 64 channels the
-    gradients of 32 frames, of heads above 32 features or of Shaw tables spill, too: up to 2.5 KB.
+    recomputed products are large enough to run near peak in library GEMMs. At 64 channels the
+    gradients for 32 frames, for heads above 32 features or for Shaw tables spill too: up to 2.5 KB.
     """
     return channels <= 64 and frames <= 16 and dim <= 32 and not tables
 
@@ -46,12 +46,12 @@ def _composed_backward(
     dy, x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps,
     options, need_norm, need_qkv, need_out, need_bias, need_rel,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same from recomputed buffers: library norm and GEMMs around the attention's kernels."""
+    """The backward from recomputed buffers: the library's norm and GEMMs, and attention kernels."""
     b, f, h, w, c = x.shape
     low, dim = qkv_weight.dtype, qkv_weight.shape[0] // (3 * heads)
     bias, rel_k, rel_v = options[:3]
 
-    def nothing() -> Tensor:  # each its own: outputs of an op may not alias
+    def nothing() -> Tensor:  # a new tensor each time: outputs of an op may not alias
         return x.new_empty((0,))
 
     if x.numel() == 0:
@@ -96,7 +96,7 @@ def _composed_backward(
         dnorm_weight.to(norm_weight.dtype) if need_norm else nothing(),
         dnorm_bias.to(norm_bias.dtype) if need_norm and norm_bias is not None else nothing(),
         *(dqkv_weight, dqkv_bias, dout_weight, dout_bias),
-        # What is not wanted has the dtype of x, as the fake says, not that of the projections.
+        # Gradients that are not needed are empty tensors of x's dtype, as the op's fake declares.
         dbias if need_bias and bias is not None else nothing(),
         drel_k if need_rel and rel_k is not None else nothing(),
         drel_v if need_rel and rel_v is not None else nothing(),
@@ -115,7 +115,7 @@ def temporal_block_fwd(
     eps: float,
     options: AttentionOptions,
 ) -> Tensor:
-    """y as x."""
+    """y like x."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     b, f, h, w, c = x.shape
     if y.numel() == 0:
@@ -175,7 +175,7 @@ def temporal_block_bwd(
     need_bias: bool,
     need_rel: bool,
 ) -> tuple[Tensor, ...]:
-    """As ``fastvdm::temporal_block_bwd``."""
+    """The launcher of ``fastvdm::temporal_block_bwd``."""
     b, f, h, w, c = x.shape
     dim = qkv_weight.shape[0] // (3 * heads)
     if not fuse_backward(c, f, dim, tables=options.shaw):
@@ -203,7 +203,7 @@ def temporal_block_bwd(
     dnorm_weight, dnorm_bias = partial(need_norm, c), partial(need_norm, c)
     dbias = partial(need_bias, heads, f, f)
     xn, o = per_row(need_qkv, c), per_row(need_out, inner)
-    # Frozen, dq|dk|dv of a tile pass through the L2; trained, those of every row are kept.
+    # With frozen weights dq|dk|dv of a tile only pass through the L2 cache; otherwise all are kept.
     size = (rows if need_qkv else walkers * config.P * config.BN, 3 * inner)
     dqkv = torch.empty(size, dtype=qkv_weight.dtype, device=device)
     if tiles:
@@ -248,8 +248,8 @@ def temporal_block_bwd(
         product(dqkv, xn),
         summed(dqkv, qkv_bias if need_qkv else None),
         product(low_dy, o),
-        # Not in the kernel, where its sums would spill: a rare parameter, one more read of dy.
+        # Not in the kernel, where its sums would spill. Few networks have it; it reads dy again.
         summed(dy.reshape(rows, c), out_bias if need_out else None),
         reduced(dbias, options.bias),
-        *(x.new_empty((0,)) for _ in range(2)),  # none of tables: with those it is composed
+        *(x.new_empty((0,)) for _ in range(2)),  # no gradients of tables: see _composed_backward
     )

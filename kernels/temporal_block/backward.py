@@ -1,4 +1,4 @@
-"""Backward kernel of temporal_block: dx, and what the gradients of parameters are made of."""
+"""Backward kernel of temporal_block: dx, and the terms of the gradients of parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastvdm.kernels.temporal_block.tiles import (
 
 @triton.jit
 def _add_partial(ptr, at, mask, value, fresh):
-    """Add to what this program stored there for its previous tile; ``fresh``: there was none."""
+    """Add to the value that this program stored for its previous tile; ``fresh``: there is none."""
     before = tl.load(ptr + at, mask=mask & (fresh == 0), other=0.0)
     tl.store(ptr + at, before + value, mask=mask)
 
@@ -41,20 +41,21 @@ def _bwd_kernel(
     C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, and what else has a pointer: partials (walkers, ..) of the gradients of norm and bias;
-    xn, dq|dk|dv (TRAIN; else of a scratch tile) and the attention's output per row of x."""
+    """dx, and all outputs that have a pointer: partials (walkers, ..) of the gradients of norm and
+    bias; xn, dq|dk|dv (TRAIN; otherwise of a scratch tile) and the attention's output per row of
+    x."""
     ROWS: tl.constexpr = P * BN
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
     inner = heads * D
-    walker = tl.program_id(0)  # int32, as all that is held over the heads
+    walker = tl.program_id(0)  # int32, like all values held over the heads
     offs_c = tl.arange(0, BC)
     i, j = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
 
     for tile in tl.range(walker, tiles, walkers):
         fresh = (tile == walker).to(tl.int32)
         row, frame, inside, focused = _rows(tile, pixels, area, F, focus_ptr, P, BN)
-        row = row.to(tl.int32)  # fewer than 2^31, says ``exceeds_registers``
+        row = row.to(tl.int32)  # fewer than 2^31, as ``exceeds_registers`` ensures
         keep = row
         if not TRAIN:
             keep = walker * ROWS + tl.arange(0, ROWS)
@@ -113,14 +114,14 @@ def _bwd_kernel(
             _store_rows(dqkv_ptr + inner + first, keep, inside, 3 * inner, dk * scale, D, BD)
             _store_rows(dqkv_ptr + 2 * inner + first, keep, inside, 3 * inner, dv, D, BD)
 
-        tl.debug_barrier()  # other threads wrote what this one reads
+        tl.debug_barrier()  # this thread reads what others wrote
         dxn = tl.zeros([ROWS, BC], ACC)
         for k in range(0, 3 * inner, COLUMNS):
             dz = _load_block(dqkv_ptr, keep, inside, 3 * inner, k, 3 * inner, COLUMNS)
             w = _load_matrix(qkv_weight_ptr, k, 0, C, 3 * inner, C, COLUMNS, BC)
             dxn = dot_x3(dz, w, dxn)
 
-        # Read and normalised anew: what is kept over the heads costs registers there.
+        # Load and normalise again: a value kept over the heads costs registers there.
         x = _load_block(x_ptr, row, inside, C, 0, C, BC).to(ACC)
         mean, rstd = _statistics(x, eps, C, BC, ACC)
         x_hat = tl.where((offs_c < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
@@ -132,4 +133,4 @@ def _bwd_kernel(
         g = g - (tl.sum(g, 1) / C)[:, None] - x_hat * (tl.sum(g * x_hat, 1) / C)[:, None]
         dx = _load_block(dy_ptr, row, inside, C, 0, C, BC).to(ACC) + g * rstd[:, None]
         _store_rows(dx_ptr, row, inside, C, dx, C, BC)
-        tl.debug_barrier()  # the partials of this tile are read back by other threads in the next
+        tl.debug_barrier()  # in the next tile other threads read the partials of this one

@@ -1,4 +1,4 @@
-"""Forward kernel of temporal_block: y of tiles of pixels."""
+"""Forward kernel of temporal_block: y for tiles of pixels."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def _fwd_tile(
     MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Without scratch the out-projection accumulates over the heads in registers. With it, for
-    wide rows, the heads' outputs go through the L2 and the projection follows in column blocks."""
+    """Without scratch the output projection accumulates over the heads in registers. With it, for
+    wide rows, the heads' outputs go through the L2 cache and the projection follows in blocks of
+    columns."""
     ROWS: tl.constexpr = P * BN
     low = qkv_weight_ptr.dtype.element_ty
     scale = tl.zeros([], ACC) + scale_high + scale_low
@@ -65,7 +66,7 @@ def _fwd_tile(
 
     x = _load_block(x_ptr, row, inside, C, 0, C, BC)
     mean, rstd = _statistics(x, eps, C, BC, ACC)
-    tl.debug_barrier()  # keeps the two loads apart: one would hold the fp32 rows in registers
+    tl.debug_barrier()  # do not merge the two loads: one would hold the fp32 rows in registers
     x = _load_block(x_ptr, row, inside, C, 0, C, BC)
     xn = _normalise(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, C, BC, ACC).to(low)
     if rot_ptr is not None:
@@ -105,14 +106,14 @@ def _fwd_tile(
         else:
             _store_rows(scratch_ptr + first, local, inside, inner, o, D, BD)
 
-    # x is read again, from the L1 or L2: kept, it would cost as many registers as acc.
+    # x is read again, from the L1 or L2 cache: kept, it would cost as many registers as acc.
     if scratch_ptr is None:
         if out_bias_ptr is not None:
             acc += _vector(out_bias_ptr, C, BC, ACC)[None, :]
         acc += _load_block(x_ptr, row, inside, C, 0, C, BC).to(ACC)
         _store_rows(y_ptr, row, inside, C, acc, C, BC)
     else:
-        tl.debug_barrier()  # other threads wrote what this one reads
+        tl.debug_barrier()  # this thread reads what others wrote
         for column in range(0, C, COLUMNS):
             acc = tl.zeros([ROWS, COLUMNS], ACC)
             for k in range(0, inner, COLUMNS):

@@ -11,13 +11,13 @@ from fastvdm.kernels.axis_attention.shared import skew
 from fastvdm.kernels.common import dot_x3, next_power_of_2
 from fastvdm.kernels.tuned import tuned
 
-_REGISTER_CHANNELS = 128  # widest row whose out-projection accumulates in registers
-COLUMNS = tl.constexpr(64)  # of a block of the products that follow the loop over the heads
+_REGISTER_CHANNELS = 128  # widest row whose output projection accumulates in registers
+COLUMNS = tl.constexpr(64)  # columns per block of the products after the loop over the heads
 
 
 @dataclass(frozen=True)
 class Config:
-    P: int  # pixels of a tile
+    P: int  # pixels per tile
     BN: int  # frames, padded
     BC: int  # channels, padded
     BD: int  # features of a head, padded
@@ -41,13 +41,13 @@ def pick_config(
     backward: bool,
     major: int,
 ) -> Config:
-    """Pixels a tile: each tile streams all weights, so as many rows as the registers allow. The
-    limits are those at which ptxas does not spill (``bench/aot.py``): ``tables`` are Shaw's,
+    """Pixels per tile: each tile reads all weights, so it has as many rows as the registers allow.
+    The limits are those up to which ptxas does not spill (``bench/aot.py``). ``tables`` are Shaw's,
     ``major`` is the device's compute capability, ``itemsize`` that of x. NOT MEASURED."""
     bn, bd = max(16, next_power_of_2(frames)), max(16, next_power_of_2(dim))
     bc = max(16, next_power_of_2(channels))
     wide, rows, warps = itemsize > 2, 128, 8
-    if backward:  # of few classes, see ``fuse_backward``
+    if backward:  # few classes reach it, see ``fuse_backward``
         rows = 128 if major >= 9 else 64
     elif major < 9 and (bc > 64 or (tables and (bd > 32 or bn > 16))):
         rows = 32
@@ -56,20 +56,20 @@ def pick_config(
     elif (tables and bd > 32) or (bc == _REGISTER_CHANNELS and (bd > 32 or wide or tables)):
         rows = 32 if wide and tables and bd <= 32 else 64
     elif major == 9 and not (wide or tables) and bd <= 32 and bn == 16:
-        # Two blocks a multiprocessor for 4% more instructions; at batch 1 twice the programs.
+        # Two blocks per multiprocessor for 4% more instructions; at batch 1 twice the programs.
         rows, warps = 64, 4
     p = min(rows // bn, next_power_of_2(pixels))
     return Config(p, bn, bc, bd, num_warps=warps, num_stages=1)
 
 
-# Nothing is gained by knowing them.
+# Specialising on these gains nothing.
 _COUNTS = ["pixels", "area", "attended", "tiles", "walkers"]
 
 
 @triton.jit
 def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
-    """Row of x (int64) of each row of the tile, its frame and whether it exists (P * BN); the
-    focus flag of each pixel (P)."""
+    """For each row of the tile (P * BN): its row of x (int64), its frame and whether it exists; and
+    the focus flag of each pixel (P)."""
     offs = tl.arange(0, P * BN)
     pixel, frame = tl.cast(tile * P, tl.int32) + offs // BN, offs % BN
     row = ((pixel // area).to(tl.int64) * F + frame) * area + pixel % area
@@ -83,7 +83,7 @@ def _rows(tile, pixels, area, F, focus_ptr, P: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _load_block(ptr, row, inside, stride, first, width, BLOCK: tl.constexpr):
-    """Columns [first, first + BLOCK) below ``width`` of the rows that exist, (rows, BLOCK)."""
+    """Columns [first, first + BLOCK) below ``width`` of the existing rows, (rows, BLOCK)."""
     offs = first + tl.arange(0, BLOCK)
     mask = inside[:, None] & (offs < width)[None, :]
     at = row.to(tl.int64)[:, None] * stride + offs[None, :]
@@ -102,7 +102,7 @@ def _load_matrix(
 
 @triton.jit
 def _store_rows(ptr, row, inside, stride, value, width, BLOCK: tl.constexpr):
-    """The first ``width`` columns of value to the rows that exist."""
+    """Store the first ``width`` columns of value to the existing rows."""
     offs = tl.arange(0, BLOCK)
     mask = inside[:, None] & (offs < width)[None, :]
     at = ptr + row.to(tl.int64)[:, None] * stride + offs[None, :]
@@ -177,8 +177,8 @@ def _probabilities(
     MASKED: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """p (P, BN, BN): over the first ``attended`` keys; the identity for focused samples and for
-    the frames from ``attended`` on; zero in rows of nothing but -inf."""
+    """p (P, BN, BN) over the first ``attended`` keys; the identity for focused samples and for
+    frames from ``attended`` on; zero in rows that are all -inf."""
     keys = tl.trans(k.reshape(P, BN, BD), 0, 2, 1)
     s = dot_x3(q.reshape(P, BN, BD), keys, tl.zeros([P, BN, BN], ACC))
     if rel_k is not None:

@@ -342,7 +342,7 @@ def test_nothing_is_asked_before_a_gpu_is(machine):
     "name, values", [("FASTVDM_BACKEND", config.BACKENDS), ("FASTVDM_CPU_ISA", config.CPU_ISAS)]
 )
 def test_envs_lists_the_values(name, values):
-    table = (Path(__file__).parents[2] / "ENVS.md").read_text()
+    table = (Path(__file__).parents[2] / "docs" / "environment.md").read_text()
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", table, re.MULTILINE)
     assert tuple(re.findall(r"`([^`]*)`", row.split("|")[1])) == values
 

@@ -1,9 +1,9 @@
-"""Runs the suite, its slow cells included, and prints the matrix op x check.
+"""Runs the suite, including its slow cells, and prints the matrix op x check.
 
     python tests/ops/matrix.py [-k norm_act] [-n 2]
 
-Arguments go to pytest, whose conftest.py chooses Triton's interpreter where there is no GPU: so
-nothing of the suite may be imported before it has run.
+Arguments go to pytest. Its conftest.py chooses Triton's interpreter if there is no GPU, so nothing
+of the suite may be imported before pytest runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One table of the public ops: a row a case. ``suite_test.py`` holds each row to every check.
+"""One table of the public ops, a row per case. ``suite_test.py`` applies every check to each row.
 
 A shape is written in letters, which ``sizes`` and an edge may set: B, F, H, W of the video, C and E
 the channels of one and of a second source, N those of the output, K a kernel's extent or a depth,

@@ -1,6 +1,6 @@
-"""PTX, as Triton writes it, into the arrays that the engine executes.
+"""Decodes PTX, as Triton writes it, into the arrays that the engine executes.
 
-An instruction that has no handler (instructions.py) raises ``NotImplementedError`` with its text:
+An instruction without a handler (instructions.py) raises ``NotImplementedError`` with its text;
 nothing is skipped.
 """
 

@@ -1,4 +1,4 @@
-"""What stands for a CUtensorMap, and the rules by which the driver makes one."""
+"""The replacement for CUtensorMap, with the rules by which the driver makes one."""
 
 from __future__ import annotations
 

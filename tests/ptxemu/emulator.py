@@ -1,7 +1,7 @@
 """Runs Triton launches on CPU tensors by executing the PTX that Triton compiles for them.
 
-Within ``emulate`` Triton specialises and compiles for a driver that has no device; pointers are the
-tensors' own addresses, every storage is an allocation, every tensor passed a view of it.
+Within ``emulate`` Triton specialises and compiles for a driver that has no device. Pointers are the
+addresses of the tensors; every storage is an allocation, and every tensor passed is a view of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engine reports."""
+"""The findings that the engine reports."""
 
 from __future__ import annotations
 

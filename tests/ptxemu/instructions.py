@@ -1,4 +1,4 @@
-"""A handler for each opcode: what it asks of the engine."""
+"""A handler for each opcode, which emits operations of the engine."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     FASTVDM_EMULATE=90 python -m pytest tests/ptxemu/mutations_test.py
 
-An edit breaks one instruction. A line of a kernel is many instructions, in several subjects; some
-of them do not matter there (a mask that keeps no lane, a value that is then discarded, one barrier
-beside another), so it is the line that must be noticed, at one of them.
+An edit breaks one instruction. A line of a kernel becomes many instructions, in several subjects,
+and some of them do not matter (a mask that keeps no lane, a value that is then discarded, one
+barrier next to another). So each line must be noticed at one of its instructions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PTX text into registers, operands and statements: everything about it but what they do."""
+"""Parses PTX text into registers, operands and statements, without their meaning."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 import fastvdm
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIREMENTS = (ROOT / "requirements-dev.txt").read_text()
+REQUIREMENTS = "".join((ROOT / f"requirements-{name}.txt").read_text() for name in ("dev", "docs"))
 PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", REQUIREMENTS, re.M))
 LINT = runpy.run_path(str(ROOT / ".ci" / "check.py"))["steps"]("lint", False, [])
 (HOOKS,) = (

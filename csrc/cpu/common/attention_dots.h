@@ -1,5 +1,5 @@
-// attention_kernel.h's core with its products in bf16: the same transposed formulation, fp32 softmax
-// and fp32 sums. Without Shaw tables, which stay in fp32.
+// The core of attention_kernel.h with bf16 products: the same transposed formulation, with fp32
+// softmax and fp32 sums. Shaw tables are not supported; they stay in fp32.
 #pragma once
 
 #include "attention_kernel.h"
@@ -15,12 +15,12 @@ FASTVDM_INLINE bool has_dots(const AttnTables& t) {
   return t.rel_k == nullptr && t.rel_v == nullptr;
 }
 
-// Rows of fp32 to bf16 rows of dp.
+// Round rows of fp32 to bf16 rows of width dp.
 FASTVDM_INLINE void round_head(const float* from, int rows, int dp, uint32_t* to) {
   for (int64_t i = 0; i < (int64_t)rows * dp; i += VL) store((bf16*)to + i, load(from + i));
 }
 
-// Pairs of rows of fp32: B of a product that sums over the rows, (rows / 2, dp) words.
+// Pairs of fp32 rows: operand B of a product that sums over rows, (rows / 2, dp) words.
 FASTVDM_INLINE void pair_rows(const float* from, int rows, int dp, uint32_t* to) {
   for (int r = 0; r < rows; r += 2, to += dp)
     for (int c = 0; c < dp; c += VL) {
@@ -31,7 +31,7 @@ FASTVDM_INLINE void pair_rows(const float* from, int rows, int dp, uint32_t* to)
 
 FASTVDM_INLINE Pairs paired_rows(const uint32_t* data, int dp) { return {data, dp, 16}; }
 
-// What the core keeps of one head: all in words of two bf16.
+// The data that the core keeps per head, in words of two bf16.
 struct DotsHead {
   uint32_t *k_rows, *v_rows;                        // (n, dp / 2)
   uint32_t *q_pairs, *k_pairs, *v_pairs, *g_pairs;  // (ceil(n / 2), dp)
@@ -65,7 +65,7 @@ FASTVDM_INLINE DotsHead dots_head(const AttnTables& t, float* work) {
   return h;
 }
 
-// Normalised probabilities (n, VL) of VL queries from `row` of q on, given k in rows.
+// Normalised probabilities (n, VL) of VL queries from row i0 of q on; k is given by rows.
 FASTVDM_INLINE void dots_probabilities(const AttnTables& t, int head, int i0, const float* q,
                                        const DotsHead& m) {
   const int lanes = t.n - i0 < VL ? t.n - i0 : VL;
@@ -74,7 +74,7 @@ FASTVDM_INLINE void dots_probabilities(const AttnTables& t, int head, int i0, co
   softmax_lanes<4>(t, head, i0, m.p, nullptr);
 }
 
-// out (n, dp) of one head; q, k are rotated; rows of dp, zero beyond d.
+// out (n, dp) of one head; q and k are rotated; rows have width dp and are zero beyond d.
 FASTVDM_NOINLINE void attend_dots(const AttnTables& t, int head, const float* q, const float* k,
                                   const float* v, float* out, float* work) {
   const int n = t.n, dp = t.dp;
@@ -89,7 +89,7 @@ FASTVDM_NOINLINE void attend_dots(const AttnTables& t, int head, const float* q,
   }
 }
 
-// Gradients of one head, as attend_bwd.
+// The gradients of one head, as in attend_bwd.
 FASTVDM_NOINLINE void attend_bwd_dots(const AttnTables& t, const AttnGrads& grads, int head,
                                       const float* q, const float* k, const float* v,
                                       const float* dout, float* dq, float* dk, float* dv,
@@ -116,7 +116,7 @@ FASTVDM_NOINLINE void attend_bwd_dots(const AttnTables& t, const AttnGrads& grad
         FASTVDM_STORE(at, 0, FASTVDM_LOAD(at, 0, lanes) + load(m.ds + j * VL), lanes);
       }
     }
-    // Sums over the queries: of the last block only those that are there.
+    // Sums over the queries; the last block has only `lanes` of them.
     const int pairs = (lanes + 1) / 2;
     pair_rows(dout + row, lanes, dp, m.g_pairs);
     pair_rows(q + row, lanes, dp, m.q_pairs);

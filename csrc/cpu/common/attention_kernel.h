@@ -1,6 +1,6 @@
-// Softmax attention of one head over one sequence in L1/L2. The logits are formed transposed,
-// Sᵀ = K Qᵀ with VL queries in the lanes, so the softmax runs down the rows without a horizontal
-// step; the whole column of keys is kept, whatever its length.
+// Softmax attention of one head over one sequence in L1/L2. The logits are computed transposed,
+// Sᵀ = K Qᵀ with VL queries in the lanes, so the softmax runs down the rows without horizontal
+// operations. All keys of a column are kept, for any length.
 #pragma once
 
 #include "attention.h"
@@ -11,7 +11,7 @@ namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-// x_pair turned by the table; `sign` -1 turns back. One row of dp features.
+// Rotate one row of dp features by the table; `sign` -1 rotates back.
 FASTVDM_INLINE void rotate_row(const float* from, float* to, const float* cos, const float* sin,
                                int dp, float sign) {
   vi swap;
@@ -23,12 +23,12 @@ FASTVDM_INLINE void rotate_row(const float* from, float* to, const float* cos, c
   }
 }
 
-// (VL rows from `row0`, dp) of x (rows, dp) → (dp, VL). Rows up to a multiple of VL must exist.
+// (VL rows from x on, dp) → (dp, VL). Rows up to a multiple of VL must exist.
 FASTVDM_INLINE void to_lanes(const float* x, int dp, float* out) {
   for (int i = 0; i < dp; i += VL) transpose_block(x + i, dp, out + i * VL, VL);
 }
 
-// Row of a relative table that query `query` sees at key `key`.
+// The row of a relative table for query `query` and key `key`.
 FASTVDM_INLINE int rel_row(int key, int query, int length) {
   const int reach = length / 2, distance = key - query;
   return (distance < -reach ? -reach : distance > reach ? reach : distance) + reach;
@@ -43,15 +43,15 @@ FASTVDM_NOINLINE void add_relative(float* s, const float* g, int n, int i0, int 
   }
 }
 
-// w[r][lane] = Σ of p[j][lane] over the keys j whose row is r, for `lanes` queries.
+// w[r][lane] = Σ p[j][lane] over the keys j whose row is r, for `lanes` queries.
 FASTVDM_NOINLINE void bucket(const float* p, float* w, int n, int i0, int lanes, int length) {
   memset(w, 0, sizeof(float) * VL * length);
   for (int j = 0; j < n; ++j)
     for (int l = 0; l < lanes; ++l) w[rel_row(j, i0 + l, length) * VL + l] += p[j * VL + l];
 }
 
-// Logits p (n, VL), of VL queries in the lanes from i0 on, to normalised probabilities, in place. Scales
-// and adds the bias first. Returns log Σ exp in lse where wanted.
+// Logits p (n, VL), with VL queries from i0 on in the lanes, to normalised probabilities, in place.
+// Scales and adds the bias first. Stores log Σ exp in lse if it is not null.
 template <int DEGREE>
 FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* p, float* lse) {
   const int n = t.n;
@@ -74,7 +74,7 @@ FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* 
   vf sum = {};
   if (t.bias_t == nullptr) {
     sum = vexp_rows<DEGREE>(p, VL, n, m);
-  } else {  // a bias of -inf masks exactly
+  } else {  // a bias of -inf must mask exactly
     constexpr int U = 4;
     for (int j = 0; j < n; j += U) {
       vf s[U], e[U];
@@ -101,8 +101,8 @@ FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* 
   }
 }
 
-// Normalised probabilities p (n, VL) of the queries i0 .. i0 + VL. qt: their (rotated) queries
-// (dp, VL); qt_plain the unrotated ones, for rel_k. Returns log Σ exp in lse where wanted.
+// Normalised probabilities p (n, VL) of queries i0 .. i0 + VL. qt: their (rotated) queries (dp,
+// VL); qt_plain: the unrotated ones, for rel_k. Stores log Σ exp in lse if it is not null.
 FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
                                     const float* qt_plain, const float* k, float* p, float* g,
                                     float* lse) {
@@ -116,8 +116,8 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
   softmax_lanes<5>(t, head, i0, p, lse);
 }
 
-// out (n, dp) of one head; q, k are rotated, q_plain is not (the same pointer without rotary). All
-// of them and v have rows of dp, zero beyond d, and q, q_plain have VL-rounded rows.
+// out (n, dp) of one head. q and k are rotated; q_plain is not (it equals q without rotary). They
+// and v have rows of width dp, zero beyond d; q and q_plain have a multiple of VL rows.
 FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
                              const float* k, const float* v, float* out, float* work, float* lse) {
   const int n = t.n, dp = t.dp;
@@ -140,7 +140,7 @@ FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, cons
   }
 }
 
-// Turns the gradients of rows [first, last) of a rotated operand back.
+// Rotates the gradients of rows [first, last) of a rotated operand back.
 FASTVDM_INLINE void turn_back(const AttnTables& t, float* x, int first, int last) {
   if (t.cos == nullptr) return;
   for (int64_t i = first * (int64_t)t.dp; i < last * (int64_t)t.dp; i += t.dp)
@@ -151,8 +151,8 @@ FASTVDM_INLINE void scale_rows(const AttnTables& t, float* x) {
   for (int64_t i = 0; i < (int64_t)t.n * t.dp; i += VL) store(x + i, load(x + i) * t.scale);
 }
 
-// Gradients of one head. dq, dk, dv (n, dp) are written, with respect to the unrotated q and k;
-// the tables' gradients are added to. dout (rounded rows, dp) as q.
+// Gradients of one head. dq, dk, dv (n, dp), with respect to the unrotated q and k, are written;
+// the gradients of the tables are added to. dout has rows like q.
 FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, int head,
                                  const float* q, const float* q_plain, const float* k,
                                  const float* v, const float* dout, float* dq, float* dk, float* dv,

@@ -109,7 +109,7 @@ Tensor AttnPartials::bias(const AttnTables& t, const OptTensor& like, int64_t fr
     if (!like.has_value() || t.n > 0 || like->numel() == 0) return none(x);
     return from_doubles(std::vector<double>(like->numel(), 0.0), *like);
   }
-  // Images attend to themselves only, without the bias: their rows and columns have no gradient.
+  // Images attend to themselves only, without the bias, so their rows and columns have no gradient.
   std::vector<double> sum(t.heads * frames * frames, 0.0);
   const int64_t n = t.n, np = t.np;
   for (int64_t p = 0; p < parts; ++p)

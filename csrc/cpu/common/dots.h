@@ -1,10 +1,10 @@
-// Products of bf16 matrices with fp32 sums, for operands in L1 or L2: vdpbf16ps, which adds two
-// products to every lane, at twice the rate of fp32. Only compiled into objects whose instruction set
-// multiplies bf16 (FASTVDM_BF16); where the compiler has no such instruction, two fp32 products stand
-// for it, so that any machine can run the tests.
+// Products of bf16 matrices with fp32 sums, for operands in L1 or L2, by vdpbf16ps, which adds two
+// products to every lane, at twice the rate of fp32. Compiled only into objects whose instruction
+// set multiplies bf16 (FASTVDM_BF16). If the compiler lacks the instruction, two fp32 products
+// replace it, so that any machine can run the tests.
 //
-// A pair is two values that follow each other along k, in one 32-bit word. A is (M, K) row-major in
-// pairs, or k-major (word k * lda + m); B has the pairs of 16 columns side by side.
+// A pair is two consecutive values along k in one 32-bit word. A is (M, K) row-major in pairs, or
+// k-major (word k * lda + m). B has the pairs of 16 columns side by side.
 #pragma once
 
 #include "gemm.h"
@@ -22,7 +22,7 @@ FASTVDM_INLINE vu load_words(const uint32_t* p) {
 }
 FASTVDM_INLINE void store_words(uint32_t* p, vu v) { memcpy(p, &v, sizeof(v)); }
 
-// c + a₀b₀ + a₁b₁ for the pairs of each lane.
+// c + a₀b₀ + a₁b₁ for the pairs in each lane.
 FASTVDM_INLINE vf dot(vf c, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -33,7 +33,7 @@ FASTVDM_INLINE vf dot(vf c, vu a, vu b) {
 #endif
 }
 
-// The same of integers of 16 bits.
+// The same for 16-bit integers.
 FASTVDM_INLINE vi dot(vi c, vu a, vu b) {
 #if defined(__AVX512VNNI__)
   return (vi)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
@@ -45,7 +45,7 @@ FASTVDM_INLINE vi dot(vi c, vu a, vu b) {
 
 FASTVDM_INLINE vu splat_word(uint32_t x) { return (vu){} + x; }
 
-// The pairs (low, high) of each lane.
+// The pairs (low, high) in each lane.
 FASTVDM_INLINE vu pairs_of(vf low, vf high) {
 #if defined(__AVX512BF16__)
   vh order[2];  // 0, 16, 1, 17, ...
@@ -60,8 +60,8 @@ FASTVDM_INLINE vu pairs_of(vf low, vf high) {
 #endif
 }
 
-// Packs `rows` rows of fp32 (zero from there to `depth`, which is even) and their n columns as B:
-// panels of 16 columns, `panel` elements apart, of pairs of rows.
+// Packs `rows` rows of fp32 and n columns as operand B: panels of 16 columns, `panel` elements
+// apart, of pairs of rows. Rows from `rows` to `depth`, which is even, are zero.
 FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int depth, int n, bf16* to,
                                int64_t panel) {
   for (int column = 0; column < n; column += 16)
@@ -73,8 +73,8 @@ FASTVDM_INLINE void pack_pairs(const float* from, int64_t ld, int rows, int dept
       }
 }
 
-// Pairs of rows of bf16: B of a product that sums over the rows, or a k-major A, (rows / 2, width)
-// words; width a multiple of 32.
+// Pairs of bf16 rows: operand B of a product that sums over rows, or a k-major A. (rows / 2, width)
+// words; width is a multiple of 32.
 FASTVDM_INLINE void interleave_rows(const bf16* from, int rows, int64_t width, uint32_t* to) {
   for (int r = 0; r < rows; r += 2, to += width)
     for (int64_t c = 0; c < width; c += VL) {
@@ -86,21 +86,21 @@ FASTVDM_INLINE void interleave_rows(const bf16* from, int rows, int64_t width, u
     }
 }
 
-// Pairs along the columns, transposed: word r of row c at `to`, rows `ldt` apart, is columns 2c, 2c + 1
-// of row r, for VL rows of dp columns. The rows from `rows` on are zero. tmp: VL * dp bf16.
+// Pairs along the columns, transposed, for VL rows of dp columns: word r of row c at `to` (rows ldt
+// apart) is columns 2c, 2c + 1 of row r. Rows from `rows` on are zero. tmp: VL * dp bf16.
 FASTVDM_INLINE void pairs_to_lanes(const float* from, int64_t ld, int rows, int dp, uint32_t* to,
                                    int64_t ldt, bf16* tmp) {
   for (int r = 0; r < VL; ++r)
     for (int c = 0; c < dp; c += VL)
       store(tmp + r * dp + c, r < rows ? load(from + r * ld + c) : vf{});
-  const float* words = (const float*)tmp;  // moved, never computed with
+  const float* words = (const float*)tmp;  // only moved, never used in arithmetic
   int c = 0;
   for (; c + VL <= dp / 2; c += VL) transpose_block(words + c, dp / 2, (float*)to + c * ldt, ldt);
   for (; c < dp / 2; ++c)
     for (int r = 0; r < VL; ++r) memcpy(to + c * ldt + r, words + r * (dp / 2) + c, 4);
 }
 
-// B of a product: the first pair of column n of step k is at `data` + k step + n / 16 panel + n % 16.
+// Operand B: the first pair of column n of step k is at data + k step + n / 16 panel + n % 16.
 struct Pairs {
   const uint32_t* data;
   int64_t step, panel;
@@ -155,8 +155,8 @@ FASTVDM_NOINLINE void dot_panel(int M, int K, const uint32_t* A, int64_t lda, co
   if (m < M) dot_tile<Sum, 1, NR, KM>(K, A + m * step, lda, B, n, C + m * ldc, ldc, accumulate);
 }
 
-// C (M, N) = or += A B over K pairs, N a multiple of 16; lda in words. Sum: vf of bf16, vi of integers,
-// whose C holds integers of 32 bits.
+// C (M, N) = or += A B over K pairs, N a multiple of 16, lda in words. Sum is vf for bf16, or vi
+// for integers; C then contains 32-bit integers.
 template <bool KM, class Sum = vf>
 FASTVDM_INLINE void dot_gemm(int M, int N, int K, const uint32_t* A, int64_t lda, const Pairs& B,
                              float* C, int64_t ldc, bool accumulate) {

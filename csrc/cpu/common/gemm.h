@@ -1,5 +1,5 @@
-// Small matrix products in fp32 for operands that live in L1 or L2: C (M, N) = or += A B, with B
-// (K, N) and C row-major, N a multiple of VL, and A either row-major or k-major (A[k * lda + m]).
+// Small fp32 matrix products for operands in L1 or L2: C (M, N) = or += A B, with B (K, N) and C
+// row-major, N a multiple of VL, and A row-major or k-major (A[k * lda + m]).
 #pragma once
 
 #include "vec.h"
@@ -52,7 +52,7 @@ FASTVDM_NOINLINE void gemm_panel(int M, int K, const float* A, int64_t lda, cons
   if (m < M) gemm_tile<1, NR, KM>(K, A + m * step, lda, B, ldb, C + m * ldc, ldc, accumulate);
 }
 
-// Registers: MR * NR accumulators, NR of B and one broadcast, out of 32 (AVX-512) or 16.
+// Registers: MR * NR accumulators, NR vectors of B and one broadcast, of 32 (AVX-512) or 16.
 #if defined(__AVX512F__)
 constexpr int kTileM1 = 16, kTileM2 = 8, kTileM3 = 8, kTileM4 = 6;
 #elif defined(__AVX2__)
@@ -66,11 +66,11 @@ FASTVDM_INLINE void gemm(int M, int N, int K, const float* A, int64_t lda, const
                          int64_t ldb, float* C, int64_t ldc, bool accumulate) {
   int n = 0;
 #if defined(__AVX512F__)
-  // 64 columns at once where that leaves no single vector over: the commonest widths.
+  // 64 columns at once if no single vector remains; these are the most common widths.
   for (; N % (4 * VL) == 0 && n < N; n += 4 * VL)
     gemm_panel<4, KM, kTileM4>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
 #endif
-  // Never a single vector at the end, which is bound by loads: two pairs instead of three and one.
+  // Avoid a single vector at the end, which is bound by loads: two pairs instead of three and one.
   for (; n + 3 * VL <= N && N - n != 4 * VL; n += 3 * VL)
     gemm_panel<3, KM, kTileM3>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
   for (; n + 2 * VL <= N; n += 2 * VL)
@@ -78,9 +78,9 @@ FASTVDM_INLINE void gemm(int M, int N, int K, const float* A, int64_t lda, const
   if (n < N) gemm_panel<1, KM, kTileM1>(M, K, A, lda, B + n, ldb, C + n, ldc, accumulate);
 }
 
-// As above with B in panels, in which it is read from end to end: columns [n, n + w) of every row, w
-// = panel_width(N, n), lie together at B + n * K. Rows of a wide B lie 4 KiB and more apart, where
-// neither the caches' sets nor the prefetchers serve a product well.
+// The same with B in panels, each of which is read from beginning to end: columns [n, n + w) of all
+// rows, w = panel_width(N, n), are contiguous at B + n * K. Rows of a wide B are 4 KiB or more
+// apart, which suits neither the sets of the caches nor the prefetchers.
 FASTVDM_INLINE int panel_width(int N, int n) {
 #if defined(__AVX512F__)
   if (N % (4 * VL) == 0) return 4 * VL;
@@ -115,7 +115,8 @@ FASTVDM_INLINE void transpose_block(const float* from, int64_t ldf, float* to, i
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) r[i] = load(from + i * ldf);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // The loop below takes two instructions a shuffle here, and four times as long.
+  // The generic loop below compiles to two instructions per shuffle here and takes four times as
+  // long.
   __m256 t[VL], q[VL];
 #pragma GCC unroll 4
   for (int i = 0; i < VL; i += 2) {
@@ -135,7 +136,7 @@ FASTVDM_INLINE void transpose_block(const float* from, int64_t ldf, float* to, i
     r[i + VL / 2] = (vf)_mm256_permute2f128_ps(q[i], q[i + VL / 2], 0x31);
   }
 #else
-  // Lanes: swap the off-diagonal s x s blocks of each pair of rows.
+  // Swap the off-diagonal s x s blocks of each pair of rows, in the lanes.
 #pragma GCC unroll 4
   for (int s = 1; s < VL; s *= 2) {
     vi low, high;

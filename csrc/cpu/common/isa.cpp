@@ -1,4 +1,4 @@
-// Run-time choice of the instruction set, and the threads' scratch memory.
+// Chooses the instruction set at run time, and manages the threads' scratch memory.
 #include "isa.h"
 
 #include <atomic>
@@ -58,7 +58,7 @@ const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"
 
 bool allowed(Isa isa) {
 #if FASTVDM_EMULATE_BF16
-  if (isa >= Isa::avx512_bf16) return best() >= Isa::avx2;  // built for it
+  if (isa >= Isa::avx512_bf16) return best() >= Isa::avx2;  // this build emulates them
 #endif
   return isa <= best();
 }

@@ -1,4 +1,4 @@
-// Which instruction set runs. The kernels of every one are linked in; one is picked per call.
+// The choice of the instruction set. Kernels for all of them are linked in; each call picks one.
 #pragma once
 
 #include <cstdint>
@@ -6,30 +6,31 @@
 
 namespace fastvdm {
 
-// avx512_bf16: avx512 with bf16 products; amx: the larger of them on tile registers.
+// avx512_bf16: avx512 with bf16 products; amx: its larger products use tile registers.
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-// The set in force: the best that the CPU and its operating system allow, or the one asked for.
+// The set in use: the best that the CPU and its operating system allow, or the one asked for.
 Isa isa();
-// name: auto | amx | avx512_bf16 | avx512 | avx2 | portable. Returns the name now in force; throws where the machine
-// or this build lacks it.
+// name: auto | amx | avx512_bf16 | avx512 | avx2 | portable. Returns the name now in use; throws if
+// the machine or this build lacks it.
 std::string set_cpu_isa(std::string name);
 std::string cpu_isa();
-// Whether the CPU multiplies 16-bit floats itself; where not, oneDNN emulates them several times
+// Whether the CPU multiplies 16-bit floats natively; if not, oneDNN emulates them, several times
 // slower than fp32.
 bool cpu_has_native(bool bf16);
 
-// Storage of a tensor; arithmetic is always fp32.
+// The storage type of a tensor; arithmetic is always fp32.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// At least `bytes` of 64-byte aligned memory that belongs to this thread until its next call.
+// At least `bytes` of 64-byte aligned memory, which this thread may use until its next call.
 void* scratch(int64_t bytes);
 
 }  // namespace fastvdm
 
-// Declares a kernel in the namespace of each instruction set, and picks the one in force. Only kernels
-// that gain by bf16 instructions have objects of avx512_bf16 and amx (BF16 in csrc/build.py), declared by
-// FASTVDM_DECLARE_BF16; of the others these would repeat that of AVX-512.
+// Declares a kernel in the namespace of each instruction set, and picks the one in use. Only
+// kernels that gain from bf16 instructions are compiled for avx512_bf16 and amx (BF16 in
+// csrc/build.py); they are declared by FASTVDM_DECLARE_BF16. For the others these would duplicate
+// the AVX-512 object.
 #define FASTVDM_DECLARE_IN(isa, signature) \
   namespace isa {                          \
   signature;                               \
@@ -43,7 +44,7 @@ void* scratch(int64_t bytes);
   FASTVDM_DECLARE(signature)                 \
   FASTVDM_DECLARE_IN(avx512_bf16, signature) \
   FASTVDM_DECLARE_IN(amx, signature)
-#if FASTVDM_EMULATE_BF16  // the CPU may have no AVX-512
+#if FASTVDM_EMULATE_BF16  // the CPU may lack AVX-512
 #define FASTVDM_BESIDE_BF16(fn) avx2::fn
 #else
 #define FASTVDM_BESIDE_BF16(fn) avx512::fn

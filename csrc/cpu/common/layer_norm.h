@@ -1,5 +1,5 @@
-// LayerNorm over the channels of one pixel, for the attention blocks: a row of fp32 of width cp, the
-// channels rounded up to a multiple of VL, zero beyond them.
+// LayerNorm over the channels of one pixel, for the attention blocks. A row is fp32 of width cp,
+// the channels rounded up to a multiple of VL, and zero beyond the channels.
 #pragma once
 
 #include "rows.h"
@@ -14,7 +14,7 @@ struct LayerNorm {
   const float *weight, *bias;  // (cp), zero beyond the channels; bias may be null
 };
 
-// row = weight x_hat + bias of the C values at x; x_hat goes to `hat` where given. Returns 1/σ.
+// row = weight x_hat + bias of the C values at x; x_hat goes to `hat` unless null. Returns 1/σ.
 template <class T>
 FASTVDM_INLINE float layer_norm(const LayerNorm& p, const T* x, float* row, float* hat) {
   const int C = p.channels, cp = p.cp;
@@ -45,8 +45,8 @@ FASTVDM_INLINE float layer_norm(const LayerNorm& p, const T* x, float* row, floa
   return inv;
 }
 
-// dx = dy + the gradient of the norm, given that of its result in d (overwritten). Adds to the
-// gradients of weight and bias where they are wanted.
+// dx = dy + the gradient through the norm, from the gradient d of its result (overwritten). Adds to
+// the gradients of weight and bias unless null.
 template <class T>
 FASTVDM_INLINE void layer_norm_bwd(const LayerNorm& p, float* d, const float* hat, float inv,
                                    const float* dy, float* dweight, float* dbias, T* dx) {

@@ -1,4 +1,4 @@
-// The host's half of tiles.h: matrices in the order in which the tile products read them.
+// The host side of tiles.h: packs matrices in the order in which the tile products read them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,8 +7,8 @@
 
 namespace fastvdm {
 
-// Packs value(k, n) of a (k, n) matrix, k a multiple of 32 and n of 16, in bf16: panels of 16
-// columns, each [k / 32] tiles of 16 pairs of k x 16 columns.
+// Packs value(k, n) of a (k, n) matrix in bf16, k a multiple of 32 and n of 16: panels of 16
+// columns, each with k / 32 tiles of 16 pairs of k x 16 columns.
 template <class F>
 void pack_tiles(int64_t k, int64_t n, uint16_t* to, const F& value) {
   for (int64_t column = 0; column < n; column += 16)

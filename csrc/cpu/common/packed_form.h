@@ -1,4 +1,5 @@
-// Forms of the weights of a block, each kept between calls while the weight's content stays.
+// Packed forms of a block's weights, kept between calls while the content of the weight is the
+// same.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 namespace fastvdm {
 
-// The first id of a form that is made here; those below are of the 3x3 convolution.
+// The first id of a form that is made here; smaller ids belong to the 3x3 convolution.
 enum WeightForm : int64_t {
   kTemporalQkvT = 512,
   kTemporalOutT,
@@ -31,7 +32,7 @@ class PackedForms {
  public:
   explicit PackedForms(int64_t heads) : heads_(heads) {}
 
-  // `count` values of `weight` by fill(to), zero where it leaves them; alive as long as this.
+  // `count` values of `weight`, written by fill(to) and zero elsewhere; valid during this lifetime.
   template <class T, class Fill>
   const T* get(const Tensor& weight, WeightForm form, int64_t count, const Fill& fill) {
     STD_TORCH_CHECK(weight.is_cpu(), "fastvdm_C: a weight must be on the CPU");
@@ -49,7 +50,7 @@ class PackedForms {
   }
 
  private:
-  int64_t heads_;  // whose layout it is
+  int64_t heads_;  // the layout depends on it
   std::vector<Tensor> forms_;
 };
 

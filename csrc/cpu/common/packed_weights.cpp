@@ -1,6 +1,7 @@
-// The cache of packed weights. A weight is known by its address, sizes and strides, and trusted by a
-// hash of its whole content at every call: no version counter sees `p.data.copy_()`, another tensor
-// at the address of a freed one, or the users of an exported network.
+// The cache of packed weights. A weight is identified by its address, sizes and strides, and
+// verified by a hash of its whole content at every call: no version counter detects
+// `p.data.copy_()`, another tensor at the address of a freed one, or changes by the users of an
+// exported network.
 #include "packed_weights.h"
 
 #include <algorithm>
@@ -20,7 +21,7 @@
 namespace fastvdm {
 namespace {
 
-constexpr int64_t kIdleCalls = 4096;  // an entry not asked for during so many calls is dropped
+constexpr int64_t kIdleCalls = 4096;  // an entry not used for this many calls is dropped
 
 using Key = std::array<int64_t, 12>;  // address, four sizes, four strides, dtype, form, ISA
 using Hash = std::array<uint64_t, 2>;
@@ -37,7 +38,7 @@ struct Cache {
   std::map<Key, Entry> entries;
   int64_t limit = 0, bytes = 0, kept = 0, calls = 0, hits = 0;
 
-  // The packed tensor leaves for the caller to destroy once the mutex is free.
+  // The packed tensor is returned for the caller to destroy after it has released the mutex.
   std::optional<Tensor> release(Entry& entry) {
     if (entry.packed.has_value()) {
       bytes -= entry.bytes;
@@ -47,13 +48,13 @@ struct Cache {
   }
 };
 
-// Never destroyed: at exit torch's allocator may be gone before a static of this library.
+// Never destroyed: at exit torch's allocator may be destroyed before a static of this library.
 Cache& cache() {
   static Cache& found = []() -> Cache& {
     auto* made = new Cache;
     made->limit = megabytes_from_environment("FASTVDM_PACKED_WEIGHTS_MB", 2048);
 #if defined(__unix__) || defined(__APPLE__)
-    // A fork while another thread holds the mutex would leave it locked in the child.
+    // Hold the mutex during fork; if another thread held it, it would stay locked in the child.
     pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
                    [] { cache().mutex.unlock(); });
 #endif
@@ -70,7 +71,7 @@ bool describe(const Tensor& weight, WeightHashArgs& a) {
     if (weight.size(d) != 1) all.emplace_back(weight.stride(d), weight.size(d));
   std::sort(all.begin(), all.end(), std::greater<>());
   for (const auto& [stride, size] : all) {
-    if (!dims.empty() && dims.back().first == stride * size)  // one step walks through both
+    if (!dims.empty() && dims.back().first == stride * size)  // one stride covers both
       dims.back() = {stride, dims.back().second * size};
     else
       dims.emplace_back(stride, size);
@@ -96,15 +97,15 @@ Hash hash_of(const WeightHashArgs& a) {
   torch::stable::parallel_for(0, units, 128, [&](int64_t begin, int64_t end) {
     uint64_t sums[2] = {0, 0};
     kernel(a, begin, end, sums);
-    first += sums[0];  // integers: the order does not matter
+    first += sums[0];  // integers, so the order does not matter
     second += sums[1];
   });
   return {first, second};
 }
 
-// Makes room for `wanted` bytes out of entries that nobody asked for since call `since`, the oldest
-// first. A network larger than the limit comes round in turns: were the oldest entry always to yield,
-// none would live until its next use.
+// Frees `wanted` bytes by dropping entries that were not used since call `since`, the oldest first.
+// A network above the limit uses its weights in turn: if the oldest entry always gave way, none
+// would survive until its next use.
 bool make_room(Cache& c, int64_t wanted, int64_t since, std::list<Tensor>& freed) {
   std::vector<Entry*> idle;
   int64_t left = c.bytes;
@@ -129,7 +130,7 @@ Tensor packed_weights(const Tensor& weight, int64_t form, const std::function<Te
     const std::lock_guard lock(c.mutex);
     off = c.limit == 0;
   }
-  if (off || !describe(weight, a)) return pack();  // without the mutex: it takes memory
+  if (off || !describe(weight, a)) return pack();  // without the mutex, because it allocates
   Key key{};
   key[0] = reinterpret_cast<int64_t>(a.data);
   for (int64_t d = 0; d < weight.dim(); ++d) {
@@ -138,10 +139,10 @@ Tensor packed_weights(const Tensor& weight, int64_t form, const std::function<Te
   }
   key[9] = static_cast<int64_t>(weight.scalar_type());
   key[10] = form;
-  key[11] = static_cast<int64_t>(isa());  // the order of the elements is the kernels'
+  key[11] = static_cast<int64_t>(isa());  // the order of the elements depends on the kernels
   const Hash hash = hash_of(a);
 
-  int64_t before = 0;  // the call that saw this content here before
+  int64_t before = 0;  // the earlier call that found this content here
   std::list<Tensor> freed;
   {
     const std::lock_guard lock(c.mutex);
@@ -170,11 +171,11 @@ Tensor packed_weights(const Tensor& weight, int64_t form, const std::function<Te
   }
   freed.clear();
   Tensor packed = pack();
-  if (before == 0) return packed;  // content seen once may be a training step's
+  if (before == 0) return packed;  // content found only once may be that of a training step
   const std::lock_guard lock(c.mutex);
   const auto at = c.entries.find(key);
   if (at == c.entries.end() || at->second.hash != hash || at->second.packed.has_value())
-    return packed;  // another thread was here
+    return packed;  // another thread was faster
   const int64_t bytes = packed.numel() * packed.element_size();
   if (c.bytes + bytes > c.limit && !make_room(c, bytes, before, freed)) return packed;
   at->second.packed = packed;

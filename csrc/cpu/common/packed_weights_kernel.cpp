@@ -1,14 +1,15 @@
-// A hash of a weight's bits: sums modulo 2⁶⁴ of w_i k_i over its 32-bit words, with two sets of keys.
+// A hash of a weight's bits: sums modulo 2⁶⁴ of w_i k_i over its 32-bit words, with two sets of
+// keys.
 //
-// Never unnoticed, whatever the values:
-// - one changed word, hence one changed element of any kind (a sign, -0 for 0, another NaN): the first
-//   sum moves by (w' - w) k, whose factors are below 2³² and not zero;
-// - two words exchanged: it moves by (w_i - w_j) (k_j - k_i), and no two keys are equal;
-// - two 16-bit elements exchanged between different halves of two words: it moves by
+// These changes are always detected, whatever the values:
+// - one changed word, and so one changed element of any kind (a sign, -0 for 0, another NaN): the
+//   first sum changes by (w' - w) k, whose factors are below 2³² and not zero;
+// - two exchanged words: it changes by (w_i - w_j) (k_j - k_i), and no two keys are equal;
+// - two 16-bit elements exchanged between different halves of two words: it changes by
 //   (e_i - e_j) (2¹⁶ k_j - k_i), and the keys are odd.
-// For any other change both sums would have to come out at zero: 2⁻¹²⁸ where all words change at
-// random, and below 2⁻⁵⁰ over the choice of the keys for the smallest of changes. The weights are the
-// user's own: nobody searches for collisions.
+// For any other change both sums would have to be unchanged: the probability is 2⁻¹²⁸ if all words
+// change at random, and below 2⁻⁵⁰ over the choice of the keys for the smallest changes. The
+// weights belong to the user, so nobody searches for collisions.
 #include "packed_weights.h"
 
 #include "vec.h"
@@ -30,15 +31,15 @@ FASTVDM_INLINE vq multiply_low(vq a, vq b) {
 #endif
 }
 
-// Word i of unit u has the keys first[i] ^ (a mix of u in bits 1 to 22) and second[i] ^ (another in
-// all bits). In the first set bits 23 and up are i and the lowest is one: all are odd, and as the mix
-// is a bijection, different.
+// Word i of unit u has the keys first[i] ^ (a mix of u in bits 1 to 22) and second[i] ^ (another
+// mix in all bits). In the first set bits 23 and up are i and the lowest bit is one: so all keys
+// are odd and, because the mix is a bijection, different.
 struct Keys {
   alignas(64) uint32_t first[kHashUnit], second[kHashUnit];
 };
 static_assert(kHashUnit == 1 << 9);
 
-constexpr uint32_t mixed(uint32_t x) {  // Murmur3's finalizer
+constexpr uint32_t mixed(uint32_t x) {  // the finalizer of Murmur3
   x = (x ^ x >> 16) * 0x85ebca6bu;
   x = (x ^ x >> 13) * 0xc2b2ae35u;
   return x ^ x >> 16;
@@ -68,7 +69,7 @@ struct Sums {
   vq first, second;
 };
 
-// Adds `bytes`, up to 4 * kHashUnit of them, of one unit.
+// Adds up to 4 * kHashUnit `bytes` of one unit.
 FASTVDM_INLINE void add_unit(const char* from, int bytes, uint64_t unit, Sums& sums) {
   const vq mix1 = spread(first_mix(unit)), mix2 = spread(second_mix(unit));
   vq even1{}, odd1{}, even2{}, odd2{};

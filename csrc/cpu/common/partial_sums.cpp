@@ -7,7 +7,7 @@ namespace fastvdm {
 int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words) {
   if (words == 0) return items;
   const int64_t memory = std::max<int64_t>(1, (32 << 20) / words);
-  // Clearing and adding a part takes about the time of 128 rows' products.
+  // Clearing and adding a part takes about as long as the products of 128 rows.
   return std::min({items, memory, std::clamp<int64_t>(rows / 256, 8, 32)});
 }
 

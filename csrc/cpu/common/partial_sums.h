@@ -1,5 +1,5 @@
-// Sums of gradients that threads make apart, added at last in fp64 in the order of the parts: their
-// bits do not depend on the number of threads.
+// Sums of gradients that threads compute separately. They are added in fp64 in the order of the
+// parts, so that their bits do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 
 namespace fastvdm {
 
-// In how many parts, each of whole items, `rows` rows are summed to `words` values; all items apart
-// where nothing is summed. Enough for eight threads, more where they have rows enough, and no more than
-// 128 MB of them.
+// The number of parts, each of whole items, in which `rows` rows are summed to `words` values; all
+// items are separate if nothing is summed. It is enough for eight threads, more if there are enough
+// rows, and at most 128 MB of sums.
 int64_t parts_of_sums(int64_t items, int64_t rows, int64_t words);
 
 class PartialSums {
  public:
-  // `parts` times `size` zeros in memory beside x, or nothing unless wanted.
+  // `parts` times `size` zeros in memory allocated like x; nothing if not wanted.
   PartialSums(const Tensor& x, int64_t parts, int64_t size, bool wanted);
   float* part(int64_t i) const { return data_ == nullptr ? nullptr : data_ + i * size_; }
 
@@ -37,7 +37,7 @@ class PartialSums {
     });
   }
 
-  // The first like.numel() sums, shaped and typed as `like`.
+  // The first like.numel() sums, shaped and typed like `like`.
   Tensor sum(const Tensor& like) const;
 
  private:

@@ -1,4 +1,4 @@
-// Rows between storage and fp32 scratch, for the kernels.
+// Converts rows between storage and fp32 scratch, for the kernels.
 #pragma once
 
 #include "vec.h"
@@ -7,7 +7,7 @@ namespace fastvdm {
 namespace FASTVDM_ISA {
 namespace {
 
-// n elements to fp32, zeros up to np (a multiple of VL).
+// Widens n elements to fp32, with zeros up to np (a multiple of VL).
 template <class T>
 FASTVDM_INLINE void widen_row(const T* from, float* to, int n, int np) {
   int i = 0;
@@ -26,7 +26,7 @@ FASTVDM_INLINE void narrow_row(const float* from, T* to, int n) {
   if (i < n) store_n(to + i, load(from + i), n - i);
 }
 
-// Rounds `rows` rows of fp32 of width np to bf16 at `to`, zero from np to kp.
+// Rounds `rows` rows of fp32 of width np to bf16 at `to`, with zeros from np to kp.
 FASTVDM_INLINE void round_rows(const float* from, int rows, int np, bf16* to, int64_t ld, int kp) {
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < np; c += VL) store(to + r * ld + c, load(from + (int64_t)r * np + c));
@@ -34,7 +34,7 @@ FASTVDM_INLINE void round_rows(const float* from, int rows, int np, bf16* to, in
   }
 }
 
-// sum[c] += Σ over rows of x (rows, width).
+// sum[c] += Σ over the rows of x (rows, width).
 FASTVDM_INLINE void add_columns(const float* x, int rows, int width, float* sum) {
   for (int c = 0; c < width; c += VL) {
     vf s = load(sum + c);
@@ -43,7 +43,7 @@ FASTVDM_INLINE void add_columns(const float* x, int rows, int width, float* sum)
   }
 }
 
-// to = x + y + bias (where given) of n values.
+// to = x + y + bias (unless null) for `count` values.
 template <class T>
 FASTVDM_INLINE void add_residual(const T* x, const float* y, const float* bias, int count, T* to) {
   for (int c = 0; c < count; c += VL) {

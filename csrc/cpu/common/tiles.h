@@ -1,5 +1,5 @@
-// Products of bf16 matrices on the tile registers of AMX, for operands in L1 or L2. Only compiled
-// into objects whose instruction set has them (FASTVDM_TILES); with FASTVDM_EMULATE_TILES the five
+// Products of bf16 matrices on the tile registers of AMX, for operands in L1 or L2. Compiled only
+// into objects whose instruction set has them (FASTVDM_TILES). With FASTVDM_EMULATE_TILES the five
 // instructions are plain C++, so that any machine can run the tests.
 //
 // A tile holds 16 rows of 64 bytes: A 16 x 32 bf16, B 16 pairs of k x 16 columns, C 16 x 16 fp32.
@@ -14,13 +14,13 @@ namespace FASTVDM_ISA {
 namespace {
 
 constexpr int kTileK = 32;       // depth of one tile product
-constexpr int kTileWords = 512;  // bf16 of a tile
+constexpr int kTileWords = 512;  // bf16 per tile
 
 #if FASTVDM_EMULATE_TILES
 
 thread_local float tile_memory[8][16][16];
 
-// Not inlined: the loops would be unrolled at every use.
+// Not inlined, because the loops would be unrolled at every use.
 FASTVDM_NOINLINE void emulate_product(float (*c)[16], const float (*a)[16], const float (*b)[16]) {
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < 16; ++k) {
@@ -58,8 +58,8 @@ struct TileScope {
 
 #else
 
-// In assembly: the compilers' intrinsics take no template argument for a register, and GCC 12's
-// loads do not say that they read memory.
+// In assembly: the compilers' intrinsics take no template argument for a register, and the loads of
+// GCC 12 do not declare that they read memory.
 template <int T>
 FASTVDM_INLINE void tile_zero() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
@@ -76,12 +76,12 @@ template <int C, int A, int B>
 FASTVDM_INLINE void tile_product() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-// The configuration is a thread's own and the library sets another: ours holds for one kernel call.
+// The configuration is per thread, and the library sets another: ours lasts for one kernel call.
 struct TileScope {
   TileScope() {
     alignas(64) uint8_t config[64] = {1};  // palette 1
     for (int t = 0; t < 8; ++t) {
-      config[16 + 2 * t] = 64;  // bytes of a row
+      config[16 + 2 * t] = 64;  // bytes per row
       config[48 + t] = 16;      // rows
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
@@ -91,7 +91,7 @@ struct TileScope {
 
 #endif
 
-// One block of 16 MT x 16 NT of C = A B over `steps` tiles of k.
+// One block of 16 MT x 16 NT of C = A B, over `steps` tiles along k.
 template <int MT, int NT>
 FASTVDM_INLINE void tile_block(int steps, const bf16* A, int64_t lda, const bf16* B, int64_t next_b,
                                float* C, int64_t ldc, bool accumulate) {
@@ -125,8 +125,8 @@ FASTVDM_INLINE void tile_block(int steps, const bf16* A, int64_t lda, const bf16
   if (MT > 1 && NT > 1) tile_store<3>(C + 16 * ldc + 16, row_c);
 }
 
-// C (M, N) = or += A (M, K) B. M, N are rounded up to 16 and K to 32 in memory: A has zeros, or B
-// has, beyond K, and all rows of A and C exist. B is packed by pack_tiles.h. Inside a TileScope.
+// C (M, N) = or += A (M, K) B. In memory M and N are rounded up to 16 and K to 32: beyond K, A or B
+// is zero, and all rows of A and C exist. B is packed by pack_tiles.h. Call it inside a TileScope.
 FASTVDM_NOINLINE void tile_gemm(int M, int N, int K, const bf16* A, int64_t lda, const bf16* B,
                                 float* C, int64_t ldc, bool accumulate = false) {
   const int steps = (K + kTileK - 1) / kTileK;

@@ -1,4 +1,4 @@
-// Checks and small conversions that every launcher shares.
+// Checks and small conversions for all launchers.
 #include "torch.h"
 
 #include <cstdlib>

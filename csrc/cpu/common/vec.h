@@ -1,7 +1,7 @@
-// Vectors of fp32 for the kernels, on GCC/clang vector extensions: the same source becomes AVX-512,
-// AVX2 or baseline code by its -m flags. Everything here has internal linkage and no torch or STL
-// header is included: an inline function shared between objects of different instruction sets would
-// let the linker keep the AVX-512 copy for all of them.
+// fp32 vectors for the kernels, based on GCC/clang vector extensions: the -m flags turn the same
+// source into AVX-512, AVX2 or baseline code. Everything here has internal linkage, and no header
+// of torch or the STL is included: if objects of different instruction sets shared an inline
+// function, the linker could keep the AVX-512 copy for all of them.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@
 #endif
 
 #define FASTVDM_INLINE static inline __attribute__((always_inline))
-// For what several templates call: compiled once. `unused` because not every file calls all of it.
+// For functions that several templates call: compiled once. `unused`, as not every file calls all.
 #define FASTVDM_NOINLINE static __attribute__((noinline, unused))
 
 namespace fastvdm {
@@ -62,7 +62,7 @@ FASTVDM_INLINE vf load(const float* p) {
 FASTVDM_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof(v)); }
 
 FASTVDM_INLINE vf load(const bf16* p) {
-#if defined(__AVX512F__)  // one instruction widens; of convertvector GCC 12 makes four
+#if defined(__AVX512F__)  // one instruction widens; GCC 12 makes four from convertvector
   return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
 #elif defined(__AVX2__)
   return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
@@ -72,14 +72,15 @@ FASTVDM_INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 #endif
 }
-// The bits of the nearest bf16 (ties to even) in the low half; a NaN keeps its sign, becomes quiet.
+// The bits of the nearest bf16 (ties to even) in the low half; a NaN keeps its sign and becomes
+// quiet.
 FASTVDM_INLINE vu bf16_bits(vf v) {
   const vu u = (vu)v, r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return (v == v) ? r : ((u >> 16) | 0x40u);
 }
 FASTVDM_INLINE void store(bf16* p, vf v) {
 #if defined(__AVX512BF16__)
-  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // below 2⁻¹²⁶ zero
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // zero below 2⁻¹²⁶
 #else
   const vh h = __builtin_convertvector(bf16_bits(v), vh);
 #endif
@@ -164,9 +165,9 @@ FASTVDM_NOINLINE void store(f16* p, vf v) {
 }
 #endif
 
-// ---- the first n < VL elements; what lies beyond is neither read nor written ---------------------
-// Without masks they are loops, whose copies in unrolled code take most of a file's time to compile:
-// the baseline calls them.
+// ---- the first n < VL elements; others are neither read nor written -----------------------------
+// Without masks these are loops, whose copies in unrolled code would take most of the compile time
+// of a file, so the baseline calls them.
 #if defined(__AVX2__) || defined(__AVX512F__)
 #define FASTVDM_PARTIAL FASTVDM_INLINE
 #else
@@ -269,7 +270,7 @@ FASTVDM_INLINE float hmax(vf v) {
 }  // namespace FASTVDM_ISA
 }  // namespace fastvdm
 
-// Runs `fn<T>(...)` for the storage type of dtype 0 fp32, 1 bf16, 2 fp16.
+// Runs `fn<T>(...)` for the storage type of dtype: 0 fp32, 1 bf16, 2 fp16.
 #define FASTVDM_BY_DTYPE(dtype, fn, ...)   \
   switch (dtype) {                         \
     case 0: fn<float>(__VA_ARGS__); break; \
