@@ -18,7 +18,7 @@ from griffe import Extension, Parameters
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/RESULTS.md", "bench/RESULTS.svg")
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "bench/RESULTS.md")
 OUTSIDE_FOLDERS = ("bench/results/*.md", "bench/results/*.png", "bench/results/*.gif")
 OUTSIDE_FOLDERS += ("bench/results/*.svg",)
 NOTEBOOK = "quickstart.ipynb"

@@ -10,7 +10,7 @@ from demo_train import smooth
 
 Curve = tuple[Sequence[float], Sequence[float]]  # seconds, losses
 COLOURS = {"peer": "var(--warm)", "fastvdm": "var(--accent)"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 58, 14, 14, 52
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 58, 14, 40, 52
 
 
 def ticks(high: float, count: int, smallest: float) -> list[float]:
@@ -57,12 +57,12 @@ def curves(sides: dict[str, Curve]) -> str:
     rows.append(f'<text x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">seconds</text>')
     for i, (name, (x, y)) in enumerate(means.items()):
         points = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y))
-        colour, at = COLOURS[name], 22 + 24 * i
+        colour, at = COLOURS[name], LEFT + 150 * i
         rows.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5" '
-            f'stroke-linejoin="round"/><line x1="{WIDTH - 170}" x2="{WIDTH - 146}" y1="{at}" '
-            f'y2="{at}" stroke="{colour}" stroke-width="4"/>'
-            f'<text x="{WIDTH - 138}" y="{at + 5}" class="key">{name}</text>'
+            f'stroke-linejoin="round"/><line x1="{at}" x2="{at + 24}" y1="16" '
+            f'y2="16" stroke="{colour}" stroke-width="4"/>'
+            f'<text x="{at + 32}" y="21" class="key">{name}</text>'
         )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against seconds">'

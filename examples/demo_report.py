@@ -121,7 +121,8 @@ def write_report(path: Path, out: Findings) -> Path:
         for name, noisy, x_hat in out.restored
     )
     machine = "".join(f"<span>{html.escape(p)}</span> " for p in out.machine.split(" · "))
-    samples = row([(str(i + 1), v) for i, v in enumerate(found.samples)])
+    numbered = [(str(i + 1), v) for i, v in enumerate(found.samples)]
+    samples = "".join(row(numbered[i : i + 3]) for i in range(0, len(numbered), 3))
     path.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fastvdm demo</title>
@@ -146,7 +147,7 @@ to the largest value; of a training step it is the worst over all parameter grad
 <h2>Training, by the clock</h2>
 <p>Both networks start from the same weights in the peer's own <code>GaussianDiffusion</code>, and
 see the same clips and the same noise: step for step it is the same training, to
-{agreement(out.sides):.0e} in the first losses. The peer made {len(peer.losses)} steps in
+{max(agreement(out.sides), 1e-7):.0e} in the first losses. The peer made {len(peer.losses)} steps in
 {peer.clock:.0f} s of its own, fastvdm {len(ours.losses)} in {ours.clock:.0f} s; batches of
 {out.training["batch"]}, dim {out.training["dim"]}. Lines are means over 20 steps.</p>
 {curves({name: (s.times, s.losses) for name, s in out.sides.items()})}
@@ -155,7 +156,7 @@ see the same clips and the same noise: step for step it is the same training, to
 {row([(n, c[:, :frames]) for n, c in out.clips[:3]])}
 
 <h2>What was learnt</h2>
-<p>Each clip that they were trained on, with noise at 0.6 of the schedule, and what one call of the
+<p>Each clip that they were trained on, with noise at 0.4 of the schedule, and what one call of the
 network makes of it, after
 {len(ours.losses)} steps.</p>
 <div class="pairs">{pairs}</div>

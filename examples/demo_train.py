@@ -130,7 +130,7 @@ def train(
     return both, average
 
 
-def agreement(both: dict[str, Side], count: int = 5) -> float:
+def agreement(both: dict[str, Side], count: int = 10) -> float:
     """Largest relative difference of the first losses, before rounding has been amplified."""
     pairs = list(zip(*(s.losses[:count] for s in both.values())))
     return max(abs(a - b) / a for a, b in pairs)
@@ -183,10 +183,10 @@ def save_and_reload(
 
 @torch.no_grad()
 def restore(average: Any, clip: Tensor, args: Any, device: str) -> tuple[Tensor, Tensor]:
-    """A clip with noise at 0.6 of the schedule, and what one call of the network makes of it."""
+    """A clip with noise at 0.4 of the schedule, and what one call of the network makes of it."""
     average.eval()
     x = 2 * clip[None, :, : args.frames].to(device) - 1
-    t = torch.full((1,), int(0.6 * args.timesteps), device=device)
+    t = torch.full((1,), int(0.4 * args.timesteps), device=device)
     torch.manual_seed(args.seed)
     noisy = average.q_sample(x, t)
     x_hat = average.predict_start_from_noise(noisy, t, average.denoise_fn(noisy, t))
