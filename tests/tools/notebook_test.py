@@ -27,6 +27,9 @@ def test_what_is_committed_is_a_whole_run():
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert len(outputs(notebook, "image/png")) >= 6
     assert PATH.stat().st_size < 1_500_000
+    # No warnings, which would also name a path of the machine where it ran.
+    names = [o.get("name") for c in code for o in c.outputs]
+    assert "stderr" not in names
 
 
 def test_it_runs():
