@@ -45,7 +45,7 @@ WITH_KERNELS = (
 REMEDY = f"""\
 To install with the C++ kernels, given a C++20 compiler (uv: the same with `uv pip`):
     {WITH_KERNELS}
-To install without them, 2.5 times slower on a CPU:
+To install without them, 2 to 3 times slower on a CPU (bf16: up to 4.6):
     FASTVDM_BUILD_CPP=0 pip install ."""
 FLAGS = [
     "-std=c++20",

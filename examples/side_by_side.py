@@ -169,6 +169,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name in ("videos", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     runs = race(args.videos, args.steps, args.rounds, args.seed)
     a, b = (run.videos for run in runs.values())
     frames, height, width = a.shape[2:]

@@ -150,7 +150,7 @@ def check_value_range(value_range: Any) -> tuple[float, float]:
 
 
 def check_object(name: str, value: Any, method: str, example: str, names: Any) -> None:
-    """Check that an object has the method. Its class has the method too, but no instance.
+    """Check that it is an object with the method. A class in its place has the method, too.
 
     Raises:
         TypeError: the object lacks the method, or it is a class.

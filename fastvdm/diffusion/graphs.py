@@ -1,6 +1,6 @@
 """Sampling steps as CUDA graphs: recorded once, replayed for every row of the plan.
 
-At batch 1 a step is bound by the launches of about a thousand kernels; a graph makes them one
+At batch 1 a step is bound by its launches, 200 to 350 in the network alone; a graph makes them one
 launch. A graph reads buffers at fixed addresses, so each row is copied into them; the position in
 the noise stream is a number on the device next to the seeds. Rows differ in kind (whether they draw
 noise, whether they differentiate), and each kind has its own graph. A kind with few rows is run
@@ -28,7 +28,7 @@ Outputs = tuple[Tensor, Tensor]  # x_tilde, z_next
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 FEWEST_ROWS = 4  # a recording costs the time of three steps
-# The same bound if the caller did not ask: a recording pays only if the host is the bottleneck.
+# The bound if the caller did not ask: a recording pays only if the host is the bottleneck.
 FEWEST_ROWS_UNASKED = 16
 # Number of values at the first level. UNet3D(64) at 16 x 64 x 64 has 2^22 per video. The roofline
 # time of eight such videos is 4 ms (bench/static.py), about what the host needs for the launches.

@@ -3,9 +3,9 @@
 The core is softmax attention over the frames of each pixel or over the pixels of each frame, or
 linear attention over the pixels of each frame. Ho et al. 2022, "Video Diffusion Models", section 3;
 linear attention by Shen et al. 2021 (arXiv 1812.01243). Attention over time is one kernel
-(``temporal_block``) and linear attention is one op (``linear_attention_block``) if the GPU's
-registers can hold them. Otherwise the block is run in parts: norm_act, linear, the attention,
-linear_residual.
+(``temporal_block``) and linear attention is one op (``linear_attention_block``): always on a CPU,
+and on a GPU if its registers can hold them. Otherwise the block is run in parts: norm_act, linear,
+the attention, linear_residual.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 On such a CPU oneDNN emulates them: a bf16 product takes three times as long as an fp32 one (64 →
 768 features over 65536 rows, Xeon with AVX-512 but without bf16 instructions, 2026-11). The kernel
-in ``csrc/cpu/linear.cpp`` keeps 16-bit storage and multiplies in fp32 in the L2 cache. With
+in ``csrc/cpu/linear_kernel.cpp`` keeps 16-bit storage and multiplies in fp32 in the L2 cache. With
 FASTVDM_BACKEND=cpu it also takes fp32, and runs on any machine.
 """
 

@@ -118,7 +118,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The fields of ``Settings`` in settings.json; empty if there is no such file."""
     file = folder / "settings.json"
     stored = read_json(file) if file.is_file() else {}
-    stored.pop("guidance_weight", None)  # older folders had one w_r for all conditions
+    stored.pop("guidance_weight", None)  # w_r is an argument of a call, never a setting
     return stored
 
 
