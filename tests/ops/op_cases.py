@@ -115,7 +115,7 @@ def make(
     edge = edge or {}
     sizes = row.sizes | {n: v for n, v in edge.items() if n.isupper()}
     given = edge.get("given")
-    generator = torch.Generator("cpu" if device == "meta" else device).manual_seed(3)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(3)
     tensors = {}
     for i, (name, letters) in enumerate(row.tensors.items()):
         shape = shape_of(letters, sizes)
@@ -124,7 +124,7 @@ def make(
         if exact:
             t = make_exact_operand(shape, high=2, seed=i)
         else:
-            t = _value(name, shape, generator) * row.scales.get(name, 1.0)
+            t = _value(name, shape, device, generator) * row.scales.get(name, 1.0)
         keep = name in row.wide if narrow is None else name not in narrow
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         t = t.to(device, wide if keep else dtype)
@@ -140,8 +140,10 @@ def make(
     return Case(row, tensors, rest)
 
 
-def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    t = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+def _value(
+    name: str, shape: tuple[int, ...], device: str, generator: torch.Generator | None
+) -> Tensor:
+    t = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
     if name.endswith("weight"):
         return 1 + 0.5 * t if t.ndim == 1 else t * math.prod(shape[1:]) ** -0.5
     if name in ("x", "qkv"):
