@@ -110,10 +110,10 @@ gpu-check gpu-measure gpu-tune:
 endif
 
 gpu-cache: $(STAMPS)/dev.stamp
-	$(PY) bench/gpu_cache.py $(ARGS)
+	$(PY) -O bench/gpu_cache.py $(ARGS)
 
 gpu-pack: $(STAMPS)/dev.stamp .peer/done.stamp
-	$(PY) bench/gpu_cache.py --pack $(ARGS)
+	$(PY) -O bench/gpu_cache.py --pack $(ARGS)
 
 peer: .peer/done.stamp
 

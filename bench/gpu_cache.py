@@ -1,6 +1,6 @@
 """``make gpu-cache`` and ``make gpu-pack``: spare a machine with a GPU compilation and downloads.
 
-    python bench/gpu_cache.py [--pack] [--verify]
+    python -O bench/gpu_cache.py [--pack] [--verify]
 
 Triton caches compiled kernels under a key of the source, the signature and constants of a launch,
 its options, the architecture, the version of ptxas and the bytes of its own compiler. The key does
@@ -118,7 +118,8 @@ PARTS = ("table", "networks", "ops", "suite")
 
 def launches(parts: Sequence[str] = PARTS) -> list[Any]:
     """The kernels of all stages, each once, the most used first. Calls of the test suite fail when
-    they read results that nobody has computed, but by then they have launched."""
+    they read results that nobody has computed, but by then they have launched: ``python -O`` leaves
+    out the ``assert`` statements that come between two launches."""
     import torch
     from calls import Call, by_name
     from calls import networks as table
@@ -222,7 +223,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
                     continue
                 c, so = Path(scratch) / "module.c", Path(scratch) / "module.so"
                 c.write_text(source)
-                command = ["gcc", str(c), "-O3", "-shared", "-fPIC", "-w", "-s"]
+                command = ["gcc", str(c), "-O3", "-shared", "-fPIC", "-w", "-Wno-psabi", "-s"]
                 command += ["-o", str(so), "-l:libcuda.so.1", f"-L{scratch}", f"-I{include}"]
                 subprocess.run([*command, f"-I{folder / 'include'}"], check=True)
                 manager.put(so.read_bytes(), name + suffix, binary=True)
@@ -233,13 +234,15 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
 def make_cache(parts: Sequence[str], processes: int) -> None:
     """Fill ``out/gpu-pack/triton`` and print what it contains."""
     import triton
+    from tqdm import tqdm
     from triton.runtime.cache import triton_key
 
     start = time.monotonic()
     taken = launches(parts)
     print(f"{len(taken)} kernels to compile ({time.monotonic() - start:.0f} s to capture them)")
     with ProcessPoolExecutor(processes) as pool:
-        made = [m for m in pool.map(build, taken, chunksize=4) if m is not None]
+        built = tqdm(pool.map(build, taken, chunksize=4), total=len(taken), unit="kernel")
+        made = [m for m in built if m is not None]
     sources = sorted({source for _, source in made})
     count = build_launchers(sources, PLACES["triton"])
     facts = {
