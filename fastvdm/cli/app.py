@@ -26,10 +26,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="An error with its traceback; anywhere on the line.")
+        bool, typer.Option("--debug", help="Show errors with their traceback; may stand anywhere.")
     ] = False,
 ) -> None:
     pass
@@ -37,9 +40,9 @@ def options(
 
 @app.command()
 def info(
-    json: Annotated[bool, typer.Option("--json", help="Machine readable.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What runs here: devices, kernels, optional packages."""
+    """Show devices, kernels and optional packages found here."""
     from fastvdm import info as report
 
     raise typer.Exit(report.main(["--json"] if json else []))

@@ -27,14 +27,16 @@ def sample(
     model: Model,
     output: Out,
     *,
-    num: Annotated[int, typer.Option(help="Videos; more than one become output-0, -1 ...")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Videos drawn at a time.")] = 4,
+    num: Annotated[
+        int, typer.Option(help="Number of videos; several are OUTPUT-0, OUTPUT-1 ...")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(help="Videos per batch.")] = 4,
     frames: Annotated[
-        int | None, typer.Option(show_default="the model's", help="Frames of each.")
+        int | None, typer.Option(show_default="the model's", help="Frames per video.")
     ] = None,
     options: Options,
 ) -> None:
-    """Draw videos."""
+    """Generate videos."""
     from fastvdm import diffusion
 
     check_positive(num=num, batch_size=batch_size, frames=frames)
@@ -66,14 +68,14 @@ def extend(
     video: In,
     output: Out,
     *,
-    num_frames: Annotated[int, typer.Option(help="Frames of the result, input included.")],
+    num_frames: Annotated[int, typer.Option(help="Frames of the output, input included.")],
     given: Annotated[
-        int | None, typer.Option(help="Use only the first so many frames of the input.")
+        int | None, typer.Option(help="Use only the first N frames of the input.")
     ] = None,
     windows: FrameWindows,
     options: Options,
 ) -> None:
-    """Continue a video, block by block, to any length, at the rate of the model's videos."""
+    """Continue a video to any length, at the frame rate of the model's videos."""
     from fastvdm.diffusion.extend import extend as run_extend
 
     check_positive(num_frames=num_frames, given=given)
@@ -95,7 +97,7 @@ def interpolate(
     windows: FrameWindows,
     options: Options,
 ) -> None:
-    """Raise the frame rate: every frame of the input is kept, those between are drawn."""
+    """Raise the frame rate: keep every frame of the input, generate those between."""
     from fastvdm.diffusion.extend import interpolate_frames
 
     check_positive(factor=factor)
@@ -112,15 +114,16 @@ def upscale(
     output: Out,
     *,
     low_size: Annotated[
-        int | None, typer.Option(help="Resize and crop the input to this side first.")
+        int | None, typer.Option(help="Resize and crop the input to this size first.")
     ] = None,
     frameskip: Annotated[
-        int, typer.Option(help="Input frame i becomes frame frameskip * i: raises the rate too.")
+        int,
+        typer.Option(help="Input frame i becomes frame frameskip * i, which raises the rate too."),
     ] = 1,
     windows: LowResWindows,
     options: Options,
 ) -> None:
-    """Draw a larger version of a video (Eq. 8) with a model of the larger size."""
+    """Generate a larger version of a video (Eq. 8) with a model of that size."""
     from fastvdm.diffusion.extend import upscale as run_upscale
 
     check_positive(low_size=low_size, frameskip=frameskip)
@@ -135,16 +138,16 @@ def upscale(
 def export(
     model: Model,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The package, .pt2.")],
-    batch: Annotated[int, typer.Option(help="Videos of one call.")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Package to write, .pt2.")],
+    batch: Annotated[int, typer.Option(help="Videos per call.")] = 1,
     frames: Annotated[
-        int | None, typer.Option(show_default="the model's", help="Frames of each.")
+        int | None, typer.Option(show_default="the model's", help="Frames per video.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance inside the package, 1 + w.")
+        float | None, typer.Option(help="Classifier-free guidance in the package, 1 + w.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(metavar="auto|reference|cpu|triton", help="The kernels to compile in.")
+        str, typer.Option(metavar="auto|reference|cpu|triton", help="Kernels to compile in.")
     ] = "auto",
     options: ModelOptions,
 ) -> None:

@@ -16,18 +16,19 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A training output, a checkpoint, a folder of save_pretrained, a file of "
-        "video-diffusion-pytorch, or a hub name.",
+        help="Training output, checkpoint, folder of save_pretrained, file of "
+        "video-diffusion-pytorch, or name on the hub.",
     ),
 ]
-In = Annotated[Path, typer.Argument(metavar="VIDEO", help="The input video.")]
+In = Annotated[Path, typer.Argument(metavar="VIDEO", help="Input video.")]
 Out = Annotated[
-    Path, typer.Argument(metavar="OUTPUT", help=".mp4, .webm, .gif, .webp, or .npy: the numbers.")
+    Path,
+    typer.Argument(metavar="OUTPUT", help="File to write: .mp4, .webm, .gif, .webp or .npy."),
 ]
 
 
 Weights = Annotated[
-    str, typer.Option(metavar="ema|raw", help="Averaged weights or not, where there is a choice.")
+    str, typer.Option(metavar="ema|raw", help="Averaged or raw weights, if the file has both.")
 ]
 
 
@@ -37,33 +38,34 @@ class ModelOptions:
 
     size: Annotated[
         int | None,
-        typer.Option(show_default="the model's", help="Height and width, in pixels."),
+        typer.Option(show_default="the model's", help="Height and width in pixels."),
     ] = None
     weights: Weights = "ema"
     prefix: Annotated[
-        str | None, typer.Option(help="Which network of a file with several: its path, or a part.")
+        str | None,
+        typer.Option(help="Which network of a file with several: its path or a part of it."),
     ] = None
     resnet_groups: Annotated[
         int | None,
-        typer.Option(
-            show_default="8", help="Groups of the GroupNorm, in a file that does not say."
-        ),
+        typer.Option(show_default="8", help="Groups of the GroupNorm, if the file does not say."),
     ] = None
     stem_skip: Annotated[
         str | None,
         typer.Option(
             metavar="after|before",
-            help="The first attention, in a file that does not say: releases of "
-            "video-diffusion-pytorch up to 0.5 have before.",
+            help="Where the outermost skip connection starts, after or before the first "
+            "attention, if the file does not say. video-diffusion-pytorch up to 0.5: before.",
         ),
     ] = None
     allow_download: Annotated[
         bool,
         typer.Option(
-            "--allow-download", help="Fetch the text encoder that the model names from the hub."
+            "--allow-download", help="Download the text encoder that the model names from the hub."
         ),
     ] = False
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    device: Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1 ...")] = (
+        "auto"
+    )
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = (
         False
     )
@@ -74,23 +76,23 @@ class Options(ModelOptions):
     """Options of every sampling command."""
 
     caption: Annotated[
-        list[str] | None, typer.Option(help="Once for all videos, or once for each.")
+        list[str] | None, typer.Option(help="Caption: one for all videos, or one for each.")
     ] = None
     label: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a class: once for all videos, or once for each."),
+        typer.Option(help="Class name: one for all videos, or one for each."),
     ] = None
     cond: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The conditioning itself, (D,) or (N, D): .npy, .pt, .safetensors."
+            metavar="FILE", help="Conditioning vectors, (D,) or (N, D): .npy, .pt, .safetensors."
         ),
     ] = None
     guidance_scale: Annotated[
         float,
         typer.Option(
-            help="How strongly the video follows caption, label or cond: 1 as learnt, 3 to 8 more "
-            "(classifier-free guidance, 1 + w of Eq. 6)."
+            help="Classifier-free guidance, 1 + w of Eq. 6: 1 is no guidance, with 3 to 8 the "
+            "video follows caption, label or cond more strongly."
         ),
     ] = 1.0
     steps: Annotated[
@@ -101,19 +103,23 @@ class Options(ModelOptions):
         typer.Option(
             metavar="ancestral|ddim|langevin",
             show_default="the model's",
-            help="Random at every step, deterministic, or random with a correction at every step.",
+            help="ancestral adds noise at every step, ddim none (see --eta), langevin also "
+            "corrects every step.",
         ),
     ] = None
     gamma: Annotated[
         float | None,
         typer.Option(
-            show_default="the model's", help="Of ancestral: 0 less noise a step, 1 more (Eq. 4)."
+            show_default="the model's",
+            help="Noise of ancestral: 0 is the least, 1 the most (Eq. 4).",
         ),
     ] = None
     eta: Annotated[float | None, typer.Option(show_default="0", help="Noise of ddim, 0 to 1.")] = (
         None
     )
-    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the i-th of several videos has seed + i.")
+    ] = 0
     fps: Annotated[
         float | None,
         typer.Option(show_default="the model's", help="Frames per second of the output."),
@@ -123,7 +129,7 @@ class Options(ModelOptions):
         typer.Option(
             metavar="eps|v|x",
             show_default="eps",
-            help="What the network returns, of a model that does not say.",
+            help="What the network predicts, if the model does not say.",
         ),
     ] = None
     schedule: Annotated[
@@ -131,25 +137,23 @@ class Options(ModelOptions):
         typer.Option(
             metavar="cosine|discrete",
             show_default="its network's",
-            help="Of the noise, for a model that does not say.",
+            help="Noise schedule, if the model does not say.",
         ),
     ] = None
     timesteps: Annotated[
         int | None,
-        typer.Option(
-            show_default="1000", help="Of the discrete schedule that it was trained with."
-        ),
+        typer.Option(show_default="1000", help="Steps of the discrete schedule of the training."),
     ] = None
     text_encoder: Annotated[
         str | None,
-        typer.Option(help="BERT-family encoder of the captions, for a model that does not say."),
+        typer.Option(help="BERT-family encoder of the captions, if the model does not say."),
     ] = None
     cuda_graph: Annotated[
         bool | None,
         typer.Option(
             "--cuda-graph/--no-cuda-graph",
             show_default="auto",
-            help="Record a step and replay it; by itself on CUDA at small batches.",
+            help="Record a step as a CUDA graph and replay it; auto does so for small batches.",
         ),
     ] = None
 
@@ -159,25 +163,25 @@ class Windows:
     """Options of the commands that draw a video from another one, window by window."""
 
     overlap: Annotated[
-        int, typer.Option(help="Frames that a window shares with the one before.")
+        int, typer.Option(help="Frames that a window shares with the previous one.")
     ] = 1
     window: Annotated[
         int | None,
-        typer.Option(show_default="the model's", help="Frames drawn at a time."),
+        typer.Option(show_default="the model's", help="Frames per window."),
     ] = None
     guidance_weight: Annotated[
         str,
         typer.Option(
             metavar="auto|NUMBER",
-            help="How strongly known frames pull the others (w_r of Eq. 7); auto is 2 F/n for n "
-            "known frames of F, 1 the derived value.",
+            help="Reconstruction guidance, w_r of Eq. 7. auto is 2 F/n for n known frames of F; 1 "
+            "is the derived value.",
         ),
     ] = "auto"
     guidance_limit: Annotated[
         str,
         typer.Option(
             metavar="stable|none",
-            help="Lower a weight where a step cannot bear it, or take it as it is.",
+            help="stable lowers a weight with which a step would diverge; none does not.",
         ),
     ] = "stable"
 
@@ -190,7 +194,7 @@ class FrameWindows(Windows):
         str,
         typer.Option(
             metavar="reconstruction|replacement",
-            help="Known frames pull the others through the network, or are only put in place.",
+            help="Guide the other frames by the known ones, or only put the known ones in place.",
         ),
     ] = "reconstruction"
 
@@ -201,7 +205,9 @@ class LowResWindows(Windows):
 
     downsample: Annotated[
         str,
-        typer.Option(metavar="average|bilinear", help="How the output becomes the input (Eq. 8)."),
+        typer.Option(
+            metavar="average|bilinear", help="How the output is reduced to the input (Eq. 8)."
+        ),
     ] = "average"
     low_res_weight: Annotated[
         str,

@@ -136,17 +136,24 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def train(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the run.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder of the run: checkpoints, log, samples.")
+    ],
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUTPUT.")] = False,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Fields in YAML or JSON, as fastvdm config prints them."),
+        typer.Option(
+            metavar="FILE",
+            help="YAML or JSON file with any of these options, as fastvdm config prints it.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, do one step, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, do one step, write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No banner and progress bar.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print no banner and no progress bar.")
+    ] = False,
     **values: Any,
 ) -> None:
     """Train a model on a folder of videos.
@@ -222,10 +229,10 @@ app.command()(_with_fields(train))
 @app.command()
 def config(
     preset: Annotated[
-        str | None, typer.Option(help="With the recipe of a model of the paper.")
+        str | None, typer.Option(help="Fill in the recipe of a model of the paper.")
     ] = None,
 ) -> None:
-    """Print all fields of a training run with their defaults and meaning, as a YAML file."""
+    """Print the options of train with defaults and meaning, as a YAML file."""
     values = TrainConfig.create({"output": ""} | ({"preset": preset} if preset else {}))
     group = None
     for f in fields(TrainConfig):
@@ -242,11 +249,14 @@ def config(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Searched with all below it.")],
-    num_workers: Annotated[int, typer.Option(help="Videos decoded at a time.")] = 2,
-    all_: Annotated[bool, typer.Option("--all", help="List the good ones too.")] = False,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Folder of videos; its subfolders are searched too."),
+    ],
+    num_workers: Annotated[int, typer.Option(help="Videos to decode at a time.")] = 2,
+    all_: Annotated[bool, typer.Option("--all", help="List good videos too.")] = False,
 ) -> None:
-    """Decode every video of a folder to its end and list what is wrong. Exit code 1 if any is."""
+    """Decode every video of a folder to its end and list those with a problem (exit code 1)."""
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
@@ -275,13 +285,16 @@ def check(
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A training output or a model folder.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="On the hub: user/name.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Training output or model folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the hub: user/name.")],
     weights: Weights = "ema",
     text_encoder: Annotated[
-        str | None, typer.Option(help="Its name on the hub, where it was trained with a folder.")
+        str | None,
+        typer.Option(help="Name of the text encoder on the hub, if the run used a folder."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only you can see it.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
 ) -> None:
     """Upload a model with its settings and a model card to the Hugging Face hub."""
     from fastvdm.training.hub import push_run

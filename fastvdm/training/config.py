@@ -39,112 +39,135 @@ class TrainConfig:
 
     output: str = _of("Run", "", "Folder for checkpoints, logs and samples.", free=True)
 
-    data: str = _of("Data", "", "Folder of videos, searched with all below it.", free=True)
-    num_frames: int = _of("Data", 16, "Frames of a clip.")
-    size: tuple[int, int] = _of("Data", (64, 64), "Height and width: resize to cover, then crop.")
-    fps: float | None = _of("Data", None, "Resample all videos to this rate; as they are.")
-    frameskip: int = _of("Data", 1, "Distance of two frames of a clip.")
+    data: str = _of("Data", "", "Folder of videos; its subfolders are searched too.", free=True)
+    num_frames: int = _of("Data", 16, "Frames per clip.")
+    size: tuple[int, int] = _of(
+        "Data", (64, 64), "Height and width; videos are resized and cropped to it."
+    )
+    fps: float | None = _of("Data", None, "Resample every video to this rate; none keeps its own.")
+    frameskip: int = _of("Data", 1, "Take every n-th frame of a video.")
     flip: bool = _of("Data", False, "Mirror half of the clips left to right.")
     short: Literal["error", "repeat"] = _of(
-        "Data", "error", "A video that is too short: bad, or its last frame repeated."
+        "Data", "error", "Reject a video that is too short, or repeat its last frame."
     )
     background: float = _of("Data", 0.0, "Brightness behind transparent pixels, 0 to 1.")
     value_range: tuple[float, float] | None = _of(
-        "Data", (0.0, 1.0), "Of arrays (npy, npz) of floats; none: latents, taken as they are."
+        "Data", (0.0, 1.0), "Range of float arrays (npy, npz); none for latents, used as they are."
     )
     conditioning: Literal["captions", "classes", "vectors"] | None = _of(
-        "Data", None, "What comes with a video; captions where text_encoder is set, else nothing."
+        "Data", None, "What each video comes with; captions by default if text_encoder is set."
     )
     bad_clips: Literal["skip", "error"] = _of(
-        "Data", "skip", "A video that cannot be read: another takes its place, or the run ends.",
+        "Data", "skip", "If a video cannot be read, take another one or end the run.",
         free=True,
     )  # fmt: skip
     validation: str | None = _of("Data", None, "Folder of held-out videos.", free=True)
-    holdout: float = _of("Data", 0.0, "Share of the videos to hold out, chosen by their names.")
+    holdout: float = _of("Data", 0.0, "Share of the videos to hold out, chosen by file name.")
     num_workers: int | None = _of(
-        "Data", None, "Processes that read videos; on a GPU up to 8, on a CPU none.", free=True
+        "Data",
+        None,
+        "Processes that read videos; by default up to 8 on a GPU, 0 on a CPU.",
+        free=True,
     )
 
     preset: str | None = _of(
-        "Network", None, f"A model of the paper with its recipe: {', '.join(TRAINING)}."
+        "Network", None, f"Model of the paper with its training recipe: {', '.join(TRAINING)}."
     )
     model: dict[str, Any] = _of(
-        "Network", dict, "Arguments of UNet3D over those of the preset or the default, dim 64."
+        "Network", dict, "Arguments of UNet3D, over those of the preset or the default, dim 64."
     )
-    timesteps: int = _of("Network", 1000, "Of the discrete schedule (time_input index).")
+    timesteps: int = _of(
+        "Network", 1000, "Steps of the discrete noise schedule (networks with time_input index)."
+    )
 
-    prediction: Literal["eps", "v", "x"] = _of("Loss", "eps", "What the network returns.")
+    prediction: Literal["eps", "v", "x"] = _of("Loss", "eps", "What the network predicts.")
     loss_space: Literal["eps", "v", "x", "prediction"] = _of(
-        "Loss", "eps", "Where the error is taken."
+        "Loss", "eps", "Quantity whose error is the loss."
     )
-    loss_type: Literal["mse", "l1"] = _of("Loss", "mse", "Squared (the paper) or absolute error.")
+    loss_type: Literal["mse", "l1"] = _of(
+        "Loss", "mse", "Squared error, as in the paper, or absolute error."
+    )
     text_encoder: str | None = _of(
         "Loss", None, "BERT-family encoder of the captions: a name on the hub or a folder."
     )
     text_pooling: Literal["attention", "mean", "cls"] = _of(
-        "Loss", "attention", "Of its token states: attention is the paper's, and is trained."
+        "Loss",
+        "attention",
+        "How token states become one vector; attention, the paper's, is trained.",
     )
     cond_drop_prob: float = _of(
-        "Loss", 0.1, "Share of samples trained without their condition, for guidance."
+        "Loss", 0.1, "Share of samples without their condition, for classifier-free guidance."
     )
-    num_images: int = _of("Loss", 0, "Joint training: frames of other videos beside each clip.")
+    num_images: int = _of("Loss", 0, "Joint training: independent image frames added to each clip.")
     image_source: Literal["dataset", "batch"] = _of(
-        "Loss", "dataset", "Of any videos (the paper), or of those in the batch: nothing to decode."
+        "Loss", "dataset", "Take image frames from any video, as in the paper, or from the batch."
     )
-    image_weight: float = _of("Loss", 1.0, "Weight of an image frame against a video frame.")
-    image_time: Literal["shared", "own"] = _of("Loss", "shared", "Its noise level: the video's.")
+    image_weight: float = _of(
+        "Loss", 1.0, "Weight of an image frame in the loss, relative to a video frame."
+    )
+    image_time: Literal["shared", "own"] = _of(
+        "Loss", "shared", "Noise level of an image frame: that of its clip, or its own."
+    )
     image_cond: Literal["shared", "own", "none"] = _of(
-        "Loss", "shared", "Its condition: the video's, its own, none."
+        "Loss", "shared", "Condition of an image frame: that of its clip, its own, or none."
     )
 
     steps: int = _of("Optimizer", 100_000, "Optimizer steps.", free=True)
-    batch_size: int = _of("Optimizer", 8, "Clips of one process in one pass.")
-    accumulate: int = _of("Optimizer", 1, "Passes in one step.")
+    batch_size: int = _of("Optimizer", 8, "Clips per forward pass of one process.")
+    accumulate: int = _of(
+        "Optimizer", 1, "Forward passes per optimizer step (gradient accumulation)."
+    )
     lr: float = _of("Optimizer", 1e-4, "Learning rate of AdamW.")
     lr_schedule: Literal["constant", "cosine"] = _of(
-        "Optimizer", "constant", "After the warm-up: as it is, or down to 0 at the last step."
+        "Optimizer", "constant", "After the warm-up, keep the rate or let it fall to 0 at the end."
     )
-    betas: tuple[float, float] = _of("Optimizer", (0.9, 0.99), "Of AdamW.")
-    weight_decay: float = _of("Optimizer", 0.0, "Of AdamW.")
+    betas: tuple[float, float] = _of("Optimizer", (0.9, 0.99), "Betas of AdamW.")
+    weight_decay: float = _of("Optimizer", 0.0, "Weight decay of AdamW.")
     warmup_steps: int = _of("Optimizer", 0, "Steps over which the learning rate rises from 0.")
-    grad_clip: float = _of("Optimizer", 1.0, "Largest norm of the gradient; 0 is no limit.")
-    ema_decay: float = _of("Optimizer", 0.9999, "Of the averaged weights, 0 to 1.")
+    grad_clip: float = _of("Optimizer", 1.0, "Clip the gradient to this norm; 0 does not clip.")
+    ema_decay: float = _of("Optimizer", 0.9999, "Decay of the averaged weights (EMA), 0 to 1.")
     ema_warmup: bool = _of(
-        "Optimizer", True, "At step n no more than (1 + n)/(10 + n): no average of noise."
+        "Optimizer",
+        True,
+        "Limit the decay at step n to (1 + n)/(10 + n): forgets the first weights.",
     )
 
-    seed: int = _of("Run", 0, "Decides everything random.")
+    seed: int = _of("Run", 0, "Random seed of the whole run.")
     mixed_precision: Literal["no", "bf16", "fp16"] = _of(
-        "Run", "no", "Autocast; weights, optimizer and average stay fp32. fp16 scales the loss."
+        "Run", "no", "Autocast; weights, optimizer and EMA stay in fp32. fp16 also scales the loss."
     )
-    compile: bool = _of("Run", False, "torch.compile.")
-    device: Literal["auto", "cpu"] = _of("Run", "auto", "Where to train.", free=True)
+    compile: bool = _of("Run", False, "Compile the network with torch.compile.")
+    device: Literal["auto", "cpu"] = _of(
+        "Run", "auto", "Device; auto is a GPU if there is one.", free=True
+    )
     parallel: Literal["ddp", "fsdp"] = _of(
         "Run", "ddp",
-        "Several processes: each holds all, or a share of weights, optimizer and average (FSDP2).",
+        "With several processes: each has all weights (ddp) or shards of them (fsdp, FSDP2).",
     )  # fmt: skip
     save_every: int = _of("Run", 1000, "Steps between checkpoints.", free=True)
-    keep: int = _of("Run", 2, "Checkpoints to keep.", free=True)
+    keep: int = _of("Run", 2, "Number of checkpoints to keep.", free=True)
 
-    log_every: int = _of("Watching", 10, "Steps between looks at the loss.", free=True)
-    log: str = _of("Watching", "log.csv", "A row for each step: a .csv or .jsonl.", free=True)
+    log_every: int = _of(
+        "Watching", 10, "Steps between reads of the loss from the device.", free=True
+    )
+    log: str = _of("Watching", "log.csv", "Log file, .csv or .jsonl; one row per step.", free=True)
     trackers: tuple[str, ...] = _of(
         "Watching", ("auto",),
-        "tensorboard, wandb or any other of accelerate's; none; auto: tensorboard if installed.",
+        "tensorboard, wandb or another of accelerate; none; auto is tensorboard if installed.",
         free=True,
     )  # fmt: skip
-    project: str = _of("Watching", "fastvdm", "Name of the project at a tracker.", free=True)
-    sample_every: int = _of("Watching", 1000, "Steps between samples; 0: none.", free=True)
-    num_samples: int = _of("Watching", 4, "Videos of a sheet of samples.", free=True)
-    sample_steps: int = _of("Watching", 50, "Sampling steps of each.", free=True)
+    project: str = _of("Watching", "fastvdm", "Project name at the tracker.", free=True)
+    sample_every: int = _of("Watching", 1000, "Steps between samples; 0 draws none.", free=True)
+    num_samples: int = _of("Watching", 4, "Videos per sheet of samples.", free=True)
+    sample_steps: int = _of("Watching", 50, "Sampling steps per video.", free=True)
     guidance_scale: float = _of(
-        "Watching", 1.0, "How strongly samples follow their condition; 1: as it was learnt.",
+        "Watching", 1.0, "Classifier-free guidance of the samples; 1 is no guidance.",
         free=True,
     )  # fmt: skip
     validate_every: int = _of(
-        "Watching", 1000, "Steps between looks at the loss of held-out clips.", free=True
+        "Watching", 1000, "Steps between validations; 0 does none.", free=True
     )
-    validation_clips: int = _of("Watching", 64, "Held-out clips of one look, at most.", free=True)
+    validation_clips: int = _of("Watching", 64, "Most held-out clips in one validation.", free=True)
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -244,7 +244,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 def test_what_config_prints_is_a_configuration(tmp_path, capsys):
     assert main(["config", "--preset", "bair"]) == 0
     text = capsys.readouterr().out
-    assert "# Distance of two frames of a clip." in text
+    assert "# Take every n-th frame of a video." in text
     (tmp_path / "c.yaml").write_text(text)
     values = read_config(tmp_path / "c.yaml") | {"output": "x"}
     assert TrainConfig.create(values) == TrainConfig.create({"output": "x", "preset": "bair"})
