@@ -119,7 +119,7 @@ def test_convolutions(x, x2, weight, stride):
     args = (x, x2, weight, None, None, stride)
     assert of_op(conv.space_conv_fwd, *args, "triton") == forward
     assert of_op(conv.space_conv_stats_fwd, *args, 1, False, 1e-5, "triton") == forward
-    dy = conv._out_shape(torch.empty(x), torch.empty(weight), stride)
+    dy = conv.out_shape(torch.empty(x), torch.empty(weight), stride)
 
     def back(*needs):
         return of_op(conv.space_conv_bwd, dy, x, x2, weight, stride, *needs, "triton")

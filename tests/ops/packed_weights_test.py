@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastvdm.ops import _space_conv
 from fastvdm.ops import space_conv as convolutions
 from fastvdm.ops.attention_block import attention_block
 from fastvdm.runtime import extension
@@ -359,7 +360,7 @@ def test_environment_variable():
 
 def test_autocast_packs_a_weight_once(monkeypatch):
     """No copy of it in autocast's dtype stands between, and no gradient is rounded to it."""
-    monkeypatch.setattr(convolutions, "AMX", False)  # where oneDNN takes the convolution
+    monkeypatch.setattr(_space_conv, "AMX", False)  # where oneDNN takes the convolution
     conv = torch.nn.Parameter(torch.randn(32, 32, 3, 3))
     qkv, out = torch.nn.Parameter(torch.randn(96, 32)), torch.nn.Parameter(torch.randn(32, 32))
     x = torch.randn(1, 2, 4, 4, 32)

@@ -12,10 +12,17 @@ from op_cases import ROWS, by_reference, check_parity, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvdm.kernels import space_conv_library as library
-from fastvdm.ops import _call
+from fastvdm.ops import _call, _space_conv
 from fastvdm.ops import space_conv as ops
 from fastvdm.ops._call import select
-from fastvdm.ops.space_conv import choose, space_conv, space_conv_stats, space_conv_transpose
+from fastvdm.ops.space_conv import (
+    choose,
+    space_conv,
+    space_conv_cost,
+    space_conv_stats,
+    space_conv_transpose,
+    space_conv_transpose_cost,
+)
 from fastvdm.reference.space_conv import (
     group_stats_ref,
     space_conv_ref,
@@ -296,8 +303,8 @@ def test_conv3x3_dw_of_any_range(isa, dtype):
 def test_who_makes_the_gradient_of_the_weight(monkeypatch):
     """The library that of few input channels."""
     asked = []
-    launch = ops.launcher
-    monkeypatch.setattr(ops, "launcher", lambda *a: asked.append(a[1]) or launch(*a))
+    launch = _space_conv.launcher
+    monkeypatch.setattr(_space_conv, "launcher", lambda *a: asked.append(a[1]) or launch(*a))
     for channels in (15, 16):
         x = randn(1, 2, 3, 5, channels)
         weight = randn(8, channels, 3, 3).requires_grad_()
@@ -382,7 +389,7 @@ def test_frozen_weights_skip_their_gradient(backend, transposed, device, monkeyp
     dtype = torch.float32
     if transposed and backend == "auto":  # elsewhere it is torch's own autograd
         device, dtype = "cpu", torch.bfloat16
-        monkeypatch.setattr(ops, "AMX", False)
+        monkeypatch.setattr(_space_conv, "AMX", False)
     masks = []
     aten = torch.ops.aten.convolution_backward
 
@@ -470,13 +477,13 @@ def test_costs_against_the_flop_counter():
     x, weight = torch.zeros(2, 3, 8, 6, 5), torch.zeros(7, 5, 4, 4)
     with FlopCounterMode(display=False) as counter:
         space_conv_ref(x, weight, stride=2)
-    cost = ops.space_conv_cost(x.shape, weight.shape, stride=2, itemsize=4)
+    cost = space_conv_cost(x.shape, weight.shape, stride=2, itemsize=4)
     assert cost.flops == counter.get_total_flops()
     assert cost.bytes == 4 * (x.numel() + weight.numel() + 2 * 3 * 4 * 3 * 7)
-    plain = ops.space_conv_cost((2, 3, 16, 12, 5), (7, 5, 3, 3))
-    folded = ops.space_conv_cost(x.shape, (7, 5, 3, 3), upsample="nearest")
+    plain = space_conv_cost((2, 3, 16, 12, 5), (7, 5, 3, 3))
+    folded = space_conv_cost(x.shape, (7, 5, 3, 3), upsample="nearest")
     assert 9 * folded.flops == 4 * plain.flops
-    transposed = ops.space_conv_transpose_cost(x.shape, (5, 7, 4, 4))
+    transposed = space_conv_transpose_cost(x.shape, (5, 7, 4, 4))
     assert transposed == folded
 
 

@@ -177,7 +177,7 @@ SHARED = {
     *(f"fastvdm.ops.axis_attention.{n}" for n in ("attend", "merged", "sequence", "table_rows")),
     "fastvdm.ops.linear_attention_block.exceeds_registers",
     "fastvdm.ops.norm_act.check_stats",
-    *(f"fastvdm.ops.space_conv.{n}" for n in ("by_triton", "check_conv", "choose", "convolve")),
+    *(f"fastvdm.ops.space_conv.{n}" for n in ("check_conv", "choose", "convolve")),
     "fastvdm.ops.temporal_block.exceeds_registers",
 }
 
