@@ -38,7 +38,7 @@ from typing import Any
 import torch
 
 from fastvdm.runtime import extension
-from fastvdm.runtime.device import INTERPRETED
+from fastvdm.runtime.device import INTERPRETED, facts
 
 KERNELS = ("cpu", "triton")
 _DEVICES = {"triton": ("cuda", "cpu") if INTERPRETED else ("cuda",), "cpu": ("cpu",)}
@@ -67,6 +67,9 @@ class ByName(ByDesign):
 Implementations = Iterator[tuple[str, str | None]]  # (name, why not), yielded by a generator
 NO_KERNEL = ByDesign("no kernel for this op")
 FP64 = ByDefault("fp64 has no kernel")
+# The tiles are for the shared memory and matrix instructions from Ampere on: compiled for sm_75,
+# some exceed its 64 KiB or spill 36 KB.
+OLDEST = 80
 NO_TRITON = 'triton is not installed: pip install "triton>=3.6"'
 
 
@@ -116,7 +119,7 @@ def off_on(op: str, backend: str, device: torch.device) -> str | None:
         hint = " without TRITON_INTERPRET=1" if backend == "triton" else ""
         return f"{backend} does not run on {device.type}{hint}"
     if off is None and backend == "triton" and not INTERPRETED:
-        return no_launch()
+        return unsuited(device) or no_launch()
     return off
 
 
@@ -153,9 +156,23 @@ def no_launch() -> str | None:
     return _probe()
 
 
-# Dynamo calls this while tracing, but does not trace into it.
-_traced_over: Any = no_launch
-_traced_over._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports dynamo
+def unsuited(device: torch.device) -> str | None:
+    """Why our Triton kernels do not run on this GPU, or None."""
+    if torch.version.hip is not None:  # its devices are of type "cuda" too
+        return "the Triton kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    if not torch.cuda.is_initialized():  # the device is made up
+        return None
+    found = facts(device)
+    if not found.is_gpu or found.capability >= OLDEST:
+        return None
+    return f"the Triton kernels need sm_{OLDEST} or later, {found.name} is sm_{found.capability}"
+
+
+# Dynamo calls these while tracing, but does not trace into them.
+_traced_over: Any
+for _traced_over in (no_launch, unsuited):
+    # torch.compiler.assume_constant_result imports dynamo.
+    _traced_over._dynamo_marked_constant = True
 
 
 def explain(op: str, *call: Any) -> dict[str, str | None]:
@@ -165,7 +182,7 @@ def explain(op: str, *call: Any) -> dict[str, str | None]:
     entry = OPS[op]
     off = dict(entry.off)
     if off["triton"] is None and not INTERPRETED and torch.cuda.is_available():
-        off["triton"] = no_launch()
+        off["triton"] = unsuited(torch.device("cuda")) or no_launch()
     if not call:
         return off
     return {name: off.get(name) or why for name, why in entry.implementations(*call)} | {

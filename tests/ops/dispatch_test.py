@@ -17,6 +17,7 @@ from fastvdm.ops import _call
 from fastvdm.ops.conv_group_norm import norm_act, space_conv
 from fastvdm.ops.guidance import guidance_update
 from fastvdm.runtime import config, dispatch, extension
+from fastvdm.runtime.device import H100, Facts, pretend
 from fastvdm.runtime.dispatch import FallbackError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -325,6 +326,19 @@ def test_compiled_code_asks_the_machine_while_it_is_traced(machine, monkeypatch)
     )  # fmt: skip
     with use_backend("auto", strict=False), pytest.warns(UserWarning, match="C compiler"):
         assert chosen(torch.zeros(3)).eq(0).all()
+
+
+def test_a_gpu_that_the_kernels_do_not_suit(machine, monkeypatch):
+    """On a T4 some tiles exceed the shared memory; ROCm's devices are of type "cuda" too."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for capability in (75, 80, 120):
+        with pretend(Facts("cuda", "made up", capability, 40)):
+            assert launches() is (capability >= 80)
+            told = dispatch.unsuited(CUDA)
+            assert told is None if capability >= 80 else "made up is sm_75" in told
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pretend(H100):  # gfx94x reports 9.4
+        assert not launches() and "ROCm" in dispatch.unsuited(CUDA)
 
 
 def test_nothing_is_asked_before_a_gpu_is(machine):
