@@ -142,6 +142,20 @@ def parity(row: str, edge: dict[str, Any], dtype: torch.dtype, without: tuple[st
         check_parity(make(ROWS[row], dtype, DEVICE, edge))
 
 
+def by_torch(case: str, without: tuple[str, ...]) -> None:
+    """Attention over space as sampling runs it: networks are compared with deterministic
+    algorithms, which exclude torch's attention."""
+    from calls import shape
+
+    from fastvdm.ops.axis_attention import axis_attention
+    from fastvdm.reference.axis_attention import axis_attention_ref
+    from fastvdm.testing import assert_close3
+
+    qkv = torch.randn(*shape(case).qkv_shape, device=DEVICE).to(BF16)
+    plain, exact = (axis_attention_ref(t, axis="space") for t in (qkv, qkv.double()))
+    assert_close3(axis_attention(qkv, axis="space"), plain, exact)
+
+
 def launched(call: Any, without: tuple[str, ...]) -> None:
     """Run a call of bench/calls.py twice: the bits must be equal, and there must be no NaN."""
     run = call.build(DEVICE)
@@ -259,6 +273,8 @@ def items(context: Context) -> list[Item]:
         ]  # fmt: skip
 
     found += nets(("unet", "unet-rms"), (*SHORT,)[:2])
+    mixed = partial(whole, "unet", BF16, True, autocast=True)
+    found.append(Item("network/unet-train-autocast", mixed, 120.0))
     found.append(Item("network/like-the-peer", like_the_peer))
     real = at_the_networks()
     for dtype in SHORT:
@@ -266,6 +282,10 @@ def items(context: Context) -> list[Item]:
             Item(f"op/{row}-{label}-{SHORT[dtype]}", partial(parity, row, edge, dtype), 60.0)
             for row, label, edge in real
         ]
+    found += [
+        Item(f"op/attention-by-torch-{case}-bf16", partial(by_torch, case))
+        for case in ("ucf-16", "ucf-32")
+    ]
     found += nets(("ucf101",), (*SHORT,)[:2], alone=True)
     found += [
         Item("sample/graph", partial(graphed_sample, False)),

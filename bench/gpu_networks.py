@@ -60,11 +60,14 @@ def results(model: nn.Module, x: Tensor, time: Tensor, target: Tensor, train: bo
 
 
 def hold(
-    parts: Iterable[tuple[str, list[Tensor], float]], plain: list[Tensor], exact: list[Tensor]
+    parts: Iterable[tuple[str, list[Tensor], float]],
+    plain: list[Tensor],
+    exact: list[Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """``assert_close3`` over the tensors of each part together, because a weight whose gradient
     cancels has no size of its own. Tensors are processed one by one: those of a large network fill
-    the memory.
+    the memory. ``dtype`` is that of the activations.
 
     Raises:
         AssertionError: the error of a part exceeds its factor times that of plain torch.
@@ -73,7 +76,7 @@ def hold(
 
     found, at, wrong = {}, 0, []
     for name, tensors, factor in parts:
-        dtype, errors, plains, sizes = tensors[0].dtype, [], [], []
+        errors, plains, sizes = [], [], []
         for t in tensors:
             p, e = plain[at], exact[at].double()
             at += 1
@@ -93,17 +96,21 @@ def hold(
     return found
 
 
-def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) -> dict[str, Any]:
-    """A network against the reference in its dtype and in fp64; two runs must be bit-equal."""
+def whole(
+    name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...], *, autocast: bool = False
+) -> dict[str, Any]:
+    """A network against the reference in its dtype and in fp64; two runs must be bit-equal. With
+    ``autocast`` the weights are fp32, and ``dtype`` is autocast's."""
     from fastvdm import use_backend
 
-    model = network(name).to(dtype)
+    weights = FP32 if autocast else dtype
+    model = network(name).to(weights)
     given = inputs(name)
-    x, time, target = given[0].to(dtype), given[1], given[2].to(dtype)
+    x, time, target = given[0].to(weights), given[1], given[2].to(weights)
 
-    def run(backend: str) -> list[Tensor]:
+    def run(backend: str, low: bool = autocast) -> list[Tensor]:
         note(backend)
-        with use_backend(backend):
+        with use_backend(backend), torch.autocast(DEVICE, dtype, enabled=low):
             return results(model, x, time, target, train)
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # for torch's ops; it fills empty()
@@ -116,12 +123,12 @@ def whole(name: str, dtype: torch.dtype, train: bool, without: tuple[str, ...]) 
     plain = run("reference")
     model.double()
     x, target = x.double(), target.double()
-    exact = run("reference")
+    exact = run("reference", False)
     if train:
         parts = [("loss", ours[:1], 2.0), ("dx", ours[1:2], 3.0), ("dw", ours[2:], 3.0)]
     else:
         parts = [("out", ours, 2.0)]
-    found = hold(parts, plain, exact)
+    found = hold(parts, plain, exact, dtype)
     if not same:
         raise AssertionError("two runs differ")
     said = ", ".join(f"{k} {v['error']:.1e} (plain {v['plain']:.1e})" for k, v in found.items())

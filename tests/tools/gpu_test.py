@@ -146,7 +146,7 @@ def kinds(records: list[dict]) -> set[str]:
 def test_check(tmp_path) -> None:
     """One item of each kind that takes no more than a second."""
     only = (
-        "facts", "op/guidance/seed-l0", "launch/guided l0",
+        "facts", "op/guidance/seed-l0", "op/attention-by-torch", "launch/guided l0",
         "many/linear_attention", "suite/norm_act/layer-bit_equal", "bits/linear", "ptxas/linear",
     )  # fmt: skip
     records, said = dry("check", tmp_path, *only)
