@@ -75,8 +75,11 @@ def test_descriptors_from_sm_90_on() -> None:
 
 
 def test_a_tile_of_the_temporal_block_is_what_the_architecture_holds() -> None:
+    rtx = Facts("cuda", "NVIDIA GeForce RTX 5090", 120, 108)  # as many multiprocessors as an A100
     pixels = {g: launches(g)["temporal l0 backward"][0][2]["P"] for g in (A100, H100, B200)}
     assert pixels[A100] < pixels[H100] == pixels[B200]
+    for name, calls in launches(A100).items():
+        assert name.startswith("conv ") or launches(rtx)[name] == calls, name
 
 
 def test_as_many_programs_as_there_are_multiprocessors() -> None:
