@@ -31,7 +31,8 @@ from network_launches import network_calls, network_of
 from sass import disassembled, exposed
 
 from fastvdm.kernels.limits import RMS
-from fastvdm.runtime.device import A100, B200, H100
+from fastvdm.kernels.tuned import path_of
+from fastvdm.runtime.device import A100, B200, H100, H200, Facts
 
 GPUS = {80: A100, 90: H100, 100: B200}
 
@@ -307,13 +308,16 @@ def run(jobs: Sequence[Job], processes: int) -> list[AotResult]:
         return list(pool.map(_do, jobs))
 
 
-def report(archs: Sequence[int], wanted: tuple[str, ...], processes: int) -> list[AotResult]:
+def report(
+    gpus: Sequence[Facts], wanted: tuple[str, ...], processes: int, measured: bool = False
+) -> list[AotResult]:
     """Every launch whose name starts with one of ``wanted``; the edges for one architecture."""
     jobs: list[Job] = []
-    for arch in archs:
+    for gpu in gpus:
         table = [*network_calls(), *networks(), *by_name(), *classes()]
-        table += edges() if arch == 90 else []
-        jobs += [(measure, m) for m in captured(table, GPUS[arch]) if m.name.startswith(wanted)]
+        table += edges() if gpu.capability == 90 else []
+        found = captured(table, gpu, measured=measured)
+        jobs += [(measure, m) for m in found if m.name.startswith(wanted)]
     return run(jobs, processes)
 
 
@@ -358,12 +362,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS), choices=GPUS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="a list of objects, one per line")
+    measured = "with what was measured: on the GPUs that have a file in kernels/configs"
+    parser.add_argument("--measured", action="store_true", help=measured)
     parser.add_argument("--gate", action="store_true", help=" ".join((gate.__doc__ or "").split()))
     args = parser.parse_args(argv)
     if args.gate:
         results = gate(args.jobs)
     else:
-        results = report(args.arch, tuple(args.names) or ("",), args.jobs)
+        gpus = [GPUS[arch] for arch in args.arch]
+        if args.measured:
+            gpus = [g for g in (A100, H100, H200, B200) if path_of(g.name).exists()]
+        results = report(gpus, tuple(args.names) or ("",), args.jobs, args.measured)
     if args.json:
         for r in results:
             print(json.dumps(dataclasses.asdict(r) | {"faults": r.faults()}))

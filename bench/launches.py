@@ -17,6 +17,7 @@ import io
 import json
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +82,9 @@ class NoDevice:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def captured(calls: Iterable[Call], gpu: Facts) -> list[Launch]:
-    """Each launch once, in the order of the calls, with analytic configurations.
+def captured(calls: Iterable[Call], gpu: Facts, *, measured: bool = False) -> list[Launch]:
+    """Each launch once, in the order of the calls, with analytic configurations or, if
+    ``measured``, with those of the GPU's file in kernels/configs.
 
     Raises:
         RuntimeError: a call raised; the message names it.
@@ -121,7 +123,7 @@ def captured(calls: Iterable[Call], gpu: Facts) -> list[Launch]:
     driver.set_active(NoDevice(gpu.capability))
     knobs.runtime.jit_cache_hook = take
     try:
-        with pretend(gpu), choosing(lambda choice: choice.analytic):
+        with pretend(gpu), nullcontext() if measured else choosing(lambda c: c.analytic):
             for call in calls:
                 current = call.name
                 try:
