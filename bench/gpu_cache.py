@@ -67,7 +67,7 @@ def launching() -> Iterator[None]:
 def networks_of_the_stages() -> list[Any]:
     """A sampling step, a guided step and a training step of the networks of the check and of the
     measurements, at their batch sizes."""
-    from network_launches import WAYS, Net, network_call
+    from network_launches import DTYPES, WAYS, Net, network_call
     from unet_bench import CASES, LARGE
 
     from fastvdm import UNet3D
@@ -85,7 +85,7 @@ def networks_of_the_stages() -> list[Any]:
     return [
         network_call(f"{name} {batch} {dtype} {way}", Net(make, 16, 64), dtype, way, batch)
         for (name, batch), make in nets.items()
-        for dtype in ("bf16", "fp32")
+        for dtype in DTYPES
         for way in WAYS
     ]
 

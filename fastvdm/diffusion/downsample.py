@@ -51,7 +51,7 @@ def norm_squared(down: Downsample, zeros: Tensor) -> Tensor:
                 value, at, slope, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             size = _size(v)
-            before, gain = gain, size.flatten().double().cpu()
+            before, gain = gain, size.flatten().cpu().double()
             if bool(((gain - before).abs() <= 1e-3 * gain).all()):
                 break
     if not bool(torch.isfinite(gain).all()) or not bool((gain > 0).any()):

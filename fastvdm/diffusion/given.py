@@ -60,7 +60,7 @@ class Given:
         else:
             index = list(range(f))
             self.mask = condition.mask.to(device)
-            self.num_known = self.mask.double().mean((1, 2, 3, 4)).cpu() * f
+            self.num_known = self.mask.cpu().double().mean((1, 2, 3, 4)) * f
         _check_video(frames, (*shape[:2], len(index), *shape[3:]), "frames")
         self.known, self.slot = _send(frames, device, dtype), _slots(index, f, device)
         if bool((self.num_known < f).any()):

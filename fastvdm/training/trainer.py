@@ -264,7 +264,7 @@ class Trainer:
     def _numbers(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The losses of several steps as numbers, with one synchronisation for all."""
         values = torch.stack([torch.stack([r["loss"], r["grad_norm"].float()]) for r in rows])
-        values = self.accelerator.reduce(values, "mean").double().cpu()
+        values = self.accelerator.reduce(values, "mean").cpu().double()
         seconds = (time.perf_counter() - self._started) / len(rows)
         out = []
         for row, (loss, norm) in zip(rows, values.tolist()):
