@@ -143,12 +143,10 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def optimizers(net: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside, Adam for the first and last convolution and for vectors."""
+    """Muon for the matrices, Adam for vectors and for what has no more than 256 numbers."""
     inside, others = [], []
-    for name, p in net.named_parameters():
-        ends = "init_conv" in name or "final_conv.1" in name
-        vector = p.ndim < 2 or p.numel() <= 256 or "norm" in name or "bias" in name
-        (others if ends or vector else inside).append(p)
+    for p in net.parameters():
+        (others if p.ndim < 2 or p.numel() <= 256 else inside).append(p)
     adam = torch.optim.Adam([{"params": others, "initial_lr": 3e-3}], 3e-3, betas=(0.9, 0.99))
     return [Muon(inside, 0.02), adam]
 

@@ -51,6 +51,15 @@ def test_the_network_ships_small_and_trained():
     peer.load_state_dict(net.to_peer_state_dict())
 
 
+def test_adam_has_both_ends_of_the_network():
+    """They are chosen by name, and a name that is no longer there would choose nothing."""
+    net = train.network()
+    _, adam = train.optimizers(net)
+    chosen = {id(p) for group in adam.param_groups for p in group["params"]}
+    assert {id(net.stem.weight), id(net.head.conv.weight)} <= chosen
+    assert net.stem.weight.numel() > 256  # it is not there for its size
+
+
 def test_it_draws_digits():
     """Mostly black, one saturated colour, about as much light as a digit has."""
     net = UNet3D.from_pretrained(train.MODEL)
