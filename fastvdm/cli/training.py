@@ -271,7 +271,7 @@ def check(
     for r in reports if all_ else bad:
         size = f"{r.width} x {r.height}" if r.width else ""
         rate = f"{r.fps:.4g}" if r.fps else ""
-        turned = f"{r.rotation}" if r.rotation else ""
+        turned = f"{r.rotation or ''}{' mirrored' if r.mirrored else ''}".strip()
         name = str(Path(r.path).relative_to(folder))
         problem = (r.problem or "").removeprefix(f"{Path(r.path).absolute()} ")
         table.add_row(name, str(r.frames), rate, size, turned, r.codec or "", problem)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastvdm.runtime.optional import require
-from fastvdm.video.decode import FileSource, rotation
+from fastvdm.video.decode import FileSource, turn
 from fastvdm.video.index import VideoReadError, decode_all, frame_index, opened
 from fastvdm.video.listing import list_videos
 from fastvdm.video.reader import open_source
@@ -22,8 +22,9 @@ class VideoReport(NamedTuple):
     """The result of ``check_video``.
 
     ``frames`` is the number of frames that decode. ``fps`` is None without times. ``width`` and
-    ``height`` are in pixels after rotation by ``rotation`` degrees (counterclockwise). ``codec`` is
-    the name of FFmpeg's decoder, or "webp", "frames", "array". ``problem`` is None if all is well.
+    ``height`` are in pixels after rotation by ``rotation`` degrees (counterclockwise), after which
+    it is ``mirrored`` left to right. ``codec`` is the name of FFmpeg's decoder, or "webp",
+    "frames", "array". ``problem`` is None if all is well.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class VideoReport(NamedTuple):
     rotation: int
     codec: str
     problem: str | None
+    mirrored: bool = False
 
 
 def check_video(
@@ -107,7 +109,7 @@ class _Counted:
 
 def _check_file(path: Path) -> VideoReport:
     fps = frame_index(path).line.fps
-    frames, angle, sizes = 0, 0, []
+    frames, angle, mirrored, sizes = 0, 0, False, []
     with opened(path, threads=1) as (container, stream, decoder):
         decoder.options = {"err_detect": "crccheck+explode"}  # report errors, do not conceal them
         packets = _Counted(container.demux(stream))
@@ -118,7 +120,7 @@ def _check_file(path: Path) -> VideoReport:
             except StopIteration as stop:
                 is_whole = stop.value
                 break
-            angle = angle if frames else rotation(frame)
+            angle, mirrored = (angle, mirrored) if frames else turn(frame)
             size = (frame.width, frame.height)[:: -1 if angle % 180 else 1]
             sizes += [size] if size not in sizes else []
             frames += 1
@@ -137,7 +139,7 @@ def _check_file(path: Path) -> VideoReport:
     elif len(sizes) > 1:
         problem = f"has frames of several sizes: {', '.join(f'{w} x {h}' for w, h in sizes)}"
     width, height = sizes[0] if sizes else (0, 0)
-    return VideoReport(path, frames, fps, width, height, angle, codec, problem)
+    return VideoReport(path, frames, fps, width, height, angle, codec, problem, mirrored)
 
 
 def check_folder(

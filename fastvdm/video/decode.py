@@ -231,6 +231,11 @@ def display(frame: Any) -> tuple[bool, bool, bool]:
     raise VideoReadError(f"its display matrix turns by {frame.rotation} degrees, no multiple of 90")
 
 
-def rotation(frame: Any) -> int:
-    """Degrees counterclockwise by which the frame is rotated for display: 0, 90, 180 or 270."""
-    return int(frame.rotation) % 360 if any(display(frame)) else 0
+def turn(frame: Any) -> tuple[int, bool]:
+    """Degrees counterclockwise by which a frame is rotated for display (0, 90, 180 or 270), and
+    whether it is then mirrored left to right."""
+    transposed, flip_x, flip_y = display(frame)
+    mirrored = transposed ^ flip_x ^ flip_y
+    if transposed:
+        return 90 if flip_y else 270, mirrored
+    return 180 if flip_y else 0, mirrored

@@ -357,6 +357,8 @@ def test_turned_and_mirrored(tmp_path, angle, hflip, vflip):
     assert torch.equal((clip * 255).round().to(torch.uint8), expected)
     report = video.check_video(path)
     assert (report.width, report.height) == expected.shape[:-3:-1]
+    told = torch.rot90(stored, report.rotation // 90, (-2, -1))
+    assert torch.equal(told.flip(-1) if report.mirrored else told, expected)
 
 
 def test_an_odd_angle_is_an_error(tmp_path):
