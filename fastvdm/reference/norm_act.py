@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    if fwAD._current_level < 0:
+        return False
+    return any(t is not None and fwAD.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float) -> Tensor:
@@ -19,7 +26,8 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps
     with torch.no_grad():
         mean = x.mean(1, dtype=acc).view(n, groups, c // groups).mean(2, keepdim=True)
         mean = mean.expand(n, groups, c // groups).reshape(n, 1, c)
-    if torch._C._functorch.get_dynamic_layer_stack_depth():  # vmap has no rule for channels-last
+    # Neither vmap nor forward-mode autograd has a rule for channels-last.
+    if torch._C._functorch.get_dynamic_layer_stack_depth() or _has_tangent(x, weight, bias):
         return F.group_norm((x - mean).mT, groups, weight, bias, eps).mT
     centred = (x - mean).unsqueeze(2).permute(0, 3, 1, 2)  # (N, C, L, 1): a channels-last view
     return F.group_norm(centred, groups, weight, bias, eps).permute(0, 2, 3, 1).squeeze(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from peer import peer_or_skip
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vjp, vmap
@@ -69,6 +70,25 @@ def test_only_inside():
             grad(lambda x: {}["an error inside"])(torch.ones(()))
         asked(torch.ones(2))
     assert seen == ["cpu", "reference", "reference", "cpu", "reference", "cpu"]
+
+
+@pytest.mark.parametrize("dual", ["x", "weight", "bias"])
+def test_group_norm_in_forward_mode(dual):
+    """By itself and through ``torch.func``; what has no tangent computes as ever."""
+    inputs = {"x": torch.randn(2, 3, 4, 5, 8), "weight": torch.randn(8), "bias": torch.randn(8)}
+    tangent = torch.randn_like(inputs[dual])
+
+    def norm(value):
+        return norm_act(**inputs | {dual: value}, kind="group", groups=2)
+
+    expected = jvp(norm, (inputs[dual],), (tangent,))
+    with use_backend("reference"):
+        plain = norm(inputs[dual])
+    with fwAD.dual_level():
+        assert torch.equal(norm(inputs[dual]), plain)
+        found = fwAD.unpack_dual(norm(fwAD.make_dual(inputs[dual], tangent)))
+    for a, e in zip(found, expected):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
