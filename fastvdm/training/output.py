@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -21,6 +22,13 @@ from fastvdm.training.config import TrainConfig
 from fastvdm.training.log import write_text
 from fastvdm.unet.folder import read_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_HOLDS = "holds a run: resume it or choose another output"
+
 
 class Output:
     """``config.json``, ``checkpoints/step-N`` and ``bad-clips.csv`` in the folder of a run.
@@ -34,9 +42,11 @@ class Output:
     def __init__(self, config: TrainConfig, resume: bool) -> None:
         self.config, self.path = config, Path(config.output)
         self.found = checkpoints(self.path)
+        self._lock: Any = None
+        self._is_own = False  # whether this object has written a checkpoint
         stored = self.path / "config.json"
         if self.found and not resume:
-            raise FileExistsError(f"{self.path} holds a run: resume it or choose another output")
+            raise FileExistsError(f"{self.path} {_HOLDS}")
         if self.found and stored.is_file():  # a run without a checkpoint has nothing to lose
             config.check_resumable(read_json(stored))
         _check_writable(self.path)
@@ -52,13 +62,39 @@ class Output:
             )
 
     def start(self) -> None:
-        """Make the folder, write the configuration, remove what a killed process left."""
+        """Make the folder, take it until ``end``, write the configuration, remove what a killed
+        process left.
+
+        Raises:
+            FileExistsError: another run has the folder, or has made checkpoints since.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        if not self._is_own and checkpoints(self.path) != self.found:
+            raise FileExistsError(f"{self.path} {_HOLDS}")
         remove_unfinished(self.path / "checkpoints")
         if not self.found:  # left by a run that failed before its first checkpoint
             for name in ("validation.csv", "bad-clips.csv"):
                 (self.path / name).unlink(missing_ok=True)
         write_text(self.path / "config.json", json.dumps(asdict(self.config), indent=2))
+
+    def _take(self) -> None:
+        """Lock the folder. The lock ends with the process, however it ends, and a file system
+        without locks has none."""
+        if fcntl is None:
+            return
+        self._lock = open(self.path / ".lock", "wb")  # noqa: SIM115
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise FileExistsError(
+                    f"another run is writing to {self.path}: stop it or choose another output"
+                ) from None
+
+    def end(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def last(self) -> Path | None:
@@ -75,6 +111,7 @@ class Output:
             OSError: it cannot be written; the message names the last one.
         """
         target = self.place(step)
+        self._is_own = True
         try:
             with atomic_directory(target) as folder:
                 weights(folder)

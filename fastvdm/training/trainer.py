@@ -176,6 +176,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss is not finite; the last checkpoint is older than it.
+            FileExistsError: another run is writing to the output folder.
             OSError: a checkpoint cannot be written; the last one is complete.
         """
         c = self.config
@@ -209,6 +210,7 @@ class Trainer:
                 self.save()
         finally:
             self.trackers.close()
+            self.output.end()
         assert self.output.last is not None
         return self.output.last
 

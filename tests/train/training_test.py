@@ -337,6 +337,33 @@ def test_a_run_without_a_checkpoint_is_no_model_yet(tmp_path):
         Bundle.load(tmp_path)
 
 
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "wb")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """Neither before the first checkpoint nor resumed. The lock goes with its process."""
+    pytest.importorskip("fcntl")
+    output = tmp_path / "run"
+    output.mkdir()
+    late = Trainer(config(output), dataset=noise_clips())  # checked while there was no run
+    command = [sys.executable, "-c", HOLD, str(output / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(FileExistsError, match="another run is writing to .*run: stop it"):
+            train(config(output), dataset=noise_clips())
+        other.kill()
+    train(config(output, steps=2), dataset=noise_clips())
+    with pytest.raises(FileExistsError, match="holds a run"):
+        late.run()
+    train(config(output), dataset=noise_clips(), resume=True)
+
+
 def test_a_run_is_never_overwritten(tmp_path):
     output = tmp_path / "run"
     train(config(output, steps=2), dataset=noise_clips())
