@@ -37,15 +37,23 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"fastvdm: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        if debug or not _is_memory(error):
             raise
+        said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
         print(
-            f"fastvdm: out of memory: {str(error).splitlines()[0]} A smaller --batch-size (train: "
-            "--accumulate keeps the batch of a step), --size or --frames takes less",
+            f"fastvdm: out of memory: {said}. A smaller --batch-size (train: --accumulate keeps "
+            "the batch of a step), --size or --frames takes less",
             file=sys.stderr,
         )
         return 1
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether it is of a GPU's memory, of a CPU's (torch has no type for that), or of numpy's."""
+    texts = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(text in str(error) for text in texts)
 
 
 def _one_line(show: Any) -> Any:

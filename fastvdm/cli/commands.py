@@ -44,6 +44,7 @@ def sample(
     run = Run(model, names, options)
     cond = run.options.pop("cond")
     shape = (run.unet.channels, frames or run.settings.num_frames, *run.side)
+    rate = run.output_rate(output, run.settings.fps)
     for first in range(0, num, batch_size):
         part = range(first, min(first + batch_size, num))
         videos = diffusion.sample(
@@ -54,7 +55,7 @@ def sample(
             **run.options,
         )
         for i, clip in zip(part, videos):
-            run.write(names[i], clip, run.settings.fps)
+            run.write(names[i], clip, rate)
 
 
 def _numbered(path: Path, i: int, count: int) -> Path:
@@ -80,10 +81,11 @@ def extend(
 
     check_positive(num_frames=num_frames, given=given)
     run = Run(model, [output], options, windows)
-    frameskip, rate = run.settings.frameskip, run.settings.data_fps
-    clip = run.read(video, run.side, given, frameskip, rate)
+    frameskip, data_fps = run.settings.frameskip, run.settings.data_fps
+    clip = run.read(video, run.side, given, frameskip, data_fps)
+    rate = run.output_rate(output, (data_fps or run.rate(video)) / frameskip)
     result = run_extend(run.unet, clip, num_frames, **run.options)
-    run.write(output, result[0], (rate or run.rate(video)) / frameskip)
+    run.write(output, result[0], rate)
 
 
 @app.command()
@@ -102,8 +104,10 @@ def interpolate(
 
     check_positive(factor=factor)
     run = Run(model, [output], options, windows)
-    result = interpolate_frames(run.unet, run.read(video, run.side), factor, **run.options)
-    run.write(output, result[0], run.rate(video) * factor)
+    clip = run.read(video, run.side)
+    rate = run.output_rate(output, run.rate(video) * factor)
+    result = interpolate_frames(run.unet, clip, factor, **run.options)
+    run.write(output, result[0], rate)
 
 
 @app.command()
@@ -129,8 +133,9 @@ def upscale(
     check_positive(low_size=low_size, frameskip=frameskip)
     run = Run(model, [output], options, windows)
     clip = run.read(video, low_size)
+    rate = run.output_rate(output, run.rate(video) * frameskip)
     result = run_upscale(run.unet, clip, run.side, frameskip=frameskip, **run.options)
-    run.write(output, result[0], run.rate(video) * frameskip)
+    run.write(output, result[0], rate)
 
 
 @app.command()

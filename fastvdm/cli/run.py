@@ -16,6 +16,8 @@ from fastvdm.bundle import Bundle
 from fastvdm.cli.options import ModelOptions, Options, Windows
 from fastvdm.unet.checkpoint import read_source
 
+_MOST = 1_000_000
+
 
 class Run:
     """A model ready to sample. All errors in the options are found here, before the first step.
@@ -111,11 +113,18 @@ class Run:
         except files.VideoReadError:
             return self.settings.fps * self.settings.frameskip
 
+    def output_rate(self, path: Path, fps: float) -> float:
+        """The rate to write at: ``fps``, unless the command line sets another. Raises ValueError if
+        files of this kind cannot have it."""
+        rate = fps if self.given.fps is None else self.given.fps
+        files.check_output(path, self.unet.channels, rate)
+        return rate
+
     def write(self, path: Path, video: torch.Tensor, fps: float) -> None:
-        """Write (C, F, H, W) in [-1, 1] at ``fps``, unless the command line sets another rate."""
+        """Write (C, F, H, W) in [-1, 1]."""
         if self.is_pixels:
             video = (video + 1) / 2
-        files.write_video(path, video, fps if self.given.fps is None else self.given.fps)
+        files.write_video(path, video, fps)
         typer.echo(f"{path}: {video.shape[1]} frames of {video.shape[2]} x {video.shape[3]}")
 
 
@@ -197,10 +206,14 @@ def read_cond(path: Path) -> torch.Tensor:
 
 
 def check_positive(**values: float | None) -> None:
-    """Raise ValueError if a given value is not above 0; the names are those of the options."""
+    """Raise ValueError if a given value is not above 0, or more than any computer could take; the
+    names are those of the options."""
     for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+            raise ValueError(f"{flag} must be positive, got {value}")
+        if value is not None and value > _MOST:
+            raise ValueError(f"{flag} must be at most {_MOST}, got {value}")
 
 
 def check_output(path: Path, overwrite: bool, suffixes: tuple[str, ...]) -> None:

@@ -176,6 +176,8 @@ class TrainConfig:
             value, low = getattr(self, name), 0 if name in _MAY_BE_0 else 1
             if value is not None and value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value}")
+            if value is not None and value > _MOST.get(name, value):
+                raise ValueError(f"{name} must be at most {_MOST[name]}, got {value}")
         if not self.lr > 0 or not 0 <= self.ema_decay < 1 or self.grad_clip < 0:
             raise ValueError(
                 "expected lr > 0, 0 <= ema_decay < 1 and grad_clip >= 0, got "
@@ -317,6 +319,9 @@ class TrainConfig:
 
 TYPES: dict[str, Any] = get_type_hints(TrainConfig)
 _COUNTS = [f.name for f in fields(TrainConfig) if TYPES[f.name] in (int, int | None)]
+_SIZES = ("num_frames", "frameskip", "num_images", "timesteps", "batch_size", "accumulate")
+# More than any computer could take: the number of processes, and what multiplies tensors.
+_MOST = {"num_workers": 1024} | dict.fromkeys(_SIZES, 1_000_000)
 _MAY_BE_0 = {"num_images", "num_workers", "warmup_steps", "seed", "sample_every", "validate_every"}
 
 

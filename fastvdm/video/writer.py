@@ -27,11 +27,13 @@ _ENCODERS = {
 OUTPUTS = (*_ENCODERS, ".webp", ".npy")
 
 
-def check_output(path: str | os.PathLike[str], channels: int = 3) -> None:
-    """Check that ``write_video`` can write that many channels to such a file, before sampling.
+def check_output(path: str | os.PathLike[str], channels: int = 3, fps: float | None = None) -> None:
+    """Check that ``write_video`` can write that many channels at that rate to such a file, before
+    sampling.
 
     Raises:
-        ValueError: the suffix is not in ``OUTPUTS``, or its files do not have that many channels.
+        ValueError: the suffix is not in ``OUTPUTS``, or its files do not have that many channels or
+            that rate.
         RuntimeError: this FFmpeg has no encoder for it.
         ImportError: PyAV or Pillow is missing.
     """
@@ -41,6 +43,8 @@ def check_output(path: str | os.PathLike[str], channels: int = 3) -> None:
         raise ValueError(f"path must end in {', '.join(OUTPUTS)}, got {path.name!r}")
     if channels < 1:
         raise ValueError(f"channels must be at least 1, got {channels}")
+    if fps is not None:
+        _check_fps(fps, suffix)
     if suffix == ".npy":
         return
     if suffix == ".webp":
@@ -92,10 +96,7 @@ def write_video(
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    check_output(path, video.shape[0] if video.ndim == 4 else 3)
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be positive, got {fps}")
-    _check_fps(fps, suffix)
+    check_output(path, video.shape[0] if video.ndim == 4 else 3, fps)
     check_range(value_range)
     if video.ndim != 4 or 0 in video.shape:
         raise ValueError(f"expected a video (C, F, H, W), got {tuple(video.shape)}")
@@ -121,6 +122,8 @@ def write_video(
 
 def _check_fps(fps: float, suffix: str) -> None:
     """Raise ValueError if files of this kind cannot have this rate."""
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive, got {fps}")
     most = 100 if suffix == ".gif" else 1000
     if suffix != ".npy" and not 0.01 <= fps <= most:
         raise ValueError(f"fps of a {suffix} must be in [0.01, {most}], got {fps}")
