@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 from fastvdm.video.conditions import read_captions, read_labels, read_vectors
 from fastvdm.video.index import VideoReadError
 from fastvdm.video.listing import identity, list_videos
-from fastvdm.video.reader import check_arguments, check_fps, open_source, read_frames, stack
+from fastvdm.video.reader import (
+    check_arguments,
+    check_counts,
+    check_fps,
+    open_source,
+    read_frames,
+    stack,
+)
 
 
 class VideoFolder(Dataset):
@@ -69,10 +76,7 @@ class VideoFolder(Dataset):
         flip: bool = False,
         short: str = "error",
     ) -> None:
-        if num_frames < 1 or frameskip < 1:
-            raise ValueError(
-                f"num_frames and frameskip must be at least 1, got {num_frames} and {frameskip}"
-            )
+        check_counts(num_frames=num_frames, frameskip=frameskip)
         if short not in ("error", "repeat"):
             raise ValueError(f'short must be "error" or "repeat", got {short!r}')
         if conditioning not in (None, "captions", "classes", "vectors"):

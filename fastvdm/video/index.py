@@ -52,7 +52,9 @@ class Timeline(NamedTuple):
         step, early = 1 / (tick * fps), self._early(times)
         length = end - times[0] - early
         if length / step > 1e7:
-            raise VideoReadError(f"its times span {length * tick:.4g} seconds")
+            raise VideoReadError(
+                f"its times span {length * tick:.4g} seconds, beyond 10 million frames at {fps} fps"
+            )
         at = times[0] + early + step * np.arange(max(1, math.ceil(length / step)))
         return (np.searchsorted(np.asarray(times), at, side="right") - 1).tolist()
 

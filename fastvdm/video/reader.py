@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
@@ -85,6 +86,15 @@ def check_range(value_range: tuple[float, float] | None) -> None:
 def check_fps(fps: float | None) -> None:
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"fps must be positive, got {fps}")
+
+
+def check_counts(least: int = 1, **values: int | None) -> None:
+    """Raise an error if a given value is not an integer of at least ``least``."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def count_frames(
@@ -171,12 +181,10 @@ def read_video(
         VideoReadError: it is not a video, is too short for ``num_frames``, or its frames differ in
             size; or an array has other channels, another size or other values.
         ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
     """
-    for name, value, low in (("frameskip", frameskip, 1), ("start", start, 0)):
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}")
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    check_counts(num_frames=num_frames, frameskip=frameskip)
+    check_counts(least=0, start=start)
     check_fps(fps)
     source = open_source(
         path, size, channels=channels, background=background, value_range=value_range

@@ -90,14 +90,18 @@ def write_video(
         value_range: the values of black and white; (-1, 1) for samples of ``fastvdm.diffusion``.
 
     Raises:
-        ValueError: the shape, the suffix, ``fps`` or ``value_range`` is wrong, or the video has
-            NaN.
+        ValueError: the shape, the suffix, ``fps``, ``quality`` or ``value_range`` is wrong, the
+            video has NaN, or the encoder refuses it.
         OSError: the file cannot be written, e.g. on a full disk; nothing is left of it.
     """
+    if not isinstance(video, Tensor):
+        raise TypeError(f"expected a tensor (C, F, H, W), got {type(video).__name__}")
     path = Path(path)
     suffix = path.suffix.lower()
     check_output(path, video.shape[0] if video.ndim == 4 else 3, fps)
     check_range(value_range)
+    if not 0 <= quality <= 63:
+        raise ValueError(f"quality must be in [0, 63], 0 the best, got {quality}")
     if video.ndim != 4 or 0 in video.shape:
         raise ValueError(f"expected a video (C, F, H, W), got {tuple(video.shape)}")
     video = video.detach().cpu()
@@ -179,9 +183,14 @@ def _encode(
         stream.pix_fmt = "yuv444p" if odd and encoder == "libx264" else "yuv420p"
         if encoder in ("libx264", "libvpx-vp9", "libvpx"):
             stream.options = {"crf": str(quality), "b": "0"}
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+        try:
+            for pixels in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        except av.error.FFmpegError as error:
+            raise ValueError(
+                f"{encoder} cannot encode {width} x {height} pixels at {rate} fps: {error}"
+            ) from error
 
 
 def _encode_gif(file: BinaryIO, frames: np.ndarray, rate: Fraction) -> None:

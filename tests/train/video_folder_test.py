@@ -210,7 +210,7 @@ def test_webp_is_lossless_and_keeps_repeated_frames(tmp_path, channels):
     assert video.count_frames(path) == 7 and video.video_fps(path) == pytest.approx(12.5)
     assert video.count_frames(path, fps=25) == 14
     report = video.check_video(path)
-    assert report[1:] == (7, pytest.approx(12.5), 14, 10, 0, "webp", None)
+    assert report[1:] == (7, pytest.approx(12.5), 14, 10, 0, "webp", None, False)
     path.write_bytes(path.read_bytes()[:-400])
     with pytest.raises(video.VideoReadError, match="not a readable picture"):
         video.count_frames(path)

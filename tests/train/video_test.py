@@ -131,6 +131,37 @@ def test_nothing_is_overwritten_on_error(tmp_path, monkeypatch):
         video.write_video(tmp_path / "a.txt", _counting(3))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_frames=2.0), r"num_frames must be an int, got 2\.0"),
+        (dict(frameskip=1.5), r"frameskip must be an int, got 1\.5"),
+        (dict(start="1"), "start must be an int, got '1'"),
+        (dict(size=8.5), r"size must be an int or \(height, width\), got 8\.5"),
+        (dict(size="8"), "size must be an int or"),
+        (dict(size=(8, 8, 8)), "size must be an int or"),
+    ],
+)
+def test_arguments_of_a_wrong_type(tmp_path, options, message):
+    path = tmp_path / "a.gif"
+    video.write_video(path, _counting(3))
+    with pytest.raises(TypeError, match=message):
+        video.read_video(path, **options)
+    if "start" not in options:
+        with pytest.raises(TypeError, match=message):
+            video.VideoFolder(tmp_path, **{"num_frames": 2, "size": 8} | options)
+
+
+def test_what_cannot_be_written(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a tensor \(C, F, H, W\), got ndarray"):
+        video.write_video(tmp_path / "a.mp4", _counting(3).numpy())
+    with pytest.raises(ValueError, match=r"quality must be in \[0, 63\], 0 the best, got 99"):
+        video.write_video(tmp_path / "a.mp4", _counting(3), quality=99)
+    with pytest.raises(ValueError, match="cannot encode 40000 x 2 pixels at 8 fps: "):
+        video.write_video(tmp_path / "a.mp4", torch.zeros(1, 1, 2, 40000))
+    assert not list(tmp_path.iterdir())
+
+
 def test_unreadable_files(tmp_path, clips):
     with pytest.raises(FileNotFoundError, match="no video file"):
         video.read_video(tmp_path / "none.mp4")
