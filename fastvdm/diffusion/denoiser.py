@@ -99,7 +99,8 @@ class Denoiser:
 
     Raises:
         TypeError: ``model`` is not callable.
-        ValueError: the scale is below 0, or guidance is asked for without a condition.
+        ValueError: the scale is below 0, guidance is asked for without a condition, or
+            ``null_cond`` would be ignored.
     """
 
     def __init__(
@@ -122,6 +123,10 @@ class Denoiser:
         self.cond, self.scale = cond, float(guidance_scale)
         self._scaled = getattr(self.model, "forward_with_cond_scale", None)
         self._null: Tensor | None = None
+        if null_cond is not None and self._scaled is not None:
+            raise ValueError(
+                "null_cond is for models without a null condition of their own; this one has it"
+            )
         if cond is not None and guidance_scale != 1 and self._scaled is None:
             null = torch.zeros_like(cond[:1]) if null_cond is None else null_cond
             if null.shape[1:] != cond.shape[1:] or len(null) not in (1, len(cond)):

@@ -11,6 +11,7 @@ from fastvdm.diffusion.defaults import schedule_for
 from fastvdm.diffusion.denoiser import Model, prediction_of, time_input_of, unwrap
 from fastvdm.diffusion.prediction import Prediction, check_prediction, expand, slope
 from fastvdm.diffusion.schedule import Schedule, TimeInput, alpha_of, sigma_of
+from fastvdm.layers.kept import watched
 from fastvdm.runtime.choices import check_choice
 from fastvdm.unet.settings import ScheduleName
 
@@ -33,6 +34,20 @@ def drop_cond(cond: Tensor, prob: float, generator: torch.Generator | None = Non
     """Replace each sample's condition by zeros with probability ``prob`` (paper: c = 0)."""
     keep = torch.rand(cond.shape[0], device=cond.device, generator=generator) >= prob
     return cond * expand(keep, cond)
+
+
+def _check_times(t: Tensor) -> None:
+    """Raise an error if these are not times in [0, 1]. On a GPU nobody looks at their values, as
+    that would wait for it."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t must be a tensor of times in [0, 1], got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(
+            f"t must be floating-point times in [0, 1], got {t.dtype}; of step indices they are "
+            "DiscreteSchedule.index_to_t(indices)"
+        )
+    if t.device.type == "cpu" and not watched() and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must be in [0, 1], got {t.min().item():g} to {t.max().item():g}")
 
 
 def diffusion_loss(
@@ -67,8 +82,9 @@ def diffusion_loss(
         loss_type: "mse" (paper) or "l1" (the peer's default).
         time_input: what the network takes as time: "logsnr", "t" or "index"; by default its own
             ``time_input``, else that of the schedule.
-        t: times (B,) instead of random ones; or (B, F), one per frame (diffusion forcing). The
-            network then gets (B, F) too, as a ``UNet3D`` with norms over single frames takes it.
+        t: times (B,) in [0, 1] instead of random ones; or (B, F), one per frame (diffusion
+            forcing). The network then gets (B, F) too, as a ``UNet3D`` with norms over single
+            frames takes it.
         noise: (B, C, F, H, W) instead of random noise.
         cond_drop_prob: probability of training a sample without its condition, which
             classifier-free guidance requires. The paper gives no value; the default is 0. A network
@@ -85,6 +101,7 @@ def diffusion_loss(
 
     Raises:
         ValueError: shapes do not agree, or an option is out of range.
+        TypeError: ``t`` is not of times.
     """
     schedule = schedule_for(model, schedule, time_input)
     prediction = prediction_of(model, prediction)
@@ -99,6 +116,8 @@ def diffusion_loss(
     batch = x.shape[0]
     if t is None:
         t = schedule.draw(batch, device=x.device, generator=generator)
+    else:
+        _check_times(t)
     if t.shape not in ((batch,), (batch, x.shape[2])):
         raise ValueError(f"t must be ({batch},) or ({batch}, {x.shape[2]}), got {tuple(t.shape)}")
     if noise is None:

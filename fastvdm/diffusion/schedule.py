@@ -178,7 +178,9 @@ class DiscreteSchedule:
             bar = torch.cos((i / timesteps + s) / (1 + s) * torch.pi * 0.5) ** 2
             bar = bar / bar[0]
             betas = (1 - bar[1:] / bar[:-1]).clamp(0, 0.9999)
-        elif betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        elif not isinstance(betas, Tensor):
+            raise TypeError(f"betas must be a tensor, got {type(betas).__name__}")
+        elif betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas must be 1-D in (0, 1), got shape {tuple(betas.shape)}")
         self.betas = betas.detach().to("cpu", torch.float64)
         self.timesteps = len(self.betas)

@@ -388,6 +388,13 @@ def conditioned(*args, **options):
     return run(condition=Condition(*args, **options))
 
 
+class Conditional(torch.nn.Module):
+    """Computes the guidance itself, as UNet3D and the peer's network do."""
+
+    def forward_with_cond_scale(self, *args, **kwargs):
+        raise AssertionError("called")
+
+
 BAD = {
     "index above": (lambda: conditioned(VIDEO, frame_index=[0, 4]), "within the 4 frames"),
     "index below": (lambda: conditioned(VIDEO, frame_index=[-5, 0]), "within the 4 frames"),
@@ -449,6 +456,18 @@ BAD = {
     "output": (lambda: sample(lambda z, t: z[:, :, :1], SHAPE, num_steps=1), "returned"),
     "checkpoint": (lambda: DiscreteSchedule.from_state_dict({}), "betas"),
     "betas": (lambda: DiscreteSchedule(betas=torch.tensor([0.0])), "betas"),
+    "no betas": (lambda: DiscreteSchedule(betas=torch.zeros(0)), "betas must be 1-D"),
+    "list of betas": (lambda: DiscreteSchedule(betas=[0.1]), "betas must be a tensor, got list"),
+    "loss indices": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([9])),
+                     "t must be floating-point .*got torch.int64; of step indices"),
+    "loss beyond": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([9.0])),
+                    r"t must be in \[0, 1\], got 9 to 9"),
+    "loss nan": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([torch.nan])),
+                 r"t must be in \[0, 1\]"),
+    "loss list": (lambda: diffusion_loss(ramp_model, VIDEO, t=[0.5]), "t must be a tensor"),
+    "null of its own": (lambda: sample(Conditional(), SHAPE, cond=torch.zeros(1, 2),
+                                       guidance_scale=2.0, null_cond=torch.ones(1, 2)),
+                        "null_cond is for models without a null condition of their own"),
     "loss rank": (lambda: diffusion_loss(ramp_model, VIDEO[0]), "x must be"),
     "loss t": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.zeros(2)), "t must be"),
     "loss drop": (lambda: diffusion_loss(ramp_model, VIDEO, cond_drop_prob=2.0), "cond_drop_prob"),
