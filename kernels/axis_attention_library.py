@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,10 +34,18 @@ def _video(out: Tensor, qkv: Tensor, axis: int) -> Tensor:
     return out.reshape(b, h * w, f, heads, d).transpose(1, 2).reshape(b, f, h, w, heads, d)
 
 
+def _cast(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in a dtype whose numbers may end earlier: what is finite stays so, as -inf masks."""
+    cast, low = bias.to(dtype), torch.finfo(dtype).min
+    if torch.finfo(bias.dtype).min == low:
+        return cast
+    return torch.where((cast == -torch.inf) & (bias != -torch.inf), low, cast)
+
+
 def by_torch(qkv: Tensor, axis: int, bias: Tensor | None, sm_scale: float) -> Tensor:
     """One call of ``scaled_dot_product_attention``."""
     q, k, v = (t.transpose(1, 2) for t in _sequences(qkv, axis).unbind(2))
-    mask = None if bias is None else bias.to(q.dtype)
+    mask = None if bias is None else _cast(bias, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=sm_scale)
     return _video(out.transpose(1, 2), qkv, axis)
 
@@ -52,7 +61,7 @@ def by_xformers(qkv: Tensor, axis: int, bias: Tensor | None, sm_scale: float) ->
     mask = None
     if bias is not None:
         n = bias.shape[-1]
-        padded = F.pad(bias.to(q.dtype), (0, -n % _ALIGNED))
+        padded = F.pad(_cast(bias, q.dtype), (0, -n % _ALIGNED))
         mask = padded[..., :n].expand(q.shape[0], -1, -1, -1)
     out = ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=sm_scale)
     return _video(out, qkv, axis)

@@ -10,7 +10,6 @@ namespace fastvdm {
 namespace {
 
 constexpr int64_t kTime = 1;
-constexpr int64_t kShort = 32;  // kernels/limits.py: up to here lse is neither written nor read
 
 // Strides of t (B, F, H, W, [3,] heads, D). The last axis is dense; consecutive pixels of (H, W)
 // have one stride.
@@ -87,15 +86,8 @@ std::tuple<Tensor, Tensor> axis_attention_fwd(Tensor qkv, int64_t axis, OptTenso
   AxisArgs& a = plan.a;
   Tensor out = empty(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3), plan.heads, plan.d},
                      qkv.scalar_type());
-  std::vector<int64_t> lse_shape = {0};
-  if (plan.frames > kShort) lse_shape = {a.batch, a.outer, plan.heads, plan.frames};
-  Tensor lse = empty(qkv, lse_shape, ScalarType::Float);
+  Tensor lse = empty(qkv, {0}, ScalarType::Float);  // the backward computes the softmax again
   a.out = out.mutable_data_ptr();
-  if (plan.frames > kShort) {
-    a.lse = static_cast<float*>(lse.mutable_data_ptr());
-    // Rows that no softmax writes (images, focused videos) must be 0.
-    if (num_images > 0 || focus_mask.has_value()) std::fill_n(a.lse, lse.numel(), 0.0f);
-  }
   if (out.numel() == 0) return {out, lse};
 
   // Short sequences take all heads at once, because their rows are adjacent in memory.

@@ -22,7 +22,6 @@ struct AxisArgs {
   const uint8_t* focus;          // (batch), or null
   const void *qkv, *dout;
   void *out, *dqkv;
-  float* lse;  // (batch, outer, heads, frames), or null
   AxisStrides in, grad_out, dense_out, dense_qkv;
   AttnGrads* grads;  // one set per part, or null
   int64_t scratch;   // fp32 words per thread

@@ -84,12 +84,9 @@ void fwd(const AxisArgs& a, int64_t begin, int64_t end, float* scratch) {
         for (int h = 0; h < heads; ++h)
           widen_row(row + 2 * a.in.three + h * a.in.head, v + h * seq + (int64_t)i * dp, d, dp);
       }
-      for (int h = 0; h < heads; ++h) {
-        float* lse = nullptr;
-        if (a.lse != nullptr) lse = a.lse + (s * t.heads + head0 + h) * a.frames;
+      for (int h = 0; h < heads; ++h)
         attend(t, head0 + h, q + h * seq, plain + h * seq, k + h * seq, v + h * seq, out + h * seq,
-               work, lse);
-      }
+               work);
       for (int i = 0; i < n; ++i)
         for (int h = 0; h < heads; ++h)
           narrow_row(out + h * seq + (int64_t)i * dp,

@@ -149,7 +149,7 @@ FASTVDM_INLINE void attend_tile(const BlockArgs& a, const Operands& m, const Til
       continue;
     }
 #endif
-    attend(a.t, head, q + at, q + at, k + at, v + at, o + at, work, nullptr);
+    attend(a.t, head, q + at, q + at, k + at, v + at, o + at, work);
   }
 }
 

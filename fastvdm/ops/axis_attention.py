@@ -66,16 +66,19 @@ def _unsaved(values: dict) -> dict:
 def axis_attention_fwd(
     qkv: Tensor, axis: int, options: AttentionOptions, sm_scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """out (B, F, H, W, heads, D), contiguous, in the dtype of qkv; and lse (B, outer, heads, N) =
-    log Σ_j exp s_ij in the accumulator's dtype, which is empty (0,) if N <= SHORT. Rows of lse are
-    0 for images and focused samples, and +inf for empty rows (all -inf).
+    """out (B, F, H, W, heads, D), contiguous, in the dtype of qkv; and, in the accumulator's dtype,
+    lse (B, outer, heads, 1, N) = log2 Σ_j exp s_ij. With a bias it is (B, outer, heads, 2, N):
+    m_i = max_j s_ij and log2 Σ_j exp(s_ij - m_i), which would vanish in their sum beside a bias of
+    -1e9 on all keys. Rows are 0 for images and focused samples; 0 and +inf where all is -inf. lse
+    is empty (0,) if N <= SHORT, and from the C++ kernels, whose backward computes the softmax anew.
 
     axis is TIME or SPACE. The Shaw tables of ``options`` are in the dtype of qkv.
     """
     b, f, h, w, _, heads, d = qkv.shape
     n, outer = sequence(qkv.shape, axis)
     acc = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    shape = (b, outer, heads, n) if n > SHORT else (0,)
+    parts = 1 if options.bias is None else 2
+    shape = (b, outer, heads, parts, n) if n > SHORT and backend == "triton" else (0,)
     return qkv.new_empty((b, f, h, w, heads, d)), qkv.new_empty(shape, dtype=acc)
 
 

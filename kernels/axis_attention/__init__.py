@@ -30,7 +30,8 @@ def axis_attention_fwd(
     geo = geometry(qkv, axis, num_images)
     b, f, h, w, _, heads, d = qkv.shape
     out = torch.empty((b, f, h, w, heads, d), dtype=qkv.dtype, device=qkv.device)
-    size = (b, geo.outer, heads, geo.total) if geo.total > SHORT else (0,)
+    parts = 1 if options.bias is None else 2
+    size = (b, geo.outer, heads, parts, geo.total) if geo.total > SHORT else (0,)
     # Rows that the kernel skips (images, focused samples) must be 0.
     make = torch.zeros if options.masked else torch.empty
     lse = make(size, dtype=acc_torch_dtype(qkv.dtype), device=qkv.device)

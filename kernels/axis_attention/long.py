@@ -65,7 +65,7 @@ def long_fwd(
     options: AttentionOptions,
     sm_scale: float,
 ) -> None:
-    """``options`` are ``prepared``; it writes n rows of out and lse."""
+    """``options`` are ``prepared``; it writes n rows of out and of the parts of lse."""
     config = _config("fwd", geo, qkv, options)
     fold = options.bias is None and sm_scale > 0
     grid = (geo.batch * geo.outer * geo.heads * cdiv(geo.n, config.BM),)
@@ -112,7 +112,7 @@ def long_bwd(
     fold = options.bias is None and sm_scale > 0
     given, tables = options[:5], table_sizes(options)
     reads = (*geo.qkv, *strides(dout, axis))
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((*lse.shape[:3], geo.total))
 
     def splits_of(tiles: int) -> int:
         return max(1, min(sequences, program_budget(qkv.device) // tiles))

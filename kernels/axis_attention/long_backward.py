@@ -24,8 +24,20 @@ from fastvdm.kernels.common import LOG2E, dot
 
 
 @triton.jit
+def _softmax_sums(
+    ptr, sequence, total, offs_m, n, BIAS: tl.constexpr, FULL: tl.constexpr = False
+):  # fmt: skip
+    """Of rows of one sequence and head: the maximum and the rest of lse; without a bias lse, 0."""
+    if BIAS:
+        at = ptr + 2 * sequence * total
+        return _numbers(at, offs_m, n, FULL), _numbers(at + total, offs_m, n, FULL)
+    else:
+        return _numbers(ptr + sequence * total, offs_m, n, FULL), 0.0
+
+
+@triton.jit
 def _tile_gradient(
-    q, q_plain, k, v, do, lse, delta, bias_ptr, rel_k_ptr, rel_v_ptr, reach_k, reach_v,
+    q, q_plain, k, v, do, top, log, delta, bias_ptr, rel_k_ptr, rel_v_ptr, reach_k, reach_v,
     start_m, start_n, n, scale,
     T: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
@@ -33,14 +45,17 @@ def _tile_gradient(
     """p and ds of a tile, (BM, BN), or with T (BN, BM). With T the products are transposed, so that
     p and ds can be operands as they are; transposing them would go through shared memory.
 
-    Queries beyond n need no mask: their rows, lse and delta were loaded as zero, so p is 1 and ds
-    is 0, and both are multiplied by zeros. Keys beyond n need one if they are summed over (MASK),
+    Queries beyond n need no mask: their rows and numbers were loaded as zero, so p is 1 and ds is
+    0, and both are multiplied by zeros. Keys beyond n need one if they are summed over (MASK),
     because p may be inf."""
     s = _logits(
         q, q_plain, k, bias_ptr, rel_k_ptr, reach_k, start_m, start_n, n, scale, T, FOLD, MASK,
         D, BM, BN, BD, ACC,
     )  # fmt: skip
-    p = tl.exp2(s * _unit(scale, FOLD) - _along(lse * LOG2E, not T))
+    if bias_ptr is None:
+        p = tl.exp2(s * _unit(scale, FOLD) - _along(top, not T))
+    else:
+        p = tl.exp2((s - _along(top, not T)) * LOG2E - _along(log, not T))
     dp = _tile_product(do, v, do, rel_v_ptr, reach_v, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     return p, p * (dp - _along(delta, not T))
 
@@ -72,7 +87,7 @@ def _long_bwd_dq_kernel(
                 _put_rows(dq_base, tl.zeros([BM, BD], do.dtype), offs_m, n, dqkv_n, D, BD)
                 return
 
-        lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
+        top, log = _softmax_sums(lse_ptr, sequence, total, offs_m, n, bias_ptr is not None)
         q_plain = _rows(base, offs_m, n, stride_n, D, BD)
         q = _turned(q_plain, rot_ptr, offs_m, n, total, HALF, BD, ACC)
         bias_at = None
@@ -92,8 +107,8 @@ def _long_bwd_dq_kernel(
             k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD, EVEN)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
-                start_m, start_n, n, scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, top, log, delta, bias_at, rel_k_at, rel_v_at, reach_k,
+                reach_v, start_m, start_n, n, scale, False, FOLD, not EVEN, D, BM, BN, BD, ACC,
             )  # fmt: skip
             dq = dot(ds.to(k.dtype), k, dq)
             if rel_k_ptr is not None:
@@ -153,11 +168,11 @@ def _long_bwd_dkv_kernel(
         if rot_ptr is not None:
             q = pinned(q)  # the pipeliner cannot predicate it, so this loop has one stage
         do = _rows(do_base, offs_m, n, dout_n, D, BD, EVEN)
-        lse = _numbers(lse_ptr + sequence * total, offs_m, n, EVEN)
+        top, log = _softmax_sums(lse_ptr, sequence, total, offs_m, n, bias_ptr is not None, EVEN)
         delta = _numbers(delta_ptr + sequence * total, offs_m, n, EVEN)
         p, ds = _tile_gradient(
-            q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
-            start_m, start_n, n, scale, T, FOLD, False, D, BM, BN, BD, ACC,
+            q, q_plain, k, v, do, top, log, delta, bias_at, rel_k_at, rel_v_at, reach_k,
+            reach_v, start_m, start_n, n, scale, T, FOLD, False, D, BM, BN, BD, ACC,
         )  # fmt: skip
         if not T:
             p, ds = tl.trans(p), tl.trans(ds)
@@ -210,12 +225,12 @@ def _long_bwd_dbias_kernel(
                 q, k = pinned(q), pinned(k)  # one stage, as in the dkv kernel
             v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
             do = _rows(do_base, offs_m, n, dout_n, D, BD)
-            at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
-            lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
-            delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+            sequence = tl.cast(index, tl.int64) * heads + head
+            top, log = _softmax_sums(lse_ptr, sequence, total, offs_m, n, True)
+            delta = _numbers(delta_ptr + sequence * total, offs_m, n)
             _, ds = _tile_gradient(
-                q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
-                start_m, start_n, n, scale, False, False, False, D, BM, BN, BD, ACC,
+                q, q_plain, k, v, do, top, log, delta, bias_at, rel_k_at, rel_v_at, reach_k,
+                reach_v, start_m, start_n, n, scale, False, False, False, D, BM, BN, BD, ACC,
             )  # fmt: skip
             acc += ds
     to = part * n * n + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
@@ -277,12 +292,12 @@ def _long_bwd_drel_kernel(
                 k = _rows(base + stride_c, offs_n, n, stride_n, D, BD)
                 k = _turned(k, rot_ptr, offs_n, n, total, HALF, BD, ACC)
                 v = _rows(base + stride_c + stride_c, offs_n, n, stride_n, D, BD)
-                at = (tl.cast(index, tl.int64) * heads + head) * total + offs_m
-                lse = tl.load(lse_ptr + at, mask=offs_m < n, other=0.0)
-                delta = tl.load(delta_ptr + at, mask=offs_m < n, other=0.0)
+                sequence = tl.cast(index, tl.int64) * heads + head
+                top, log = _softmax_sums(lse_ptr, sequence, total, offs_m, n, bias_ptr is not None)
+                delta = _numbers(delta_ptr + sequence * total, offs_m, n)
                 p, ds = _tile_gradient(
-                    q, q_plain, k, v, do, lse, delta, bias_at, rel_k_at, rel_v_at, reach_k, reach_v,
-                    start_m, start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
+                    q, q_plain, k, v, do, top, log, delta, bias_at, rel_k_at, rel_v_at, reach_k,
+                    reach_v, start_m, start_n, n, scale, False, FOLD, True, D, BM, BN, BD, ACC,
                 )  # fmt: skip
                 if drel_k_ptr is not None:
                     spread = unskew(ds, shift, BM, BN).to(do.dtype)

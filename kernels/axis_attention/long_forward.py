@@ -8,6 +8,7 @@ import triton.language as tl
 from fastvdm.kernels.axis_attention.long_tiles import (
     _COUNTS,
     _block,
+    _exp,
     _logits,
     _put_rows,
     _relative_rows,
@@ -16,7 +17,7 @@ from fastvdm.kernels.axis_attention.long_tiles import (
     _unit,
 )
 from fastvdm.kernels.axis_attention.shared import unskew
-from fastvdm.kernels.common import LOG2E, dot
+from fastvdm.kernels.common import dot
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -68,8 +69,8 @@ def _long_fwd_kernel(
         )  # fmt: skip
         m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * unit - top[:, None])
-        shrink = tl.exp2(m_i - top)
+        p = _exp(s * unit - top[:, None], bias_ptr is not None)
+        shrink = _exp(m_i - top, bias_ptr is not None)
         l_i = l_i * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         acc = dot(p.to(v.dtype), v, acc)
@@ -81,6 +82,9 @@ def _long_fwd_kernel(
         m_i = m_new
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     _put_rows(out_base, out.to(q.dtype), offs_m, n, out_n, D, BD)
-    # An empty row gets +inf, so that p = exp(s - lse) is zero in the backward.
-    lse = tl.where(l_i == 0.0, float("inf"), (m_i + tl.log2(l_i)) / LOG2E)
-    tl.store(lse_ptr + sequence * total + offs_m, lse, mask=offs_m < n)
+    if bias_ptr is None:
+        tl.store(lse_ptr + sequence * total + offs_m, m_i + tl.log2(l_i), mask=offs_m < n)
+    else:  # an empty row gets 0 and +inf, so that p is zero in the backward
+        at = lse_ptr + 2 * sequence * total + offs_m
+        tl.store(at, tl.where(l_i == 0.0, 0.0, m_i), mask=offs_m < n)
+        tl.store(at + total, tl.where(l_i == 0.0, float("inf"), tl.log2(l_i)), mask=offs_m < n)

@@ -191,22 +191,29 @@ def _logits(
     keys beyond n, which were loaded as zero."""
     s = _tile_product(q, k, q_plain, rel_k_ptr, reach_k, start_m, start_n, n, T, D, BM, BN, BD, ACC)
     if not FOLD:
-        s = s * (scale * LOG2E)
+        s = s * (scale if bias_ptr is not None else scale * LOG2E)
     offs_m, offs_n = start_m + tl.arange(0, BM), start_n + tl.arange(0, BN)
     if bias_ptr is not None:
         at = _along(offs_m.to(tl.int64), not T) * n + _along(offs_n, T)
         mask = _along(offs_m < n, not T) & _along(offs_n < n, T)
-        s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC) * LOG2E
+        s += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC)
     if MASK:
         s = tl.where(_along(offs_n < n, T), s, float("-inf"))
     return s
 
 
 @triton.jit
+def _exp(x, BIAS: tl.constexpr):
+    """exp of differences of ``_logits``. With a bias these are in plain units: finfo.min times
+    LOG2E would be -inf, which masks, and it does not."""
+    return tl.exp2(x * LOG2E if BIAS else x)
+
+
+@triton.jit
 def _unit(scale, FOLD: tl.constexpr):
     """The factor that converts ``_logits`` to powers of 2. With FOLD it includes the scale, and one
-    instruction applies it and subtracts the maximum. If the scale is not positive or a bias is
-    added after it, the logits are already scaled."""
+    instruction applies it and subtracts the maximum. If the scale is not positive, the logits are
+    already scaled; with a bias they are in plain units (``_exp``)."""
     if FOLD:
         return scale * LOG2E
     else:

@@ -104,15 +104,17 @@ def _probabilities(
         flat = q_plain.reshape(P * BN, BD)
         product = dot(flat, tl.trans(rel_k), tl.zeros([P * BN, 2 * BN], ACC))
         s += skew(product, shift, P * BN, BN).reshape(P, BN, BN)
-    s = s * (scale * LOG2E)
+    # With a bias in plain units: finfo.min times LOG2E would be -inf, which masks, and it does not.
+    s = s * (scale if bias_ptr is not None else scale * LOG2E)
     if bias_ptr is not None:
         in_tile = (offs_n < n)[:, None] & (offs_n < n)[None, :]
         bias = tl.load(bias_ptr + offs_n[:, None] * n + offs_n[None, :], mask=in_tile, other=0.0)
-        s += bias.to(ACC)[None, :, :] * LOG2E
+        s += bias.to(ACC)[None, :, :]
     s = tl.where((offs_n < n)[None, None, :], s, float("-inf"))
     top = tl.max(s, 2)
     top = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(s - top[:, :, None])
+    s -= top[:, :, None]
+    p = tl.exp2(s * LOG2E if bias_ptr is not None else s)
     total = tl.sum(p, 2)
     return p * (1.0 / tl.where(total == 0.0, 1.0, total))[:, :, None]
 

@@ -132,6 +132,24 @@ def test_fully_masked_rows_are_zero(online, lane) -> None:
     assert dqkv.isfinite().all() and torch.equal(dbias[:, 3], torch.zeros_like(dbias[:, 3]))
 
 
+@ONLINE
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e12])
+def test_a_row_of_finite_masks_is_uniform(low, online, lane) -> None:
+    """Other libraries mask with finfo.min. Added to any logit it stays itself: a query with all its
+    keys masked sees them alike, as in torch, and one with a key left sees that one."""
+    frames = dict(F=34) if online else dict(F=5, W=3)
+    case = case_of("time", lane[1], H=1, B=1, A=1, given=("bias",), **frames)
+    case.tensors["bias"][:, 3] += low
+    case.tensors["bias"][:, 1, 2:] += low
+    qkv, bias = case.tensors.values()
+    with use_backend(lane[0]):
+        (out,), found = grads(case.first, [qkv, bias], [ones(qkv)])
+    (ref,), expected = grads(by_reference(case.first), [qkv, bias], [ones(qkv)])
+    torch.testing.assert_close(out[:, 3], qkv[:, :, :, :, 2].mean(1), atol=1e-5, rtol=1e-4)
+    for a, e in zip((out, *found), (ref, *expected)):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
+
+
 def test_one_frame_is_v(lane) -> None:
     case = case_of("time", lane[1], F=1)
     with use_backend(lane[0]):
@@ -282,6 +300,18 @@ def test_torchs_own_agrees(view, dtype):
     assert_close3(out, ref(qkv), ref(qkv.double()))
     compiled = torch.compile(library.by_torch, fullgraph=True, backend="aot_eager")
     assert_close3(compiled(qkv, SPACE, None, 0.3), ref(qkv), ref(qkv.double()))
+
+
+@pytest.mark.parametrize("which", ["torch", "xformers"])
+def test_finite_masks_stay_finite_in_16_bits(which, monkeypatch):
+    """finfo.min of fp32 rounds to -inf in bf16."""
+    ops = SimpleNamespace(memory_efficient_attention=efficient_attention)
+    monkeypatch.setattr(library, "require", lambda module, extra: ops)
+    qkv, bias = torch.randn(1, 6, 1, 2, 3, 2, 136).bfloat16(), torch.zeros(2, 6, 6)
+    bias[:, 1], bias[:, 2, 2:] = torch.finfo(torch.float32).min, -torch.inf
+    call = library.by_torch if which == "torch" else library.by_xformers
+    wide = [axis_attention_ref(t, axis="time", bias=bias) for t in (qkv, qkv.double())]
+    assert_close3(call(qkv, TIME, bias, 136**-0.5), *wide)
 
 
 def efficient_attention(q, k, v, attn_bias=None, scale=None):

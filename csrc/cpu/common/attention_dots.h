@@ -71,7 +71,7 @@ FASTVDM_INLINE void dots_probabilities(const AttnTables& t, int head, int i0, co
   const int lanes = t.n - i0 < VL ? t.n - i0 : VL;
   pairs_to_lanes(q + (int64_t)i0 * t.dp, t.dp, lanes, t.dp, m.q_lanes, VL, m.tmp);
   dot_gemm<false>(t.n, VL, t.dp / 2, m.k_rows, t.dp / 2, {m.q_lanes, VL, 0}, m.p, VL, false);
-  softmax_lanes<4>(t, head, i0, m.p, nullptr);
+  softmax_lanes<4>(t, head, i0, m.p);
 }
 
 // out (n, dp) of one head; q and k are rotated; rows have width dp and are zero beyond d.

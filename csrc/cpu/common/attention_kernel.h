@@ -51,11 +51,11 @@ FASTVDM_NOINLINE void bucket(const float* p, float* w, int n, int i0, int lanes,
 }
 
 // Logits p (n, VL), with VL queries from i0 on in the lanes, to normalised probabilities, in place.
-// Scales and adds the bias first. Stores log Σ exp in lse if it is not null.
+// Scales and adds the bias first.
 template <int DEGREE>
-FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* p, float* lse) {
+FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* p) {
   const int n = t.n;
-  const vf lowest = splat(-3.0e38f);
+  const vf lowest = splat(-3.4028234663852886e38f);  // finite, so that -inf - m is -inf
   vf m = lowest;
   if (t.bias_t != nullptr) {
     const float* bias = t.bias_t + ((int64_t)head * n) * t.np + i0;
@@ -93,19 +93,12 @@ FASTVDM_INLINE void softmax_lanes(const AttnTables& t, int head, int i0, float* 
   }
   const vf inv = sum > 0.f || sum != sum ? 1.f / sum : vf{};
   for (int j = 0; j < n; ++j) store(p + j * VL, load(p + j * VL) * inv);
-  if (lse != nullptr) {
-    float ms[VL], ss[VL];
-    store(ms, m);
-    store(ss, sum);
-    for (int l = 0; l < VL && i0 + l < n; ++l) lse[i0 + l] = ms[l] + __builtin_logf(ss[l]);
-  }
 }
 
 // Normalised probabilities p (n, VL) of queries i0 .. i0 + VL. qt: their (rotated) queries (dp,
-// VL); qt_plain: the unrotated ones, for rel_k. Stores log Σ exp in lse if it is not null.
+// VL); qt_plain: the unrotated ones, for rel_k.
 FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const float* qt,
-                                    const float* qt_plain, const float* k, float* p, float* g,
-                                    float* lse) {
+                                    const float* qt_plain, const float* k, float* p, float* g) {
   const int n = t.n;
   gemm<false>(n, VL, t.d, k, t.dp, qt, VL, p, VL, false);
   if (t.rel_k != nullptr) {
@@ -113,13 +106,13 @@ FASTVDM_NOINLINE void probabilities(const AttnTables& t, int head, int i0, const
     gemm<false>(t.rel_k_length, VL, t.d, table, t.dp, qt_plain, VL, g, VL, false);
     add_relative(p, g, n, i0, t.rel_k_length);
   }
-  softmax_lanes<5>(t, head, i0, p, lse);
+  softmax_lanes<5>(t, head, i0, p);
 }
 
 // out (n, dp) of one head. q and k are rotated; q_plain is not (it equals q without rotary). They
 // and v have rows of width dp, zero beyond d; q and q_plain have a multiple of VL rows.
 FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, const float* q_plain,
-                             const float* k, const float* v, float* out, float* work, float* lse) {
+                             const float* k, const float* v, float* out, float* work) {
   const int n = t.n, dp = t.dp;
   float *qt = work, *qp = qt + dp * VL, *p = qp + dp * VL, *g = p + (int64_t)n * VL;
   for (int i0 = 0; i0 < n; i0 += VL) {
@@ -130,7 +123,7 @@ FASTVDM_NOINLINE void attend(const AttnTables& t, int head, const float* q, cons
       to_lanes(q_plain + (int64_t)i0 * dp, dp, qp);
       plain = qp;
     }
-    probabilities(t, head, i0, qt, plain, k, p, g, lse);
+    probabilities(t, head, i0, qt, plain, k, p, g);
     gemm<true>(lanes, dp, n, p, VL, v, dp, out + (int64_t)i0 * dp, dp, false);
     if (t.rel_v != nullptr) {
       const float* table = t.rel_v + (t.rel_v_heads > 1 ? (int64_t)head * t.rel_v_length * dp : 0);
@@ -173,7 +166,7 @@ FASTVDM_NOINLINE void attend_bwd(const AttnTables& t, const AttnGrads& grads, in
       to_lanes(q_plain + row, dp, qp);
       plain = qp;
     }
-    probabilities(t, head, i0, qt, plain, k, p, g, nullptr);
+    probabilities(t, head, i0, qt, plain, k, p, g);
     gemm<false>(n, VL, t.d, v, dp, dt, VL, ds, VL, false);  // dP
     if (t.rel_v != nullptr) {
       gemm<false>(t.rel_v_length, VL, t.d, t.rel_v + rv, dp, dt, VL, g, VL, false);
