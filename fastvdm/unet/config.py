@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
@@ -127,7 +128,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim_mults", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not isinstance(value := getattr(self, name), Iterable):
+                raise TypeError(f"{name} must be a sequence of ints, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" or (f.type == "int | None" and value is not None):
@@ -135,8 +138,16 @@ class UNetConfig:
             check_choice(f.name, value)
         if not self.dim_mults:
             raise ValueError("dim_mults must name at least one level, got ()")
-        for i, m in enumerate(self.dim_mults):
-            _check_positive(f"dim_mults[{i}]", m)
+        for name in ("dim_mults", "attn_resolutions"):
+            for i, value in enumerate(getattr(self, name)):
+                _check_positive(f"{name}[{i}]", value)
+        if (self.rotary_dim or 0) % 2:
+            raise ValueError(
+                "attn_dim_head below 32 must be even for position='rotary+t5', got "
+                f"{self.rotary_dim}"
+            )
+        if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be at least 0, got {self.norm_eps}")
         if self.init_kernel_size % 2 == 0:
             raise ValueError(f"init_kernel_size must be odd, got {self.init_kernel_size}")
         for name in ("dropout", "cond_drop_prob"):

@@ -275,6 +275,8 @@ class FactorizedUNet(nn.Module):
             )
         if not isinstance(time, Tensor):
             raise TypeError(f"time must be a tensor, got {type(time).__name__}")
+        if time.is_complex():
+            raise TypeError(f"time must be of real numbers, got {time.dtype}")
         if time.shape != (batch,):
             self._check_frame_times(time, batch, frames)
         if time.device.type == "cpu" and not watched():
