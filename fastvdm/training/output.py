@@ -27,8 +27,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_HOLDS = "holds a run: resume it or choose another output"
-
 
 class Output:
     """``config.json``, ``checkpoints/step-N`` and ``bad-clips.csv`` in the folder of a run.
@@ -46,7 +44,7 @@ class Output:
         self._is_own = False  # whether this object has written a checkpoint
         stored = self.path / "config.json"
         if self.found and not resume:
-            raise FileExistsError(f"{self.path} {_HOLDS}")
+            raise _holds_a_run(self.path)
         if self.found and stored.is_file():  # a run without a checkpoint has nothing to lose
             config.check_resumable(read_json(stored))
         _check_writable(self.path)
@@ -71,7 +69,7 @@ class Output:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         if not self._is_own and checkpoints(self.path) != self.found:
-            raise FileExistsError(f"{self.path} {_HOLDS}")
+            raise _holds_a_run(self.path)
         remove_unfinished(self.path / "checkpoints")
         if not self.found:  # left by a run that failed before its first checkpoint
             for name in ("validation.csv", "bad-clips.csv"):
@@ -148,6 +146,10 @@ class Output:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerows([*self._bad_rows(), *((step, *error) for error in errors.items())])
         write_text(self.path / "bad-clips.csv", text.getvalue())
+
+
+def _holds_a_run(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} holds a run: resume it or choose another output")
 
 
 def _existing(path: Path) -> Path:
