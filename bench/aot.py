@@ -372,6 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpus = [GPUS[arch] for arch in args.arch]
         if args.measured:
             gpus = [g for g in (A100, H100, H200, B200) if path_of(g.name).exists()]
+            if not gpus:
+                parser.error("kernels/configs has no file of an A100, H100, H200 or B200")
         results = report(gpus, tuple(args.names) or ("",), args.jobs, args.measured)
     if args.json:
         for r in results:

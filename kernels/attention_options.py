@@ -11,7 +11,8 @@ class AttentionOptions(NamedTuple):
     """Options of softmax attention over a sequence of N positions.
 
     bias: (heads, N, N) [query, key], any floating dtype, added to the scaled logits. -inf masks; a
-        row of only -inf gives zeros. A finite value does not: a row of finfo.min is uniform.
+        row of only -inf gives zeros. A finite value does not: a row of finfo.min is uniform,
+        but for fp32's on fp16 in torch's or xformers' kernel, where -65504 takes its place.
     rel_k: Shaw vectors (1 or heads, 2R+1, D). For query i, row clip(j-i, -R, R) + R is added to key
         j. With ``rotary``, rel_k is multiplied with the unrotated query.
     rel_v: the same for value j.

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug or not _is_memory(error):
             raise
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
+        said = said or "no memory is left"
         print(
             f"fastvdm: out of memory: {said}. A smaller --batch-size (train: --accumulate keeps "
             "the batch of a step), --size or --frames takes less",

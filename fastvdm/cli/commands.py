@@ -28,7 +28,10 @@ def sample(
     output: Out,
     *,
     num: Annotated[
-        int, typer.Option(help="Number of videos; several are OUTPUT-0, OUTPUT-1 ...")
+        int,
+        typer.Option(
+            help="Number of videos; several are OUTPUT-0 of --seed, OUTPUT-1 of the next ..."
+        ),
     ] = 1,
     batch_size: Annotated[int, typer.Option(help="Videos per batch.")] = 4,
     frames: Annotated[

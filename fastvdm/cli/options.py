@@ -117,9 +117,7 @@ class Options(ModelOptions):
     eta: Annotated[float | None, typer.Option(show_default="0", help="Noise of ddim, 0 to 1.")] = (
         None
     )
-    seed: Annotated[
-        int, typer.Option(help="Random seed; the i-th of several videos has seed + i.")
-    ] = 0
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
     fps: Annotated[
         float | None,
         typer.Option(show_default="the model's", help="Frames per second of the output."),

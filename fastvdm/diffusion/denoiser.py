@@ -123,7 +123,7 @@ class Denoiser:
         self.cond, self.scale = cond, float(guidance_scale)
         self._scaled = getattr(self.model, "forward_with_cond_scale", None)
         self._null: Tensor | None = None
-        if null_cond is not None and self._scaled is not None:
+        if null_cond is not None and guidance_scale != 1 and self._scaled is not None:
             raise ValueError(
                 "null_cond is for models without a null condition of their own; this one has it"
             )

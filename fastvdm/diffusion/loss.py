@@ -46,8 +46,9 @@ def _check_times(t: Tensor) -> None:
             f"t must be floating-point times in [0, 1], got {t.dtype}; of step indices they are "
             "DiscreteSchedule.index_to_t(indices)"
         )
-    if t.device.type == "cpu" and not watched() and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"t must be in [0, 1], got {t.min().item():g} to {t.max().item():g}")
+    near = 1e-6  # times that somebody computed may be off by a rounding
+    if t.device.type == "cpu" and not watched() and not bool((t - 0.5).abs().le(0.5 + near).all()):
+        raise ValueError(f"t must be in [0, 1], got {t.min().item()} to {t.max().item()}")
 
 
 def diffusion_loss(
@@ -84,7 +85,7 @@ def diffusion_loss(
             ``time_input``, else that of the schedule.
         t: times (B,) in [0, 1] instead of random ones; or (B, F), one per frame (diffusion
             forcing). The network then gets (B, F) too, as a ``UNet3D`` with norms over single
-            frames takes it.
+            frames takes it. Only on a CPU are the values checked.
         noise: (B, C, F, H, W) instead of random noise.
         cond_drop_prob: probability of training a sample without its condition, which
             classifier-free guidance requires. The paper gives no value; the default is 0. A network

@@ -182,6 +182,7 @@ def explain(op: str, *call: Any) -> dict[str, str | None]:
     entry = OPS[op]
     off = dict(entry.off)
     if off["triton"] is None and not INTERPRETED and torch.cuda.is_available():
+        torch.cuda.init()
         off["triton"] = unsuited(torch.device("cuda")) or no_launch()
     if not call:
         return off

@@ -76,9 +76,7 @@ class TrainConfig:
     model: dict[str, Any] = _of(
         "Network", dict, "Arguments of UNet3D, over those of the preset or the default, dim 64."
     )
-    timesteps: int = _of(
-        "Network", 1000, "Steps of the discrete noise schedule (networks with time_input index)."
-    )
+    timesteps: int = _of("Network", 1000, "Steps of the discrete schedule (time_input index).")
 
     prediction: Literal["eps", "v", "x"] = _of("Loss", "eps", "What the network predicts.")
     loss_space: Literal["eps", "v", "x", "prediction"] = _of(
@@ -147,9 +145,7 @@ class TrainConfig:
     save_every: int = _of("Run", 1000, "Steps between checkpoints.", free=True)
     keep: int = _of("Run", 2, "Number of checkpoints to keep.", free=True)
 
-    log_every: int = _of(
-        "Watching", 10, "Steps between reads of the loss from the device.", free=True
-    )
+    log_every: int = _of("Watching", 10, "Steps between reads of the loss.", free=True)
     log: str = _of("Watching", "log.csv", "Log file, .csv or .jsonl; one row per step.", free=True)
     trackers: tuple[str, ...] = _of(
         "Watching", ("auto",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
@@ -18,14 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from fastvdm.bundle import atomic_directory, checkpoints, remove_unfinished
+from fastvdm.runtime.optional import require
 from fastvdm.training.config import TrainConfig
 from fastvdm.training.log import write_text
 from fastvdm.unet.folder import read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class Output:
@@ -44,7 +39,7 @@ class Output:
         self._is_own = False  # whether this object has written a checkpoint
         stored = self.path / "config.json"
         if self.found and not resume:
-            raise _holds_a_run(self.path)
+            raise FileExistsError(f"{self.path} holds a run: resume it or choose another output")
         if self.found and stored.is_file():  # a run without a checkpoint has nothing to lose
             config.check_resumable(read_json(stored))
         _check_writable(self.path)
@@ -69,7 +64,10 @@ class Output:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take()
         if not self._is_own and checkpoints(self.path) != self.found:
-            raise _holds_a_run(self.path)
+            self.end()
+            raise FileExistsError(
+                f"another run has written to {self.path} since: resume it or choose another output"
+            )
         remove_unfinished(self.path / "checkpoints")
         if not self.found:  # left by a run that failed before its first checkpoint
             for name in ("validation.csv", "bad-clips.csv"):
@@ -77,22 +75,22 @@ class Output:
         write_text(self.path / "config.json", json.dumps(asdict(self.config), indent=2))
 
     def _take(self) -> None:
-        """Lock the folder. The lock ends with the process, however it ends, and a file system
-        without locks has none."""
-        if fcntl is None:
-            return
-        self._lock = open(self.path / ".lock", "wb")  # noqa: SIM115
+        """Lock the folder. The lock ends with the process, however it ends."""
+        filelock = require("filelock", "train")
+        self._lock = filelock.FileLock(self.path / ".lock", thread_local=False)
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise FileExistsError(
-                    f"another run is writing to {self.path}: stop it or choose another output"
-                ) from None
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise FileExistsError(
+                f"another run is writing to {self.path}: stop it or choose another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def end(self) -> None:
+        """Let others have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     @property
     def last(self) -> Path | None:
@@ -146,10 +144,6 @@ class Output:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerows([*self._bad_rows(), *((step, *error) for error in errors.items())])
         write_text(self.path / "bad-clips.csv", text.getvalue())
-
-
-def _holds_a_run(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} holds a run: resume it or choose another output")
 
 
 def _existing(path: Path) -> Path:

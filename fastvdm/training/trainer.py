@@ -179,10 +179,18 @@ class Trainer:
             FileExistsError: another run is writing to the output folder.
             OSError: a checkpoint cannot be written; the last one is complete.
         """
-        c = self.config
         self.accelerator.wait_for_everyone()  # every process has checked for an existing run
         if self.is_main:
             self.output.start()
+        try:
+            self._run()
+        finally:
+            self.output.end()
+        assert self.output.last is not None
+        return self.output.last
+
+    def _run(self) -> None:
+        c = self.config
         self._say(banner.render(self))
         self.log = TrainLog(self.output.path / c.log, self.step) if self.is_main else None
         self.trackers = Trackers(c, self.accelerator, self.output.path)
@@ -210,9 +218,6 @@ class Trainer:
                 self.save()
         finally:
             self.trackers.close()
-            self.output.end()
-        assert self.output.last is not None
-        return self.output.last
 
     def dry_run(self) -> dict[str, Any]:
         """Do one step without writing anything. Returns the row of its log, and peak memory.

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from numbers import Real
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
 from fastvdm.runtime import choices
@@ -128,9 +129,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim_mults", "attn_resolutions"):
-            if not isinstance(value := getattr(self, name), Iterable):
-                raise TypeError(f"{name} must be a sequence of ints, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" or (f.type == "int | None" and value is not None):
@@ -138,9 +137,8 @@ class UNetConfig:
             check_choice(f.name, value)
         if not self.dim_mults:
             raise ValueError("dim_mults must name at least one level, got ()")
-        for name in ("dim_mults", "attn_resolutions"):
-            for i, value in enumerate(getattr(self, name)):
-                _check_positive(f"{name}[{i}]", value)
+        for i, m in enumerate(self.dim_mults):
+            _check_positive(f"dim_mults[{i}]", m)
         if (self.rotary_dim or 0) % 2:
             raise ValueError(
                 "attn_dim_head below 32 must be even for position='rotary+t5', got "
@@ -226,6 +224,17 @@ def changed(config: UNetConfig) -> str:
         for name, value, default in told
         if value != default
     )
+
+
+def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """As ints; image_size / 8 and numpy's are taken too."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
+    values = tuple(values)
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+            raise TypeError(f"{name}[{i}] must be an int, got {value!r}")
+    return tuple(map(int, values))
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -76,7 +76,7 @@ class VideoFolder(Dataset):
         flip: bool = False,
         short: str = "error",
     ) -> None:
-        check_counts(num_frames=num_frames, frameskip=frameskip)
+        num_frames, frameskip = check_counts(num_frames=num_frames, frameskip=frameskip)
         if short not in ("error", "repeat"):
             raise ValueError(f'short must be "error" or "repeat", got {short!r}')
         if conditioning not in (None, "captions", "classes", "vectors"):

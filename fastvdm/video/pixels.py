@@ -5,7 +5,7 @@ A picture is a uint8 array (H, W, 3) or, with alpha, (H, W, 4); a tensor here is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
 from numbers import Integral
 from typing import Any
 
@@ -79,11 +79,11 @@ def resize_picture(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a size. Raises TypeError unless both are ints, ValueError unless positive."""
-    pair: Any = (size, size) if isinstance(size, Integral) else size
-    is_pair = isinstance(pair, Sequence) and len(pair) == 2
-    if not (is_pair and all(isinstance(side, Integral) for side in pair)):
-        raise TypeError(f"size must be an int or (height, width), got {size!r}")
-    height, width = map(int, pair)
+    try:
+        pair: Any = (size, size) if isinstance(size, Integral) else size
+        height, width = map(operator.index, pair)
+    except (TypeError, ValueError):
+        raise TypeError(f"size must be an int or (height, width), got {size!r}") from None
     if height < 1 or width < 1:
         raise ValueError(f"size must be positive, got {size}")
     return height, width

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,13 +88,18 @@ def check_fps(fps: float | None) -> None:
         raise ValueError(f"fps must be positive, got {fps}")
 
 
-def check_counts(least: int = 1, **values: int | None) -> None:
-    """Raise an error if a given value is not an integer of at least ``least``."""
+def check_counts(least: int = 1, **values: Any) -> list[int]:
+    """The values as ints. Raises TypeError if one is not an integer, of Python, numpy or torch, and
+    ValueError if it is below ``least``."""
+    found = []
     for name, value in values.items():
-        if value is not None and not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value is not None and value < least:
+        try:
+            found.append(operator.index(value))
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {value!r}") from None
+        if found[-1] < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    return found
 
 
 def count_frames(
@@ -183,8 +188,9 @@ def read_video(
         ValueError: an argument is out of range.
         TypeError: an argument has the wrong type.
     """
-    check_counts(num_frames=num_frames, frameskip=frameskip)
-    check_counts(least=0, start=start)
+    if num_frames is not None:
+        (num_frames,) = check_counts(num_frames=num_frames)
+    (frameskip,), (start,) = check_counts(frameskip=frameskip), check_counts(least=0, start=start)
     check_fps(fps)
     source = open_source(
         path, size, channels=channels, background=background, value_range=value_range

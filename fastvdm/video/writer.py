@@ -7,16 +7,16 @@ import os
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
-from io import BytesIO
+from io import BufferedWriter, BytesIO, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastvdm.runtime.optional import require
-from fastvdm.video.reader import check_range
+from fastvdm.video.reader import check_counts, check_range
 
 # Encoders per container, in order of preference; the FFmpeg build decides which ones exist.
 _ENCODERS = {
@@ -100,8 +100,10 @@ def write_video(
     suffix = path.suffix.lower()
     check_output(path, video.shape[0] if video.ndim == 4 else 3, fps)
     check_range(value_range)
-    if not 0 <= quality <= 63:
-        raise ValueError(f"quality must be in [0, 63], 0 the best, got {quality}")
+    if suffix in (".mp4", ".webm"):
+        check_counts(least=0, quality=quality)
+        if quality > 63:
+            raise ValueError(f"quality must be at most 63, got {quality}")
     if video.ndim != 4 or 0 in video.shape:
         raise ValueError(f"expected a video (C, F, H, W), got {tuple(video.shape)}")
     video = video.detach().cpu()
@@ -137,14 +139,32 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+class _File(BufferedWriter):
+    """Keeps the first error: PyAV may raise one of its own about it."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
 def _write(path: Path, encode: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix=".writing-", dir=path.parent)
     try:
         # Encoders write through Python's file object, whose errors are exact; FFmpeg's own errors
         # would be lost when it closes the file.
-        with open(handle, "wb") as file:
-            encode(file)
+        with _File(FileIO(handle, "wb")) as file:
+            try:
+                encode(file)
+            except Exception:
+                if file.error is not None:
+                    raise file.error from None
+                raise
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

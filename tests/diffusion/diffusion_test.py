@@ -461,7 +461,7 @@ BAD = {
     "loss indices": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([9])),
                      "t must be floating-point .*got torch.int64; of step indices"),
     "loss beyond": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([9.0])),
-                    r"t must be in \[0, 1\], got 9 to 9"),
+                    r"t must be in \[0, 1\], got 9.0 to 9.0"),
     "loss nan": (lambda: diffusion_loss(ramp_model, VIDEO, t=torch.tensor([torch.nan])),
                  r"t must be in \[0, 1\]"),
     "loss list": (lambda: diffusion_loss(ramp_model, VIDEO, t=[0.5]), "t must be a tensor"),

@@ -299,7 +299,7 @@ def test_cond_without_cond_dim():
         (dict(dim_mults=()), ValueError, "dim_mults"),
         (dict(dim_mults=2), TypeError, "dim_mults must be a sequence of ints, got 2"),
         (dict(attn_resolutions=8), TypeError, "attn_resolutions must be a sequence of ints, got 8"),
-        (dict(attn_resolutions=(8.0,)), TypeError, r"attn_resolutions\[0\] must be an int"),
+        (dict(attn_resolutions=(8.5,)), TypeError, r"attn_resolutions\[0\] must be an int"),
         (dict(attn_dim_head=7), ValueError, "attn_dim_head below 32 must be even .*, got 7"),
         (dict(norm_eps=float("nan")), ValueError, "norm_eps must be at least 0, got nan"),
         (dict(init_kernel_size=4), ValueError, "init_kernel_size must be odd"),

@@ -113,6 +113,7 @@ def test_a_gpu_that_triton_cannot_launch_on_is_named(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_DEVICES", {"triton": ("cuda",), "cpu": ("cpu",)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     for lacking in (None, "Triton cannot launch: no C compiler"):
         monkeypatch.setattr(dispatch, "no_launch", lambda lacking=lacking: lacking)
         with FakeTensorMode():  # there is no such device here

@@ -462,7 +462,7 @@ BAD = {
     **{f"large {name}": (["sample", "{model}", "{out}", f"--{name}", "1000000000"],
                          f"--{name} must be at most 1000000, got 1000000000")
        for name in ("size", "frames", "num", "batch-size", "steps", "timesteps")},
-    "no memory": (["sample", "{model}", "{out}", "--size", "600000"],
+    "no memory": (["sample", "{model}", "{out}", "--size", "1000000", "--frames", "10000"],
                   "out of memory: can't allocate memory: you tried to allocate"),
     "overflow": (["sample", "{model}", "{out}", "--size", "1000000", "--frames", "1000000",
                   "--num", "100", "--batch-size", "100"], "out of memory: Storage size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,9 +339,9 @@ def test_a_run_without_a_checkpoint_is_no_model_yet(tmp_path):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "wb")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import filelock, sys
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
 print(flush=True)
 sys.stdin.read()
 """
@@ -348,7 +349,6 @@ sys.stdin.read()
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """Neither before the first checkpoint nor resumed. The lock goes with its process."""
-    pytest.importorskip("fcntl")
     output = tmp_path / "run"
     output.mkdir()
     late = Trainer(config(output), dataset=noise_clips())  # checked while there was no run
@@ -359,9 +359,28 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             train(config(output), dataset=noise_clips())
         other.kill()
     train(config(output, steps=2), dataset=noise_clips())
-    with pytest.raises(FileExistsError, match="holds a run"):
+    with pytest.raises(FileExistsError, match="another run has written to .*run since"):
         late.run()
     train(config(output), dataset=noise_clips(), resume=True)
+
+
+def test_a_run_has_its_folder_until_it_ends(tmp_path, monkeypatch):
+    """Whoever reads the files does not free it, and a run that fails does."""
+    output, refused = tmp_path / "run", []
+
+    def another(trainer, row):
+        shutil.copytree(output, tmp_path / "copy", dirs_exist_ok=True)
+        with pytest.raises(FileExistsError, match="another run is writing") as found:
+            train(config(output), dataset=noise_clips())
+        refused.append(found)
+
+    train(config(output, steps=1, log_every=1), dataset=noise_clips(), on_step=another)
+    assert refused
+    with monkeypatch.context() as patch:
+        patch.setattr("fastvdm.training.trainer.Trackers", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config(tmp_path / "other"), dataset=noise_clips())
+    train(config(tmp_path / "other", steps=1), dataset=noise_clips())
 
 
 def test_a_run_is_never_overwritten(tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,21 @@ def test_nothing_is_overwritten_on_error(tmp_path, monkeypatch):
         video.write_video(tmp_path / "a.txt", _counting(3))
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("most", [1_000, 20_000, 500_000])
+def test_a_full_disk_is_an_os_error(suffix, most, tmp_path):
+    """Whether it shows in the header, in a frame or at the end."""
+    resource = pytest.importorskip("resource")
+    clip, before = torch.rand(3, 30, 128, 128), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            video.write_video(tmp_path / f"clip{suffix}", clip, quality=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -152,11 +168,23 @@ def test_arguments_of_a_wrong_type(tmp_path, options, message):
             video.VideoFolder(tmp_path, **{"num_frames": 2, "size": 8} | options)
 
 
+def test_whole_numbers_of_numpy_and_torch(tmp_path):
+    path = tmp_path / "a.gif"
+    video.write_video(path, _counting(3), quality=80)  # of no meaning to a GIF
+    whole = dict(num_frames=torch.tensor(2), start=np.int64(1), size=np.array([8, 6]))
+    assert video.read_video(path, **whole).shape == (3, 2, 8, 6)
+    assert video.VideoFolder(tmp_path, np.int64(3), np.int64(8))[0].shape == (3, 3, 8, 8)
+    with pytest.raises(TypeError, match="frameskip must be an int, got None"):
+        video.VideoFolder(tmp_path, 2, 8, frameskip=None)
+
+
 def test_what_cannot_be_written(tmp_path):
     with pytest.raises(TypeError, match=r"expected a tensor \(C, F, H, W\), got ndarray"):
         video.write_video(tmp_path / "a.mp4", _counting(3).numpy())
-    with pytest.raises(ValueError, match=r"quality must be in \[0, 63\], 0 the best, got 99"):
+    with pytest.raises(ValueError, match="quality must be at most 63, got 99"):
         video.write_video(tmp_path / "a.mp4", _counting(3), quality=99)
+    with pytest.raises(TypeError, match="quality must be an int, got '18'"):
+        video.write_video(tmp_path / "a.mp4", _counting(3), quality="18")
     with pytest.raises(ValueError, match="cannot encode 40000 x 2 pixels at 8 fps: "):
         video.write_video(tmp_path / "a.mp4", torch.zeros(1, 1, 2, 40000))
     assert not list(tmp_path.iterdir())
