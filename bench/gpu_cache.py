@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,11 +162,13 @@ def launches(parts: Sequence[str] = PARTS) -> list[Any]:
 
 
 def build(launch: Any) -> tuple[str, str] | None:
-    """Compile one launch into the cache. Returns the C of its launcher; None if Triton refuses."""
+    """Compile one launch into the cache. Returns its folder there and the C of its launcher; None
+    if Triton refuses."""
     from unittest import mock
 
     from launches import compiled
     from triton.backends.nvidia import driver
+    from triton.runtime.cache import get_cache_manager
 
     sources: list[str] = []
 
@@ -180,7 +183,7 @@ def build(launch: Any) -> tuple[str, str] | None:
         return None
     with mock.patch.multiple(driver, compile_module_from_src=take, library_dirs=list):
         driver.CudaLauncher(made.src, made.metadata)
-    return launch.name, sources[0]
+    return get_cache_manager(made.hash).cache_dir, sources[0]
 
 
 def pythons() -> list[Path]:
@@ -196,10 +199,10 @@ def pythons() -> list[Path]:
 _ASK = "import sysconfig as s; print(s.get_paths()['include'], s.get_config_var('EXT_SUFFIX'))"
 
 
-def build_launchers(sources: Sequence[str], cache: Path) -> int:
+def build_launchers(sources: Sequence[str]) -> tuple[set[str], int]:
     """Build a module with Triton's own build for each C source and Python, under the name and key
     that Triton looks up (triton/runtime/build.py). The version is in the file name, not in the key.
-    """
+    Returns their folders in the cache, and how many were not there yet."""
     import triton
     from triton.runtime.build import platform_key
     from triton.runtime.cache import get_cache_manager
@@ -207,7 +210,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
     folder = Path(triton.__file__).parent / "backends" / "nvidia"
     modules = {source: "__triton_launcher" for source in sources}
     modules[(folder / "driver.c").read_text()] = "cuda_utils"
-    built = 0
+    folders, built = set(), 0
     with tempfile.TemporaryDirectory() as scratch:
         # A module contains only the library's name; the library is that of the other machine.
         stub = Path(scratch) / "libcuda.so.1"
@@ -219,6 +222,7 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
             for source, name in modules.items():
                 key = hashlib.sha256((source + platform_key()).encode()).hexdigest()
                 manager = get_cache_manager(key)
+                folders.add(manager.cache_dir)
                 if manager.get_file(name + suffix) is not None:
                     continue
                 c, so = Path(scratch) / "module.c", Path(scratch) / "module.so"
@@ -228,11 +232,12 @@ def build_launchers(sources: Sequence[str], cache: Path) -> int:
                 subprocess.run([*command, f"-I{folder / 'include'}"], check=True)
                 manager.put(so.read_bytes(), name + suffix, binary=True)
                 built += 1
-    return built
+    return folders, built
 
 
 def make_cache(parts: Sequence[str], processes: int) -> None:
-    """Fill ``out/gpu-pack/triton`` and print what it contains."""
+    """Fill ``out/gpu-pack/triton``, without what earlier versions of the kernels left there, and
+    print what it contains."""
     import triton
     from tqdm import tqdm
     from triton.runtime.cache import triton_key
@@ -244,7 +249,11 @@ def make_cache(parts: Sequence[str], processes: int) -> None:
         built = tqdm(pool.map(build, taken, chunksize=4), total=len(taken), unit="kernel")
         made = [m for m in built if m is not None]
     sources = sorted({source for _, source in made})
-    count = build_launchers(sources, PLACES["triton"])
+    folders, count = build_launchers(sources)
+    folders |= {folder for folder, _ in made}
+    for path in PLACES["triton"].iterdir():
+        if str(path) not in folders:
+            shutil.rmtree(path)
     facts = {
         "triton": triton.__version__,
         "key": triton_key(),

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "out" / "gpu-pack"  # the unpacked archive
 ARCHIVE = PACK.with_suffix(".tar.xz")
-LIMIT = 64 * 2**20  # largest size of the archive in bytes
+LIMIT = 56 * 2**20  # largest size of the archive in bytes; with the tree 64 MiB are carried
 # Folders of the archive, and where they are unpacked.
 PLACES = {"triton": PACK / "triton", "peer": ROOT / ".peer", "tools": PACK}
 TOOLS = ("nvidia-cuda-nvcc==13.5.37", "nvidia-cuda-sanitizer-api==13.4.92")
